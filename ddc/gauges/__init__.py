@@ -1,0 +1,23 @@
+"""What the symmetries of a network are: actions, discovery from a model, check and audit."""
+
+from ddc.gauges.actions import Axis, Rescale, RotatedAxis, Rotation, Shift
+from ddc.gauges.base import KINDS, Gauge, Refusal, named_parameters, plain_name
+from ddc.gauges.discovery import find_gauges
+from ddc.gauges.gauge_set import GaugeSet, audit, check
+
+__all__ = [
+    "KINDS",
+    "Axis",
+    "Gauge",
+    "GaugeSet",
+    "Refusal",
+    "Rescale",
+    "RotatedAxis",
+    "Rotation",
+    "Shift",
+    "audit",
+    "check",
+    "find_gauges",
+    "named_parameters",
+    "plain_name",
+]

@@ -1,0 +1,220 @@
+"""The three ways in which a gauge acts: by a shift, by scales, by rotations.
+
+Each class is one row or more of the table of gauges in the paper (arXiv:2606.29176, section on gauges):
+:class:`Shift` is the logit shift; :class:`Rescale` is the ReLU, ReLU² and gated rescale and the norm scale;
+:class:`Rotation` is the value rotation and the query-key rotation.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddc.gauges.base import Gauge, Params, check_kind, unit_view
+
+
+class Axis(NamedTuple):
+    """A parameter and the axis along which the units of a gauge lie: 0 for rows, 1 for columns."""
+
+    parameter: str
+    axis: int = 0
+
+
+@dataclass(frozen=True)
+class Shift(Gauge):
+    """Logit shift: the same vector added to every row of the head (and the same number to its bias).
+
+    Softmax cross-entropy does not see it. The group is (R^d, +), and R for a bias.
+    """
+
+    weight: str
+    bias: str | None = None
+    where: str = "head"
+    kind: str = "logit_shift"
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind)
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    def dimension(self, params: Params) -> int:
+        return params[self.weight].shape[1] + (self.bias is not None)
+
+    def sample(self, params: Params, generator: torch.Generator, spread: float = 1.0) -> Tensor:
+        weight = params[self.weight]
+        shift = torch.randn(self.dimension(params), generator=generator, dtype=torch.float64)
+        return (spread * shift).to(weight)
+
+    @torch.no_grad()
+    def act_(self, params: Params, element: Tensor) -> None:
+        width = params[self.weight].shape[1]
+        params[self.weight].add_(element[:width])
+        if self.bias is not None:
+            params[self.bias].add_(element[width])
+
+    @torch.no_grad()
+    def audit(self, params: Params, grads: Params) -> float:
+        gradients = [grads[name].double() for name in self.parameters]
+        vertical = sum(float(g.mean(0).square().sum()) * len(g) for g in gradients)
+        return _ratio(vertical, sum(float(g.square().sum()) for g in gradients))
+
+
+@dataclass(frozen=True)
+class Rescale(Gauge):
+    """A multiplicative gauge: per unit, the plus side is multiplied by c > 0, the minus side by c^-degree.
+
+    Args:
+        plus, minus: the sides. All entries of a unit that one side names, whichever tensor holds them, form
+            one vector: a weight row with its bias entry, gamma_j with beta_j, the columns j of W_Q, W_K, W_V.
+        degree: degree of homogeneity of what lies between the sides: 1, but 2 for ReLU².
+
+    Raises:
+        ValueError: an unknown kind, a side without parameters, or a degree that is not positive.
+    """
+
+    kind: str
+    where: str
+    plus: tuple[Axis, ...]
+    minus: tuple[Axis, ...]
+    degree: int = 1
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind)
+        if not self.plus or not self.minus:
+            raise ValueError(f"{self}: a rescale needs parameters on both sides")
+        if self.degree < 1:
+            raise ValueError(f"{self}: Invalid degree={self.degree}, expected a positive integer")
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return tuple(axis.parameter for axis in self.plus + self.minus)
+
+    def units(self, params: Params) -> int:
+        """Number of units: neurons or channels."""
+        name, axis = self.plus[0]
+        return params[name].shape[axis]
+
+    def dimension(self, params: Params) -> int:
+        return self.units(params)
+
+    def sample(self, params: Params, generator: torch.Generator, spread: float = 1.0) -> Tensor:
+        uniform = torch.rand(self.units(params), generator=generator, dtype=torch.float64)
+        return ((2 * uniform - 1) * spread).exp().to(params[self.plus[0].parameter])
+
+    @torch.no_grad()
+    def act_(self, params: Params, element: Tensor) -> None:
+        for name, axis in self.plus:
+            unit_view(params[name], axis).mul_(element[:, None])
+        for name, axis in self.minus:
+            unit_view(params[name], axis).div_(element[:, None] ** self.degree)
+
+    @torch.no_grad()
+    def log_norms(self, params: Params) -> tuple[Tensor, Tensor]:
+        """(log rho_P, log rho_M): logarithms of the two sides' norms, per unit, in float64."""
+
+        def log_norm(side: tuple[Axis, ...]) -> Tensor:
+            squares = [unit_view(params[n], a).double().square().sum(1) for n, a in side]
+            return torch.stack(squares).sum(0).log() / 2
+
+        return log_norm(self.plus), log_norm(self.minus)
+
+    @torch.no_grad()
+    def audit(self, params: Params, grads: Params) -> float:
+        def radial(side: tuple[Axis, ...]) -> Tensor:
+            terms = [unit_view(params[n] * grads[n], a).double().sum(1) for n, a in side]
+            return torch.stack(terms).sum(0)
+
+        plus, minus = radial(self.plus), radial(self.minus)
+        vertical, horizontal = plus - self.degree * minus, self.degree * plus + minus
+        return _ratio(float(vertical.square().sum()), float(horizontal.square().sum()))
+
+
+class RotatedAxis(NamedTuple):
+    """A parameter and the indices, along one of its axes, that each unit of a rotation gauge turns.
+
+    ``index`` is an int64 tensor of shape (units, copies, k): unit u turns each of its copies (the query heads
+    of a group, say) of k indices by the same k × k matrix.
+    """
+
+    parameter: str
+    axis: int
+    index: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation(Gauge):
+    """Per unit, the same rotation of the named indices of several parameters.
+
+    Since W_V -> R W_V goes with W_O -> W_O R^T, acting on rows and acting on columns are the same: each
+    slice of k entries x becomes R x.
+
+    Args:
+        slots: what is turned; all must agree in the number of units and in k.
+        reflections: the group is O(k); without, SO(k) (the planes of RoPE commute with rotations only).
+
+    Raises:
+        ValueError: an unknown kind, no slots, or slots that disagree.
+    """
+
+    kind: str
+    where: str
+    slots: tuple[RotatedAxis, ...]
+    reflections: bool
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind)
+        shapes = {(slot.index.shape[0], slot.index.shape[2]) for slot in self.slots}
+        if len(shapes) != 1:
+            raise ValueError(f"{self}: slots must agree in (units, k), got {sorted(shapes)}")
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(slot.parameter for slot in self.slots))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(units, k)."""
+        units, _, k = self.slots[0].index.shape
+        return units, k
+
+    def dimension(self, params: Params) -> int:
+        units, k = self.shape
+        return units * k * (k - 1) // 2
+
+    def sample(self, params: Params, generator: torch.Generator, spread: float = 1.0) -> Tensor:
+        units, k = self.shape
+        q, r = torch.linalg.qr(torch.randn(units, k, k, generator=generator, dtype=torch.float64))
+        q = q * r.diagonal(dim1=1, dim2=2).sign()[:, None, :]  # uniform on O(k): Mezzadri, math-ph/0609050
+        if not self.reflections:
+            q[:, :, 0] *= torch.linalg.det(q).sign()[:, None]
+        return q.to(params[self.parameters[0]])
+
+    @torch.no_grad()
+    def act_(self, params: Params, element: Tensor) -> None:
+        for name, axis, index in self.slots:
+            rows = unit_view(params[name], axis)
+            index = index.to(rows.device)
+            rows[index] = torch.einsum("uij,ucjd->ucid", element, rows[index])
+
+    @torch.no_grad()
+    def audit(self, params: Params, grads: Params) -> float:
+        units, k = self.shape
+        moment = torch.zeros(units, k, k, dtype=torch.float64)
+        size = torch.zeros(units, dtype=torch.float64)
+        for name, axis, index in self.slots:
+            rows, grad = (unit_view(t[name], axis).double().cpu()[index] for t in (params, grads))
+            part = torch.einsum("ucid,ucjd->uij", grad, rows)
+            moment += part
+            size += part.square().sum((1, 2))
+        return _ratio(float((moment - moment.mT).square().sum()) / 4, float(size.sum()))
+
+
+def _ratio(vertical_squared: float, total_squared: float) -> float:
+    """Ratio of two norms given their squares; 0 / 0 (no gradient at all) is 0."""
+    return math.sqrt(vertical_squared / total_squared) if vertical_squared else 0.0

@@ -1,0 +1,107 @@
+"""What a gauge is: a group that acts on named parameters and leaves the loss of every batch unchanged."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Params = Mapping[str, Tensor]
+
+#: Every kind of gauge the package knows, in the order in which tables list them.
+KINDS = (
+    "logit_shift",
+    "relu_rescale",
+    "gated_rescale",
+    "norm_scale",
+    "value_rotation",
+    "qk_rotation",
+)
+
+
+class Gauge(ABC):
+    """A continuous symmetry of the loss, acting on a few named parameters.
+
+    A *unit* is one index of the group: a neuron, a channel, a head, a frequency plane. All units of one
+    layer form one gauge, so that everything that reads a gauge can be batched over its units.
+
+    Attributes:
+        kind: one of :data:`KINDS`.
+        where: the place in the model, in the model's own names, for tables and messages.
+    """
+
+    kind: str
+    where: str
+
+    @property
+    @abstractmethod
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters it acts on."""
+
+    @abstractmethod
+    def dimension(self, params: Params) -> int:
+        """Dimension of the group."""
+
+    @abstractmethod
+    def sample(self, params: Params, generator: torch.Generator, spread: float = 1.0) -> Tensor:
+        """A random group element.
+
+        Args:
+            params: the model's parameters by name (for shapes, dtype and device).
+            generator: a CPU generator, so that a seed gives the same element on every device.
+            spread: size of the element: scales lie in e^±spread, shifts have standard deviation ``spread``;
+                rotations are always uniform.
+        """
+
+    @abstractmethod
+    def act_(self, params: Params, element: Tensor) -> None:
+        """Transform the parameters in place by ``element`` (as returned by :meth:`sample`)."""
+
+    @abstractmethod
+    def audit(self, params: Params, grads: Params) -> float:
+        """Size of the gradient along the orbit, relative to the gradient across it.
+
+        Zero up to rounding if and only if the loss that made the gradients is stationary along the orbit,
+        as a true symmetry makes it; of order 1 for a gauge declared by mistake.
+        """
+
+    def __str__(self) -> str:
+        return f"{self.kind} at {self.where}"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A gauge of this kind was looked for at this place and not granted, with the reason in words."""
+
+    kind: str
+    where: str
+    reason: str
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind)
+
+
+def check_kind(kind: str) -> None:
+    """Raise ValueError unless ``kind`` is one of :data:`KINDS`."""
+    if kind not in KINDS:
+        raise ValueError(f"Invalid {kind=}: expected one of {', '.join(KINDS)}")
+
+
+def named_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters by name, without the prefixes that ``torch.compile`` and DDP put before them."""
+    return {plain_name(name): parameter for name, parameter in model.named_parameters()}
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name as the unwrapped model has it."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def unit_view(tensor: Tensor, axis: int) -> Tensor:
+    """View a vector or matrix as (units, entries of the unit); ``axis`` is the axis of the units."""
+    if tensor.ndim == 1:
+        return tensor.unsqueeze(1)
+    return tensor if axis == 0 else tensor.mT

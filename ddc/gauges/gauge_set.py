@@ -1,0 +1,132 @@
+"""The gauges of a model, found and refused, and the two kinds of evidence that they are real."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ddc.gauges.base import KINDS, Gauge, Refusal, check_kind, named_parameters
+
+Entry = TypeVar("Entry", Gauge, Refusal)
+
+
+@dataclass(frozen=True)
+class GaugeSet(Sequence[Gauge]):
+    """A sequence of gauges, with the refusals beside them. Printed, it is a table of both."""
+
+    found: tuple[Gauge, ...] = ()
+    refused: tuple[Refusal, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def __iter__(self) -> Iterator[Gauge]:
+        return iter(self.found)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # int or slice, as a tuple
+        return self.found[index]
+
+    def only(self, kinds: Iterable[str]) -> GaugeSet:
+        """The gauges (and refusals) of these kinds alone.
+
+        Raises:
+            ValueError: an unknown kind.
+        """
+        kinds = set(kinds)
+        for kind in kinds:
+            check_kind(kind)
+        return GaugeSet(
+            tuple(gauge for gauge in self.found if gauge.kind in kinds),
+            tuple(refusal for refusal in self.refused if refusal.kind in kinds),
+        )
+
+    def dimension(self, model: nn.Module) -> int:
+        """Dimension of the product group: how many directions of parameter space the loss cannot see."""
+        params = named_parameters(model)
+        return sum(gauge.dimension(params) for gauge in self.found)
+
+    def transform_(self, model: nn.Module, generator: torch.Generator, spread: float = 1.0) -> None:
+        """Apply a random element of the whole product group to the model, in place."""
+        params = named_parameters(model)
+        for gauge in self.found:
+            gauge.act_(params, gauge.sample(params, generator, spread))
+
+    def __str__(self) -> str:
+        header = ("gauge", "where", "verdict")
+        rows = [*_rows(self.found, lambda gauge: "found"), *_rows(self.refused, lambda r: f"refused: {r.reason}")]
+        if not rows:
+            return "no gauges"
+        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(2)]
+        lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in [header, *rows]]
+        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def _rows(entries: Iterable[Entry], verdict: Callable[[Entry], str]) -> list[tuple[str, str, str]]:
+    """Table rows, entries that differ only in the number of their block drawn together."""
+
+    def key(entry: Entry) -> tuple[int, str, str]:
+        place = ".".join("*" if part.isdigit() else part for part in entry.where.split("."))
+        return KINDS.index(entry.kind), place, verdict(entry)
+
+    rows = []
+    for (kind, place, text), members in groupby(sorted(entries, key=key), key=key):
+        count = len(list(members))
+        rows.append((KINDS[kind], place + (f" ({count}×)" if "*" in place else ""), text))
+    return rows
+
+
+LogProbs = Callable[[nn.Module], Tensor]
+
+
+@torch.no_grad()
+def check(
+    model: nn.Module, gauges: Iterable[Gauge], log_probs: LogProbs, seed: int = 0, spread: float = 1.0
+) -> dict[Gauge, float]:
+    """Apply a random element of each gauge to a float64 copy of the model and compare its log-probabilities.
+
+    Args:
+        model: left as it is.
+        gauges: what is checked, each by itself.
+        log_probs: gives the model's log-probabilities on some fixed batch. Logits will not do: the logit
+            shift changes them.
+        seed, spread: of the random elements.
+
+    Returns:
+        The largest absolute change of a log-probability for each gauge: about 1e-13 for a true symmetry.
+    """
+    model = copy.deepcopy(model).double()
+    before = log_probs(model)
+    changes = {}
+    for gauge in gauges:
+        moved = copy.deepcopy(model)
+        GaugeSet((gauge,)).transform_(moved, torch.Generator().manual_seed(seed), spread)
+        changes[gauge] = float((log_probs(moved) - before).abs().max())
+    return changes
+
+
+def audit(model: nn.Module, gauges: Iterable[Gauge]) -> dict[Gauge, float]:
+    """Read, from the gradients that the model's parameters hold, how stationary the loss is along each orbit.
+
+    Costs one pass over weights and gradients and no forward pass, so it can be logged during training.
+
+    Returns:
+        :meth:`Gauge.audit` for each gauge: rounding error for a true symmetry, of order 1 for a false one.
+
+    Raises:
+        ValueError: a parameter under a gauge has no gradient.
+    """
+    params = named_parameters(model)
+    grads = {name: p.grad for name, p in params.items() if p.grad is not None}
+    ratios = {}
+    for gauge in gauges:
+        missing = [name for name in gauge.parameters if name not in grads]
+        if missing:
+            raise ValueError(f"{gauge}: no gradient on {', '.join(missing)}; call audit after backward()")
+        ratios[gauge] = gauge.audit(params, grads)
+    return ratios

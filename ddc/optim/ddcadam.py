@@ -1,0 +1,285 @@
+"""DDCAdam: Adam in the orbit decomposition of the gauges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ddc.gauges import Gauge, Rescale, plain_name
+from ddc.optim.plan import PolarPlan, Role, make_plan
+from ddc.optim.stacks import Factors, FreeStack, PolarStack, StackedParameter
+
+VERTICAL_MODES = ("freeze", "adam", "balance")
+STEP_SCALES = ("init", "norm")
+#: Hyperparameters in which all parameters under one gauge must agree; weight decay is each one's own.
+SHARED = ("lr", "betas", "eps", "radial_rate", "vertical", "step_scale", "retract")
+
+
+class DDCAdam(Optimizer):
+    r"""Adam lifted to the orbits of a model's gauges: a gauge transformation of the weights commutes with the step.
+
+    For each unit of a rescale gauge with sides P and M, :math:`L \mapsto L` under :math:`(cP, c^{-k}M)`, with
+    weights W and gradient g of a side, :math:`\rho = |W|`:
+
+    .. math::
+        \hat g &= \langle g, W \rangle, \qquad x = \rho\, g - (\hat g / \rho)\, W \\
+        \Delta_U &= -\eta\, r\, \mathrm{Adam}\big((k \hat g_P + \hat g_M) / \sqrt{1 + k^2}\big) \\
+        u &= \mathrm{Adam}(x), \qquad u \leftarrow u - \langle u, W \rangle W / \rho^2 \\
+        W &\leftarrow (1 - \eta \lambda)\, e^{\Delta}\, \rho\, (W - \eta s u) / |W - \eta s u|
+
+    with :math:`\Delta = k \Delta_U / \sqrt{1 + k^2}` on P and :math:`\Delta_U / \sqrt{1 + k^2}` on M (and the
+    vertical mode, below). Parameters under several rescales are decomposed by one and multiplied by the norms
+    of the others ("dressed"). Under a rotation gauge Adam's second moment is averaged over the indices that it
+    turns; under a logit shift gradient and update are centred over the vocabulary. All else is AdamW.
+    Source: arXiv:2606.29176; the retraction, the step scale "init", the averaged second moment, the rule for
+    overlaps and the treatment of dead sides are ours.
+
+    Args:
+        params: ``model.named_parameters()``, or param groups whose ``"params"`` are such pairs. Plain tensors
+            will do only without gauges.
+        gauges: what :func:`ddc.find_gauges` returns, or any sequence of gauges. Without gauges this is AdamW.
+        lr: learning rate; as for AdamW, a float or a tensor of one element.
+        betas, eps: Adam's, for every one of the moments above.
+        weight_decay: decoupled, applied to a weight as it stands (under a logit shift to its centred part).
+        radial_rate: r above: the rate of the norms relative to that of the directions; 0 freezes the norms.
+        vertical: the gauge coordinate k^-1... log(rho_P / rho_M): ``"freeze"`` leaves it as it is, ``"adam"``
+            steps on its gradient (which is rounding error), ``"balance"`` relaxes it towards equal norms at
+            rate ``lr * radial_rate``. No choice changes the function that the network computes.
+        step_scale: s above: ``"init"`` is √fan_in · rms(W), which is 1 at the usual initialisation;
+            ``"norm"`` is the paper's rho.
+        retract: keep the norm under the tangential step (division above); without, every step lengthens W a
+            little, as in the paper's statement.
+
+    Weights of lower precision than float32 have their state, and their arithmetic, in float32. State is
+    complete from construction: ``exp_avg`` and ``exp_avg_sq`` as Adam's (the latter averaged as above),
+    ``step``, and ``radial_exp_avg``, ``radial_exp_avg_sq`` (``vertical_…``) with the first parameter of a gauge.
+
+    A layer of which no parameter has a gradient is left alone; where only some have, the missing gradients
+    are zero. A side of norm zero has no direction: it takes its tangential step in the scale of the other side
+    until it has one; if both sides are zero, the unit stays.
+
+    Raises:
+        ValueError: a hyperparameter out of range, gauges that do not fit the parameters or each other, or
+            parameters under one gauge in param groups that differ in anything but weight decay.
+        RuntimeError: in ``step``, a sparse gradient.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[tuple[str, Tensor]] | Iterable[Tensor] | Iterable[dict[str, Any]],
+        gauges: Iterable[Gauge] = (),
+        *,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        radial_rate: float = 1.0,
+        vertical: str = "freeze",
+        step_scale: str = "init",
+        retract: bool = True,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "radial_rate": radial_rate,
+            "vertical": vertical,
+            "step_scale": step_scale,
+            "retract": retract,
+        }
+        self._stacks: list[PolarStack | FreeStack] = []
+        self._ready = False
+        super().__init__(params, defaults)
+        self._build(range(len(self.param_groups)), gauges)
+        self._ready = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in ``torch.optim``; parameters that come after construction are under no gauge."""
+        super().add_param_group(param_group)
+        check_hyperparameters(self.param_groups[-1])
+        if self._ready:
+            self._build([len(self.param_groups) - 1], ())
+
+    def _build(self, group_indices: Iterable[int], gauges: Iterable[Gauge]) -> None:
+        """Plan, stack and allocate the state of these groups."""
+        gauges = list(gauges)
+        params: dict[str, Tensor] = {}
+        group_of: dict[str, int] = {}
+        for index in group_indices:
+            group = self.param_groups[index]
+            if gauges and "param_names" not in group:
+                raise ValueError("gauges name parameters: pass model.named_parameters(), not parameters()")
+            names = group.get("param_names") or [f"{index}.{i}" for i in range(len(group["params"]))]
+            for name, param in zip(map(plain_name, names), group["params"], strict=True):
+                params[name], group_of[name] = param, index
+        plan = make_plan(params, gauges)
+        builder = _Builder(params, group_of, self.param_groups)
+        stacks = [*builder.polar(plan.polar), *builder.free(plan.free)]
+        for stack in stacks:
+            for layer in range(len(stack.parameters[0].params)):
+                for param, state in stack.state(layer).items():
+                    self.state[param] = state
+        self._stacks.extend(stacks)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One optimization step; returns the loss of ``closure`` where there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_groups()
+        factors: Factors = {}
+        for stack in self._stacks:
+            stack.step(factors, self.param_groups)
+        return loss
+
+    @torch.no_grad()
+    def grad_norm(self) -> Tensor:
+        """Norm of the gradient in the gauge-invariant metric, for clipping.
+
+        The Euclidean norm depends on the gauge, so that clipping by it would undo equivariance. This one
+        measures each block of weights relative to its step scale; at the 1/√fan_in initialisation the two
+        agree, and thresholds carry over. Use with
+        ``torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, optimizer.grad_norm())``.
+        """
+        factors: Factors = {}
+        terms = [stack.grad_norm_squared(factors, self.param_groups) for stack in self._stacks]
+        return torch.stack([term.to(terms[0]) for term in terms]).sum().sqrt()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a state, copying it into the buffers that exist, in their dtype and on their device.
+
+        Raises:
+            ValueError: the state was saved by another optimizer or with other gauges.
+        """
+        own = self.state
+        super().load_state_dict({**state_dict, "state": {}})
+        self.state = own
+        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        names = chain.from_iterable(group.get("param_names", group["params"]) for group in self.param_groups)
+        saved_states = state_dict["state"]
+        for name, param, saved_id in zip(names, params, saved_ids, strict=True):
+            saved = saved_states.get(saved_id, {})
+            shapes = {key: tuple(value.shape) for key, value in own[param].items()}
+            saved_shapes = {key: tuple(torch.as_tensor(value).shape) for key, value in saved.items()}
+            if shapes != saved_shapes:
+                raise ValueError(
+                    f"the saved state of parameter {name if isinstance(name, str) else saved_id!r} is "
+                    f"{saved_shapes}, this optimizer's is {shapes}: it was saved with other gauges, another "
+                    "vertical mode or another optimizer"
+                )
+            for key, value in own[param].items():
+                value.copy_(torch.as_tensor(saved[key]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_stacks": self._stacks, "_ready": True}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+
+    def _check_groups(self) -> None:
+        """Parameters under one gauge must share what the step shares; and gradients must be dense."""
+        for stack in self._stacks:
+            indices = {index for p in stack.parameters for index in p.groups}
+            if len(indices) > 1:
+                first, *others = (self.param_groups[index] for index in sorted(indices))
+                for other in others:
+                    for key in SHARED:
+                        if first[key] is not other[key] and first[key] != other[key]:
+                            names = ", ".join(p.names[0] for p in stack.parameters)
+                            raise ValueError(
+                                f"param groups disagree in {key} ({first[key]} and {other[key]}) over parameters "
+                                f"under one gauge: {names}. Put them in one group or leave the gauge out"
+                            )
+            for p in stack.parameters:
+                if any(param.grad is not None and param.grad.is_sparse for param in p.params):
+                    raise RuntimeError("DDCAdam does not support sparse gradients")
+
+
+def check_hyperparameters(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for a hyperparameter out of range."""
+    for key in ("lr", "eps", "weight_decay", "radial_rate"):
+        if not float(group[key]) >= 0:
+            raise ValueError(f"Invalid {key}={group[key]}: expected a number >= 0")
+    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"Invalid betas={group['betas']}: expected two numbers in [0, 1)")
+    for key, choices in (("vertical", VERTICAL_MODES), ("step_scale", STEP_SCALES)):
+        if group[key] not in choices:
+            raise ValueError(f"Invalid {key}={group[key]!r}: expected one of {', '.join(choices)}")
+
+
+class _Builder:
+    """Makes stacks of a plan: what has equal roles, shapes and param groups is stacked."""
+
+    def __init__(self, params: dict[str, Tensor], group_of: dict[str, int], groups: list[dict[str, Any]]) -> None:
+        self.params, self.group_of, self.groups = params, group_of, groups
+
+    def polar(self, plans: list[PolarPlan]) -> list[PolarStack]:
+        """Stacks of rescale gauges, in the order of their levels."""
+        place: dict[Rescale, tuple[PolarStack, int]] = {}
+        stacks = []
+        for level in sorted({plan.level for plan in plans}):
+            alike: dict[object, list[PolarPlan]] = {}
+            for plan in plans:
+                if plan.level == level:
+                    alike.setdefault(self._polar_key(plan, place), []).append(plan)
+            for members in alike.values():
+                group = self.groups[self.group_of[members[0].plus[0].name]]
+                stack = PolarStack(
+                    members[0].gauge.degree,
+                    [self._stack(roles, place) for roles in zip(*(plan.plus for plan in members), strict=True)],
+                    [self._stack(roles, place) for roles in zip(*(plan.minus for plan in members), strict=True)],
+                    [
+                        (axes[0].axis, [self.params[axis.parameter] for axis in axes])
+                        for axes in zip(*(plan.dressed for plan in members), strict=True)
+                    ],
+                    vertical=group["vertical"] == "adam",
+                )
+                place.update({plan.gauge: (stack, layer) for layer, plan in enumerate(members)})
+                stacks.append(stack)
+        return stacks
+
+    def free(self, roles: list[Role]) -> list[FreeStack]:
+        """Stacks of parameters that no rescale decomposes."""
+        alike: dict[object, list[Role]] = {}
+        for role in roles:
+            alike.setdefault(self._role_key(role, {}), []).append(role)
+        return [FreeStack(self._stack(tuple(members), {})) for members in alike.values()]
+
+    def _stack(
+        self, roles: tuple[Role, ...], place: dict[Rescale, tuple[PolarStack, int]]
+    ) -> StackedParameter:
+        names = [role.name for role in roles]
+        params = [self.params[name] for name in names]
+        dressed_by = None
+        sources = [place[role.dressing.gauge] for role in roles if role.dressing is not None]
+        if sources:
+            layers = torch.tensor([layer for _, layer in sources], device=params[0].device)
+            dressed_by = (sources[0][0], layers)
+        return StackedParameter(roles[0], names, params, [self.group_of[name] for name in names], dressed_by)
+
+    def _role_key(self, role: Role, place: dict[Rescale, tuple[PolarStack, int]]) -> object:
+        param = self.params[role.name]
+        dressing = role.dressing and (id(place[role.dressing.gauge][0]), role.dressing.axis, role.dressing.degree)
+        averaging = role.averaging and role.averaging.signature
+        kind = (tuple(param.shape), param.dtype, param.device, self.group_of[role.name])
+        return kind, role.axis, role.centred, averaging, dressing
+
+    def _polar_key(self, plan: PolarPlan, place: dict[Rescale, tuple[PolarStack, int]]) -> object:
+        sides = (tuple(self._role_key(role, place) for role in side) for side in (plan.plus, plan.minus))
+        dressed = tuple((axis.axis, tuple(self.params[axis.parameter].shape)) for axis in plan.dressed)
+        return plan.gauge.degree, *sides, dressed

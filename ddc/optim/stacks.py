@@ -1,0 +1,427 @@
+"""The arithmetic of a step, on parameters of equal role and shape stacked over the layers of a model.
+
+Shapes in this file: L layers in a stack, U units of a gauge. A stacked parameter is (L, *shape), a quantity
+per unit is (L, U). There are loops over stacks and over the sides of a gauge, never over layers or units.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddc.optim.averaging import Averaging
+from ddc.optim.plan import Role, compute_dtype
+
+Group = dict[str, Any]
+#: Norms of a stack's plus sides before and after it moved, both (L, U), for what they dress.
+Factors = dict["PolarStack", tuple[Tensor, Tensor]]
+
+
+class Bias(NamedTuple):
+    """Adam's bias corrections 1 - beta1^t and √(1 - beta2^t), each (L,)."""
+
+    first: Tensor
+    root_second: Tensor
+
+    @classmethod
+    def at(cls, step: Tensor, betas: tuple[float, float]) -> Bias:
+        step = step.double()
+        return cls(1 - betas[0] ** step, (1 - betas[1] ** step).sqrt())
+
+
+def adam_(
+    x: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    bias: Bias,
+    betas: tuple[float, float],
+    eps: float,
+    averaging: Averaging | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Take x into the moments in place and return Adam's direction as (u, scale), which is scale · u.
+
+    ``scale`` has one entry a layer and is left apart for the caller to fold into its own factor. Source:
+    Kingma and Ba, arXiv:1412.6980, algorithm 1.
+    """
+    exp_avg.lerp_(x, 1 - betas[0])
+    if averaging is None:
+        exp_avg_sq.mul_(betas[1]).addcmul_(x, x, value=1 - betas[1])
+    else:
+        exp_avg_sq.lerp_(averaging.mean(x.square()), 1 - betas[1])
+    denominator = exp_avg_sq.sqrt().add_(per_layer(eps * bias.root_second, x))
+    u = exp_avg.div(denominator) if averaging is None else averaging.divide(exp_avg, denominator)
+    return u, (bias.root_second / bias.first).to(x)
+
+
+def per_layer(values: Tensor, like: Tensor) -> Tensor:
+    """Shape (L,) to what broadcasts against a stacked tensor, in its dtype."""
+    return values.to(like.dtype).view(-1, *(1,) * (like.ndim - 1))
+
+
+@dataclass(eq=False)
+class StackedParameter:
+    """One role, played by the parameters of L layers, with their moments.
+
+    ``exp_avg`` is None where there is nothing but a radial step (a gamma by itself).
+    """
+
+    role: Role
+    names: list[str]
+    params: list[Tensor]
+    groups: list[int]
+    dressed_by: tuple[PolarStack, Tensor] | None = None
+    exp_avg: Tensor | None = None
+    exp_avg_sq: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.dtype = compute_dtype(self.params[0])
+
+    def allocate(self) -> None:
+        """Make the moments."""
+        shape = (len(self.params), *self.params[0].shape)
+        reduced = shape if self.role.averaging is None else self.role.averaging.reduced_shape(shape)
+        options = {"dtype": self.dtype, "device": self.params[0].device}
+        self.exp_avg, self.exp_avg_sq = torch.zeros(shape, **options), torch.zeros(reduced, **options)
+
+    def state(self, layer: int) -> dict[str, Tensor]:
+        """Views of one layer's moments."""
+        if self.exp_avg is None or self.exp_avg_sq is None:
+            return {}
+        return {"exp_avg": self.exp_avg[layer], "exp_avg_sq": self.exp_avg_sq[layer]}
+
+    def stack(self, rows: slice) -> Tensor:
+        """A new stacked tensor of the weights."""
+        return torch.stack([p.detach() for p in self.params[rows]]).to(self.dtype)
+
+    def stack_grads(self, rows: slice) -> Tensor:
+        """A new stacked tensor of the gradients; a missing one is zero."""
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params[rows]]
+        return torch.stack(grads).to(self.dtype)
+
+    def spread(self, per_unit: Tensor) -> Tensor:
+        """Shape (L, U) to what broadcasts against the stacked parameter."""
+        if self.params[0].ndim == 1:
+            return per_unit
+        return per_unit.unsqueeze(2 if self.role.axis == 0 else 1)
+
+    def unit_sum(self, stacked: Tensor) -> Tensor:
+        """Sum over the entries of each unit, (L, U)."""
+        return unit_sum(stacked, self.role.axis)
+
+    @property
+    def unit_size(self) -> int:
+        """Entries that one unit has in this parameter."""
+        return self.params[0].numel() // self.params[0].shape[self.role.axis]
+
+
+def unit_sum(stacked: Tensor, axis: int) -> Tensor:
+    """Sum a stacked parameter over all axes but the first and that of the units: (L, U)."""
+    return stacked if stacked.ndim == 2 else stacked.sum(2 if axis == 0 else 1)
+
+
+def active_rows(has_gradient: Sequence[bool]) -> Iterator[slice]:
+    """All layers at once if all have gradients, else one by one those that have."""
+    if all(has_gradient):
+        yield slice(None)
+    else:
+        yield from (slice(i, i + 1) for i, active in enumerate(has_gradient) if active)
+
+
+class FreeStack:
+    """Parameters that no rescale decomposes: AdamW, with second moments averaged and rows centred by role."""
+
+    def __init__(self, parameter: StackedParameter) -> None:
+        self.parameter = parameter
+        parameter.allocate()
+        self.step_count = torch.zeros(len(parameter.params), device=parameter.params[0].device)
+
+    @property
+    def parameters(self) -> list[StackedParameter]:
+        return [self.parameter]
+
+    def state(self, layer: int) -> dict[Tensor, dict[str, Tensor]]:
+        """State of one layer by parameter."""
+        p = self.parameter
+        return {p.params[layer]: {"step": self.step_count[layer], **p.state(layer)}}
+
+    def grad_norm_squared(self, factors: Factors, groups: list[Group]) -> Tensor:
+        """|g|², of the centred gradient where rows are centred."""
+        gradient = self.parameter.stack_grads(slice(None))
+        return (centre(gradient) if self.parameter.role.centred else gradient).square().sum()
+
+    def step(self, factors: Factors, groups: list[Group]) -> None:
+        for rows in active_rows([p.grad is not None for p in self.parameter.params]):
+            self._step(rows, groups[self.parameter.groups[0]])
+
+    def _step(self, rows: slice, group: Group) -> None:
+        p = self.parameter
+        assert p.exp_avg is not None and p.exp_avg_sq is not None
+        lr, decay = group["lr"], group["weight_decay"]
+        self.step_count[rows] += 1
+        gradient = p.stack_grads(rows)
+        if p.role.centred:
+            gradient = centre(gradient)
+        bias = Bias.at(self.step_count[rows], group["betas"])
+        u, scale = adam_(
+            gradient, p.exp_avg[rows], p.exp_avg_sq[rows], bias, group["betas"], group["eps"], p.role.averaging
+        )
+        if p.role.centred:
+            u = centre(u)
+        u.mul_(per_layer(-lr * scale, u))
+        params = p.params[rows]
+        if p.role.centred:  # the mean row is gauge: decay leaves it
+            u.add_(p.stack(rows).mean(1, keepdim=True) * (lr * decay))
+        if params[0].dtype == p.dtype:
+            torch._foreach_mul_(params, 1 - lr * decay)
+            torch._foreach_add_(params, u.unbind())
+        else:
+            torch._foreach_copy_(params, (p.stack(rows) * (1 - lr * decay) + u).unbind())
+
+
+def centre(stacked: Tensor) -> Tensor:
+    """Take the mean over the rows (the vocabulary) from a stacked tensor."""
+    return stacked - stacked.mean(1, keepdim=True)
+
+
+@dataclass
+class Side:
+    """One side of a rescale over L layers. All entries of a unit are one vector, one *block*."""
+
+    parameters: list[StackedParameter]
+
+    def __post_init__(self) -> None:
+        self.unit_size = sum(p.unit_size for p in self.parameters)
+        matrices = [p.params[0] for p in self.parameters if p.params[0].ndim == 2]
+        fan_in = matrices[0].shape[1] if matrices else self.unit_size
+        #: step scale over norm: s = √fan_in · rms = √(fan_in / unit_size) · rho; s = rho for vectors
+        self.init_scale = math.sqrt(fan_in / self.unit_size)
+        if self.unit_size > 1:
+            for p in self.parameters:
+                p.allocate()
+
+    def sum(self, term: Callable[[StackedParameter, int], Tensor]) -> Tensor:
+        """Sum of a per-unit term over the tensors that hold the side, (L, U)."""
+        return torch.stack([term(p, i) for i, p in enumerate(self.parameters)]).sum(0)
+
+
+@dataclass
+class Block:
+    """A side at one step: weights and gradients in centred, dressed coordinates, and what they sum to."""
+
+    side: Side
+    weights: list[Tensor]
+    grads: list[Tensor]
+    means: list[Tensor | None]
+    norm: Tensor
+    log_norm_grad: Tensor
+
+    def grad_norm_squared(self, step_scale: str) -> Tensor:
+        """Σ over units of s² |g|², which is |g|² at the 1/√fan_in initialisation and invariant always."""
+        squared = self.side.sum(lambda p, i: p.unit_sum(self.grads[i].square()))
+        return (squared * self.scale(self.norm, step_scale).square()).sum()
+
+    def scale(self, norm: Tensor, step_scale: str) -> Tensor:
+        """The step scale s per unit."""
+        return norm * self.side.init_scale if step_scale == "init" else norm
+
+
+class PolarStack:
+    """One rescale gauge in L layers: norms and directions of its sides step apart."""
+
+    def __init__(
+        self,
+        degree: int,
+        plus: list[StackedParameter],
+        minus: list[StackedParameter],
+        dressed: list[tuple[int, list[Tensor]]],
+        vertical: bool,
+    ) -> None:
+        self.degree, self.dressed = degree, dressed
+        self.plus, self.minus = Side(plus), Side(minus) if minus else None
+        first = plus[0]
+        self.layers = len(first.params)
+        options: dict[str, Any] = {"device": first.params[0].device}
+        self.step_count = torch.zeros(self.layers, **options)
+        units = first.params[0].shape[first.role.axis]
+        modes = (("radial",) + (("vertical",) if vertical else ())) if minus else ()
+        self.modes = {
+            f"{mode}_{moment}": torch.zeros(self.layers, units, dtype=first.dtype, **options)
+            for mode in modes
+            for moment in ("exp_avg", "exp_avg_sq")
+        }
+
+    @property
+    def parameters(self) -> list[StackedParameter]:
+        return self.plus.parameters + (self.minus.parameters if self.minus else [])
+
+    def state(self, layer: int) -> dict[Tensor, dict[str, Tensor]]:
+        """State of one layer by parameter; that of the gauge's modes is with the first parameter."""
+        state = {p.params[layer]: {"step": self.step_count[layer], **p.state(layer)} for p in self.parameters}
+        state[self.plus.parameters[0].params[layer]] |= {key: value[layer] for key, value in self.modes.items()}
+        return state
+
+    def grad_norm_squared(self, factors: Factors, groups: list[Group]) -> Tensor:
+        """Squared norm of the gradient in the invariant metric, all layers together."""
+        rows, group = slice(None), groups[self.plus.parameters[0].groups[0]]
+        plus = self._read(self.plus, rows, factors)
+        factors[self] = (plus.norm, plus.norm)
+        total = plus.grad_norm_squared(group["step_scale"])
+        if self.minus is not None:
+            total = total + self._read(self.minus, rows, factors).grad_norm_squared(group["step_scale"])
+        return total
+
+    def step(self, factors: Factors, groups: list[Group]) -> None:
+        """Move all layers that have a gradient. Afterwards ``factors`` holds this stack's plus norms."""
+        has_gradient = [any(p.params[i].grad is not None for p in self.parameters) for i in range(self.layers)]
+        if all(has_gradient):
+            factors[self] = self._step(slice(None), factors, groups)
+            return
+        old = self._read(self.plus, slice(None), factors).norm
+        new = old.clone()
+        for rows in active_rows(has_gradient):
+            new[rows] = self._step(rows, factors, groups)[1]
+        factors[self] = (old, new)
+
+    def _step(self, rows: slice, factors: Factors, groups: list[Group]) -> tuple[Tensor, Tensor]:
+        """One step of the given layers; returns the plus norms before and after."""
+        group = groups[self.plus.parameters[0].groups[0]]
+        self.step_count[rows] += 1
+        bias = Bias.at(self.step_count[rows], group["betas"])
+        plus = self._read(self.plus, rows, factors)
+        if self.minus is None:  # the plus norms are the gauge coordinate: they keep still
+            old, zero = plus.norm, torch.zeros_like(plus.norm)
+            return old, self._move(plus, old, zero, rows, bias, factors, groups)
+        minus = self._read(self.minus, rows, factors)
+        plus_change, minus_change = self._radial(plus, minus, rows, bias, group)
+        plus_norm, minus_norm = plus.norm, minus.norm
+        # A dead side (norm 0) has no direction. It steps in the other side's covariant scale until it has one.
+        plus_scale = torch.where(plus_norm > 0, plus_norm, safe_power(minus_norm, -1 / self.degree))
+        minus_scale = torch.where(minus_norm > 0, minus_norm, safe_power(plus_norm, -self.degree))
+        new = self._move(plus, plus_scale, plus_change, rows, bias, factors, groups)
+        self._move(minus, minus_scale, minus_change, rows, bias, factors, groups)
+        return plus_norm, new
+
+    def _read(self, side: Side, rows: slice, factors: Factors) -> Block:
+        """Weights and gradients in the coordinates in which the side is decomposed."""
+        weights, grads, means = [], [], []
+        for p in side.parameters:
+            weight, grad, mean = p.stack(rows), p.stack_grads(rows), None
+            if p.role.centred:
+                mean = weight.mean(1, keepdim=True)
+                weight.sub_(mean)
+                grad.sub_(grad.mean(1, keepdim=True))
+            if p.dressed_by is not None:
+                factor = self._dressing(p, rows, factors, after=False)
+                weight.mul_(factor)
+                grad.mul_(safe_power(factor, -1))
+            weights.append(weight)
+            grads.append(grad)
+            means.append(mean)
+        norm = side.sum(lambda p, i: p.unit_sum(weights[i].square())).sqrt_()
+        log_norm_grad = side.sum(lambda p, i: p.unit_sum(weights[i] * grads[i]))
+        return Block(side, weights, grads, means, norm, log_norm_grad)
+
+    def _dressing(self, p: StackedParameter, rows: slice, factors: Factors, after: bool) -> Tensor:
+        """The factor that dresses a parameter, before or after the dressing stack has moved."""
+        assert p.dressed_by is not None and p.role.dressing is not None
+        stack, layers = p.dressed_by
+        factor = factors[stack][after][layers[rows]] ** p.role.dressing.degree
+        return factor.unsqueeze(2 if p.role.dressing.axis == 0 else 1)
+
+    def _radial(
+        self, plus: Block, minus: Block, rows: slice, bias: Bias, group: Group
+    ) -> tuple[Tensor, Tensor]:
+        """Changes of log rho_P and log rho_M: the shared radial step and the vertical mode."""
+        k, size = self.degree, math.sqrt(1 + self.degree**2)
+        rate = group["lr"] * group["radial_rate"]
+
+        def mode_step(mode: str, gradient: Tensor) -> Tensor:
+            moments = (self.modes[f"{mode}_{moment}"][rows] for moment in ("exp_avg", "exp_avg_sq"))
+            u, scale = adam_(gradient, *moments, bias, group["betas"], group["eps"])
+            return u.mul_(-rate * scale[:, None])
+
+        # What the plus side dresses is undressed by its new norms, so it does not feel the plus side's move.
+        plus_grad = plus.log_norm_grad
+        for axis, params in self.dressed:
+            products = [p.detach() * p.grad if p.grad is not None else torch.zeros_like(p) for p in params[rows]]
+            plus_grad = plus_grad - k * unit_sum(torch.stack(products).to(plus_grad.dtype), axis)
+        radial = mode_step("radial", (k * plus_grad + minus.log_norm_grad) / size)
+        match group["vertical"]:
+            case "freeze":
+                vertical = torch.zeros_like(radial)
+            case "adam":
+                vertical = mode_step("vertical", (plus_grad - k * minus.log_norm_grad) / size)
+            case _:
+                gap = plus.norm.log() - k * minus.norm.log()
+                vertical = torch.where(gap.isfinite(), -rate * gap / size, 0.0)
+        return (k * radial + vertical) / size, (radial - k * vertical) / size
+
+    def _move(
+        self,
+        block: Block,
+        norm: Tensor,
+        log_change: Tensor,
+        rows: slice,
+        bias: Bias,
+        factors: Factors,
+        groups: list[Group],
+    ) -> Tensor:
+        """Turn and scale one side and write it back; returns its new norm, decay apart.
+
+        With u the Adam direction of x = rho g_tan and s the step scale, the turned direction is
+        W - eta s (u - <u, W> W / rho²), which is a combination of W and u per unit: only its two
+        coefficients are worked out, and neither projection nor retraction takes a pass of its own.
+        """
+        side, group = block.side, groups[block.side.parameters[0].groups[0]]
+        growth = log_change.exp()
+        inverse = safe_power(norm, -1)
+        alive = block.norm > 0
+        directions: list[Tensor] = []
+        keep, turn, new_norm = growth, torch.zeros_like(growth), growth * block.norm
+        if side.unit_size > 1:
+            for p, weight, grad in zip(side.parameters, block.weights, block.grads, strict=True):
+                assert p.exp_avg is not None and p.exp_avg_sq is not None
+                x = grad.mul_(p.spread(norm)).addcmul_(weight, p.spread(block.log_norm_grad * inverse), value=-1)
+                u, scale = adam_(
+                    x, p.exp_avg[rows], p.exp_avg_sq[rows], bias, group["betas"], group["eps"], p.role.averaging
+                )
+                directions.append(centre(u) if p.role.centred else u)
+            cosine = scale[:, None] * inverse * side.sum(lambda p, i: p.unit_sum(directions[i] * block.weights[i]))
+            square = scale[:, None].square() * side.sum(lambda p, i: p.unit_sum(directions[i].square()))
+            cosine, square = cosine * alive, (square - cosine.square() * alive).clamp_(min=0)
+            stride = group["lr"] * block.scale(norm, group["step_scale"])
+            angle = stride * inverse
+            stretch = (1 + angle.square() * square).sqrt()
+            if group["retract"]:
+                growth = torch.where(alive, growth / stretch, growth)
+            keep, turn = growth * (1 + angle * cosine), growth * stride * scale[:, None]
+            new_norm = growth * torch.where(alive, block.norm * stretch, stride * square.sqrt())
+        rounded: list[Tensor] = []
+        for i, p in enumerate(side.parameters):
+            decay = 1 - group["lr"] * groups[p.groups[0]]["weight_decay"]
+            weight = block.weights[i].mul_(p.spread(keep * decay))
+            if directions:
+                weight.addcmul_(directions[i], p.spread(turn * decay), value=-1)
+            params = p.params[rows]
+            if p.dressed_by is not None:  # what a dead factor dresses has no effect, and stays as it is
+                factor = self._dressing(p, rows, factors, after=True)
+                weight = torch.where(factor > 0, weight.mul_(safe_power(factor, -1)), p.stack(rows))
+            mean = block.means[i]
+            if mean is not None:
+                weight.add_(mean)
+            torch._foreach_copy_(params, weight.unbind())
+            if params[0].dtype != p.dtype:
+                rounded.append(p.stack(rows) / decay)
+        if rounded:  # the norms that what this side dresses must follow are those of the rounded weights
+            new_norm = side.sum(lambda p, i: p.unit_sum(rounded[i].square())).sqrt_()
+        return new_norm
+
+
+def safe_power(x: Tensor, exponent: float) -> Tensor:
+    """x^exponent for x > 0, and 0 at x = 0."""
+    return torch.where(x > 0, x, 1.0).pow(exponent).mul_(x > 0)
