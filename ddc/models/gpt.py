@@ -14,7 +14,7 @@ MLPS = ("swiglu", "relu", "relu2", "gelu")
 POSITIONS = ("rope", "partial_rope", "learned")
 
 
-@dataclass(frozen=True)
+@dataclass
 class GPTConfig:
     """Architecture of :class:`GPT`.
 
@@ -22,7 +22,6 @@ class GPTConfig:
         ValueError: on construction, a choice that does not exist or sizes that do not fit together.
     """
 
-    vocab_size: int
     context: int = 128
     layers: int = 4
     width: int = 128
@@ -40,7 +39,7 @@ class GPTConfig:
         for key, choices in (("norm", NORMS), ("mlp", MLPS), ("positions", POSITIONS)):
             if (value := getattr(self, key)) not in choices:
                 raise ValueError(f"Invalid model.{key}={value!r}: expected one of {', '.join(choices)}")
-        for key in ("vocab_size", "context", "layers", "width", "heads", "kv_heads", "hidden"):
+        for key in ("context", "layers", "width", "heads", "kv_heads", "hidden"):
             if (value := getattr(self, key)) < 1:
                 raise ValueError(f"Invalid model.{key}={value}: expected a positive integer")
         if self.width % self.heads:
@@ -162,14 +161,14 @@ class GPT(nn.Module):
     rate means the same as for AdamW; biases start at 0, norm scales at 1.
     """
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, vocab_size: int) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.embedding = nn.Embedding(vocab_size, config.width)
         self.position = nn.Embedding(config.context, config.width) if config.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = make_norm(config)
-        self.head = nn.Linear(config.width, config.vocab_size, bias=config.bias and not config.tied_head)
+        self.head = nn.Linear(config.width, vocab_size, bias=config.bias and not config.tied_head)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)

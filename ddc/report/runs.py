@@ -1,0 +1,110 @@
+"""Read runs from their folders, tabulate and plot them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished or unfinished run, as its folder tells it."""
+
+    folder: Path
+    info: dict[str, Any]
+    rows: list[dict[str, Any]]
+    summary: dict[str, Any] | None
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        """Read a run folder.
+
+        Raises:
+            FileNotFoundError: the folder holds no run.
+        """
+        if not (folder / "run.json").exists():
+            raise FileNotFoundError(f"{folder} holds no run (no run.json)")
+        summary = folder / "summary.json"
+        return cls(
+            folder,
+            json.loads((folder / "run.json").read_text()),
+            [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()],
+            json.loads(summary.read_text()) if summary.exists() else None,
+        )
+
+    @property
+    def label(self) -> str:
+        """Optimizer and seed."""
+        config = self.info["config"]
+        return f"{config['optimizer']['name']}, seed {config['seed']}"
+
+
+def summary_table(runs: Sequence[Run]) -> Table:
+    """One column a run: losses in nats per token, the gap, the gap at equal train loss, wall time."""
+    table = Table(title="loss in nats per token")
+    table.add_column("")
+    for run in runs:
+        table.add_column(run.label, justify="right")
+    for name, cells in summary_rows(runs):
+        table.add_row(name, *cells)
+    return table
+
+
+def summary_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Names and cells of a summary, for any kind of table."""
+    summaries = [run.summary or {} for run in runs]
+
+    def row(name: str, key: str, form: str = ".3f") -> tuple[str, list[str]]:
+        return name, [format(s[key], form) if s.get(key) is not None else "–" for s in summaries]
+
+    rows = [
+        row("steps", "steps", "d"),
+        row("train loss", "train_loss"),
+        row("validation loss, last", "validation_loss"),
+        row("validation loss, best", "best_validation_loss"),
+        row("… at step", "best_validation_step", "d"),
+        row("gap (validation - train)", "gap"),
+    ]
+    levels = sorted({level for s in summaries for level in s.get("gap_at_train_loss", {})}, key=float, reverse=True)
+    for level in levels:
+        gaps = [s.get("gap_at_train_loss", {}).get(level) for s in summaries]
+        rows.append((f"gap at train loss {level}", ["never reached" if g is None else f"{g:.3f}" for g in gaps]))
+    rows.append(row("wall time, s", "seconds", ".0f"))
+    return rows
+
+
+def plot_curves(runs: Sequence[Run], stem: Path) -> list[Path]:
+    """Loss curves against epochs, and gap against train loss, as ``stem``.png and ``stem``.pdf."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    # Okabe and Ito's colours, safe for the colour-blind
+    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+    figure, (losses, gaps) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for i, run in enumerate(runs):
+        colour = colours[i % len(colours)]
+        epochs = [row["epoch"] for row in run.rows]
+        train = [row["train_loss"] for row in run.rows]
+        losses.plot(epochs, train, color=colour, linestyle="--", label=f"{run.label}: train")
+        losses.plot(
+            epochs, [row["validation_loss"] for row in run.rows], color=colour, label=f"{run.label}: validation"
+        )
+        gaps.plot(train, [row["gap"] for row in run.rows], color=colour, marker=".", markersize=4, label=run.label)
+    losses.set(xlabel="epochs", ylabel="loss (nats per token)", ylim=(0, None))
+    gaps.set(xlabel="train loss (nats per token), falling", ylabel="validation - train loss (nats per token)")
+    gaps.invert_xaxis()
+    for axes in (losses, gaps):
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize="small")
+    paths = [stem.with_suffix(suffix) for suffix in (".png", ".pdf")]
+    for path in paths:
+        figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return paths

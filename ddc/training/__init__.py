@@ -1,0 +1,1 @@
+"""The loop, checkpoints, records and their mirror in Weights & Biases."""

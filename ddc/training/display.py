@@ -1,0 +1,56 @@
+"""What a person sees of a run: a progress bar on a terminal, a line an evaluation in a log."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ddc.training.records import Row
+
+
+class Display:
+    """Progress of one run, with losses, gap, tokens per second and time left."""
+
+    def __init__(self, steps: int, start: int, title: str) -> None:
+        self.console = Console(stderr=True)
+        self.steps, self.start, self.step = steps, start, start
+        self.began = time.perf_counter()
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.progress.add_task(title, total=steps, completed=start, status="")
+        self.title = title
+
+    def __enter__(self) -> Display:
+        self.progress.start()
+        if not self.console.is_terminal:
+            print(f"{self.title}: {self.steps} steps" + (f", from step {self.start}" if self.start else ""), flush=True)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.progress.stop()
+
+    def advance(self) -> None:
+        self.step += 1
+        self.progress.advance(self.task)
+
+    def evaluated(self, row: Row, tokens_per_second: float) -> None:
+        """Show an evaluation."""
+        status = (
+            f"train {row['train_loss']:.3f}  val {row['validation_loss']:.3f}  gap {row['gap']:+.3f}  "
+            f"{tokens_per_second:,.0f} tok/s"
+        )
+        self.progress.update(self.task, status=status)
+        if not self.console.is_terminal:
+            done = self.step - self.start
+            left = (time.perf_counter() - self.began) / done * (self.steps - self.step) if done else None
+            tail = f"  {left:.0f} s left" if left else ""
+            print(f"step {row['step']:>6}/{self.steps}  {status}{tail}", flush=True)

@@ -1,0 +1,290 @@
+"""The training loop: config in, records out."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from ddc.data import TextData, load_text
+from ddc.gauges import GaugeSet, audit, find_gauges
+from ddc.models import GPT, cross_entropy
+from ddc.optim import DDCAdam
+from ddc.optim.factory import make_optimizer
+from ddc.training.checkpoint import load_checkpoint, save_checkpoint
+from ddc.training.config import Config, TrainingConfig
+from ddc.training.display import Display
+from ddc.training.mirror import Mirror
+from ddc.training.records import Records, Row, provenance, summarize, write_json
+
+Batch = tuple[Tensor, Tensor]
+
+
+class DivergedError(RuntimeError):
+    """The loss is no longer a finite number."""
+
+
+@dataclass
+class Setup:
+    """All that a run needs, made and checked before anything is trained or written."""
+
+    config: Config
+    device: torch.device
+    data: TextData
+    model: GPT
+    gauges: GaugeSet
+    optimizer: Optimizer
+    folder: Path
+
+
+def prepare(config: Config) -> Setup:
+    """Make data, model, gauges and optimizer.
+
+    Raises:
+        ValueError: a value, a data set or a combination that cannot work; the message names the key and the fix.
+    """
+    device = choose_device(config.training)
+    data = load_text(config.data, config.model.context)
+    torch.set_num_threads(config.training.threads)
+    torch.manual_seed(config.seed)
+    model = GPT(config.model, data.vocab_size).to(device)
+    gauges = find_gauges(model).only(config.gauges.kinds)
+    options = dataclasses.asdict(config.optimizer)
+    name, weight_decay = options.pop("name"), options.pop("weight_decay")
+    optimizer = make_optimizer(name, model, gauges, weight_decay, **options)
+    return Setup(config, device, data, model, gauges, optimizer, Path(config.runs) / config.name / config.run_id)
+
+
+def choose_device(config: TrainingConfig) -> torch.device:
+    """The device of the config.
+
+    Raises:
+        ValueError: a GPU is asked for and there is none, or a precision that needs one.
+    """
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise ValueError(
+            "training.device=cuda (the default of scale=gpu): torch finds no GPU here. Use scale=cpu, or "
+            "training.device=cpu training.precision=float32 to run this scale on the CPU all the same"
+        )
+    device = torch.device("cuda" if available and config.device != "cpu" else "cpu")
+    if device.type == "cpu" and config.precision != "float32":
+        raise ValueError(f"training.precision={config.precision} needs a GPU: set training.precision=float32")
+    return device
+
+
+def train(setup: Setup) -> Row:
+    """Train to the end, or from the last checkpoint to the end, and return the summary.
+
+    Raises:
+        DivergedError: the loss is not finite; the last good checkpoint is kept.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is saved.
+    """
+    config, training, folder = setup.config, setup.config.training, setup.folder
+    model, optimizer = setup.model, setup.optimizer
+    summary_path, checkpoint = folder / "summary.json", folder / "checkpoint.pt"
+    if training.resume == "auto" and summary_path.exists():
+        return {**json.loads(summary_path.read_text()), "already_complete": True}
+    scaler = GradScaler(setup.device.type, enabled=training.precision == "float16")
+    records, timing = Records(folder / "records.jsonl"), Records(folder / "timing.jsonl")
+    start = 0
+    if training.resume == "auto" and checkpoint.exists():
+        start = load_checkpoint(checkpoint, model, optimizer, scaler, setup.device)
+    else:
+        start_folder(setup)
+    records.truncate(start)
+    timing.truncate(start)
+    rows = records.read()
+    elapsed = sum(row["seconds"] for row in timing.read())
+    evaluations = {round(i * training.steps / training.evaluations) for i in range(training.evaluations + 1)}
+    fixed = {split: evaluation_batches(setup, split) for split in ("train", "validation")}
+    mirror, stop = Mirror(config, folder), StopSignal()
+
+    with Display(training.steps, start, f"{config.name}/{config.run_id}") as display, stop:
+        clock, last_row_step = time.perf_counter(), start
+        for step in range(start, training.steps + 1):
+            if step in evaluations and not (rows and rows[-1]["step"] == step):
+                row = evaluate(setup, step, fixed)
+                seconds = time.perf_counter() - clock
+                tokens_per_second = (step - last_row_step) * training.batch_size * config.model.context / seconds
+                records.append(row)
+                timing.append({"step": step, "seconds": seconds, "tokens_per_second": tokens_per_second})
+                save_checkpoint(checkpoint, step, model, optimizer, scaler)
+                rows.append(row)
+                mirror.log({**row, "tokens_per_second": tokens_per_second})
+                display.evaluated(row, tokens_per_second)
+                elapsed, clock, last_row_step = elapsed + seconds, time.perf_counter(), step
+            if step == training.steps:
+                break
+            train_step(setup, step, scaler, checkpoint)
+            display.advance()
+            if stop.requested:
+                check_finite(model, checkpoint)
+                save_checkpoint(checkpoint, step + 1, model, optimizer, scaler)
+                raise KeyboardInterrupt(f"stopped after step {step + 1}; the same command goes on from there")
+
+    summary = {
+        **summarize(rows, training.gap_levels),
+        "seconds": elapsed,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    write_json(summary_path, summary)
+    mirror.finish(summary)
+    return summary
+
+
+def start_folder(setup: Setup) -> None:
+    """Begin a run folder: an older run in it ends here, and what made this one is written down."""
+    setup.folder.mkdir(parents=True, exist_ok=True)
+    for name in ("summary.json", "checkpoint.pt", "records.jsonl", "timing.jsonl"):
+        (setup.folder / name).unlink(missing_ok=True)
+    write_json(
+        setup.folder / "run.json",
+        {
+            "id": setup.config.run_id,
+            "config": dataclasses.asdict(setup.config),
+            "seed": setup.config.seed,
+            "data": setup.data.source,
+            "gauges": str(setup.gauges).splitlines(),
+            **provenance(),
+        },
+    )
+
+
+def train_step(setup: Setup, step: int, scaler: GradScaler, checkpoint: Path) -> None:
+    """One optimizer step.
+
+    Raises:
+        DivergedError: a loss that is not finite. Weights are as before the step.
+    """
+    training, model, optimizer = setup.config.training, setup.model, setup.optimizer
+    lr = setup.config.optimizer.lr * learning_rate_factor(training, step)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad()
+    inputs, targets = setup.data.batch(step, training.batch_size, setup.config.model.context, setup.config.seed)
+    losses = []
+    for x, y in zip(inputs.chunk(training.accumulation), targets.chunk(training.accumulation), strict=True):
+        with autocast(setup):
+            loss = cross_entropy(model(x.to(setup.device)), y.to(setup.device)) / training.accumulation
+        scaler.scale(loss).backward()
+        losses.append(loss.detach())
+    if not math.isfinite(loss_value := float(torch.stack(losses).sum())):
+        raise DivergedError(f"the loss of step {step} is {loss_value}. {where_to_go_on(checkpoint)}")
+    if training.max_grad_norm is not None:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), training.max_grad_norm, grad_norm(model, optimizer))
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def grad_norm(model: nn.Module, optimizer: Optimizer) -> Tensor:
+    """The norm that clipping goes by: the gauge-invariant one where the optimizer has gauges."""
+    if isinstance(optimizer, DDCAdam):
+        return optimizer.grad_norm()
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+
+def learning_rate_factor(training: TrainingConfig, step: int) -> float:
+    """Learning rate of a step, relative to its peak."""
+    warmup = max(1, round(training.warmup * training.steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    if training.schedule == "cosine":
+        progress = (step - warmup) / max(1, training.steps - warmup)
+        return training.final_lr + (1 - training.final_lr) * (1 + math.cos(math.pi * progress)) / 2
+    decay = round(training.decay * training.steps)
+    if training.schedule == "wsd" and step >= training.steps - decay:
+        return training.final_lr + (1 - training.final_lr) * (training.steps - step) / decay
+    return 1.0
+
+
+def evaluation_batches(setup: Setup, split: str) -> list[Batch]:
+    """The fixed batches of a split, on the device."""
+    training = setup.config.training
+    batches = setup.data.evaluation_batches(
+        split, training.evaluation_batches, training.batch_size, setup.config.model.context
+    )
+    return [(x.to(setup.device), y.to(setup.device)) for x, y in batches]
+
+
+def evaluate(setup: Setup, step: int, batches: dict[str, list[Batch]]) -> Row:
+    """One record: losses of both splits on fixed batches, in nats per token, and the audit of the gauges.
+
+    Raises:
+        DivergedError: the train loss is not finite.
+    """
+    losses = {split: mean_loss(setup, batches[split]) for split in ("train", "validation")}
+    if not math.isfinite(losses["train"]):
+        raise DivergedError(
+            f"the train loss after step {step} is {losses['train']}. {where_to_go_on(setup.folder / 'checkpoint.pt')}"
+        )
+    config = setup.config
+    tokens = step * config.training.batch_size * config.model.context
+    has_gradients = all(p.grad is not None for p in setup.model.parameters())
+    return {
+        "step": step,
+        "epoch": tokens / len(setup.data.train),
+        "lr": config.optimizer.lr * learning_rate_factor(config.training, step),
+        "train_loss": losses["train"],
+        "validation_loss": losses["validation"],
+        "gap": losses["validation"] - losses["train"],
+        "gauge_audit": max(audit(setup.model, setup.gauges).values(), default=None) if has_gradients else None,
+    }
+
+
+@torch.no_grad()
+def mean_loss(setup: Setup, batches: list[Batch]) -> float:
+    """Mean loss per token over batches."""
+    total, count = 0.0, 0
+    for x, y in batches:
+        with autocast(setup):
+            total += float(cross_entropy(setup.model(x), y)) * y.numel()
+        count += y.numel()
+    return total / count
+
+
+def autocast(setup: Setup) -> contextlib.AbstractContextManager[object]:
+    """Mixed precision as configured."""
+    dtype = getattr(torch, setup.config.training.precision)
+    return torch.autocast(setup.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def check_finite(model: nn.Module, checkpoint: Path) -> None:
+    """Raise DivergedError rather than save weights that are not finite."""
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise DivergedError(f"the weights are not finite; they are not saved. {where_to_go_on(checkpoint)}")
+
+
+def where_to_go_on(checkpoint: Path) -> str:
+    return f"The last good checkpoint is {checkpoint}; a smaller optimizer.lr or training.max_grad_norm may help"
+
+
+class StopSignal:
+    """Turns Ctrl-C and SIGTERM into a request that the loop answers between two steps; a second Ctrl-C kills."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> StopSignal:
+        self._before = {s: signal.signal(s, self._request) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _request(self, number: int, frame: Any) -> None:
+        self.requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,74 @@
+"""Weights & Biases as a mirror of the records: it may fail, the run may not."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from ddc.training.config import Config
+
+log = logging.getLogger(__name__)
+
+
+class Mirror:
+    """Sends rows to W&B, and stops with a warning at the first error."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self._run: Any = None
+        if config.wandb.mode != "disabled":
+            try:
+                self._run = self._start(config, folder)
+            except Exception as error:  # a mirror must not take the run with it, whatever happened
+                self._give_up(error)
+
+    def _start(self, config: Config, folder: Path) -> Any:
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb
+
+        mode = config.wandb.mode
+        if mode == "auto":
+            mode = "online" if wandb.api.api_key else "offline"
+        arguments: dict[str, Any] = {
+            "project": config.wandb.project,
+            "entity": config.wandb.entity,
+            "dir": str(folder),
+            "id": config.run_id,
+            "name": config.run_id,
+            "group": f"{config.name}/{config.optimizer.name}",
+            "job_type": "train",
+            "config": config.identity,
+        }
+        settings = wandb.Settings(init_timeout=30, console="off")
+        if mode == "online":
+            try:
+                return wandb.init(mode="online", resume="allow", settings=settings, **arguments)
+            except Exception as error:  # no key, no network, a full quota: any of them
+                log.warning("W&B cannot be reached (%s); logging offline, wandb sync sends it later", first_line(error))
+        return wandb.init(mode="offline", settings=settings, **arguments)
+
+    def log(self, row: dict[str, Any]) -> None:
+        if self._run is not None:
+            try:
+                self._run.log(row, step=row["step"])
+            except Exception as error:
+                self._give_up(error)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        if self._run is not None:
+            try:
+                self._run.summary.update(summary)
+                self._run.finish()
+            except Exception as error:
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        log.warning("W&B failed (%s); the run goes on without it, its records are complete", first_line(error))
+        self._run = None
+
+
+def first_line(error: Exception) -> str:
+    """Type and first line of an error's message."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,133 @@
+"""What a run leaves on disk. The local records are the truth; everything else mirrors or reads them.
+
+A run folder holds
+
+- ``run.json``: configuration, seed, commit, versions, machine, data source, gauges found and refused;
+- ``records.jsonl``: one row an evaluation, nothing in it that depends on the machine's speed, so that an
+  interrupted and resumed run ends with the same bytes as an unbroken one;
+- ``timing.jsonl``: seconds and tokens per second at the same steps;
+- ``checkpoint.pt``: the last good checkpoint;
+- ``summary.json``: written when the run is complete, and the mark that it is.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "numpy", "hydra-core", "omegaconf", "wandb", "datasets", "transformers")
+Row = dict[str, Any]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file so that at any moment it is either the old one or the new one, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: object) -> None:
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+class Records:
+    """Append-only JSON lines, one row a step number."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[Row]:
+        """All rows; a last line that a kill cut short is left out."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text().split("\n")
+        return [json.loads(line) for line in lines[:-1]]
+
+    def append(self, row: Row) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def truncate(self, last_step: int) -> None:
+        """Drop the rows after ``last_step``: a resumed run writes them again."""
+        rows = [row for row in self.read() if row["step"] <= last_step]
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, versions and kind of machine."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "commit": commit(),
+        "versions": {"python": platform.python_version(), **versions},
+        "machine": {"system": platform.platform(), "cpu": cpu_name(), "cores": os.cpu_count(), "gpu": gpu},
+    }
+
+
+def commit() -> str | None:
+    """The commit of the code, with ``+`` where tracked files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout
+
+    try:
+        dirty = git("status", "--porcelain", "--untracked-files=no").strip()
+        return git("rev-parse", "HEAD").strip() + ("+" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def cpu_name() -> str:
+    """The processor's model name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def summarize(rows: list[Row], gap_levels: list[float]) -> Mapping[str, Any]:
+    """Final and best losses, the gap, and the gap at given train losses (null where never reached).
+
+    The gap at a train loss is read where the run first reaches it, interpolated linearly in the train loss
+    between two evaluations.
+    """
+    last = rows[-1]
+    best = min(rows, key=lambda row: row["validation_loss"])
+    return {
+        "steps": last["step"],
+        "train_loss": last["train_loss"],
+        "validation_loss": last["validation_loss"],
+        "gap": last["gap"],
+        "best_validation_loss": best["validation_loss"],
+        "best_validation_step": best["step"],
+        "gap_at_train_loss": {str(level): gap_at(rows, level) for level in gap_levels},
+    }
+
+
+def gap_at(rows: list[Row], level: float) -> float | None:
+    """Validation - train loss where the train loss first falls to ``level``; None if it never does."""
+    for before, after in zip(rows, rows[1:], strict=False):
+        if after["train_loss"] <= level < before["train_loss"]:
+            weight = (before["train_loss"] - level) / (before["train_loss"] - after["train_loss"])
+            return float(before["gap"] + weight * (after["gap"] - before["gap"]))
+    return None

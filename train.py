@@ -1,0 +1,42 @@
+"""Train one model: ``python train.py +experiment=lm_overtrain optimizer=ddcadam``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+from rich.console import Console
+
+from ddc.report.runs import Run, plot_curves, summary_table
+from ddc.training.config import register_schemas, resolve
+from ddc.training.loop import DivergedError, prepare, train
+
+register_schemas()
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="config")
+def main(composed: DictConfig) -> None:
+    """Run what the composed configuration says, and show what came of it."""
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        setup = prepare(resolve(composed))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    try:
+        summary = train(setup)
+    except (DivergedError, KeyboardInterrupt) as error:
+        sys.exit(f"stopped: {error}")
+    if summary.get("already_complete"):
+        print(f"This run was complete already; training.resume=never runs it again. Folder: {setup.folder}")
+    run = Run.read(setup.folder)
+    paths = plot_curves([run], setup.folder / "curves")
+    Console().print(summary_table([run]))
+    for path in (Path("summary.json"), Path("records.jsonl"), *(path.relative_to(setup.folder) for path in paths)):
+        print(setup.folder / path)
+
+
+if __name__ == "__main__":
+    main()
