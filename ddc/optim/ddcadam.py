@@ -47,9 +47,9 @@ class DDCAdam(Optimizer):
         betas, eps: Adam's, for every one of the moments above.
         weight_decay: decoupled, applied to a weight as it stands (under a logit shift to its centred part).
         radial_rate: r above: the rate of the norms relative to that of the directions; 0 freezes the norms.
-        vertical: the gauge coordinate k^-1... log(rho_P / rho_M): ``"freeze"`` leaves it as it is, ``"adam"``
-            steps on its gradient (which is rounding error), ``"balance"`` relaxes it towards equal norms at
-            rate ``lr * radial_rate``. No choice changes the function that the network computes.
+        vertical: what becomes of the gauge coordinate log rho_P - k log rho_M: ``"freeze"`` leaves it as it
+            is, ``"adam"`` steps on its gradient (which is rounding error), ``"balance"`` relaxes it to 0 at rate
+            ``lr * radial_rate``. No choice changes the function that the network computes.
         step_scale: s above: ``"init"`` is √fan_in · rms(W), which is 1 at the usual initialisation;
             ``"norm"`` is the paper's rho.
         retract: keep the norm under the tangential step (division above); without, every step lengthens W a
@@ -61,7 +61,8 @@ class DDCAdam(Optimizer):
 
     A layer of which no parameter has a gradient is left alone; where only some have, the missing gradients
     are zero. A side of norm zero has no direction: it takes its tangential step in the scale of the other side
-    until it has one; if both sides are zero, the unit stays.
+    until it has one. If both sides are zero, or the side is a single entry (the gamma of an RMSNorm), it stays,
+    and so does what a zero gamma dresses.
 
     Raises:
         ValueError: a hyperparameter out of range, gauges that do not fit the parameters or each other, or
