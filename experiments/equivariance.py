@@ -77,11 +77,12 @@ def orbit_divergence(
     """Largest difference of log-probabilities between two trainings from one gauge orbit.
 
     Args:
-        model: the first start; the second is moved by a random element of the gauges, scales in e^±spread.
+        model: the first start; the second is moved by a random element of the gauges.
         gauges: the group that moves, and that the optimizer is told of.
         make_optimizer: from a model and its gauges.
         data: text; both copies see the same batches.
         seed: of the group element and the batches.
+        spread: scales of the element lie in e^±spread.
         steps: optimizer steps.
         max_grad_norm: clip to this norm: the optimizer's own ``grad_norm`` where it has one, else the Euclidean.
     """
@@ -118,7 +119,7 @@ def measure(seeds: Iterable[int]) -> list[dict[str, Any]]:
     cells = []
     for name, config in MODELS.items():
         kinds = {gauge.kind for gauge in find_gauges(GPT(config, data.vocab_size))}
-        choices = [("all", KINDS)]
+        choices: list[tuple[str, tuple[str, ...]]] = [("all", KINDS)]
         if name in list(MODELS)[:2]:
             choices += [(kind, (kind,)) for kind in KINDS if kind in kinds]
         cells += [(name, config, choice, only) for choice, only in choices]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import nn
 
@@ -29,7 +31,7 @@ def relu_mlp(depth: int = 4, width: int = 6, bias: bool = True, dtype: torch.dty
     """A chain of ReLU layers: each hidden matrix is under two rescale gauges."""
     torch.manual_seed(0)
     layers: list[nn.Module] = []
-    for i in range(depth):
+    for _i in range(depth):
         layers += [nn.Linear(width, width, bias=bias), nn.ReLU()]
     model = nn.Sequential(*layers[:-1]).to(dtype)
     if bias:
@@ -48,5 +50,5 @@ def relu_mlp_gauges(model: nn.Sequential) -> list[Rescale]:
             plus=(Axis(f"{a}.weight"), *((Axis(f"{a}.bias"),) if model[int(a)].bias is not None else ())),
             minus=(Axis(f"{b}.weight", 1),),
         )
-        for a, b in zip(linear, linear[1:], strict=False)
+        for a, b in itertools.pairwise(linear)
     ]

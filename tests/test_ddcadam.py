@@ -33,7 +33,7 @@ RELU2 = TABLE_MODELS["RMSNorm, ReLU², partial RoPE, GQA"]
 # ---------------------------------------------------------------------------------------------- equivariance
 
 
-def divergence(config: GPTConfig, data: TextData, make=ddcadam, *, kinds=KINDS, dtype=torch.float64, **options):  # noqa: ANN001, ANN003, ANN201
+def divergence(config: GPTConfig, data: TextData, make=ddcadam, *, kinds=KINDS, dtype=torch.float64, **options):
     model = random_model(config, data.vocab_size, 0, dtype)
     clip = options.pop("max_grad_norm", None)
     steps = options.pop("steps", 100)
@@ -283,7 +283,7 @@ def copy_gradients(source: nn.Module, target: nn.Module) -> None:
     ids=str,
 )
 def test_agrees_with_the_reference(config: GPTConfig, options: dict) -> None:
-    """Batched against unit by unit, on random gradients: those of a loss would hide a wrong gauge mode, being zero there."""
+    """Batched against unit by unit, on random gradients: where those of a loss are zero, an error would not show."""
     model = make_model(config)
     gauges = find_gauges(model)
     other = copy.deepcopy(model)
@@ -335,7 +335,7 @@ def test_without_gauges_it_is_adamw(config: GPTConfig, dtype: torch.dtype) -> No
 # ------------------------------------------------------------------------------------ optimizer citizenship
 
 
-def trained(optimizer_options: dict | None = None, steps: int = 3, dtype=torch.float64, seed: int = 0):  # noqa: ANN001, ANN201
+def trained(optimizer_options: dict | None = None, steps: int = 3, dtype=torch.float64, seed: int = 0):
     model = make_model(MODELS["layer-bias-swiglu-rope-mqa"], seed, dtype)
     optimizer = DDCAdam(model.named_parameters(), find_gauges(model), lr=1e-2, **(optimizer_options or {}))
     for step in range(steps):
@@ -344,7 +344,7 @@ def trained(optimizer_options: dict | None = None, steps: int = 3, dtype=torch.f
     return model, optimizer
 
 
-def assert_same_future(pair, other) -> None:  # noqa: ANN001
+def assert_same_future(pair, other) -> None:
     for seed in range(10, 13):
         for model, optimizer in (pair, other):
             backward(model, seed)
@@ -399,7 +399,7 @@ def test_state_of_another_optimizer_is_refused() -> None:
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-def test_copies_and_pickles(duplicate) -> None:  # noqa: ANN001
+def test_copies_and_pickles(duplicate) -> None:
     pair = trained()
     assert_same_future(pair, duplicate(pair))
 
@@ -435,6 +435,20 @@ def test_low_precision_weights_have_float32_state() -> None:
     restored.load_state_dict(optimizer.state_dict())
     for a, b in zip(optimizer.state.values(), restored.state.values(), strict=True):
         assert all(torch.equal(a[key], b[key]) and b[key].dtype == torch.float32 for key in a)
+
+
+def test_low_precision_follows_the_rounded_norms() -> None:
+    """Steps too small for bfloat16 move nothing, and so they must not move what is dressed either, however many."""
+    model = relu_mlp().bfloat16()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = DDCAdam(model.named_parameters(), relu_mlp_gauges(model), lr=1e-5, weight_decay=0.0)
+    torch.manual_seed(0)
+    for _ in range(200):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    for p, b in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(p, b, rtol=2**-7, atol=1e-3)
 
 
 def test_gradients_are_not_written_to() -> None:
@@ -509,7 +523,7 @@ def test_weight_decay_of_groups_under_one_gauge() -> None:
 
 
 def test_a_group_added_later() -> None:
-    model, optimizer = trained()
+    _model, optimizer = trained()
     extra = nn.Parameter(torch.ones(3, dtype=torch.float64))
     optimizer.add_param_group({"params": [("extra", extra)], "lr": 0.1, "weight_decay": 0.0})
     extra.grad = torch.ones_like(extra)

@@ -18,7 +18,7 @@ from tests.conftest import MODELS, SIZES
 from tests.helpers import VOCABULARY, backward, batch, make_model
 
 
-def log_probs(tokens: torch.Tensor):  # noqa: ANN201
+def log_probs(tokens: torch.Tensor):
     return lambda model: model(tokens[:, :-1]).log_softmax(-1)
 
 
@@ -146,7 +146,7 @@ def orbit_tangents(model: GPT, gauges: GaugeSet) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def generators(gauge, params):  # noqa: ANN001, ANN201
+def generators(gauge, params):
     """Infinitesimal actions, written down by hand for each class."""
     match gauge:
         case Shift():
@@ -214,12 +214,12 @@ def test_a_rotation_of_one_head_turns_that_head_alone() -> None:
 def test_rope_planes_are_half_split() -> None:
     model = make_model(MODELS["rms-relu2-partial-gqa"])  # heads of width 4, of which RoPE turns 2
     planes, rest = [g for g in find_gauges(model) if g.kind == "qk_rotation"][:2]
-    assert planes.slots[0].index.tolist() == [[[0, 1], [4, 5]], [[8, 9], [12, 13]]]
-    assert rest.slots[0].index.tolist() == [[[2, 3], [6, 7]], [[10, 11], [14, 15]]]
+    assert planes.slots[0].indices.tolist() == [[[0, 1], [4, 5]], [[8, 9], [12, 13]]]
+    assert rest.slots[0].indices.tolist() == [[[2, 3], [6, 7]], [[10, 11], [14, 15]]]
     assert not planes.reflections
     assert rest.reflections
     full = find_gauges(make_model(MODELS["rms-swiglu-rope-gqa"])).only(["qk_rotation"])[0]
-    assert full.slots[1].index[:, 0].tolist() == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert full.slots[1].indices[:, 0].tolist() == [[0, 2], [1, 3], [4, 6], [5, 7]]
 
 
 def test_samples_are_uniform_in_spread_and_orthogonal() -> None:
@@ -268,7 +268,7 @@ def test_audit_and_check_tell_false_gauges() -> None:
 
 def test_audit_without_gradients_is_an_error() -> None:
     model = make_model(MODELS["rms-gelu-tied"])
-    with pytest.raises(ValueError, match="no gradient on .* after backward"):
+    with pytest.raises(ValueError, match=r"no gradient on .* after backward"):
         audit(model, find_gauges(model))
 
 
@@ -282,6 +282,6 @@ def test_audit_without_gradients_is_an_error() -> None:
                           RotatedAxis("b", 0, torch.zeros(1, 1, 3, dtype=torch.int64))), True), "slots must agree"),
     ],
 )  # fmt: skip
-def test_bad_declarations(make, message: str) -> None:  # noqa: ANN001
+def test_bad_declarations(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()

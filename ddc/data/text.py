@@ -53,7 +53,9 @@ class DataConfig:
         if self.name == "hub" and not self.hub_path:
             raise ValueError("data.name=hub needs data.hub_path=OWNER/DATASET")
         if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"Invalid data.validation_fraction={self.validation_fraction}: expected a number in (0, 1)")
+            raise ValueError(
+                f"Invalid data.validation_fraction={self.validation_fraction}: expected a number in (0, 1)"
+            )
         if self.train_tokens is not None and self.train_tokens < 1:
             raise ValueError(f"Invalid data.train_tokens={self.train_tokens}: expected a positive integer or null")
 

@@ -138,13 +138,13 @@ class Rescale(Gauge):
 class RotatedAxis(NamedTuple):
     """A parameter and the indices, along one of its axes, that each unit of a rotation gauge turns.
 
-    ``index`` is an int64 tensor of shape (units, copies, k): unit u turns each of its copies (the query heads
+    ``indices`` is an int64 tensor of shape (units, copies, k): unit u turns each of its copies (the query heads
     of a group, say) of k indices by the same k × k matrix.
     """
 
     parameter: str
     axis: int
-    index: Tensor
+    indices: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +169,7 @@ class Rotation(Gauge):
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
-        shapes = {(slot.index.shape[0], slot.index.shape[2]) for slot in self.slots}
+        shapes = {(slot.indices.shape[0], slot.indices.shape[2]) for slot in self.slots}
         if len(shapes) != 1:
             raise ValueError(f"{self}: slots must agree in (units, k), got {sorted(shapes)}")
 
@@ -180,7 +180,7 @@ class Rotation(Gauge):
     @property
     def shape(self) -> tuple[int, int]:
         """(units, k)."""
-        units, _, k = self.slots[0].index.shape
+        units, _, k = self.slots[0].indices.shape
         return units, k
 
     def dimension(self, params: Params) -> int:

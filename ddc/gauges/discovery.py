@@ -31,7 +31,7 @@ def find_gauges(model: nn.Module) -> GaugeSet:
 @find_gauges.register
 def _(model: GPT) -> GaugeSet:
     finding = _Finding(model)
-    for i, block in enumerate(model.blocks):
+    for i, _block in enumerate(model.blocks):
         place = f"blocks.{i}"
         attention = f"{place}.attention"
         finding.norm(f"{place}.attention_norm", [f"{attention}.{name}" for name in ("query", "key", "value")])

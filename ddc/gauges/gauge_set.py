@@ -95,7 +95,8 @@ def check(
         gauges: what is checked, each by itself.
         log_probs: gives the model's log-probabilities on some fixed batch. Logits will not do: the logit
             shift changes them.
-        seed, spread: of the random elements.
+        seed: of the random elements.
+        spread: of the random elements, as in :meth:`Gauge.sample`.
 
     Returns:
         The largest absolute change of a log-probability for each gauge: about 1e-13 for a true symmetry.

@@ -66,7 +66,7 @@ class Averaging:
         return torch.cat(means, self.dim)
 
     def divide(self, x: Tensor, divisor: Tensor) -> Tensor:
-        """x over an averaged ``divisor``, each index by its group's."""
+        """X over an averaged ``divisor``, each index by its group's."""
         if self.regular is not None:
             outer, _, inner = self.regular
             divisor = divisor.unflatten(self.dim, (outer, inner)).unsqueeze(self.dim + 1)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ddc.gauges import Gauge, Rescale, plain_name
 from ddc.optim.plan import PolarPlan, Role, make_plan
-from ddc.optim.stacks import Factors, FreeStack, PolarStack, StackedParameter
+from ddc.optim.stacks import Context, FreeStack, PolarStack, StackedParameter
 
 VERTICAL_MODES = ("freeze", "adam", "balance")
 STEP_SCALES = ("init", "norm")
@@ -121,7 +121,7 @@ class DDCAdam(Optimizer):
                 params[name], group_of[name] = param, index
         plan = make_plan(params, gauges)
         builder = _Builder(params, group_of, self.param_groups)
-        stacks = [*builder.polar(plan.polar), *builder.free(plan.free)]
+        stacks: list[PolarStack | FreeStack] = [*builder.polar(plan.polar), *builder.free(plan.free)]
         for stack in stacks:
             for layer in range(len(stack.parameters[0].params)):
                 for param, state in stack.state(layer).items():
@@ -142,9 +142,9 @@ class DDCAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_groups()
-        factors: Factors = {}
+        context = Context(self.param_groups)
         for stack in self._stacks:
-            stack.step(factors, self.param_groups)
+            stack.step(context)
         return loss
 
     @torch.no_grad()
@@ -156,8 +156,8 @@ class DDCAdam(Optimizer):
         agree, and thresholds carry over. Use with
         ``torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, optimizer.grad_norm())``.
         """
-        factors: Factors = {}
-        terms = [stack.grad_norm_squared(factors, self.param_groups) for stack in self._stacks]
+        context = Context(self.param_groups)
+        terms = [stack.grad_norm_squared(context) for stack in self._stacks]
         return torch.stack([term.to(terms[0]) for term in terms]).sum().sqrt()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -188,9 +188,6 @@ class DDCAdam(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_stacks": self._stacks, "_ready": True}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
 
     def _check_groups(self) -> None:
         """Parameters under one gauge must share what the step shares; and gradients must be dense."""
@@ -244,10 +241,7 @@ class _Builder:
                     members[0].gauge.degree,
                     [self._stack(roles, place) for roles in zip(*(plan.plus for plan in members), strict=True)],
                     [self._stack(roles, place) for roles in zip(*(plan.minus for plan in members), strict=True)],
-                    [
-                        (axes[0].axis, [self.params[axis.parameter] for axis in axes])
-                        for axes in zip(*(plan.dressed for plan in members), strict=True)
-                    ],
+                    [self._stack(roles, {}) for roles in zip(*(plan.dressed for plan in members), strict=True)],
                     vertical=group["vertical"] == "adam",
                 )
                 place.update({plan.gauge: (stack, layer) for layer, plan in enumerate(members)})
@@ -261,9 +255,7 @@ class _Builder:
             alike.setdefault(self._role_key(role, {}), []).append(role)
         return [FreeStack(self._stack(tuple(members), {})) for members in alike.values()]
 
-    def _stack(
-        self, roles: tuple[Role, ...], place: dict[Rescale, tuple[PolarStack, int]]
-    ) -> StackedParameter:
+    def _stack(self, roles: tuple[Role, ...], place: dict[Rescale, tuple[PolarStack, int]]) -> StackedParameter:
         names = [role.name for role in roles]
         params = [self.params[name] for name in names]
         dressed_by = None
@@ -282,5 +274,5 @@ class _Builder:
 
     def _polar_key(self, plan: PolarPlan, place: dict[Rescale, tuple[PolarStack, int]]) -> object:
         sides = (tuple(self._role_key(role, place) for role in side) for side in (plan.plus, plan.minus))
-        dressed = tuple((axis.axis, tuple(self.params[axis.parameter].shape)) for axis in plan.dressed)
+        dressed = tuple(self._role_key(role, {}) for role in plan.dressed)
         return plan.gauge.degree, *sides, dressed

@@ -19,7 +19,7 @@ from graphlib import CycleError, TopologicalSorter
 import torch
 from torch import Tensor
 
-from ddc.gauges import Axis, Gauge, Rescale, Rotation, Shift
+from ddc.gauges import Gauge, Rescale, Rotation, Shift
 from ddc.optim.averaging import Averaging
 
 
@@ -50,7 +50,7 @@ class PolarPlan:
     gauge: Rescale
     plus: tuple[Role, ...]
     minus: tuple[Role, ...]
-    dressed: tuple[Axis, ...]
+    dressed: tuple[Role, ...]
     level: int
 
 
@@ -92,7 +92,7 @@ def make_plan(params: Mapping[str, Tensor], gauges: Iterable[Gauge]) -> Plan:
         averaging = averagings.get(name)
         if averaging is not None and averaging.dim == axis + 1 and (name in plus_of or name in minus_of):
             raise ValueError(f"{name!r}: a rotation and a rescale along the same axis do not commute")
-        if name in centred and (name in plus_of or axis == 0 and name in minus_of):
+        if name in centred and (name in plus_of or (axis == 0 and name in minus_of)):
             raise ValueError(f"{name!r}: a logit shift combines with a rescale of the columns only")
         dressing = None
         if name in plus_of and name in minus_of:
@@ -109,7 +109,7 @@ def make_plan(params: Mapping[str, Tensor], gauges: Iterable[Gauge]) -> Plan:
                 gauge,
                 plus=tuple(role(*axis) for axis in gauge.plus),
                 minus=tuple(role(*axis) for axis in gauge.minus if axis.parameter not in plus_of),
-                dressed=tuple(axis for axis in gauge.minus if axis.parameter in plus_of),
+                dressed=tuple(Role(*axis) for axis in gauge.minus if axis.parameter in plus_of),
                 level=level,
             )
         )

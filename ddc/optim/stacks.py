@@ -6,9 +6,11 @@ per unit is (L, U). There are loops over stacks and over the sides of a gauge, n
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +20,6 @@ from ddc.optim.averaging import Averaging
 from ddc.optim.plan import Role, compute_dtype
 
 Group = dict[str, Any]
-#: Norms of a stack's plus sides before and after it moved, both (L, U), for what they dress.
-Factors = dict["PolarStack", tuple[Tensor, Tensor]]
 
 
 class Bias(NamedTuple):
@@ -29,9 +29,13 @@ class Bias(NamedTuple):
     root_second: Tensor
 
     @classmethod
-    def at(cls, step: Tensor, betas: tuple[float, float]) -> Bias:
-        step = step.double()
-        return cls(1 - betas[0] ** step, (1 - betas[1] ** step).sqrt())
+    def at(cls, step: Tensor, betas: tuple[float, float], dtype: torch.dtype) -> Bias:
+        """At these step counts; through expm1, which does not cancel where beta^t is near 1."""
+        first, second = (
+            (step.to(dtype) * math.log(beta)).expm1().neg() if beta else torch.ones_like(step, dtype=dtype)
+            for beta in betas
+        )
+        return cls(first, second.sqrt())
 
 
 def adam_(
@@ -42,11 +46,11 @@ def adam_(
     betas: tuple[float, float],
     eps: float,
     averaging: Averaging | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Take x into the moments in place and return Adam's direction as (u, scale), which is scale · u.
+) -> Tensor:
+    """Take x into the moments in place and return Adam's direction but for a factor of √(1 - beta2^t) / (1 - beta1^t).
 
-    ``scale`` has one entry a layer and is left apart for the caller to fold into its own factor. Source:
-    Kingma and Ba, arXiv:1412.6980, algorithm 1.
+    That factor, one number a layer, is left to the caller to fold into its own. Source: Kingma and Ba,
+    arXiv:1412.6980, algorithm 1 and the note after it.
     """
     exp_avg.lerp_(x, 1 - betas[0])
     if averaging is None:
@@ -54,13 +58,14 @@ def adam_(
     else:
         exp_avg_sq.lerp_(averaging.mean(x.square()), 1 - betas[1])
     denominator = exp_avg_sq.sqrt().add_(per_layer(eps * bias.root_second, x))
-    u = exp_avg.div(denominator) if averaging is None else averaging.divide(exp_avg, denominator)
-    return u, (bias.root_second / bias.first).to(x)
+    if averaging is None:
+        return torch.div(exp_avg, denominator, out=denominator)
+    return averaging.divide(exp_avg, denominator)
 
 
 def per_layer(values: Tensor, like: Tensor) -> Tensor:
-    """Shape (L,) to what broadcasts against a stacked tensor, in its dtype."""
-    return values.to(like.dtype).view(-1, *(1,) * (like.ndim - 1))
+    """Shape (L,) to what broadcasts against a stacked tensor."""
+    return values.view(-1, *(1,) * (like.ndim - 1))
 
 
 @dataclass(eq=False)
@@ -85,8 +90,9 @@ class StackedParameter:
         """Make the moments."""
         shape = (len(self.params), *self.params[0].shape)
         reduced = shape if self.role.averaging is None else self.role.averaging.reduced_shape(shape)
-        options = {"dtype": self.dtype, "device": self.params[0].device}
-        self.exp_avg, self.exp_avg_sq = torch.zeros(shape, **options), torch.zeros(reduced, **options)
+        device = self.params[0].device
+        self.exp_avg = torch.zeros(shape, dtype=self.dtype, device=device)
+        self.exp_avg_sq = torch.zeros(reduced, dtype=self.dtype, device=device)
 
     def state(self, layer: int) -> dict[str, Tensor]:
         """Views of one layer's moments."""
@@ -96,7 +102,7 @@ class StackedParameter:
 
     def stack(self, rows: slice) -> Tensor:
         """A new stacked tensor of the weights."""
-        return torch.stack([p.detach() for p in self.params[rows]]).to(self.dtype)
+        return torch.stack(self.params[rows]).to(self.dtype)
 
     def stack_grads(self, rows: slice) -> Tensor:
         """A new stacked tensor of the gradients; a missing one is zero."""
@@ -111,7 +117,15 @@ class StackedParameter:
 
     def unit_sum(self, stacked: Tensor) -> Tensor:
         """Sum over the entries of each unit, (L, U)."""
-        return unit_sum(stacked, self.role.axis)
+        return stacked if stacked.ndim == 2 else stacked.sum(2 if self.role.axis == 0 else 1)
+
+    def dressing(self, rows: slice, context: Context, after: bool) -> Tensor | None:
+        """What this parameter is multiplied by to dress it, before or after what dresses it has moved."""
+        if self.dressed_by is None or self.role.dressing is None:
+            return None
+        stack, layers = self.dressed_by
+        factor = context.norms[stack][after][layers[rows]] ** self.role.dressing.degree
+        return factor.unsqueeze(2 if self.role.dressing.axis == 0 else 1)
 
     @property
     def unit_size(self) -> int:
@@ -119,14 +133,25 @@ class StackedParameter:
         return self.params[0].numel() // self.params[0].shape[self.role.axis]
 
 
-def unit_sum(stacked: Tensor, axis: int) -> Tensor:
-    """Sum a stacked parameter over all axes but the first and that of the units: (L, U)."""
-    return stacked if stacked.ndim == 2 else stacked.sum(2 if axis == 0 else 1)
+@dataclass
+class Context:
+    """What the stacks of one step share: the param groups, and the norms that dress.
+
+    ``norms`` holds, for each stack that has moved, the norms of its plus sides before and after, both (L, U).
+    """
+
+    groups: list[Group]
+    norms: dict[PolarStack, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def decay(self, parameter: StackedParameter) -> float | Tensor:
+        """The factor of decoupled weight decay."""
+        group = self.groups[parameter.groups[0]]
+        return 1 - group["lr"] * group["weight_decay"]
 
 
 #: On a CPU, temporaries of more than a few megabytes leave the cache, and their pages are asked of the system
 #: and cleared anew at every step, which costs many times the arithmetic: as many layers at once as fit this.
-CPU_CHUNK = 2**18
+CPU_CHUNK = 2**20
 
 
 def layers_at_once(params: Sequence[Tensor], layer_size: int) -> int:
@@ -159,39 +184,39 @@ class FreeStack:
         p = self.parameter
         return {p.params[layer]: {"step": self.step_count[layer], **p.state(layer)}}
 
-    def grad_norm_squared(self, factors: Factors, groups: list[Group]) -> Tensor:
+    def grad_norm_squared(self, context: Context) -> Tensor:
         """|g|², of the centred gradient where rows are centred."""
         gradient = self.parameter.stack_grads(slice(None))
         return (centre(gradient) if self.parameter.role.centred else gradient).square().sum()
 
-    def step(self, factors: Factors, groups: list[Group]) -> None:
+    def step(self, context: Context) -> None:
         params = self.parameter.params
         for rows in active_rows([p.grad is not None for p in params], layers_at_once(params, params[0].numel())):
-            self._step(rows, groups[self.parameter.groups[0]])
+            self._step(rows, context)
 
-    def _step(self, rows: slice, group: Group) -> None:
+    def _step(self, rows: slice, context: Context) -> None:
         p = self.parameter
-        assert p.exp_avg is not None and p.exp_avg_sq is not None
-        lr, decay = group["lr"], group["weight_decay"]
+        group = context.groups[p.groups[0]]
+        assert p.exp_avg is not None
+        assert p.exp_avg_sq is not None
+        lr, decay = group["lr"], context.decay(p)
         self.step_count[rows] += 1
         gradient = p.stack_grads(rows)
         if p.role.centred:
             gradient = centre(gradient)
-        bias = Bias.at(self.step_count[rows], group["betas"])
-        u, scale = adam_(
-            gradient, p.exp_avg[rows], p.exp_avg_sq[rows], bias, group["betas"], group["eps"], p.role.averaging
-        )
+        bias = Bias.at(self.step_count[rows], group["betas"], p.dtype)
+        u = adam_(gradient, p.exp_avg[rows], p.exp_avg_sq[rows], bias, group["betas"], group["eps"], p.role.averaging)
         if p.role.centred:
             u = centre(u)
-        u.mul_(per_layer(-lr * scale, u))
+        u.mul_(per_layer(-lr * bias.root_second / bias.first, u))
         params = p.params[rows]
         if p.role.centred:  # the mean row is gauge: decay leaves it
-            u.add_(p.stack(rows).mean(1, keepdim=True) * (lr * decay))
+            u.add_(p.stack(rows).mean(1, keepdim=True) * (1 - decay))
         if params[0].dtype == p.dtype:
-            torch._foreach_mul_(params, 1 - lr * decay)
+            torch._foreach_mul_(params, decay)
             torch._foreach_add_(params, u.unbind())
         else:
-            torch._foreach_copy_(params, (p.stack(rows) * (1 - lr * decay) + u).unbind())
+            torch._foreach_copy_(params, (p.stack(rows) * decay + u).unbind())
 
 
 def centre(stacked: Tensor) -> Tensor:
@@ -217,7 +242,20 @@ class Side:
 
     def sum(self, term: Callable[[StackedParameter, int], Tensor]) -> Tensor:
         """Sum of a per-unit term over the tensors that hold the side, (L, U)."""
-        return torch.stack([term(p, i) for i, p in enumerate(self.parameters)]).sum(0)
+        return functools.reduce(operator.add, (term(p, i) for i, p in enumerate(self.parameters)))
+
+    def rounded_norm(self, rows: slice, context: Context) -> Tensor:
+        """Norms of the weights as they were rounded to a lower precision, decay apart, (L, U).
+
+        What this side dresses must follow these: a step too small for the weights' precision moves nothing.
+        """
+
+        def square(p: StackedParameter, i: int) -> Tensor:
+            weight = p.stack(rows) / context.decay(p)
+            factor = p.dressing(rows, context, after=True)
+            return p.unit_sum((weight if factor is None else weight * factor).square())
+
+        return self.sum(square).sqrt_()
 
 
 @dataclass
@@ -249,7 +287,7 @@ class PolarStack:
         degree: int,
         plus: list[StackedParameter],
         minus: list[StackedParameter],
-        dressed: list[tuple[int, list[Tensor]]],
+        dressed: list[StackedParameter],
         vertical: bool,
     ) -> None:
         self.degree, self.dressed = degree, dressed
@@ -276,49 +314,57 @@ class PolarStack:
         state[self.plus.parameters[0].params[layer]] |= {key: value[layer] for key, value in self.modes.items()}
         return state
 
-    def grad_norm_squared(self, factors: Factors, groups: list[Group]) -> Tensor:
+    def grad_norm_squared(self, context: Context) -> Tensor:
         """Squared norm of the gradient in the invariant metric, all layers together."""
-        rows, group = slice(None), groups[self.plus.parameters[0].groups[0]]
-        plus = self._read(self.plus, rows, factors)
-        factors[self] = (plus.norm, plus.norm)
-        total = plus.grad_norm_squared(group["step_scale"])
-        if self.minus is not None:
-            total = total + self._read(self.minus, rows, factors).grad_norm_squared(group["step_scale"])
-        return total
+        plus = self._read(self.plus, slice(None), context)
+        context.norms[self] = (plus.norm, plus.norm)
+        step_scale = self._group(context)["step_scale"]
+        if self.minus is None:
+            return plus.grad_norm_squared(step_scale)
+        minus = self._read(self.minus, slice(None), context)
+        return plus.grad_norm_squared(step_scale) + minus.grad_norm_squared(step_scale)
 
-    def step(self, factors: Factors, groups: list[Group]) -> None:
-        """Move all layers that have a gradient. Afterwards ``factors`` holds this stack's plus norms."""
+    def step(self, context: Context) -> None:
+        """Move all layers that have a gradient. Afterwards ``context`` has this stack's plus norms."""
+        first = self.plus.parameters[0]
         has_gradient = [any(p.params[i].grad is not None for p in self.parameters) for i in range(self.layers)]
-        at_once = layers_at_once(self.plus.parameters[0].params, sum(p.params[0].numel() for p in self.parameters))
         if all(has_gradient):
-            old = torch.empty(self.layers, self.units, dtype=self.plus.parameters[0].dtype, device=self.step_count.device)
+            old = torch.empty(self.layers, self.units, dtype=first.dtype, device=self.step_count.device)
         else:  # the layers left alone may still dress others
-            old = self._read(self.plus, slice(None), factors).norm
+            old = self._read(self.plus, slice(None), context).norm
         new = old.clone()
-        for rows in active_rows(has_gradient, at_once):
-            old[rows], new[rows] = self._step(rows, factors, groups)
-        factors[self] = (old, new)
+        layer_size = sum(p.params[0].numel() for p in self.parameters)
+        for rows in active_rows(has_gradient, layers_at_once(first.params, layer_size)):
+            old[rows], new[rows] = self._step(rows, context)
+        context.norms[self] = (old, new)
 
-    def _step(self, rows: slice, factors: Factors, groups: list[Group]) -> tuple[Tensor, Tensor]:
-        """One step of the given layers; returns the plus norms before and after."""
-        group = groups[self.plus.parameters[0].groups[0]]
+    def _group(self, context: Context) -> Group:
+        """The hyperparameters that all parameters of the stack share."""
+        return context.groups[self.plus.parameters[0].groups[0]]
+
+    def _step(self, rows: slice, context: Context) -> tuple[Tensor, Tensor]:
+        """One step of the given layers; returns the plus norms before and after, decay apart."""
+        group = self._group(context)
         self.step_count[rows] += 1
-        bias = Bias.at(self.step_count[rows], group["betas"])
-        plus = self._read(self.plus, rows, factors)
-        if self.minus is None:  # the plus norms are the gauge coordinate: they keep still
-            old, zero = plus.norm, torch.zeros_like(plus.norm)
-            return old, self._move(plus, old, zero, rows, bias, factors, groups)
-        minus = self._read(self.minus, rows, factors)
-        plus_change, minus_change = self._radial(plus, minus, rows, bias, group)
-        plus_norm, minus_norm = plus.norm, minus.norm
-        # A dead side (norm 0) has no direction. It steps in the other side's covariant scale until it has one.
-        plus_scale = torch.where(plus_norm > 0, plus_norm, safe_power(minus_norm, -1 / self.degree))
-        minus_scale = torch.where(minus_norm > 0, minus_norm, safe_power(plus_norm, -self.degree))
-        new = self._move(plus, plus_scale, plus_change, rows, bias, factors, groups)
-        self._move(minus, minus_scale, minus_change, rows, bias, factors, groups)
-        return plus_norm, new
+        bias = Bias.at(self.step_count[rows], group["betas"], self.plus.parameters[0].dtype)
+        plus = self._read(self.plus, rows, context)
+        minus = self._read(self.minus, rows, context) if self.minus is not None else None
+        old = plus.norm
+        if minus is None:  # the plus norm is the gauge coordinate: it keeps still
+            directions, keep, turn, new = self._turn(plus, old, torch.zeros_like(old), rows, bias, group)
+        else:
+            plus_change, minus_change = self._radial(plus, minus, rows, bias, group)
+            # A dead side (norm 0) has no direction. It steps in the other's covariant scale until it has one.
+            plus_scale = torch.where(old > 0, old, safe_power(minus.norm, -1 / self.degree))
+            minus_scale = torch.where(minus.norm > 0, minus.norm, safe_power(old, -self.degree))
+            directions, keep, turn, new = self._turn(plus, plus_scale, plus_change, rows, bias, group)
+            self._write(minus, *self._turn(minus, minus_scale, minus_change, rows, bias, group)[:3], rows, context)
+        self._write(plus, directions, keep, turn, rows, context)
+        if self.plus.parameters[0].params[0].dtype != self.plus.parameters[0].dtype:
+            new = self.plus.rounded_norm(rows, context)
+        return old, new
 
-    def _read(self, side: Side, rows: slice, factors: Factors) -> Block:
+    def _read(self, side: Side, rows: slice, context: Context) -> Block:
         """Weights and gradients in the coordinates in which the side is decomposed."""
         weights, grads, means = [], [], []
         for p in side.parameters:
@@ -327,8 +373,7 @@ class PolarStack:
                 mean = weight.mean(1, keepdim=True)
                 weight.sub_(mean)
                 grad.sub_(grad.mean(1, keepdim=True))
-            if p.dressed_by is not None:
-                factor = self._dressing(p, rows, factors, after=False)
+            if (factor := p.dressing(rows, context, after=False)) is not None:
                 weight.mul_(factor)
                 grad.mul_(safe_power(factor, -1))
             weights.append(weight)
@@ -338,102 +383,81 @@ class PolarStack:
         log_norm_grad = side.sum(lambda p, i: p.unit_sum(weights[i] * grads[i]))
         return Block(side, weights, grads, means, norm, log_norm_grad)
 
-    def _dressing(self, p: StackedParameter, rows: slice, factors: Factors, after: bool) -> Tensor:
-        """The factor that dresses a parameter, before or after the dressing stack has moved."""
-        assert p.dressed_by is not None and p.role.dressing is not None
-        stack, layers = p.dressed_by
-        factor = factors[stack][after][layers[rows]] ** p.role.dressing.degree
-        return factor.unsqueeze(2 if p.role.dressing.axis == 0 else 1)
-
-    def _radial(
-        self, plus: Block, minus: Block, rows: slice, bias: Bias, group: Group
-    ) -> tuple[Tensor, Tensor]:
+    def _radial(self, plus: Block, minus: Block, rows: slice, bias: Bias, group: Group) -> tuple[Tensor, Tensor]:
         """Changes of log rho_P and log rho_M: the shared radial step and the vertical mode."""
         k, size = self.degree, math.sqrt(1 + self.degree**2)
         rate = group["lr"] * group["radial_rate"]
 
         def mode_step(mode: str, gradient: Tensor) -> Tensor:
-            moments = (self.modes[f"{mode}_{moment}"][rows] for moment in ("exp_avg", "exp_avg_sq"))
-            u, scale = adam_(gradient, *moments, bias, group["betas"], group["eps"])
-            return u.mul_(-rate * scale[:, None])
+            exp_avg, exp_avg_sq = self.modes[f"{mode}_exp_avg"][rows], self.modes[f"{mode}_exp_avg_sq"][rows]
+            u = adam_(gradient, exp_avg, exp_avg_sq, bias, group["betas"], group["eps"])
+            return u.mul_(per_layer(-rate * bias.root_second / bias.first, u))
 
         # What the plus side dresses is undressed by its new norms, so it does not feel the plus side's move.
         plus_grad = plus.log_norm_grad
-        for axis, params in self.dressed:
-            products = [p.detach() * p.grad if p.grad is not None else torch.zeros_like(p) for p in params[rows]]
-            plus_grad = plus_grad - k * unit_sum(torch.stack(products).to(plus_grad.dtype), axis)
+        for p in self.dressed:
+            plus_grad = plus_grad - k * p.unit_sum(p.stack(rows).mul_(p.stack_grads(rows)))
         radial = mode_step("radial", (k * plus_grad + minus.log_norm_grad) / size)
-        match group["vertical"]:
-            case "freeze":
-                vertical = torch.zeros_like(radial)
-            case "adam":
-                vertical = mode_step("vertical", (plus_grad - k * minus.log_norm_grad) / size)
-            case _:
-                gap = plus.norm.log() - k * minus.norm.log()
-                vertical = torch.where(gap.isfinite(), -rate * gap / size, 0.0)
+        if group["vertical"] == "freeze":
+            return radial * (k / size), radial / size
+        if group["vertical"] == "adam":
+            vertical = mode_step("vertical", (plus_grad - k * minus.log_norm_grad) / size)
+        else:
+            gap = plus.norm.log() - k * minus.norm.log()
+            vertical = torch.where(gap.isfinite(), -rate * gap / size, 0.0)
         return (k * radial + vertical) / size, (radial - k * vertical) / size
 
-    def _move(
-        self,
-        block: Block,
-        norm: Tensor,
-        log_change: Tensor,
-        rows: slice,
-        bias: Bias,
-        factors: Factors,
-        groups: list[Group],
-    ) -> Tensor:
-        """Turn and scale one side and write it back; returns its new norm, decay apart.
+    def _turn(
+        self, block: Block, norm: Tensor, log_change: Tensor, rows: slice, bias: Bias, group: Group
+    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+        """The step of one side as (u, keep, turn, new_norm): W becomes keep · W - turn · u, per unit.
 
-        With u the Adam direction of x = rho g_tan and s the step scale, the turned direction is
-        W - eta s (u - <u, W> W / rho²), which is a combination of W and u per unit: only its two
-        coefficients are worked out, and neither projection nor retraction takes a pass of its own.
+        With u the Adam direction of x = rho g_tan and s the step scale, the turned side is
+        W - eta s (u - <u, W> W / rho²), a combination of W and u; so only its two coefficients are worked out,
+        and neither the projection nor the retraction takes a pass of its own.
         """
-        side, group = block.side, groups[block.side.parameters[0].groups[0]]
-        growth = log_change.exp()
-        inverse = safe_power(norm, -1)
-        alive = block.norm > 0
+        side, growth = block.side, log_change.exp()
+        if side.unit_size == 1:
+            return [], growth, growth, growth * block.norm
+        inverse, alive = safe_power(norm, -1), block.norm > 0
         directions: list[Tensor] = []
-        keep, turn, new_norm = growth, torch.zeros_like(growth), growth * block.norm
-        if side.unit_size > 1:
-            for p, weight, grad in zip(side.parameters, block.weights, block.grads, strict=True):
-                assert p.exp_avg is not None and p.exp_avg_sq is not None
-                x = grad.mul_(p.spread(norm)).addcmul_(weight, p.spread(block.log_norm_grad * inverse), value=-1)
-                u, scale = adam_(
-                    x, p.exp_avg[rows], p.exp_avg_sq[rows], bias, group["betas"], group["eps"], p.role.averaging
-                )
-                directions.append(centre(u) if p.role.centred else u)
-            cosine = scale[:, None] * inverse * side.sum(lambda p, i: p.unit_sum(directions[i] * block.weights[i]))
-            square = scale[:, None].square() * side.sum(lambda p, i: p.unit_sum(directions[i].square()))
-            cosine, square = cosine * alive, (square - cosine.square() * alive).clamp_(min=0)
-            stride = group["lr"] * block.scale(norm, group["step_scale"])
-            angle = stride * inverse
-            stretch = (1 + angle.square() * square).sqrt()
-            if group["retract"]:
-                growth = torch.where(alive, growth / stretch, growth)
-            keep, turn = growth * (1 + angle * cosine), growth * stride * scale[:, None]
-            new_norm = growth * torch.where(alive, block.norm * stretch, stride * square.sqrt())
-        rounded: list[Tensor] = []
-        for i, p in enumerate(side.parameters):
-            decay = 1 - group["lr"] * groups[p.groups[0]]["weight_decay"]
+        for p, weight, grad in zip(side.parameters, block.weights, block.grads, strict=True):
+            assert p.exp_avg is not None
+            assert p.exp_avg_sq is not None
+            x = grad.mul_(p.spread(norm)).addcmul_(weight, p.spread(block.log_norm_grad * inverse), value=-1)
+            u = adam_(x, p.exp_avg[rows], p.exp_avg_sq[rows], bias, group["betas"], group["eps"], p.role.averaging)
+            directions.append(centre(u) if p.role.centred else u)
+        scale = (bias.root_second / bias.first)[:, None]
+        along = scale * inverse * side.sum(lambda p, i: p.unit_sum(directions[i] * block.weights[i]))
+        along = along * alive
+        across_squared = scale.square() * side.sum(lambda p, i: p.unit_sum(directions[i].square())) - along.square()
+        across_squared.clamp_(min=0)
+        stride = group["lr"] * block.scale(norm, group["step_scale"])
+        angle = stride * inverse
+        stretch = (1 + angle.square() * across_squared).sqrt()
+        if group["retract"]:
+            growth = torch.where(alive, growth / stretch, growth)
+        new_norm = growth * torch.where(alive, block.norm * stretch, stride * across_squared.sqrt())
+        return directions, growth * (1 + angle * along), growth * stride * scale, new_norm
+
+    def _write(
+        self, block: Block, directions: list[Tensor], keep: Tensor, turn: Tensor, rows: slice, context: Context
+    ) -> None:
+        """Combine, decay, undress by the new factors, put the mean row back, and copy into the parameters."""
+        for i, p in enumerate(block.side.parameters):
+            decay = context.decay(p)
             weight = block.weights[i].mul_(p.spread(keep * decay))
             if directions:
                 weight.addcmul_(directions[i], p.spread(turn * decay), value=-1)
-            params = p.params[rows]
-            if p.dressed_by is not None:  # what a dead factor dresses has no effect, and stays as it is
-                factor = self._dressing(p, rows, factors, after=True)
+            if (factor := p.dressing(rows, context, after=True)) is not None:
+                # what a dead factor dresses has no effect, and stays as it is
                 weight = torch.where(factor > 0, weight.mul_(safe_power(factor, -1)), p.stack(rows))
             mean = block.means[i]
             if mean is not None:
                 weight.add_(mean)
-            torch._foreach_copy_(params, weight.unbind())
-            if params[0].dtype != p.dtype:
-                rounded.append(p.stack(rows) / decay)
-        if rounded:  # the norms that what this side dresses must follow are those of the rounded weights
-            new_norm = side.sum(lambda p, i: p.unit_sum(rounded[i].square())).sqrt_()
-        return new_norm
+            torch._foreach_copy_(p.params[rows], weight.unbind())
 
 
 def safe_power(x: Tensor, exponent: float) -> Tensor:
     """x^exponent for x > 0, and 0 at x = 0."""
-    return torch.where(x > 0, x, 1.0).pow(exponent).mul_(x > 0)
+    return torch.where(x > 0, x.reciprocal() if exponent == -1 else x.pow(exponent), 0.0)

@@ -117,10 +117,14 @@ class TrainingConfig:
             ("device", ("auto", "cpu", "cuda")),
             ("precision", PRECISIONS),
         ):
-            require(f"training.{key}", getattr(self, key), getattr(self, key) in choices, f"one of {', '.join(choices)}")
+            require(
+                f"training.{key}", getattr(self, key), getattr(self, key) in choices, f"one of {', '.join(choices)}"
+            )
         for key in ("warmup", "decay", "final_lr"):
             require(f"training.{key}", getattr(self, key), 0 <= getattr(self, key) <= 1, "a number in [0, 1]")
-        require("training.warmup + training.decay", self.warmup + self.decay, self.warmup + self.decay <= 1, "at most 1")
+        require(
+            "training.warmup + training.decay", self.warmup + self.decay, self.warmup + self.decay <= 1, "at most 1"
+        )
         if self.max_grad_norm is not None:
             require("training.max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "a positive number or null")
         if self.batch_size % self.accumulation:

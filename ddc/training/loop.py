@@ -112,10 +112,10 @@ def train(setup: Setup) -> Row:
     mirror, stop = Mirror(config, folder), StopSignal()
 
     with Display(training.steps, start, f"{config.name}/{config.run_id}") as display, stop:
-        clock, last_row_step = time.perf_counter(), start
+        clock, last_row_step, gauge_audit = time.perf_counter(), start, None
         for step in range(start, training.steps + 1):
             if step in evaluations and not (rows and rows[-1]["step"] == step):
-                row = evaluate(setup, step, fixed)
+                row = {**evaluate(setup, step, fixed), "gauge_audit": gauge_audit}
                 seconds = time.perf_counter() - clock
                 tokens_per_second = (step - last_row_step) * training.batch_size * config.model.context / seconds
                 records.append(row)
@@ -127,12 +127,12 @@ def train(setup: Setup) -> Row:
                 elapsed, clock, last_row_step = elapsed + seconds, time.perf_counter(), step
             if step == training.steps:
                 break
-            train_step(setup, step, scaler, checkpoint)
-            display.advance()
             if stop.requested:
-                check_finite(model, checkpoint)
-                save_checkpoint(checkpoint, step + 1, model, optimizer, scaler)
-                raise KeyboardInterrupt(f"stopped after step {step + 1}; the same command goes on from there")
+                check_finite(setup)
+                save_checkpoint(checkpoint, step, model, optimizer, scaler)
+                raise KeyboardInterrupt(f"stopped after step {step}; the same command goes on from there")
+            gauge_audit = train_step(setup, step, scaler, audited=step + 1 in evaluations)
+            display.advance()
 
     summary = {
         **summarize(rows, training.gap_levels),
@@ -162,8 +162,8 @@ def start_folder(setup: Setup) -> None:
     )
 
 
-def train_step(setup: Setup, step: int, scaler: GradScaler, checkpoint: Path) -> None:
-    """One optimizer step.
+def train_step(setup: Setup, step: int, scaler: GradScaler, audited: bool) -> float | None:
+    """One optimizer step; where ``audited``, returns the largest reading of the gauges' audit.
 
     Raises:
         DivergedError: a loss that is not finite. Weights are as before the step.
@@ -181,12 +181,14 @@ def train_step(setup: Setup, step: int, scaler: GradScaler, checkpoint: Path) ->
         scaler.scale(loss).backward()
         losses.append(loss.detach())
     if not math.isfinite(loss_value := float(torch.stack(losses).sum())):
-        raise DivergedError(f"the loss of step {step} is {loss_value}. {where_to_go_on(checkpoint)}")
+        raise DivergedError(f"the loss of step {step} is {loss_value}. {where_to_go_on(setup.folder)}")
+    reading = max(audit(model, setup.gauges).values(), default=None) if audited else None
     if training.max_grad_norm is not None:
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), training.max_grad_norm, grad_norm(model, optimizer))
     scaler.step(optimizer)
     scaler.update()
+    return reading
 
 
 def grad_norm(model: nn.Module, optimizer: Optimizer) -> Tensor:
@@ -220,19 +222,16 @@ def evaluation_batches(setup: Setup, split: str) -> list[Batch]:
 
 
 def evaluate(setup: Setup, step: int, batches: dict[str, list[Batch]]) -> Row:
-    """One record: losses of both splits on fixed batches, in nats per token, and the audit of the gauges.
+    """Losses of both splits on fixed batches, in nats per token.
 
     Raises:
         DivergedError: the train loss is not finite.
     """
     losses = {split: mean_loss(setup, batches[split]) for split in ("train", "validation")}
     if not math.isfinite(losses["train"]):
-        raise DivergedError(
-            f"the train loss after step {step} is {losses['train']}. {where_to_go_on(setup.folder / 'checkpoint.pt')}"
-        )
+        raise DivergedError(f"the train loss after step {step} is {losses['train']}. {where_to_go_on(setup.folder)}")
     config = setup.config
     tokens = step * config.training.batch_size * config.model.context
-    has_gradients = all(p.grad is not None for p in setup.model.parameters())
     return {
         "step": step,
         "epoch": tokens / len(setup.data.train),
@@ -240,7 +239,6 @@ def evaluate(setup: Setup, step: int, batches: dict[str, list[Batch]]) -> Row:
         "train_loss": losses["train"],
         "validation_loss": losses["validation"],
         "gap": losses["validation"] - losses["train"],
-        "gauge_audit": max(audit(setup.model, setup.gauges).values(), default=None) if has_gradients else None,
     }
 
 
@@ -261,13 +259,14 @@ def autocast(setup: Setup) -> contextlib.AbstractContextManager[object]:
     return torch.autocast(setup.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def check_finite(model: nn.Module, checkpoint: Path) -> None:
+def check_finite(setup: Setup) -> None:
     """Raise DivergedError rather than save weights that are not finite."""
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise DivergedError(f"the weights are not finite; they are not saved. {where_to_go_on(checkpoint)}")
+    if not all(p.isfinite().all() for p in setup.model.parameters()):
+        raise DivergedError(f"the weights are not finite; they are not saved. {where_to_go_on(setup.folder)}")
 
 
-def where_to_go_on(checkpoint: Path) -> str:
+def where_to_go_on(folder: Path) -> str:
+    checkpoint = folder / "checkpoint.pt"
     return f"The last good checkpoint is {checkpoint}; a smaller optimizer.lr or training.max_grad_norm may help"
 
 

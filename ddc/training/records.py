@@ -13,6 +13,7 @@ A run folder holds
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -126,7 +127,7 @@ def summarize(rows: list[Row], gap_levels: list[float]) -> Mapping[str, Any]:
 
 def gap_at(rows: list[Row], level: float) -> float | None:
     """Validation - train loss where the train loss first falls to ``level``; None if it never does."""
-    for before, after in zip(rows, rows[1:], strict=False):
+    for before, after in itertools.pairwise(rows):
         if after["train_loss"] <= level < before["train_loss"]:
             weight = (before["train_loss"] - level) / (before["train_loss"] - after["train_loss"])
             return float(before["gap"] + weight * (after["gap"] - before["gap"]))

@@ -1,0 +1,393 @@
+"""The trainer: records, exact resume, and what happens when things go wrong."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from torch import nn
+
+from ddc.training import loop
+from ddc.training.checkpoint import load_checkpoint
+from ddc.training.config import Config, TrainingConfig, register_schemas, resolve
+from ddc.training.loop import DivergedError, learning_rate_factor, prepare, train
+from ddc.training.mirror import Mirror
+from ddc.training.records import Records, gap_at, summarize
+
+ROOT = Path(__file__).resolve().parents[1]
+register_schemas()
+TINY = [
+    "model.layers=1", "model.width=16", "model.heads=2", "model.kv_heads=1", "model.hidden=16", "model.context=16",
+    "training.batch_size=4", "training.steps=12", "training.evaluations=4", "training.evaluation_batches=2",
+    "data.train_tokens=2000", "wandb=disabled",
+]  # fmt: skip
+
+
+def composed(*overrides: str) -> Config:
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return resolve(compose("config", overrides=[*TINY, *overrides]))
+
+
+def run(tmp_path: Path, *overrides: str) -> loop.Setup:
+    return prepare(composed(f"runs={tmp_path}", *overrides))
+
+
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs/experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "ddcadam"])
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_trains(tmp_path: Path, experiment: str, optimizer: str) -> None:
+    setup = run(tmp_path, f"+experiment={experiment}", f"optimizer={optimizer}")
+    summary = train(setup)
+    assert summary["steps"] == 12
+    rows = Records(setup.folder / "records.jsonl").read()
+    assert [row["step"] for row in rows] == [0, 3, 6, 9, 12]
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+    assert rows[0]["gauge_audit"] is None
+    assert all(row["gauge_audit"] < 1e-4 for row in rows[1:])
+    assert all(row["gap"] == row["validation_loss"] - row["train_loss"] for row in rows)
+    info = json.loads((setup.folder / "run.json").read_text())
+    assert info["config"]["optimizer"]["name"] == optimizer
+    assert info["seed"] == 0
+    assert {"commit", "versions", "machine", "gauges", "data"} <= set(info)
+    assert info["versions"]["torch"].startswith("2.13.0")
+
+
+def test_records_say_what_a_hand_written_loop_gets(tmp_path: Path) -> None:
+    """The trainer against the few lines that it stands for."""
+    setup = run(tmp_path / "a", "optimizer=adamw", "training.max_grad_norm=null", "training.schedule=constant",
+                "training.warmup=0.0")  # fmt: skip
+    other = run(tmp_path / "b", "optimizer=adamw")
+    train(setup)
+    rows = Records(setup.folder / "records.jsonl").read()
+    model = other.model
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], 1e-3, (0.9, 0.99)
+    )
+    for step in range(12):
+        x, y = other.data.batch(step, 4, 16, 0)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+        optimizer.step()
+    x, y = map(torch.cat, zip(*other.data.evaluation_batches("validation", 2, 4, 16), strict=True))
+    loss = nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
+    assert rows[-1]["validation_loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+
+
+def test_accumulation_changes_nothing_but_rounding(tmp_path: Path) -> None:
+    losses = [train(run(tmp_path, f"training.accumulation={n}"))["train_loss"] for n in (1, 4)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_complete_run_is_not_run_again(tmp_path: Path) -> None:
+    first = train(run(tmp_path))
+    setup = run(tmp_path)
+    stamp = (setup.folder / "records.jsonl").stat().st_mtime_ns
+    assert train(setup) == {**first, "already_complete": True}
+    assert (setup.folder / "records.jsonl").stat().st_mtime_ns == stamp
+    again = train(run(tmp_path, "training.resume=never"))
+    assert (setup.folder / "records.jsonl").stat().st_mtime_ns != stamp
+    assert again["train_loss"] == first["train_loss"]
+
+
+def test_the_run_id_knows_what_decides_the_numbers() -> None:
+    ids = {composed(*o).run_id for o in ([], ["seed=1"], ["optimizer.lr=1e-4"], ["gauges=none"], ["optimizer=adamw"])}
+    assert len(ids) == 5
+    same = {composed(*o).run_id for o in ([], ["wandb=offline"], ["runs=/elsewhere"], ["training.resume=never"])}
+    assert len(same) == 1
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert (a / "records.jsonl").read_bytes() == (b / "records.jsonl").read_bytes()
+    assert all(torch.equal(value, weights(b)[name]) for name, value in weights(a).items())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "ddcadam"])
+def test_resume_from_any_evaluation_is_bit_exact(tmp_path: Path, optimizer: str, monkeypatch) -> None:
+    whole = run(tmp_path / "whole", f"optimizer={optimizer}")
+    train(whole)
+    saves = 0
+
+    class Killed(BaseException):
+        pass
+
+    original = loop.save_checkpoint
+
+    def save_then_die(*arguments: object) -> None:
+        nonlocal saves
+        saves += 1
+        if saves % 2:  # between the record and its checkpoint: the row must be written again
+            raise Killed
+        original(*arguments)
+
+    monkeypatch.setattr(loop, "save_checkpoint", save_then_die)
+    attempts = 0
+    while True:
+        attempts += 1
+        assert attempts < 20
+        try:
+            broken = run(tmp_path / "broken", f"optimizer={optimizer}")
+            train(broken)
+            break
+        except Killed:
+            continue
+    assert attempts > 3
+    assert_same_run(whole.folder, broken.folder)
+
+
+def train_py(*overrides: str, **options: object) -> subprocess.Popen[str]:
+    flags = [o for o in overrides if o.startswith("--")]
+    command = [sys.executable, str(ROOT / "train.py"), *flags, *TINY, *(o for o in overrides if o not in flags)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, **(pipes | options))  # type: ignore[call-overload]
+
+
+def run_folder(root: Path) -> Path:
+    return next(root.glob("gpt/*"))
+
+
+LONG = ["training.steps=300", "training.evaluations=60"]
+
+
+def start_and_wait_for_rows(root: Path, rows: int) -> subprocess.Popen[str]:
+    process = train_py(*LONG, f"runs={root}")
+    deadline = time.time() + 120
+    while not list(root.glob("gpt/*")) or len(Records(run_folder(root) / "records.jsonl").read()) < rows:
+        assert time.time() < deadline
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.slow
+def test_killed_and_restarted_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    whole = train_py(*LONG, f"runs={tmp_path / 'whole'}")
+    for rows in (3, 12, 31):
+        process = start_and_wait_for_rows(tmp_path / "killed", rows)
+        process.kill()
+        process.wait()
+        assert not (run_folder(tmp_path / "killed") / "summary.json").exists()
+    last = train_py(*LONG, f"runs={tmp_path / 'killed'}")
+    for process in (whole, last):
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, output
+    assert_same_run(run_folder(tmp_path / "whole"), run_folder(tmp_path / "killed"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path, number: int) -> None:
+    process = start_and_wait_for_rows(tmp_path, 4)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode != 0
+    assert "stopped after step" in output
+    assert "Traceback" not in output
+    folder = run_folder(tmp_path)
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
+    assert saved == int(output.split("stopped after step ")[1].split(";")[0])
+    assert saved >= Records(folder / "records.jsonl").read()[-1]["step"]
+    second = train_py(*LONG, f"runs={tmp_path}")
+    output = second.communicate(timeout=300)[0]
+    assert second.returncode == 0, output
+    assert f"from step {saved}" in output
+    assert [row["step"] for row in Records(folder / "records.jsonl").read()] == list(range(0, 301, 5))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    setup = run(tmp_path, "optimizer=adamw", "optimizer.lr=1e30", "training.warmup=1.0", "training.decay=0.0",
+                "training.max_grad_norm=null", "training.evaluations=12")  # fmt: skip
+    with pytest.raises(DivergedError, match=r"checkpoint.pt; a smaller optimizer.lr"):
+        train(setup)
+    assert all(torch.isfinite(value).all() for value in weights(setup.folder).values())
+    rows = Records(setup.folder / "records.jsonl").read()
+    assert rows
+    assert all(math.isfinite(row["train_loss"]) for row in rows)
+    assert not (setup.folder / "summary.json").exists()
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None:
+    setup, other = run(tmp_path), run(tmp_path, "model.width=32")
+    train(setup)
+    with pytest.raises(ValueError, match=r"(?s)does not fit this run .* training.resume=never"):
+        load_checkpoint(
+            setup.folder / "checkpoint.pt", other.model, other.optimizer, torch.amp.GradScaler("cpu"), other.device
+        )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.steps=0"], "Invalid training.steps=0: expected a positive integer"),
+        (["training.schedule=linear"], "Invalid training.schedule=linear: expected one of constant, cosine, wsd"),
+        (["training.accumulation=3"], "Invalid training.accumulation=3: must divide training.batch_size=4"),
+        (["training.warmup=0.9", "training.decay=0.2"], "Invalid training.warmup"),
+        (["training.max_grad_norm=0"], "Invalid training.max_grad_norm=0"),
+        (["optimizer.lr=0"], "Invalid optimizer.lr=0"),
+        (["optimizer.betas=[0.9,1.0]"], "Invalid optimizer.betas"),
+        (["optimizer.vertical=up"], "Invalid vertical='up'"),
+        (["model.mlp=tanh"], "Invalid model.mlp='tanh'"),
+        (["model.heads=3"], "Invalid model.heads=3: must divide model.width=16"),
+        (["model.kv_heads=3"], "Invalid model.kv_heads=3"),
+        (["model.width=6", "model.heads=2"], "an even number"),
+        (["model.context=100000"], "too few for model.context=100000"),
+        (["training.device=cuda"], "training.device=cuda .* no GPU"),
+        (["training.precision=bfloat16"], "training.precision=bfloat16 needs a GPU"),
+        (["wandb.mode=loud"], "Invalid wandb.mode=loud"),
+        (["data=file"], "data=file needs data.path"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, *overrides)
+    assert not list(tmp_path.iterdir())
+
+
+def test_foreign_keys_are_errors() -> None:
+    for overrides in (["optimizer=adamw", "optimizer.radial_rate=1"], ["training.epochs=3"], ["gauges.spin=true"]):
+        with pytest.raises(Exception, match="Could not override"):
+            composed(*overrides)
+
+
+def test_the_gauges_group_selects_kinds(tmp_path: Path) -> None:
+    def kinds(*overrides: str) -> set[str]:
+        return {gauge.kind for gauge in run(tmp_path, *overrides).gauges}
+
+    everything = kinds()
+    assert len(everything) == 5
+    assert kinds("gauges=none") == set()
+    assert kinds("gauges=[logit_shift,norm_scale]") == {"logit_shift", "norm_scale"}
+    assert kinds("gauges.norm_scale=false") == everything - {"norm_scale"}
+
+
+def test_gauges_none_is_adamw(tmp_path: Path) -> None:
+    ours = train(run(tmp_path, "gauges=none"))
+    plain = train(run(tmp_path, "gauges=none", "optimizer=adamw"))
+    assert ours["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
+def test_schedules(schedule: str) -> None:
+    config = TrainingConfig(steps=100, schedule=schedule, warmup=0.1, decay=0.2, final_lr=0.1)
+    factors = [learning_rate_factor(config, step) for step in range(101)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert factors[10] == 1.0
+    assert factors[100] == pytest.approx(1.0 if schedule == "constant" else 0.1)
+    assert factors[79] == 1.0 if schedule != "cosine" else factors[79] < 0.3
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(factors))
+
+
+def test_gap_at_equal_train_loss() -> None:
+    rows = [{"step": i, "train_loss": t, "validation_loss": v, "gap": v - t}
+            for i, (t, v) in enumerate([(3.0, 3.0), (2.0, 2.4), (1.0, 2.6), (1.2, 2.5), (0.5, 3.5)])]  # fmt: skip
+    assert gap_at(rows, 1.5) == pytest.approx(1.0)
+    assert gap_at(rows, 1.0) == pytest.approx(1.6)
+    assert gap_at(rows, 0.1) is None
+    summary = summarize(rows, [1.5, 0.1])
+    assert summary["best_validation_loss"] == 2.4
+    assert summary["best_validation_step"] == 1
+    assert summary["gap_at_train_loss"] == {"1.5": pytest.approx(1.0), "0.1": None}
+
+
+def test_records_survive_a_cut_line(tmp_path: Path) -> None:
+    records = Records(tmp_path / "records.jsonl")
+    for step in range(3):
+        records.append({"step": step})
+    with records.path.open("a") as file:
+        file.write('{"step": 3, "tr')
+    assert [row["step"] for row in records.read()] == [0, 1, 2]
+    records.truncate(1)
+    records.append({"step": 2})
+    assert records.path.read_text() == '{"step": 0}\n{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "key"), [("offline", None), ("auto", None), ("online", None)])
+def test_wandb_never_takes_the_run_with_it(tmp_path: Path, mode: str, key: None, monkeypatch) -> None:
+    for variable in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    setup = run(tmp_path, f"wandb={mode}")
+    summary = train(setup)
+    assert summary["steps"] == 12
+    assert list(setup.folder.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def test_a_wandb_error_in_the_middle_is_survived(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken:
+        def log(self, *arguments: object, **options: object) -> None:
+            raise OSError("no space left on device")
+
+    mirror = Mirror(composed("wandb=disabled"), tmp_path)
+    mirror._run = Broken()
+    mirror.log({"step": 0})
+    mirror.log({"step": 1})
+    mirror.finish({})
+    assert caplog.text.count("no space left on device") == 1
+
+
+@pytest.mark.slow
+def test_multirun(tmp_path: Path) -> None:
+    process = train_py("--multirun", "optimizer=adamw,ddcadam", "seed=0,1", f"runs={tmp_path}")
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert sorted(f.name.rsplit("-", 1)[0] for f in (tmp_path / "gpt").iterdir()) == [
+        "adamw-seed0", "adamw-seed1", "ddcadam-seed0", "ddcadam-seed1",
+    ]  # fmt: skip
+    assert not (ROOT / "multirun").exists()
+    assert not (ROOT / "outputs").exists()
+
+
+@pytest.mark.slow
+def test_the_command_line_ends_with_summary_and_plots(tmp_path: Path) -> None:
+    process = train_py("+experiment=lm_overtrain", "optimizer=ddcadam", f"runs={tmp_path}")
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    for words in ("train loss", "validation loss, best", "gap at train loss 1.0", "wall time", "tok/s"):
+        assert words in output
+    for line in output.splitlines()[-4:]:
+        assert (ROOT / line.strip()).stat().st_size > 0
+    again = train_py("+experiment=lm_overtrain", "optimizer=ddcadam", f"runs={tmp_path}")
+    assert "complete already" in again.communicate(timeout=300)[0]
+
+
+@pytest.mark.slow
+def test_the_command_line_refuses_in_one_line(tmp_path: Path) -> None:
+    process = train_py("data=file", "data.path=/no/such/file", f"runs={tmp_path}")
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 1
+    assert output.strip().splitlines()[-1] == "error: data.path=/no/such/file: there is no such file"
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_the_compare_script(tmp_path: Path) -> None:
+    setups = [run(tmp_path, f"optimizer={name}") for name in ("adamw", "ddcadam")]
+    for setup in setups:
+        train(setup)
+    command = [sys.executable, "scripts/compare.py", *(str(s.folder) for s in setups), "--output", str(tmp_path / "c")]
+    environment = os.environ | {"COLUMNS": "120"}
+    output = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    assert "adamw, seed 0" in output
+    assert "ddcadam, seed 0" in output
+    assert (tmp_path / "c.png").stat().st_size > 10_000
+    wrong = subprocess.run([*command[:2], str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert "holds no run" in wrong.stderr
