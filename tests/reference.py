@@ -55,7 +55,7 @@ class ReferenceDDCAdam:
         for gauge in gauges:
             if isinstance(gauge, Rotation):
                 for name, axis, index in gauge.slots:
-                    for group in index.flatten(0, 1).tolist():
+                    for group in index.reshape(-1, index.shape[2]).tolist():
                         self.groups.setdefault(name, []).append((axis, group))
         self.adam = {name: Adam(betas, eps) for name in params}
         self.radial = {(id(g), u): Adam(betas, eps) for g in self.rescales for u in range(g.units(params))}

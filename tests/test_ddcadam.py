@@ -9,6 +9,7 @@ import io
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -725,12 +726,12 @@ def rescale(plus: str, minus: str, plus_axis: int = 0, minus_axis: int = 1) -> R
         (
             [
                 rescale("0.weight", "2.weight"),
-                Rotation("value_rotation", "x", (RotatedAxis("0.weight", 0, torch.arange(6).view(3, 1, 2)),), True),
+                Rotation("value_rotation", "x", (RotatedAxis("0.weight", 0, np.arange(6).reshape(3, 1, 2)),), True),
             ],
             "do not commute",
         ),
         (
-            [Rotation("value_rotation", "x", (RotatedAxis("0.weight", 0, torch.tensor([[[0, 1]], [[1, 2]]])),), True)],
+            [Rotation("value_rotation", "x", (RotatedAxis("0.weight", 0, np.array([[[0, 1]], [[1, 2]]])),), True)],
             "turn the same index",
         ),
     ],

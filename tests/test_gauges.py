@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -247,7 +248,7 @@ def test_audit_and_check_tell_false_gauges() -> None:
     model = make_model(MODELS["rms-gelu-tied"])
     backward(model, 0)
     up, down = Axis("blocks.0.mlp.up.weight"), Axis("blocks.0.mlp.down.weight", 1)
-    heads = torch.arange(16).view(4, 1, 4)
+    heads = np.arange(16).reshape(4, 1, 4)
     false = [
         Rescale("relu_rescale", "a GELU", (up,), (down,)),
         Rescale("relu_rescale", "wrong degree", (up,), (down,), degree=2),
@@ -278,8 +279,8 @@ def test_audit_without_gradients_is_an_error() -> None:
         (lambda: Rescale("relu", "x", (Axis("a"),), (Axis("b", 1),)), "Invalid kind='relu'"),
         (lambda: Rescale("relu_rescale", "x", (), (Axis("b", 1),)), "both sides"),
         (lambda: Rescale("relu_rescale", "x", (Axis("a"),), (Axis("b", 1),), degree=0), "degree=0"),
-        (lambda: Rotation("value_rotation", "x", (RotatedAxis("a", 0, torch.zeros(1, 1, 2, dtype=torch.int64)),
-                          RotatedAxis("b", 0, torch.zeros(1, 1, 3, dtype=torch.int64))), True), "slots must agree"),
+        (lambda: Rotation("value_rotation", "x", (RotatedAxis("a", 0, np.zeros((1, 1, 2), dtype=np.int64)),
+                          RotatedAxis("b", 0, np.zeros((1, 1, 3), dtype=np.int64))), True), "slots must agree"),
     ],
 )  # fmt: skip
 def test_bad_declarations(make, message: str) -> None:

@@ -382,12 +382,20 @@ def test_the_compare_script(tmp_path: Path) -> None:
     setups = [run(tmp_path, f"optimizer={name}") for name in ("adamw", "ddcadam")]
     for setup in setups:
         train(setup)
-    command = [sys.executable, "scripts/compare.py", *(str(s.folder) for s in setups), "--output", str(tmp_path / "c")]
+    command = [
+        sys.executable, "scripts/compare.py", *(str(s.folder) for s in setups),
+        "--output", str(tmp_path / "c"), "--keep", str(tmp_path / "kept"),
+    ]  # fmt: skip
     environment = os.environ | {"COLUMNS": "120"}
     output = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
     assert "adamw, seed 0" in output
     assert "ddcadam, seed 0" in output
     assert (tmp_path / "c.png").stat().st_size > 10_000
+    assert "| validation loss, best |" in (tmp_path / "c.md").read_text()
+    kept = [tmp_path / "kept" / s.folder.name for s in setups]
+    command[2:4] = [str(folder) for folder in kept]
+    again = subprocess.run(command[:6], cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    assert again == output
     wrong = subprocess.run([*command[:2], str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
     assert "holds no run" in wrong.stderr

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -138,13 +139,13 @@ class Rescale(Gauge):
 class RotatedAxis(NamedTuple):
     """A parameter and the indices, along one of its axes, that each unit of a rotation gauge turns.
 
-    ``indices`` is an int64 tensor of shape (units, copies, k): unit u turns each of its copies (the query heads
+    ``indices`` is an int64 array of shape (units, copies, k): unit u turns each of its copies (the query heads
     of a group, say) of k indices by the same k × k matrix.
     """
 
     parameter: str
     axis: int
-    indices: Tensor
+    indices: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,9 +198,9 @@ class Rotation(Gauge):
 
     @torch.no_grad()
     def act_(self, params: Params, element: Tensor) -> None:
-        for name, axis, index in self.slots:
+        for name, axis, indices in self.slots:
             rows = unit_view(params[name], axis)
-            index = index.to(rows.device)
+            index = torch.from_numpy(indices).to(rows.device)
             rows[index] = torch.einsum("uij,ucjd->ucid", element, rows[index])
 
     @torch.no_grad()
@@ -207,7 +208,8 @@ class Rotation(Gauge):
         units, k = self.shape
         moment = torch.zeros(units, k, k, dtype=torch.float64)
         size = torch.zeros(units, dtype=torch.float64)
-        for name, axis, index in self.slots:
+        for name, axis, indices in self.slots:
+            index = torch.from_numpy(indices)
             rows, grad = (unit_view(t[name], axis).double().cpu()[index] for t in (params, grads))
             part = torch.einsum("ucid,ucjd->uij", grad, rows)
             moment += part

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import singledispatch
 
-import torch
+import numpy as np
 from torch import Tensor, nn
 
 from ddc.gauges.actions import Axis, Rescale, RotatedAxis, Rotation, Shift
@@ -136,10 +136,10 @@ class _Finding:
         if key.shape[-1] - rotated > 1:
             self._rotate_queries_and_keys(place, query[..., rotated:], key[..., rotated:], reflections=True)
 
-    def _rotate_queries_and_keys(self, place: str, query: Tensor, key: Tensor, reflections: bool) -> None:
+    def _rotate_queries_and_keys(self, place: str, query: np.ndarray, key: np.ndarray, reflections: bool) -> None:
         slots = [
-            RotatedAxis(name, 0, index)
-            for linear, index in (("query", query), ("key", key))
+            RotatedAxis(name, 0, indices)
+            for linear, indices in (("query", query), ("key", key))
             for name in self._rows(place, linear)
         ]
         self.found.append(Rotation("qk_rotation", place, tuple(slots), reflections))
@@ -148,16 +148,14 @@ class _Finding:
         return [axis.parameter for axis in self.affine(f"{place}.{linear}")]
 
 
-def head_indices(attention: Attention) -> tuple[Tensor, Tensor]:
+def head_indices(attention: Attention) -> tuple[np.ndarray, np.ndarray]:
     """Indices of key-value heads, (kv_heads, 1, d_head), and of their query heads, (kv_heads, group, d_head)."""
-    queries = torch.arange(attention.query.out_features)
-    keys = torch.arange(attention.key.out_features)
-    return keys.view(attention.kv_heads, 1, -1), queries.view(
-        attention.kv_heads, attention.heads // attention.kv_heads, -1
-    )
+    kv_heads, group = attention.kv_heads, attention.heads // attention.kv_heads
+    keys = np.arange(attention.key.out_features).reshape(kv_heads, 1, -1)
+    return keys, np.arange(attention.query.out_features).reshape(kv_heads, group, -1)
 
 
-def planes(heads: Tensor, rotated: int) -> Tensor:
+def planes(heads: np.ndarray, rotated: int) -> np.ndarray:
     """Split (kv_heads, copies, d_head) into the planes of a half-split RoPE: (kv_heads · planes, copies, 2)."""
-    pairs = torch.stack((heads[..., : rotated // 2], heads[..., rotated // 2 : rotated]), dim=-1)
-    return pairs.transpose(1, 2).flatten(0, 1)
+    pairs = np.stack((heads[..., : rotated // 2], heads[..., rotated // 2 : rotated]), axis=-1)
+    return pairs.swapaxes(1, 2).reshape(-1, heads.shape[1], 2)

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -137,11 +138,11 @@ def _centred(gauges: list[Gauge]) -> set[str]:
 
 
 def _averagings(params: Mapping[str, Tensor], gauges: list[Gauge]) -> dict[str, Averaging]:
-    slots: dict[str, list[tuple[int, Tensor]]] = {}
+    slots: dict[str, list[tuple[int, np.ndarray]]] = {}
     for gauge in gauges:
         if isinstance(gauge, Rotation):
-            for name, axis, index in gauge.slots:
-                slots.setdefault(name, []).append((axis, index.flatten(0, 1)))
+            for name, axis, indices in gauge.slots:
+                slots.setdefault(name, []).append((axis, indices.reshape(-1, indices.shape[2])))
     averagings = {}
     for name, entries in slots.items():
         axes = {axis for axis, _ in entries}

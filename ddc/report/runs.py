@@ -10,6 +10,9 @@ from typing import Any
 
 from rich.table import Table
 
+#: What a run folder holds besides checkpoints and mirrors.
+RECORD_FILES = ("run.json", "records.jsonl", "timing.jsonl", "summary.json")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -53,6 +56,14 @@ def summary_table(runs: Sequence[Run]) -> Table:
     for name, cells in summary_rows(runs):
         table.add_row(name, *cells)
     return table
+
+
+def markdown_table(runs: Sequence[Run]) -> str:
+    """The table of :func:`summary_table` in Markdown, with the commits that made the runs."""
+    commits = ", ".join(sorted({str(run.info["commit"]) for run in runs}))
+    lines = ["| | " + " | ".join(run.label for run in runs) + " |", "| --- |" + " ---: |" * len(runs)]
+    lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in summary_rows(runs)]
+    return "\n".join([*lines, "", f"Losses in nats per token. Commit {commits}."]) + "\n"
 
 
 def summary_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

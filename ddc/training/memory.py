@@ -1,0 +1,58 @@
+"""What a run will need, found without a GPU and without allocating anything."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from ddc.gauges import find_gauges
+from ddc.models import GPT, cross_entropy
+from ddc.optim.factory import make_optimizer
+from ddc.training.config import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes at the peak of a training step, and the number of parameters.
+
+    ``peak`` counts tensors: what an allocator adds by fragmentation, and a CUDA context (about 0.5 GB), come on top.
+    """
+
+    parameters: int
+    optimizer_state: int
+    peak: int
+
+
+def estimate_memory(config: Config, vocab_size: int) -> MemoryEstimate:
+    """Take a training step on fake tensors, which have shapes and dtypes but no data.
+
+    That checks every shape of model, loss and optimizer step, and that the step never needs a value on the host.
+    """
+    fake, training = FakeTensorMode(), config.training
+    with fake:
+        model = GPT(config.model, vocab_size)
+    gauges = find_gauges(model).only(config.gauges.kinds)
+    options = dataclasses.asdict(config.optimizer)
+    name, weight_decay = options.pop("name"), options.pop("weight_decay")
+    precision = getattr(torch, training.precision)
+    with fake:
+        optimizer = make_optimizer(name, model, gauges, weight_decay, **options)
+        for parameter in model.parameters():  # some optimizers allocate their state in the first step
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+        tracker = MemTracker()
+        tracker.track_external(model, optimizer)
+        shape = (training.batch_size // training.accumulation, config.model.context)
+        tokens = torch.zeros(shape, dtype=torch.int64)
+        with tracker:
+            with torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
+                loss = cross_entropy(model(tokens), tokens)
+            loss.backward()
+            optimizer.step()
+    (peak,) = (by_kind["Total"] for by_kind in tracker.get_tracker_snapshot("peak").values())
+    state = sum(v.numel() * v.element_size() for s in optimizer.state.values() for v in s.values())
+    return MemoryEstimate(sum(p.numel() for p in model.parameters()), state, peak)

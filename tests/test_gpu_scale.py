@@ -1,0 +1,62 @@
+"""scale=gpu, as far as it can be checked without a GPU: shapes, memory, and no value needed on the host."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from ddc.training.config import Config, resolve
+from ddc.training.memory import estimate_memory
+from tests.test_training import ROOT
+
+
+def config(*overrides: str) -> Config:
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return resolve(compose("config", overrides=["+experiment=lm_overtrain", *overrides]))
+
+
+@pytest.mark.slow
+def test_the_gpu_scale_fits_a_24_gb_card() -> None:
+    gpu = config("scale=gpu")
+    assert (gpu.model.layers, gpu.model.norm, gpu.model.mlp, gpu.model.positions) == (12, "rms", "swiglu", "rope")
+    assert not gpu.model.tied_head
+    assert gpu.training.precision == "bfloat16"
+    ours = estimate_memory(gpu, 256)
+    plain = estimate_memory(config("scale=gpu", "optimizer=adamw"), 256)
+    assert ours.parameters == plain.parameters == 75_909_888
+    assert ours.optimizer_state < plain.optimizer_state == pytest.approx(8 * ours.parameters, rel=1e-3)
+    assert plain.peak < 22e9
+    assert ours.peak < 1.05 * plain.peak
+
+
+def test_estimate_counts_what_is_there() -> None:
+    cpu = config("scale=cpu", "training.batch_size=2", "optimizer=adamw")
+    estimate = estimate_memory(cpu, 256)
+    weights_gradients_and_state = (4 + 4 + 8) * estimate.parameters
+    logits = 2 * 128 * 256 * 4
+    assert estimate.peak > weights_gradients_and_state / 2 + logits
+    assert estimate.peak < 2 * weights_gradients_and_state + 40 * logits
+
+
+@pytest.mark.slow
+def test_bfloat16_autocast_trains(shakespeare) -> None:
+    """Mixed precision as the GPU runs it, on the CPU: the loss falls as in float32."""
+    from ddc import DDCAdam, find_gauges
+    from ddc.models import GPT, GPTConfig, cross_entropy
+
+    losses = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(context=32, layers=2, width=32, hidden=64), 256)
+        optimizer = DDCAdam(model.named_parameters(), find_gauges(model), lr=3e-3)
+        for step in range(60):
+            x, y = shakespeare.batch(step, 8, 32, 0)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                loss = cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[0] < 3.5
+    assert losses[1] == pytest.approx(losses[0], abs=0.1)
