@@ -1,4 +1,4 @@
-"""DDCAdam as the design states it, unit by unit, in loops: slow, obvious, and independent of the batched code.
+"""DDCAdam as docs/method.md states it, unit by unit, in loops: slow, obvious, and independent of the batched code.
 
 It shares with the package only the declarations of the gauges. Projection, retraction, dressing and averaging are
 done one after the other, as written, in float64.

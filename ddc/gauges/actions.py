@@ -1,6 +1,6 @@
 """The three ways in which a gauge acts: by a shift, by scales, by rotations.
 
-Each class is one row or more of the table of gauges in the paper (arXiv:2606.29176, section on gauges):
+Each class is one row or more of the table of gauges in docs/method.md:
 :class:`Shift` is the logit shift; :class:`Rescale` is the ReLU, ReLU² and gated rescale and the norm scale;
 :class:`Rotation` is the value rotation and the query-key rotation.
 """

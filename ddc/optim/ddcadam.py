@@ -36,8 +36,8 @@ class DDCAdam(Optimizer):
     vertical mode, below). Parameters under several rescales are decomposed by one and multiplied by the norms
     of the others ("dressed"). Under a rotation gauge Adam's second moment is averaged over the indices that it
     turns; under a logit shift gradient and update are centred over the vocabulary. All else is AdamW.
-    Source: arXiv:2606.29176; the retraction, the step scale "init", the averaged second moment, the rule for
-    overlaps and the treatment of dead sides are ours.
+    Source: arXiv:2606.29176 and its companion arXiv:2606.05957; the retraction, the step scale "init", the
+    averaged second moment, the rule for overlaps and the treatment of dead sides are ours (docs/method.md).
 
     Args:
         params: ``model.named_parameters()``, or param groups whose ``"params"`` are such pairs. Plain tensors

@@ -1,6 +1,6 @@
 """Who does what: from a list of gauges to the stacks of parameters that a step handles at once.
 
-The rules (design, section 2; all overlaps follow from them):
+The rules, from which all overlaps follow (docs/method.md):
 
 - a parameter on the plus side of a rescale is decomposed by that rescale, together with the rest of the side;
 - a parameter on the minus side is decomposed there too, unless it is on the plus side of another rescale:

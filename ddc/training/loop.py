@@ -225,11 +225,12 @@ def evaluate(setup: Setup, step: int, batches: dict[str, list[Batch]]) -> Row:
     """Losses of both splits on fixed batches, in nats per token.
 
     Raises:
-        DivergedError: the train loss is not finite.
+        DivergedError: a loss is not finite.
     """
     losses = {split: mean_loss(setup, batches[split]) for split in ("train", "validation")}
-    if not math.isfinite(losses["train"]):
-        raise DivergedError(f"the train loss after step {step} is {losses['train']}. {where_to_go_on(setup.folder)}")
+    for split, loss in losses.items():
+        if not math.isfinite(loss):
+            raise DivergedError(f"the {split} loss after step {step} is {loss}. {where_to_go_on(setup.folder)}")
     config = setup.config
     tokens = step * config.training.batch_size * config.model.context
     return {

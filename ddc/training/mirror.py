@@ -29,7 +29,7 @@ class Mirror:
 
         mode = config.wandb.mode
         if mode == "auto":
-            mode = "online" if wandb.api.api_key else "offline"
+            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
         arguments: dict[str, Any] = {
             "project": config.wandb.project,
             "entity": config.wandb.entity,
