@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 
@@ -20,7 +19,6 @@ register_schemas()
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
 def main(composed: DictConfig) -> None:
     """Run what the composed configuration says, and show what came of it."""
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         setup = prepare(resolve(composed))
     except ValueError as error:

@@ -26,6 +26,7 @@ from ddc.data import DataConfig, load_text
 from ddc.data.text import TextData
 from ddc.gauges import KINDS, GaugeSet
 from ddc.models import GPT, GPTConfig, cross_entropy
+from ddc.report.runs import TITLES
 from ddc.training.records import provenance, write_atomically
 
 CONTEXT, BATCH, STEPS, LR, WEIGHT_DECAY = 32, 8, 100, 3e-3, 0.1
@@ -152,14 +153,13 @@ def measure(seeds: Iterable[int]) -> list[dict[str, Any]]:
 def table(records: list[dict[str, Any]]) -> str:
     """Markdown: the largest divergence over the seeds for each model, gauges, dtype and optimizer."""
     columns = [(o, d) for d in ("float64", "float32") for o in ("ddcadam", "adamw")]
-    titles = {"ddcadam": "DDCAdam", "adamw": "AdamW"}
     rows: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
     for r in records:
         cell = rows.setdefault((r["model"], r["gauges"]), {})
         column = (r["optimizer"], r["dtype"])
         cell[column] = max(cell.get(column, 0.0), r["divergence"])
     lines = [
-        "| model | gauges moved | " + " | ".join(f"{titles[o]} {d}" for o, d in columns) + " |",
+        "| model | gauges moved | " + " | ".join(f"{TITLES[o]} {d}" for o, d in columns) + " |",
         "| --- | --- |" + " ---: |" * len(columns),
     ]
     for (model, gauges), cell in rows.items():

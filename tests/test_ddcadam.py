@@ -620,6 +620,7 @@ def test_prefixes_of_wrappers_are_seen_through() -> None:
     gauges = find_gauges(model)
     compiled = torch.compile(model)
     assert next(iter(compiled.named_parameters()))[0].startswith("_orig_mod.")
+    assert len(find_gauges(compiled)) == len(gauges)
     DDCAdam(compiled.named_parameters(), gauges)
     DDCAdam([("module." + n, p) for n, p in model.named_parameters()], gauges)
 

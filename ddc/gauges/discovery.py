@@ -22,6 +22,8 @@ def find_gauges(model: nn.Module) -> GaugeSet:
     Raises:
         TypeError: there is no reader for this class of models.
     """
+    if isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        return find_gauges(inner)  # wrapped by torch.compile or DDP
     raise TypeError(
         f"find_gauges cannot read a {type(model).__name__}; it reads {GPT.__name__}. Declare its gauges by hand "
         "(ddc.gauges.Rescale, Rotation, Shift), make sure of them with ddc.gauges.check, and pass them as a list"

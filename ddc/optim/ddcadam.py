@@ -127,6 +127,7 @@ class DDCAdam(Optimizer):
                 for param, state in stack.state(layer).items():
                     self.state[param] = state
         self._stacks.extend(stacks)
+        self._check_groups()
 
     @overload
     def step(self, closure: None = None) -> None: ...

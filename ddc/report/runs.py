@@ -10,6 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
+#: How optimizers are called in tables and figures.
+TITLES = {"adamw": "AdamW", "ddcadam": "DDCAdam"}
 #: What a run folder holds besides checkpoints and mirrors.
 RECORD_FILES = ("run.json", "records.jsonl", "timing.jsonl", "summary.json")
 
@@ -44,7 +46,8 @@ class Run:
     def label(self) -> str:
         """Optimizer and seed."""
         config = self.info["config"]
-        return f"{config['optimizer']['name']}, seed {config['seed']}"
+        name = config["optimizer"]["name"]
+        return f"{TITLES.get(name, name)}, seed {config['seed']}"
 
 
 def summary_table(runs: Sequence[Run]) -> Table:
@@ -102,12 +105,18 @@ def plot_curves(runs: Sequence[Run], stem: Path) -> list[Path]:
     for i, run in enumerate(runs):
         colour = colours[i % len(colours)]
         epochs = [row["epoch"] for row in run.rows]
-        train = [row["train_loss"] for row in run.rows]
-        losses.plot(epochs, train, color=colour, linestyle="--", label=f"{run.label}: train")
-        losses.plot(
-            epochs, [row["validation_loss"] for row in run.rows], color=colour, label=f"{run.label}: validation"
+        for split, style in (("train", "--"), ("validation", "-")):
+            values = [row[f"{split}_loss"] for row in run.rows]
+            losses.plot(epochs, values, color=colour, linestyle=style, label=f"{run.label}: {split}")
+        trained = [row for row in run.rows if row["step"]]
+        gaps.plot(
+            [row["train_loss"] for row in trained],
+            [row["gap"] for row in trained],
+            color=colour,
+            marker=".",
+            markersize=4,
+            label=run.label,
         )
-        gaps.plot(train, [row["gap"] for row in run.rows], color=colour, marker=".", markersize=4, label=run.label)
     losses.set(xlabel="epochs", ylabel="loss (nats per token)", ylim=(0, None))
     gaps.set(xlabel="train loss (nats per token), falling", ylabel="validation - train loss (nats per token)")
     gaps.invert_xaxis()

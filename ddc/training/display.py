@@ -18,21 +18,19 @@ class Display:
         self.steps, self.start, self.step = steps, start, start
         self.began = time.perf_counter()
         self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=10),
             MofNCompleteColumn(),
             TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self.task = self.progress.add_task(title, total=steps, completed=start, status="")
+        self.task = self.progress.add_task("", total=steps, completed=start, status="")
         self.title = title
 
     def __enter__(self) -> Display:
+        print(f"{self.title}: {self.steps} steps" + (f", from step {self.start}" if self.start else ""), flush=True)
         self.progress.start()
-        if not self.console.is_terminal:
-            print(f"{self.title}: {self.steps} steps" + (f", from step {self.start}" if self.start else ""), flush=True)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -45,7 +43,7 @@ class Display:
     def evaluated(self, row: Row, tokens_per_second: float) -> None:
         """Show an evaluation."""
         status = (
-            f"train {row['train_loss']:.3f}  val {row['validation_loss']:.3f}  gap {row['gap']:+.3f}  "
+            f"train {row['train_loss']:.3f} val {row['validation_loss']:.3f} gap {row['gap']:+.3f} "
             f"{tokens_per_second:,.0f} tok/s"
         )
         self.progress.update(self.task, status=status)

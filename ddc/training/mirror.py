@@ -46,6 +46,7 @@ class Mirror:
                 return wandb.init(mode="online", resume="allow", settings=settings, **arguments)
             except Exception as error:  # no key, no network, a full quota: any of them
                 log.warning("W&B cannot be reached (%s); logging offline, wandb sync sends it later", first_line(error))
+                wandb.teardown()  # the failed attempt still holds the run's id
         return wandb.init(mode="offline", settings=settings, **arguments)
 
     def log(self, row: dict[str, Any]) -> None:
