@@ -291,7 +291,7 @@ def test_schedules(schedule: str) -> None:
     assert factors[10] == 1.0
     assert factors[100] == pytest.approx(1.0 if schedule == "constant" else 0.1)
     assert factors[79] == 1.0 if schedule != "cosine" else factors[79] < 0.3
-    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(factors))
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(factors[10:]))
 
 
 def test_gap_at_equal_train_loss() -> None:
