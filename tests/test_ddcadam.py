@@ -461,7 +461,7 @@ def test_gradients_are_not_written_to() -> None:
     assert all(torch.equal(p.grad, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
-def test_grad_norm_is_invariant_and_euclidean_at_the_initialisation() -> None:
+def test_grad_norm_is_invariant_and_about_euclidean_at_the_initialisation() -> None:
     model = make_model(MODELS["layer-bias-swiglu-rope-mqa"])
     gauges = find_gauges(model)
     backward(model, 0)

@@ -153,7 +153,7 @@ class DDCAdam(Optimizer):
         """Norm of the gradient in the gauge-invariant metric, for clipping.
 
         The Euclidean norm depends on the gauge, so that clipping by it would undo equivariance. This one
-        measures each block of weights relative to its step scale; at the 1/√fan_in initialisation the two
+        measures each block of weights relative to its step scale; at the 1/√fan_in initialisation the two about
         agree, and thresholds carry over. Use with
         ``torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, optimizer.grad_norm())``.
         """
