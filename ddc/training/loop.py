@@ -60,10 +60,15 @@ def prepare(config: Config) -> Setup:
     torch.manual_seed(config.seed)
     model = GPT(config.model, data.vocab_size).to(device)
     gauges = find_gauges(model).only(config.gauges.kinds)
+    optimizer = configured_optimizer(config, model, gauges)
+    return Setup(config, device, data, model, gauges, optimizer, Path(config.runs) / config.name / config.run_id)
+
+
+def configured_optimizer(config: Config, model: nn.Module, gauges: GaugeSet) -> Optimizer:
+    """The optimizer of a config."""
     options = dataclasses.asdict(config.optimizer)
     name, weight_decay = options.pop("name"), options.pop("weight_decay")
-    optimizer = make_optimizer(name, model, gauges, weight_decay, **options)
-    return Setup(config, device, data, model, gauges, optimizer, Path(config.runs) / config.name / config.run_id)
+    return make_optimizer(name, model, gauges, weight_decay, **options)
 
 
 def choose_device(config: TrainingConfig) -> torch.device:

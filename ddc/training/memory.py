@@ -10,8 +10,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from ddc.gauges import find_gauges
 from ddc.models import GPT, cross_entropy
-from ddc.optim.factory import make_optimizer
 from ddc.training.config import Config
+from ddc.training.loop import configured_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +35,9 @@ def estimate_memory(config: Config, vocab_size: int) -> MemoryEstimate:
     with fake:
         model = GPT(config.model, vocab_size)
     gauges = find_gauges(model).only(config.gauges.kinds)
-    options = dataclasses.asdict(config.optimizer)
-    name, weight_decay = options.pop("name"), options.pop("weight_decay")
     precision = getattr(torch, training.precision)
     with fake:
-        optimizer = make_optimizer(name, model, gauges, weight_decay, **options)
+        optimizer = configured_optimizer(config, model, gauges)
         for parameter in model.parameters():  # some optimizers allocate their state in the first step
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
