@@ -2,6 +2,7 @@
 
 from ddc.gauges.actions import Axis, Rescale, RotatedAxis, Rotation, Shift
 from ddc.gauges.base import KINDS, Gauge, Refusal, named_parameters, plain_name
+from ddc.gauges.canonical import align_, balance_, orbit_distance
 from ddc.gauges.discovery import find_gauges
 from ddc.gauges.gauge_set import GaugeSet, audit, check
 
@@ -15,9 +16,12 @@ __all__ = [
     "RotatedAxis",
     "Rotation",
     "Shift",
+    "align_",
     "audit",
+    "balance_",
     "check",
     "find_gauges",
     "named_parameters",
+    "orbit_distance",
     "plain_name",
 ]
