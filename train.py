@@ -9,6 +9,7 @@ import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
+from ddc.report.rates import draw_readings
 from ddc.report.runs import Run, plot_curves, summary_table
 from ddc.training.config import register_schemas, resolve
 from ddc.training.loop import DivergedError, prepare, train
@@ -24,16 +25,20 @@ def main(composed: DictConfig) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     try:
-        summary = train(setup)
+        summary = train(setup, draw)
     except (DivergedError, KeyboardInterrupt) as error:
         sys.exit(f"stopped: {error}")
     if summary.get("already_complete"):
         print(f"This run was complete already; training.resume=never runs it again. Folder: {setup.folder}")
-    run = Run.read(setup.folder)
-    paths = plot_curves([run], setup.folder / "curves")
-    Console().print(summary_table([run]))
-    for path in (Path("summary.json"), Path("records.jsonl"), *(path.relative_to(setup.folder) for path in paths)):
-        print(setup.folder / path)
+    Console().print(summary_table([Run.read(setup.folder)]))
+    for path in (setup.folder / "summary.json", setup.folder / "records.jsonl", *draw(setup.folder)):
+        print(path)
+
+
+def draw(folder: Path) -> list[Path]:
+    """The figures of a complete run, from its records."""
+    run = Run.read(folder)
+    return [*plot_curves([run], folder / "curves"), *draw_readings(run, folder)]
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ def main() -> None:
             kept = arguments.keep / run.folder.name
             kept.mkdir(parents=True, exist_ok=True)
             for name in RECORD_FILES:
+                if not (run.folder / name).exists():
+                    continue
                 shutil.copyfile(run.folder / name, kept / name)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     markdown = arguments.output.with_suffix(".md")

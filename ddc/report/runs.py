@@ -6,14 +6,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 #: How optimizers are called in tables and figures.
 TITLES = {"adamw": "AdamW", "ddcadam": "DDCAdam"}
 #: What a run folder holds besides checkpoints and mirrors.
-RECORD_FILES = ("run.json", "records.jsonl", "timing.jsonl", "summary.json")
+RECORD_FILES = ("run.json", "records.jsonl", "timing.jsonl", "readings.jsonl", "summary.json")
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Run:
     folder: Path
     info: dict[str, Any]
     rows: list[dict[str, Any]]
+    readings: list[dict[str, Any]]
     summary: dict[str, Any] | None
 
     @classmethod
@@ -38,7 +42,8 @@ class Run:
         return cls(
             folder,
             json.loads((folder / "run.json").read_text()),
-            [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()],
+            read_lines(folder / "records.jsonl"),
+            read_lines(folder / "readings.jsonl"),
             json.loads(summary.read_text()) if summary.exists() else None,
         )
 
@@ -48,6 +53,11 @@ class Run:
         config = self.info["config"]
         name = config["optimizer"]["name"]
         return f"{TITLES.get(name, name)}, seed {config['seed']}"
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file; none if there is no such file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def summary_table(runs: Sequence[Run]) -> Table:
@@ -89,6 +99,8 @@ def summary_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         gaps = [s.get("gap_at_train_loss", {}).get(level) for s in summaries]
         rows.append((f"gap at train loss {level}", ["never reached" if g is None else f"{g:.3f}" for g in gaps]))
     rows.append(row("wall time, s", "seconds", ".0f"))
+    if any(s.get("reading_seconds") for s in summaries):
+        rows.append(row("… of it readings", "reading_seconds", ".0f"))
     return rows
 
 
@@ -123,7 +135,14 @@ def plot_curves(runs: Sequence[Run], stem: Path) -> list[Path]:
     for axes in (losses, gaps):
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize="small")
-    paths = [stem.with_suffix(suffix) for suffix in (".png", ".pdf")]
+    return save_figure(figure, stem)
+
+
+def save_figure(figure: Figure, stem: Path) -> list[Path]:
+    """Write a figure as ``stem``.png and ``stem``.pdf, and close it."""
+    import matplotlib.pyplot as plt
+
+    paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".pdf")]
     for path in paths:
         figure.savefig(path, dpi=150)
     plt.close(figure)

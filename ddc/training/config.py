@@ -10,10 +10,12 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ddc.data import DataConfig
 from ddc.gauges import KINDS
 from ddc.models import GPTConfig
+from ddc.slt.config import SLTConfig
 
 SCHEDULES = ("constant", "cosine", "wsd")
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -157,6 +159,7 @@ class Config:
     optimizer: OptimizerConfig = MISSING
     gauges: GaugesConfig = field(default_factory=GaugesConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    slt: SLTConfig = field(default_factory=SLTConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     name: str = "gpt"
     seed: int = 0
@@ -164,9 +167,11 @@ class Config:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that decides the numbers of the run, and nothing else."""
+        """All that decides the records of the run, and nothing else."""
         values = dataclasses.asdict(self)
         del values["wandb"], values["runs"], values["training"]["resume"]
+        if not self.slt.readings:
+            del values["slt"]
         return values
 
     @property
@@ -199,3 +204,20 @@ def resolve(config: DictConfig) -> Config:
     resolved = OmegaConf.to_object(config)
     assert isinstance(resolved, Config)
     return resolved
+
+
+def restored(values: dict[str, Any]) -> Config:
+    """The configuration that a run's ``run.json`` holds.
+
+    Raises:
+        ValueError: the run was made by a version of the code with other keys.
+    """
+    optimizers = {"adamw": AdamWConfig, "ddcadam": DDCAdamConfig}
+    schema = OmegaConf.structured(Config)
+    schema.optimizer = OmegaConf.structured(optimizers[values["optimizer"]["name"]])
+    try:
+        merged = OmegaConf.merge(schema, values)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"the run's configuration does not fit this version of the code: {error}") from error
+    assert isinstance(merged, DictConfig)
+    return resolve(merged)

@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import json
 import math
+import shutil
 import signal
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from ddc.gauges import GaugeSet, audit, find_gauges
 from ddc.models import GPT, cross_entropy
 from ddc.optim import DDCAdam
 from ddc.optim.factory import make_optimizer
+from ddc.slt.observer import Observer, joined
 from ddc.training.checkpoint import load_checkpoint, save_checkpoint
 from ddc.training.config import Config, TrainingConfig
 from ddc.training.display import Display
@@ -45,6 +48,7 @@ class Setup:
     model: GPT
     gauges: GaugeSet
     optimizer: Optimizer
+    observer: Observer | None
     folder: Path
 
 
@@ -61,7 +65,22 @@ def prepare(config: Config) -> Setup:
     model = GPT(config.model, data.vocab_size).to(device)
     gauges = find_gauges(model).only(config.gauges.kinds)
     optimizer = configured_optimizer(config, model, gauges)
-    return Setup(config, device, data, model, gauges, optimizer, Path(config.runs) / config.name / config.run_id)
+    folder = Path(config.runs) / config.name / config.run_id
+    observer = make_observer(config, device, data, model, folder / "snapshots") if config.slt.readings else None
+    return Setup(config, device, data, model, gauges, optimizer, observer, folder)
+
+
+def make_observer(config: Config, device: torch.device, data: TextData, model: GPT, folder: Path) -> Observer:
+    """What reads singular structure along the run; its probe is taken from the training text."""
+
+    def windows(count: int, size: int) -> list[Batch]:
+        batches = data.evaluation_batches("train", count, size, config.model.context)
+        return [(x.to(device), y.to(device)) for x, y in batches]
+
+    size = min(16, config.slt.sequences)
+    probe = windows(-(-config.slt.sequences // size), size)
+    whole = joined(windows(len(data.train) // config.model.context, 1))
+    return Observer(config.slt, model, probe, whole, config.training.steps, folder)
 
 
 def configured_optimizer(config: Config, model: nn.Module, gauges: GaugeSet) -> Optimizer:
@@ -89,8 +108,16 @@ def choose_device(config: TrainingConfig) -> torch.device:
     return device
 
 
-def train(setup: Setup) -> Row:
+def no_figures(folder: Path) -> list[Path]:
+    return []
+
+
+def train(setup: Setup, draw: Callable[[Path], Sequence[Path]] = no_figures) -> Row:
     """Train to the end, or from the last checkpoint to the end, and return the summary.
+
+    Args:
+        setup: what :func:`prepare` made.
+        draw: makes figures from the records of the complete run and returns their paths, for W&B to show.
 
     Raises:
         DivergedError: the loss is not finite; the last good checkpoint is kept.
@@ -102,34 +129,53 @@ def train(setup: Setup) -> Row:
     if training.resume == "auto" and summary_path.exists():
         return {**json.loads(summary_path.read_text()), "already_complete": True}
     scaler = GradScaler(setup.device.type, enabled=training.precision == "float16")
-    records, timing = Records(folder / "records.jsonl"), Records(folder / "timing.jsonl")
+    records, timing, readings = (Records(folder / f"{name}.jsonl") for name in ("records", "timing", "readings"))
     start = 0
     if training.resume == "auto" and checkpoint.exists():
         start = load_checkpoint(checkpoint, model, optimizer, scaler, setup.device)
     else:
         start_folder(setup)
-    records.truncate(start)
-    timing.truncate(start)
-    rows = records.read()
-    elapsed = sum(row["seconds"] for row in timing.read())
+    for table in (records, timing, readings):
+        table.truncate(start)
+    rows, read = records.read(), readings.read()
+    elapsed, observing = (sum(row[key] for row in timing.read()) for key in ("seconds", "reading_seconds"))
+    observer, reading_steps = setup.observer, set(setup.observer.steps if setup.observer else ())
     evaluations = {round(i * training.steps / training.evaluations) for i in range(training.evaluations + 1)}
     fixed = {split: evaluation_batches(setup, split) for split in ("train", "validation")}
     mirror, stop = Mirror(config, folder), StopSignal()
 
     with Display(training.steps, start, f"{config.name}/{config.run_id}") as display, stop:
-        clock, last_row_step, gauge_audit = time.perf_counter(), start, None
+        clock, last_row_step, gauge_audit, reading_seconds = time.perf_counter(), start, None, 0.0
         for step in range(start, training.steps + 1):
+            if observer and step in reading_steps and not (read and read[-1]["step"] == step):
+                check_finite(setup)
+                began = time.perf_counter()
+                read.append(observer.read(step, read[-1] if read else None))
+                readings.append(read[-1])
+                mirror.log_reading(read[-1])
+                reading_seconds += time.perf_counter() - began
             if step in evaluations and not (rows and rows[-1]["step"] == step):
                 row = {**evaluate(setup, step, fixed), "gauge_audit": gauge_audit}
                 seconds = time.perf_counter() - clock
-                tokens_per_second = (step - last_row_step) * training.batch_size * config.model.context / seconds
+                tokens = (step - last_row_step) * training.batch_size * config.model.context
+                tokens_per_second = tokens / (seconds - reading_seconds)
                 records.append(row)
-                timing.append({"step": step, "seconds": seconds, "tokens_per_second": tokens_per_second})
+                timing.append(
+                    {
+                        "step": step,
+                        "seconds": seconds,
+                        "reading_seconds": reading_seconds,
+                        "tokens_per_second": tokens_per_second,
+                    }
+                )
                 save_checkpoint(checkpoint, step, model, optimizer, scaler)
+                if observer:
+                    observer.forget()
                 rows.append(row)
                 mirror.log({**row, "tokens_per_second": tokens_per_second})
                 display.evaluated(row, tokens_per_second)
-                elapsed, clock, last_row_step = elapsed + seconds, time.perf_counter(), step
+                elapsed, observing = elapsed + seconds, observing + reading_seconds
+                clock, last_row_step, reading_seconds = time.perf_counter(), step, 0.0
             if step == training.steps:
                 break
             if stop.requested:
@@ -142,18 +188,20 @@ def train(setup: Setup) -> Row:
     summary = {
         **summarize(rows, training.gap_levels),
         "seconds": elapsed,
+        "reading_seconds": observing,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     write_json(summary_path, summary)
-    mirror.finish(summary)
+    mirror.finish(summary, draw(folder))
     return summary
 
 
 def start_folder(setup: Setup) -> None:
     """Begin a run folder: an older run in it ends here, and what made this one is written down."""
     setup.folder.mkdir(parents=True, exist_ok=True)
-    for name in ("summary.json", "checkpoint.pt", "records.jsonl", "timing.jsonl"):
+    for name in ("summary.json", "checkpoint.pt", "records.jsonl", "timing.jsonl", "readings.jsonl"):
         (setup.folder / name).unlink(missing_ok=True)
+    shutil.rmtree(setup.folder / "snapshots", ignore_errors=True)
     write_json(
         setup.folder / "run.json",
         {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +52,44 @@ class Mirror:
         return wandb.init(mode="offline", settings=settings, **arguments)
 
     def log(self, row: dict[str, Any]) -> None:
-        if self._run is not None:
-            try:
-                self._run.log(row, step=row["step"])
-            except Exception as error:
-                self._give_up(error)
+        self._send(lambda run: run.log(row, step=row["step"]))
 
-    def finish(self, summary: dict[str, Any]) -> None:
+    def log_reading(self, row: dict[str, Any]) -> None:
+        """Observables as numbers, spectra as histograms of log10 eigenvalues, which W&B draws over time."""
+
+        def send(run: Any) -> None:
+            import wandb
+
+            values: dict[str, Any] = {"slt/loss": row["loss"], "slt/arc_length": row["arc_length"]}
+            for layer in row["layers"]:
+                values |= {f"slt/{layer['layer']}/{name}": value for name, value in layer["values"].items()}
+                for side in ("activation", "gradient"):
+                    eigenvalues = [math.log10(v) for v in layer[side]["spectrum"] if v > 0]
+                    if eigenvalues:
+                        values[f"slt/{layer['layer']}/{side}_spectrum"] = wandb.Histogram(eigenvalues)
+            for key, value in row.get("learning_coefficient", {}).items():
+                values[f"slt/learning_coefficient/{key}"] = value
+            run.log(values, step=row["step"])
+
+        self._send(send)
+
+    def finish(self, summary: dict[str, Any], figures: Sequence[Path] = ()) -> None:
+        def send(run: Any) -> None:
+            import wandb
+
+            images = {path.stem: wandb.Image(str(path)) for path in figures if path.suffix == ".png"}
+            if images:
+                run.log(images)
+            run.summary.update(summary)
+            run.finish()
+
+        self._send(send)
+
+    def _send(self, send: Callable[[Any], None]) -> None:
         if self._run is not None:
             try:
-                self._run.summary.update(summary)
-                self._run.finish()
-            except Exception as error:
+                send(self._run)
+            except Exception as error:  # as in __init__
                 self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
