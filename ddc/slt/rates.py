@@ -169,8 +169,9 @@ def read_rate(log_t: Sequence[float] | Array, log_y: Sequence[float] | Array, ru
         fit = fit_line(x[window], y[window], rule.confidence)
         if steep(fit, rule) and fit.r2 >= rule.min_r2 and not has_kink(x[window], y[window], fit, rule):
             return Rate("read", len(window), decades(x[window]), fit)
-    shortest = fit_line(x[windows[0]], y[windows[0]], rule.confidence)
-    return Rate(reason(x, y, shortest, rule), len(windows[0]), decades(x[windows[0]]), shortest)
+    end = windows[0]
+    fit = fit_line(x[end], y[end], rule.confidence)
+    return Rate(reason(x, y, end, fit, rule), len(end), decades(x[end]), fit)
 
 
 def decades(x: Array) -> float:
@@ -209,14 +210,14 @@ def has_kink(x: Array, y: Array, fit: Fit, rule: RateRule) -> bool:
     return (straight - curved) * freedom > stats.f.ppf(rule.confidence, 1, freedom) * curved
 
 
-def reason(x: Array, y: Array, shortest: Fit, rule: RateRule) -> str:
-    """Why no window passes, from the shortest one (the asymptotic end) and from as many points at the other end."""
-    if -rule.min_slope <= shortest.low and shortest.high <= rule.min_slope:
+def reason(x: Array, y: Array, end: NDArray[np.int64], fit: Fit, rule: RateRule) -> str:
+    """Why no window passes: from the shortest one, ``end``, its fit, and as many points at the other end."""
+    if -rule.min_slope <= fit.low and fit.high <= rule.min_slope:
         early = np.sort(np.argsort(x, kind="stable")[-rule.min_checkpoints :])
         return "floor" if steep(fit_line(x[early], y[early], rule.confidence), rule) else "plateau"
-    if shortest.slope < -rule.min_slope and shortest.high < 0:
+    if fit.slope < -rule.min_slope and fit.high < 0:
         return "rising"
-    if steep(shortest, rule) and shortest.r2 >= rule.min_r2:
+    if fit.slope > rule.min_slope and has_kink(x[end], y[end], fit, rule):
         return "kink"
     return "noise"
 

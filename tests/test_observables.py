@@ -1,0 +1,320 @@
+"""Observables against explicit loops, algebraic zeros against exact ones, and what observing must not touch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ddc.models import GPTConfig
+from ddc.slt.observables import (
+    OBSERVABLES,
+    Layer,
+    Zeros,
+    accumulate,
+    categorical_score,
+    fisher_block,
+    gaussian_score,
+    label_score,
+    layers_of,
+    named_layers,
+    observe,
+    spectrum,
+)
+from tests.helpers import VOCABULARY, make_model, relu_mlp
+
+
+def probe(config: GPTConfig, batches: int = 3, size: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(VOCABULARY, (batches, size, config.context + 1), generator=generator)
+    return [(t[:, :-1], t[:, 1:]) for t in tokens]
+
+
+def test_moments_against_a_loop_over_samples(config: GPTConfig) -> None:
+    """Each sequence by itself, its gradients by retain_grad, its labels drawn one by one."""
+    model = make_model(config)
+    batches = probe(config)
+    score = categorical_score(7)
+    moments = accumulate(model, layers_of(model), batches, score)
+    modules = [model.embedding, *model.blocks]
+    for module, m in zip(modules, moments, strict=True):
+        a, g, rows = torch.zeros_like(m.activation), torch.zeros_like(m.gradient), 0
+        for index, (x, y) in enumerate(batches):
+            gradient = score(model(x).detach(), y, index)
+            for i in range(len(x)):
+                kept: list[torch.Tensor] = []
+                handle = module.register_forward_hook(lambda _m, _a, out, kept=kept: kept.append(out))
+                logits = model(x[i : i + 1])
+                handle.remove()
+                kept[0].retain_grad()
+                (logits * gradient[i : i + 1]).sum().backward()
+                for h, d in zip(kept[0][0].detach(), kept[0].grad[0], strict=True):
+                    a += torch.outer(h, h)
+                    g += torch.outer(d, d)
+                    rows += 1
+        assert rows == m.rows == 12 * config.context
+        torch.testing.assert_close(m.activation, a, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(m.gradient, g, rtol=1e-10, atol=1e-12)
+
+
+def test_the_score_is_the_gradient_of_the_log_likelihood() -> None:
+    logits = torch.randn(50, 6, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(6, (50,))
+    loss = F.cross_entropy(logits, targets, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(label_score(logits.detach(), targets, 0), -gradient)
+
+
+def test_labels_follow_the_model() -> None:
+    """Second moment of the score = the Fisher information of a categorical, diag(p) - p pᵀ; the mean is 0."""
+    logits = torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.float64).expand(200_000, 4)
+    score = categorical_score(0)(logits, torch.zeros(200_000, dtype=torch.long), 0)
+    p = logits[0].softmax(-1)
+    fisher = torch.diag(p) - torch.outer(p, p)
+    torch.testing.assert_close(score.T @ score / len(score), fisher, rtol=0, atol=5e-3)
+    torch.testing.assert_close(score.mean(0), torch.zeros(4, dtype=torch.float64), rtol=0, atol=5e-3)
+    assert torch.equal(score, categorical_score(0)(logits, torch.zeros(200_000, dtype=torch.long), 0))
+    assert not torch.equal(score, categorical_score(0)(logits, torch.zeros(200_000, dtype=torch.long), 1))
+
+
+def test_readings_are_what_linear_algebra_says(config: GPTConfig) -> None:
+    model = make_model(config)
+    batches = probe(config, batches=6)
+    for layer, reading in zip(
+        layers_of(model), observe(model, layers_of(model), batches, categorical_score(1)), strict=True
+    ):
+        m = accumulate(model, [layer], batches, categorical_score(1))[0]
+        a, g = torch.linalg.eigvalsh(m.activation / m.rows), torch.linalg.eigvalsh(m.gradient / m.rows)
+        if config.norm == "layer":
+            assert g[0] < 1e-12 * g[-1]
+            g = g[1:]
+        assert reading.values["activation_sigma_min"] == pytest.approx(math.sqrt(a[0]), rel=1e-5)
+        assert reading.values["gradient_lambda_min"] == pytest.approx(float(g[0]), rel=1e-5)
+        assert reading.values["activation_log_volume"] == pytest.approx(float(a.log().sum()), rel=1e-6)
+        assert reading.values["gradient_log_volume"] == pytest.approx(float(g.log().sum()), rel=1e-6)
+        assert reading.values["fisher_min"] == pytest.approx(float(a[0] * g[0]), rel=1e-5)
+        assert set(reading.values) == set(OBSERVABLES)
+
+
+def test_the_fisher_eigenvalue_is_that_of_the_exact_block() -> None:
+    """For one linear map under a Gaussian model, K-FAC is the exact Fisher block (all signs of noise, each input)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4, bias=False)).double()
+    x = torch.randn(10, 3, dtype=torch.float64).repeat_interleave(16, 0)
+    signs = torch.tensor(list(itertools.product((1.0, -1.0), repeat=4)), dtype=torch.float64).repeat(10, 1)
+    reading = observe(model, layers_of(model), [(x, signs)], lambda outputs, targets, index: targets)[0]
+    exact = fisher_block(model, ["0.weight"], x, signs, lambda output, sign: (output * sign).sum())
+    torch.testing.assert_close(exact, torch.kron(torch.eye(4, dtype=torch.float64), x.T @ x / 160))
+    assert reading.values["fisher_min"] == pytest.approx(float(torch.linalg.eigvalsh(exact)[0]), rel=1e-9)
+
+
+def test_the_fisher_block_against_a_loop() -> None:
+    model = relu_mlp(bias=True)
+    x, y = torch.randn(20, 6, dtype=torch.float64), torch.randint(6, (20,))
+    names = ["2.weight", "2.bias"]
+    block = fisher_block(model, names, x, y, lambda output, label: -F.cross_entropy(output, label))
+    expected = torch.zeros_like(block)
+    for i in range(20):
+        model.zero_grad()
+        F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]).backward()
+        g = torch.cat([dict(model.named_parameters())[name].grad.flatten() for name in names])
+        expected += torch.outer(g, g) / 20
+    torch.testing.assert_close(block, expected)
+    with pytest.raises(ValueError, match=r"no parameter 9\.weight in Sequential"):
+        fisher_block(model, ["9.weight"], x, y, lambda output, label: output.sum())
+
+
+# --- algebraic zeros -------------------------------------------------------------------------------------------------
+
+
+def transformer_like() -> nn.Sequential:
+    """LayerNorm with beta read by a linear map, then the logits."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 4)).double()
+    with torch.no_grad():
+        model[1].weight.normal_()
+        model[1].bias.normal_()
+    return model
+
+
+def test_gamma_inverse_is_removed_after_a_layer_norm_also_with_beta() -> None:
+    model = transformer_like()
+    x = torch.randn(200, 5, dtype=torch.float64)
+    layers = named_layers(model, ["1", "2"])
+    assert [layer.reads for layer in layers] == ["output", "input"]
+    for reading in observe(model, layers, [(x, x)], categorical_score(0)):
+        assert reading.activation.removed == {"gamma^-1 after a LayerNorm": 1}
+        assert reading.activation.rank == len(reading.activation.values) == 5
+        assert reading.activation.smallest > 1e-6
+    normed = model[1](model[0](x)).detach() - model[1].bias.detach()
+    assert float((normed @ (1 / model[1].weight.detach())).abs().max()) < 1e-12
+
+
+def test_no_zero_after_an_rms_norm() -> None:
+    model = nn.Sequential(nn.Linear(5, 6), nn.RMSNorm(6), nn.Linear(6, 4)).double()
+    x = torch.randn(200, 5, dtype=torch.float64)
+    assert observe(model, named_layers(model, ["1"]), [(x, x)], categorical_score(0))[0].activation.removed == {}
+
+
+def test_a_dead_gamma_is_removed_instead() -> None:
+    model = transformer_like()
+    with torch.no_grad():
+        model[1].weight[2] = 0
+    x = torch.randn(200, 5, dtype=torch.float64)
+    reading = observe(model, named_layers(model, ["1"]), [(x, x)], categorical_score(0))[0]
+    assert reading.activation.removed == {"a gamma at zero": 1}
+
+
+def test_the_ones_direction_is_removed_from_logits_and_from_streams_that_only_layer_norms_read() -> None:
+    model = transformer_like()
+    x = torch.randn(200, 5, dtype=torch.float64)
+    logits = observe(model, named_layers(model, ["2"]), [(x, x)], categorical_score(0))[0]
+    assert logits.gradient.removed == {"softmax does not see the mean of the logits": 1}
+    config = GPTConfig(context=16, layers=2, width=8, heads=2, kv_heads=2, hidden=12, norm="layer", bias=True)
+    gpt = make_model(config)
+    for m in accumulate(gpt, layers_of(gpt), probe(config), categorical_score(0)):
+        ones = torch.ones(8, dtype=torch.float64)
+        assert float(ones @ m.gradient @ ones) < 1e-12 * float(m.gradient.trace())
+    for reading in observe(gpt, layers_of(gpt), probe(config), categorical_score(0)):
+        assert sum(reading.gradient.removed.values()) == 1
+
+
+def test_rank_limits() -> None:
+    config = GPTConfig(context=8, layers=1, width=16, heads=2, kv_heads=2, hidden=12)
+    model = make_model(config)
+    tokens = torch.tensor([[1, 2, 3, 1, 2, 3, 1, 2]])
+    embedding, block = observe(model, layers_of(model), [(tokens, tokens)], categorical_score(0))
+    assert embedding.activation.removed == {"only 3 different tokens": 13}
+    assert len(embedding.activation.values) == embedding.activation.rank == 3
+    assert block.activation.removed == block.gradient.removed == {"only 8 samples": 8}
+    # narrow maps in a row without a nonlinearity pass on no more than their width, in either direction
+    chain = nn.Sequential(
+        nn.Linear(6, 2, bias=False), nn.Linear(2, 6, bias=False), nn.Linear(6, 6, bias=False)
+    ).double()
+    x = torch.randn(50, 6, dtype=torch.float64)
+    first, _, third = observe(chain, layers_of(chain), [(x, x)], gaussian_score(0))
+    assert third.activation.removed == {"linear maps of width 2 before it": 4}
+    assert len(first.gradient.values) == 2
+    with_relu = nn.Sequential(nn.Linear(6, 2), nn.ReLU(), nn.Linear(2, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    assert [layer.activation_rank for layer in layers_of(with_relu)] == [6, 2, 6]
+    assert [layer.gradient_rank for layer in layers_of(with_relu)] == [2, 6, 3]
+
+
+def test_eigenvalues_at_rounding_level_are_zero_and_the_rest_are_right() -> None:
+    """A float32 matrix of rank 5 in 8 dimensions: three eigenvalues are rounding, whatever the scale."""
+    torch.manual_seed(0)
+    basis = torch.randn(8, 5, dtype=torch.float64)
+    z = torch.randn(4000, 5, dtype=torch.float64) * torch.tensor([1, 0.3, 0.1, 0.03, 1e-3])
+    for scale in (1.0, 1e6, 1e-6):
+        x = (z.float() @ basis.T.float() * scale).double()
+        found = spectrum(x.T @ x / 4000, [], torch.finfo(torch.float32).eps)
+        assert found.rank == 5
+        assert found.smallest == 0
+        exact = torch.linalg.eigvals(basis.T @ basis @ (z.T @ z / 4000)).real.sort().values * scale**2
+        torch.testing.assert_close(found.values[3:], exact, rtol=1e-3, atol=0)
+        assert found.log_volume == pytest.approx(float(found.values[3:].log().sum()))
+    with_zero = spectrum(torch.diag(torch.tensor([4.0, 0.0, 1.0], dtype=torch.float64)), [])
+    assert with_zero.values.tolist() == [0, 1, 4]
+    first = torch.tensor([1.0, 0, 0], dtype=torch.float64)
+    without = spectrum(torch.diag(torch.tensor([4.0, 0.5, 1.0], dtype=torch.float64)), [Zeros("first", vector=first)])
+    assert without.values.tolist() == pytest.approx([0.5, 1])
+    assert without.removed == {"first": 1}
+
+
+# --- any model, nothing changed --------------------------------------------------------------------------------------
+
+
+def test_any_model_by_the_names_of_its_modules() -> None:
+    """A vision transformer of torch's own modules: patches, class token, encoder layers."""
+
+    class Vision(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches = nn.Conv2d(1, 12, 4, 4)
+            layer = nn.TransformerEncoderLayer(12, 3, 24, dropout=0.1, batch_first=True, norm_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+            self.head = nn.Linear(12, 10)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.head(self.encoder(self.patches(images).flatten(2).mT).mean(1))
+
+    torch.manual_seed(0)
+    model = Vision()
+    layers = named_layers(model, ["encoder.layers.0", "encoder.layers.1", "encoder.layers.1.linear2", "head"])
+    images = torch.randn(20, 1, 16, 16)
+    readings = observe(model, layers, [(images, torch.zeros(20, dtype=torch.long))], categorical_score(0))
+    assert [reading.rows for reading in readings] == [320, 320, 320, 20]
+    assert [len(reading.activation.values) for reading in readings] == [12, 12, 24, 12]
+    assert readings[3].gradient.removed == {"softmax does not see the mean of the logits": 1}
+    assert model.training
+
+
+def test_observing_changes_nothing(config: GPTConfig) -> None:
+    model = make_model(config)
+    model.train()
+    next(iter(model.parameters())).requires_grad_(False)
+    for p in list(model.parameters())[1:]:
+        p.grad = torch.ones_like(p)
+    flags = [p.requires_grad for p in model.parameters()]
+    weights = [p.detach().clone() for p in model.parameters()]
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        observe(model, layers_of(model), probe(config), categorical_score(0))
+    assert torch.equal(state, torch.get_rng_state())
+    assert flags == [p.requires_grad for p in model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+    assert all(p.grad is None or bool((p.grad == 1).all()) for p in model.parameters())
+    assert all(module.training and not module._forward_hooks for module in model.modules())
+
+
+def test_more_batches_are_the_same_as_larger_ones_for_given_labels() -> None:
+    config = GPTConfig(context=8, layers=1, width=8, heads=2, kv_heads=2, hidden=12)
+    model = make_model(config)
+    batches = probe(config, batches=4)
+    whole = [tuple(map(torch.cat, zip(*batches, strict=True)))]
+    split = accumulate(model, layers_of(model), batches, label_score)
+    joined = accumulate(model, layers_of(model), whole, label_score)
+    for a, b in zip(split, joined, strict=True):
+        torch.testing.assert_close(a.activation, b.activation)
+        torch.testing.assert_close(a.gradient, b.gradient)
+
+
+def test_half_precision_is_accumulated_in_double() -> None:
+    model = relu_mlp(bias=True, dtype=torch.bfloat16)
+    x = torch.randn(64, 6, dtype=torch.bfloat16)
+    moments = accumulate(model, layers_of(model), [(x, x)], gaussian_score(0))
+    assert moments[0].activation.dtype == torch.float64
+    torch.testing.assert_close(moments[0].activation, x.double().T @ x.double())
+    assert moments[0].epsilon == 2.0**-7
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(["blocks.7"], "no module 'blocks.7' in GPT"), (["embeding"], "no module 'embeding'")],
+)
+def test_names_that_are_none(names: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        named_layers(make_model(GPTConfig(context=8, layers=1, width=8, heads=2, kv_heads=2, hidden=8)), names)
+
+
+def test_what_cannot_be_observed_is_named() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    model.unused = nn.Linear(3, 3)
+    model.forward = lambda x: model[1](model[0](x))  # type: ignore[method-assign]
+    x = torch.randn(4, 3)
+    with pytest.raises(ValueError, match=r"layer unused: module 'unused' does not run"):
+        observe(model, named_layers(model, ["unused"]), [(x, x)], gaussian_score(0))
+    with pytest.raises(ValueError, match="the probe has no batches"):
+        observe(model, named_layers(model, ["0"]), [], gaussian_score(0))
+    with pytest.raises(TypeError, match=r"no default layers for Linear.*named_layers"):
+        layers_of(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="Invalid reads='both'"):
+        Layer("a", "0", "both")
+    detached = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    detached.forward = lambda x: detached[1](x) + detached[0](x).detach()  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="do not depend on its output"):
+        observe(detached, named_layers(detached, ["0", "1"]), [(x, x)], gaussian_score(0))
