@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: lm_overtrain test lint equivariance benchmark clean
+.PHONY: lm_overtrain test lint equivariance known_rates learning_coefficients benchmark clean
 
 lm_overtrain: $(STAMP)  ## the main job: AdamW and DDCAdam side by side, one core each; tables and plots
 	@mkdir -p runs/main
@@ -25,6 +25,12 @@ lint: $(STAMP)
 
 equivariance: $(STAMP)  ## claim C6: the table of results/equivariance
 	$(RUN) -m experiments.equivariance
+
+known_rates: $(STAMP)  ## analytic rates, expected and recovered: results/known_rates
+	$(RUN) -m experiments.known_rates
+
+learning_coefficients: $(STAMP)  ## closed forms against estimates: results/learning_coefficients
+	$(RUN) -m experiments.learning_coefficients
 
 benchmark: $(STAMP)  ## time of a step and of a run: results/benchmark
 	$(RUN) -m benchmarks.optimizer_step

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "numpy", "hydra-core", "omegaconf", "wandb", "datasets", "transformers")
+PACKAGES = ("torch", "numpy", "scipy", "arviz-stats", "hydra-core", "omegaconf", "wandb", "datasets", "transformers")
 Row = dict[str, Any]
 
 
@@ -65,6 +65,8 @@ class Records:
 
     def truncate(self, last_step: int) -> None:
         """Drop the rows after ``last_step``: a resumed run writes them again."""
+        if not self.path.exists():
+            return
         rows = [row for row in self.read() if row["step"] <= last_step]
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
