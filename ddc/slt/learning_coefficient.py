@@ -7,7 +7,7 @@ applicable Bayesian information criterion (JMLR 14, 2013).
 
 Two samplers, chosen by what the loss is. A loss of minibatches is sampled by SGLD (Welling and Teh 2011). An exact
 loss (all the data, or a potential in closed form) is sampled by Hamiltonian Monte Carlo, whose accept step has no
-discretisation bias; with one gradient step a draw it is the same Langevin step with a Metropolis test (MALA).
+discretisation bias; with one gradient step a draw it is a Langevin step of random size with a Metropolis test (MALA).
 
 The step size is the largest of the grid 2^(-j/2)/γ, j = 0..63, found by bisection with one burn-in a trial, at which
 
@@ -47,6 +47,8 @@ from ddc.gauges.base import Gauge
 MAX_BIAS = 0.02
 MIN_ACCEPTANCE = 0.8
 GRID = 64
+#: the 99% point of χ² with one degree of freedom
+SIGNIFICANT = 6.63
 
 Params = dict[str, Tensor]
 Batch = tuple[Tensor, ...]
@@ -66,7 +68,7 @@ class Settings:
         burn_in: draws thrown away before them.
         steps: gradient steps a draw: thinning for SGLD, leapfrog steps for HMC.
         gamma: strength γ of the localisation, in units of 1/(parameter)².
-        step_size: ε, the variance of the noise of one step (the square of HMC's leapfrog step);
+        step_size: ε, the variance of the noise of one step (the square of HMC's largest leapfrog step);
             None to calibrate it.
         seed: of the noise.
 
@@ -315,7 +317,11 @@ class _SGLD(_Sampler):
 
 
 class _HMC(_Sampler):
-    """Leapfrog of step h uniform in [½, 1]·√ε for each chain and draw, so that no orbit is a period (Neal 2011)."""
+    """Leapfrog of step h uniform in [0, 1]·√ε, drawn for each chain and draw.
+
+    No orbit is then a period (Neal 2011, section 3.2), and some steps are small enough for the narrow arms of a
+    singular posterior, which steps of one size, tuned to the bulk, leave out: that took 2% off λ̂ of w₁² w₂⁴.
+    """
 
     def passes(self, diagnostic: float) -> bool:
         return diagnostic >= MIN_ACCEPTANCE
@@ -332,7 +338,7 @@ class _HMC(_Sampler):
         losses, acceptances = [], []
         grad, energy, loss = self.potential(self.w)
         for _ in range(draws):
-            h = (step_size**0.5 * (1 + self.uniform()) / 2).unsqueeze(1)
+            h = (step_size**0.5 * self.uniform()).unsqueeze(1)
             momentum = self.noise()
             total = energy + momentum.square().sum(1) / 2
             w, new_grad = self.w, grad
@@ -447,9 +453,11 @@ def fit_temperatures(
     """Estimate at several τ = nβ and fit E[τ (L - L*)] = λ - P'(log τ)/P(log τ), P a polynomial of degree m - 1.
 
     From Z(τ) ~ τ^-λ P(log τ) (Watanabe 2009, section 6.3), of which the left side is -d log Z/d log τ. A single
-    temperature falls short of λ by about (m - 1)/log τ. The multiplicity m, 1 to 3, is that of least BIC. The form
-    neglects powers τ^-δ, δ the distance of λ to the next pole of the zeta function: where δ is small it takes large τ,
-    and where the errors are too small for the τ, an m too large is found.
+    temperature falls short of λ by about (m - 1)/log τ. The multiplicity, 1 to 3, is the least that a larger one does
+    not improve on by :data:`SIGNIFICANT` in χ²: errors too large for it give an m and a λ that are too small.
+
+    The form neglects powers τ^-δ, δ the distance of λ to the next pole of the zeta function. Where δ is small (powers
+    of a normal crossing that differ) the fit takes them for a multiplicity, and λ comes out too large.
 
     Args:
         loss: as for :func:`estimate`, and so are the others.
@@ -510,8 +518,7 @@ def _fit(log_tau: NDArray[np.float64], values: NDArray[np.float64], errors: NDAr
     rows, precision = np.arange(len(values)), errors**-2
     mean = values @ precision / precision.sum()
     residual = values - mean[:, None]
-    best = np.full((3, len(values)), np.nan)
-    best_bic = np.full(len(values), np.inf)
+    best = np.full((3, len(values)), np.inf)
     for m, shortfall in _shortfalls(log_tau):
         mean_shortfall = shortfall @ precision / precision.sum()
         centered = shortfall - mean_shortfall[:, None]
@@ -520,8 +527,6 @@ def _fit(log_tau: NDArray[np.float64], values: NDArray[np.float64], errors: NDAr
             (residual**2 @ precision)[:, None] + 2 * (residual * precision) @ centered.T + centered**2 @ precision
         )
         at = chi_square.argmin(1)
-        bic = chi_square[rows, at] + m * math.log(len(log_tau))
         found = np.stack([chi_square[rows, at], mean + mean_shortfall[at], np.full(len(values), m)])
-        best = np.where(bic < best_bic, found, best)
-        best_bic = np.minimum(bic, best_bic)
+        best = np.where(found[0] < best[0] - SIGNIFICANT, found, best)
     return best
