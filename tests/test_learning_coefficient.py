@@ -174,7 +174,12 @@ def test_one_step_of_all_chains_is_a_step_of_each() -> None:
             kicks = noise[c].split([p.numel() for p in chain.parameters()])
             with torch.no_grad():
                 for p, start, kick in zip(chain.parameters(), model.parameters(), kicks, strict=True):
-                    p += -0.5e-4 * (tau * p.grad + 3.0 * (p - start)) + 1e-2 * kick.view_as(p)
+                    # exact for the localisation of strength 3, to first order the Langevin step of ε = 1e-4
+                    decay = math.exp(-1.5e-4)
+                    spread = math.sqrt((1 - decay**2) / 3)
+                    p.copy_(start + decay * (p - start) - (1 - decay) / 3 * tau * p.grad + spread * kick.view_as(p))
+                    assert spread == pytest.approx(1e-2, rel=1e-3)
+                    assert (1 - decay) / 3 == pytest.approx(0.5e-4, rel=1e-3)
 
 
 def test_minibatches_are_independent_and_reproducible() -> None:
@@ -243,7 +248,7 @@ def test_the_interval_covers() -> None:
 
 
 def test_sgld_bias_is_what_the_rule_says() -> None:
-    """On a quadratic with exact gradients the excess is ε/8 E|g|², a variance inflated by 1/(1 - εa/4)."""
+    """On a quadratic with exact gradients the variance is inflated as the linear recursion says."""
     tau, step = 99.0, 0.01  # of curvature 100 with γ = 1: ε a = 1, a third too much variance
     settings = Settings(chains=500, draws=100, burn_in=20, step_size=step, seed=2)
     loss = quadratic_loss(torch.ones(3, dtype=torch.float64))
@@ -252,10 +257,25 @@ def test_sgld_bias_is_what_the_rule_says() -> None:
         return loss(params) + 0 * nothing.sum()
 
     found = estimate(with_data, origin(3), tau, 1.0, batches=lambda _: (torch.zeros(500, 1),), settings=settings)
-    inflation = 1 / (1 - step * 100 / 4)
+    decay = math.exp(-step / 2)
+    inflation = (1 + decay) / (1 + decay - (1 - decay) * tau)
+    assert inflation == pytest.approx(4 / 3, rel=0.01)
     assert found.value == pytest.approx(1.5 * 0.99 * inflation, rel=0.03)
-    assert found.bias == pytest.approx((inflation - 1) / inflation / 0.99, rel=0.03)
+    assert found.bias == pytest.approx((inflation - 1) / inflation, rel=0.03)
     assert found.acceptance is None
+
+
+def test_localisation_alone_is_sampled_exactly_at_any_step() -> None:
+    """The loss is negligible: the energies are those of the Gaussian of variance 1/γ, also at steps of 16/γ."""
+    loss = quadratic_loss(torch.ones(50, dtype=torch.float64))
+    for step in (0.1, 16.0):
+        settings = Settings(chains=200, draws=50, burn_in=100, step_size=step / 4, gamma=4.0)
+        found = estimate(
+            lambda params, nothing: 1e-3 * loss(params) + 0 * nothing.sum(), origin(50), 1.0, 1.0,
+            batches=lambda _: (torch.zeros(200, 1),), settings=settings,
+        )  # fmt: skip
+        assert found.value == pytest.approx(1e-3 * 50 / 2 / 4, rel=0.03)
+        assert found.bias < 1e-3
 
 
 # failures

@@ -5,18 +5,25 @@
 Source: Lau et al., The local learning coefficient (arXiv:2308.12108), with β = 1/log n after Watanabe, A widely
 applicable Bayesian information criterion (JMLR 14, 2013).
 
-Two samplers, chosen by what the loss is. A loss of minibatches is sampled by SGLD (Welling and Teh 2011). An exact
-loss (all the data, or a potential in closed form) is sampled by Hamiltonian Monte Carlo, whose accept step has no
-discretisation bias; with one gradient step a draw it is a Langevin step of random size with a Metropolis test (MALA).
+Two samplers, chosen by what the loss is.
 
-The step size is the largest of the grid 2^(-j/2)/γ, j = 0..63, found by bisection with one burn-in a trial, at which
+A loss of minibatches is sampled by SGLD (Welling and Teh 2011) with an exponential integrator: over a step of time ε/2
+localisation and noise are an Ornstein-Uhlenbeck process, integrated exactly, and the gradient F = nβ ∇L_batch is held:
 
-- SGLD: the bias ε/8 · E|ĝ|² is at most :data:`MAX_BIAS` of λ̂, where ĝ is the stochastic gradient of the exponent.
-  In the stationary state of w' = w - ε/2 ĝ + √ε ξ, E|w - w*|² does not change, so that
-  E[(w - w*)·∇U] = d + ε/4 · E|ĝ|² exactly, where the true posterior has d. On a quadratic the left side is 2 E[U]:
-  the energy is too high by ε/8 · E|ĝ|², of which the full gradient's share is the discretisation (a variance
-  inflated by 1/(1 - εa/4) at curvature a) and the rest the noise of the minibatches. A threshold on acceptance
-  would not do: at a given bias it falls with the dimension.
+    y' = a y - (1 - a)/γ · F + √((1 - a²)/γ) ξ,   y = w - w*,  a = exp(-γε/2)
+
+(the usual step for small γε). So the localisation, which outweighs the loss in most directions of a large network,
+costs no accuracy, and steps may be as long as 1/γ and more.
+
+An exact loss (all the data, or a potential in closed form) is sampled by Hamiltonian Monte Carlo, whose accept step has
+no discretisation bias; with one gradient step a draw it is MALA with steps of random size.
+
+The step size is the largest of a grid 2^(-j/2)/γ, found by bisection with one burn-in a trial, at which
+
+- SGLD: the bias ½ tanh(γε/4) · E|F|²/γ is at most :data:`MAX_BIAS` of λ̂. On a quadratic of curvature h the recursion
+  above inflates the variance by 1/(1 - tanh(γε/4) nβh/γ), and this is the excess energy of it; the noise of the
+  minibatches, which is in |F|² too, adds at most its share. A threshold on acceptance would not do: at a given bias
+  it falls with the dimension.
 - HMC: the mean acceptance is at least :data:`MIN_ACCEPTANCE`, for speed alone (Beskos et al. 2013: the best is about
   0.65 in high dimension, and the cost is flat up to 0.9; Stan aims at 0.8).
 
@@ -31,6 +38,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -68,8 +76,7 @@ class Settings:
         burn_in: draws thrown away before them.
         steps: gradient steps a draw: thinning for SGLD, leapfrog steps for HMC.
         gamma: strength γ of the localisation, in units of 1/(parameter)².
-        step_size: ε, the variance of the noise of one step (the square of HMC's largest leapfrog step);
-            None to calibrate it.
+        step_size: ε, twice the time of a step of SGLD, the square of HMC's largest leapfrog step; None to calibrate it.
         seed: of the noise.
 
     Raises:
@@ -181,9 +188,9 @@ def estimate(
             step_size = settings.step_size
             if settings.burn_in:
                 sampler.run(settings.burn_in, step_size)
-        trace, diagnostic = sampler.run(settings.draws, step_size)
+        drawn = sampler.run(settings.draws, step_size)
     sampler.check_chains()
-    trace = trace.double().cpu()
+    trace = drawn.excess.double().cpu()
     seconds = time.perf_counter() - start
 
     draws = n * beta * trace.numpy()
@@ -197,8 +204,8 @@ def estimate(
         r_hat=float(array_stats.rhat(draws, chain_axis=0, draw_axis=1)),
         ess=float(array_stats.ess(draws, chain_axis=0, draw_axis=1)),
         step_size=step_size,
-        acceptance=diagnostic if batches is None else None,
-        bias=0.0 if batches is None else diagnostic,
+        acceptance=drawn.diagnostic if batches is None else None,
+        bias=0.0 if batches is None else drawn.diagnostic,
         n=n,
         beta=beta,
         gamma=settings.gamma,
@@ -207,8 +214,18 @@ def estimate(
     )
 
 
+class _Drawn(NamedTuple):
+    """Lₙ(w) - Lₙ(w*) of each draw, of shape (chains, draws), and the mean diagnostic."""
+
+    excess: Tensor
+    diagnostic: float
+
+
 class _Sampler(ABC):
     """All chains as one matrix ``w`` of shape (chains, parameters)."""
+
+    #: Of the grid, in units of 1/γ.
+    longest_step = 1.0
 
     def __init__(self, loss: Loss, center: Params, tau: float, batches: Batches | None, settings: Settings) -> None:
         self.tau, self.batches, self.settings = tau, batches, settings
@@ -226,8 +243,8 @@ class _Sampler(ABC):
         self.restart()
 
     @abstractmethod
-    def run(self, draws: int, step_size: float) -> tuple[Tensor, float]:
-        """Go on by so many draws: the excess losses, of shape (chains, draws), and the mean of the diagnostic."""
+    def run(self, draws: int, step_size: float) -> _Drawn:
+        """Go on by so many draws."""
 
     @abstractmethod
     def passes(self, diagnostic: float) -> bool:
@@ -243,7 +260,7 @@ class _Sampler(ABC):
         half = self.settings.burn_in // 2
         self.restart()
         self.run(half, step_size)
-        return self.run(self.settings.burn_in - half, step_size)[1]
+        return self.run(self.settings.burn_in - half, step_size).diagnostic
 
     def calibrate(self) -> float:
         """The largest step of the grid that passes; the chains are left at the end of its burn-in."""
@@ -266,7 +283,7 @@ class _Sampler(ABC):
         return self.step(high)
 
     def step(self, index: int) -> float:
-        return 2 ** (-index / 2) / self.settings.gamma
+        return self.longest_step * 2 ** (-index / 2) / self.settings.gamma
 
     def noise(self) -> Tensor:
         return torch.randn(self.w.shape, generator=self.generator, dtype=self.w.dtype, device=self.w.device)
@@ -290,30 +307,36 @@ class _Sampler(ABC):
 
 
 class _SGLD(_Sampler):
-    """w' = w - ε/2 (nβ ∇L_batch + γ (w - w*)) + √ε ξ."""
+    """Exponential integrator of the Langevin equation, see the top of this file."""
+
+    longest_step = 16.0
 
     def passes(self, diagnostic: float) -> bool:
         return 0 <= diagnostic <= MAX_BIAS
 
     @torch.no_grad()
-    def run(self, draws: int, step_size: float) -> tuple[Tensor, float]:
+    def run(self, draws: int, step_size: float) -> _Drawn:
         assert self.batches is not None
         loss_at_center = vmap(partial(self.loss, self.center))
+        gamma = self.settings.gamma
+        decay = math.exp(-gamma * step_size / 2)
         excess, squares = [], []
         for _ in range(draws):
             for substep in range(self.settings.steps):
                 batch = self.batches(self.gradient_steps)
                 self.gradient_steps += 1
                 grad, loss = self.grad_and_loss(self.w, *batch)
-                drift = self.tau * grad + self.settings.gamma * (self.w - self.center)
+                force, away = self.tau * grad, self.w - self.center
                 if substep == 0:
                     # the same batch at w* takes most of the batch's noise out of the difference
                     excess.append(loss - loss_at_center(*batch))
-                    squares.append(drift.square().sum(1).mean())
-                self.w = self.w - step_size / 2 * drift + step_size**0.5 * self.noise()
+                    squares.append(force.square().sum(1).mean())
+                noise = ((1 - decay**2) / gamma) ** 0.5 * self.noise()
+                self.w = self.center + decay * away - (1 - decay) / gamma * force + noise
         trace = torch.stack(excess, 1)
-        bias = step_size / 8 * torch.stack(squares).mean() / (self.tau * trace.mean())
-        return trace, float(bias)
+        excess_energy = math.tanh(gamma * step_size / 4) * torch.stack(squares).mean() / gamma / 2
+        bias = excess_energy / (self.tau * trace.mean())
+        return _Drawn(trace, float(bias))
 
 
 class _HMC(_Sampler):
@@ -334,7 +357,7 @@ class _HMC(_Sampler):
         return self.tau * grad + gamma * away, self.tau * loss + gamma / 2 * away.square().sum(1), loss
 
     @torch.no_grad()
-    def run(self, draws: int, step_size: float) -> tuple[Tensor, float]:
+    def run(self, draws: int, step_size: float) -> _Drawn:
         losses, acceptances = [], []
         grad, energy, loss = self.potential(self.w)
         for _ in range(draws):
@@ -357,7 +380,7 @@ class _HMC(_Sampler):
             losses.append(loss)
             acceptances.append(acceptance.mean())
         trace = torch.stack(losses, 1) - self.loss(self.center)
-        return trace, float(torch.stack(acceptances).mean())
+        return _Drawn(trace, float(torch.stack(acceptances).mean()))
 
     def check_chains(self) -> None:
         super().check_chains()
