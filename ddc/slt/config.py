@@ -13,26 +13,35 @@ LABELS = ("model", "data")
 class LearningCoefficientConfig:
     """Estimates of the local learning coefficient beside the readings, by SGLD on the training text.
 
+    They compare weights under one setting. An estimate whose chains have not mixed (R-hat over 1.1) says so.
+
     Args:
         every: at every so many-th reading, counted from the last one backwards; 0 for none. An estimate costs about
-            (8 · burn_in + draws) · chains · batch_size sequences, forward and backward.
-        chains, draws, burn_in, gamma: as in :class:`ddc.slt.learning_coefficient.Settings`.
+            (6 · burn_in + draws) · 1.5 · chains · batch_size sequences, forward and backward.
+        n_beta: inverse temperature nβ. The asymptotic choice is n / log n with n the tokens of the training text, but
+            minibatches that a run can afford are too noisy to be sampled there: no step size passes the rule.
+        gamma: strength of the localisation.
+        chains: run as one batch.
+        draws: recorded for each chain.
+        burn_in: draws before them, in each trial of a step size.
         batch_size: sequences a chain and step.
     """
 
     every: int = 0
+    n_beta: float = 100.0
+    gamma: float = 1e3
     chains: int = 4
     draws: int = 100
-    burn_in: int = 50
-    gamma: float = 1e4
-    batch_size: int = 8
+    burn_in: int = 40
+    batch_size: int = 4
 
     def __post_init__(self) -> None:
         for key, least in (("every", 0), ("chains", 2), ("draws", 4), ("burn_in", 20), ("batch_size", 1)):
             if (value := getattr(self, key)) < least:
                 raise ValueError(f"Invalid slt.learning_coefficient.{key}={value}: expected an integer >= {least}")
-        if not self.gamma > 0:
-            raise ValueError(f"Invalid slt.learning_coefficient.gamma={self.gamma}: expected a positive number")
+        for key in ("n_beta", "gamma"):
+            if not (value := getattr(self, key)) > 0:
+                raise ValueError(f"Invalid slt.learning_coefficient.{key}={value}: expected a positive number")
 
 
 @dataclass

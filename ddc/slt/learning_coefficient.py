@@ -18,7 +18,7 @@ costs no accuracy, and steps may be as long as 1/γ and more.
 An exact loss (all the data, or a potential in closed form) is sampled by Hamiltonian Monte Carlo, whose accept step has
 no discretisation bias; with one gradient step a draw it is MALA with steps of random size.
 
-The step size is the largest of a grid 2^(-j/2)/γ, found by bisection with one burn-in a trial, at which
+The step size is the largest of a grid 2^(-j/2)/γ, with one burn-in a trial, at which
 
 - SGLD: the bias ½ tanh(γε/4) · E|F|²/γ is at most :data:`MAX_BIAS` of λ̂. On a quadratic of curvature h the recursion
   above inflates the variance by 1/(1 - tanh(γε/4) nβh/γ), and this is the excess energy of it; the noise of the
@@ -263,8 +263,19 @@ class _Sampler(ABC):
         return self.run(self.settings.burn_in - half, step_size).diagnostic
 
     def calibrate(self) -> float:
-        """The largest step of the grid that passes; the chains are left at the end of its burn-in."""
-        low, high = 0, GRID
+        """The largest step of the grid that passes; the chains are left at the end of its burn-in.
+
+        From the largest down, four at a time, and then between: steps so small that a burn-in leads nowhere, which
+        tells nothing, are not tried before larger ones have failed.
+        """
+        passing = next((index for index in range(0, GRID, 4) if self.passes(self.burn_in(self.step(index)))), None)
+        if passing is None:
+            raise RuntimeError(
+                f"no step size from {self.step(0):.1e} to {self.step(GRID - 4):.1e} passes the rule: take larger "
+                "minibatches, a longer burn_in, a smaller n * beta or a larger gamma; or w* is no minimum, and the "
+                "loss falls on the way from it"
+            )
+        low, high = max(passing - 3, 0), passing
         best = self.w, self.generator.get_state(), self.gradient_steps
         while low < high:
             middle = (low + high) // 2
@@ -273,11 +284,6 @@ class _Sampler(ABC):
                 best = self.w, self.generator.get_state(), self.gradient_steps
             else:
                 low = middle + 1
-        if high == GRID:
-            raise RuntimeError(
-                f"no step size from {self.step(0):.1e} to {self.step(GRID - 1):.1e} passes the rule: take larger "
-                "minibatches, a longer burn_in, a smaller n * beta or a larger gamma"
-            )
         self.w, state, self.gradient_steps = best
         self.generator.set_state(state)
         return self.step(high)

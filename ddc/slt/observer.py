@@ -19,6 +19,8 @@ from ddc.slt.observables import Batches, Score, categorical_score, label_score, 
 
 #: Seed of the labels drawn for the probe: fixed, so that all runs are read on the same random numbers.
 PROBE_SEED = 1_000_003
+#: Largest R-hat at which chains count as mixed.
+MIXED = 1.1
 
 
 def reading_steps(count: int, steps: int) -> list[int]:
@@ -124,13 +126,15 @@ class Observer:
         return {"loss": meter.mean, "layers": layers}
 
     def learning_coefficient(self) -> dict[str, Any]:
-        """An estimate at the present weights; n is the number of tokens of the training text."""
+        """An estimate at the present weights, on the training text."""
         config = self.config.learning_coefficient
+        tokens = self.training_text[1].numel()
         settings = Settings(config.chains, config.draws, config.burn_in, gamma=config.gamma)
         result = estimate(
             module_loss(self.model, cross_entropy),
             named_parameters(self.model),
-            self.training_text[1].numel(),
+            tokens,
+            config.n_beta / tokens,
             batches=minibatches(self.training_text, config.batch_size, settings),
             gauges=self.gauges,
             settings=settings,
@@ -139,6 +143,7 @@ class Observer:
             "value": result.value,
             "low": result.interval[0],
             "high": result.interval[1],
+            "mixed": result.r_hat <= MIXED,
             "r_hat": result.r_hat,
             "ess": result.ess,
             "step_size": result.step_size,
