@@ -32,8 +32,11 @@ known_rates: $(STAMP)  ## analytic rates, expected and recovered: results/known_
 learning_coefficients: $(STAMP)  ## closed forms against estimates: results/learning_coefficients
 	$(RUN) -m experiments.learning_coefficients
 
-benchmark: $(STAMP)  ## time of a step and of a run: results/benchmark
+benchmark: $(STAMP)  ## times of a step, of a reading, and of SGLD beside devinterp's: results/benchmark
 	$(RUN) -m benchmarks.optimizer_step
+	$(RUN) -m benchmarks.probe
+	$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[benchmark]'
+	$(RUN) -m benchmarks.learning_coefficient
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info
