@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +61,14 @@ def read_run(folder: Path, recorded: bool, output: Path, console: Console) -> di
     """Read one run, print and draw it, and return all that was found."""
     run = Run.read(folder)
     rule, primary, loss_floor = settings(run)
-    observer = observer_of(run, folder)
     if recorded and not run.readings:
         raise ValueError(f"{folder} holds no readings.jsonl: train with slt=cells")
-    steps = len(run.readings)
-    untrained_model = observer  # still at its initialisation: read_again loads the snapshots
-    known = run.readings
-    untrained = list(track(untrained_model.read_untrained(known), "untrained model", steps, console=console))
-    rows = known if recorded else list(track(observer.read_again(), "snapshots", steps, console=console))
+
+    def progress(rows: Iterator[dict[str, Any]], what: str) -> list[dict[str, Any]]:
+        return list(track(rows, what, len(run.readings), console=console))
+
+    rows = run.readings if recorded else progress(observer_of(run, folder).read_again(), "snapshots")
+    untrained = progress(observer_of(run, folder).read_untrained(rows), "untrained model")
     report: dict[str, Any] = {
         "run": run.info["id"],
         "label": run.label,

@@ -174,6 +174,8 @@ def test_the_ones_direction_is_removed_from_logits_and_from_streams_that_only_la
     x = torch.randn(200, 5, dtype=torch.float64)
     logits = observe(model, named_layers(model, ["2"]), [(x, x)], categorical_score(0))[0]
     assert logits.gradient.removed == {"softmax does not see the mean of the logits": 1}
+    residuals = observe(model, named_layers(model, ["2"]), [(x, x)], gaussian_score(0))[0]
+    assert residuals.gradient.removed == {}  # a Gaussian model sees the mean of its outputs
     config = GPTConfig(context=16, layers=2, width=8, heads=2, kv_heads=2, hidden=12, norm="layer", bias=True)
     gpt = make_model(config)
     for m in accumulate(gpt, layers_of(gpt), probe(config), categorical_score(0)):
@@ -318,3 +320,16 @@ def test_what_cannot_be_observed_is_named() -> None:
     detached.forward = lambda x: detached[1](x) + detached[0](x).detach()  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="do not depend on its output"):
         observe(detached, named_layers(detached, ["0", "1"]), [(x, x)], gaussian_score(0))
+
+
+def test_what_is_changed_in_place_or_not_finite_is_refused() -> None:
+    x = torch.randn(4, 3)
+    inplace = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Linear(3, 3))
+    with pytest.raises(ValueError, match=r"layer 1: the model changes the activations of module '1' in place"):
+        observe(inplace, named_layers(inplace, ["0", "1"]), [(x, x)], gaussian_score(0))
+    inplace[2].inplace = False
+    observe(inplace, named_layers(inplace, ["0", "1"]), [(x, x)], gaussian_score(0))
+    with torch.no_grad():
+        inplace[1].weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match="layer 3: activations or gradients are not finite"):
+        observe(inplace, named_layers(inplace, ["3"]), [(x, x)], gaussian_score(0))

@@ -259,15 +259,19 @@ def observe(model: nn.Module, layers: Sequence[Layer], batches: Batches, score: 
     is any global random state. Memory does not depend on the number of batches.
 
     Args:
-        model: put in evaluation mode for the time of the call.
+        model: maps the inputs of a batch to one tensor; put in evaluation mode for the time of the call.
         layers: where.
         batches: the probe: pairs of inputs and targets.
         score: see :data:`Score`.
 
     Raises:
-        ValueError: a layer that does not run, whose activations are no matrix, or that the outputs do not depend on.
+        ValueError: a layer that does not run, whose activations are no matrix or not finite, or are changed in place,
+            or that the outputs do not depend on.
     """
     moments = accumulate(model, layers, batches, score)
+    for layer, m in zip(layers, moments, strict=True):
+        if not (m.activation.isfinite().all() and m.gradient.isfinite().all()):
+            raise ValueError(f"layer {layer.name}: activations or gradients are not finite")
     return [
         Reading(
             layer.name,
@@ -288,28 +292,36 @@ def accumulate(model: nn.Module, layers: Sequence[Layer], batches: Batches, scor
             for layer, made in zip(layers, calls, strict=True):
                 if not made:
                     raise ValueError(f"layer {layer.name}: module {layer.module!r} does not run in a forward pass")
+            check_untouched(layers, calls)
             flat = [call.output for made in calls for call in made]
-            gradients = iter(
-                torch.autograd.grad(outputs, flat, score(outputs.detach(), targets, index), allow_unused=True)
-            )
+            output_gradient = score(outputs.detach(), targets, index)
+            gradients = iter(torch.autograd.grad(outputs, flat, output_gradient, allow_unused=True))
         for i, (layer, made) in enumerate(zip(layers, calls, strict=True)):
             for call in made:
                 gradient = next(gradients)
                 if gradient is None:
                     raise ValueError(f"layer {layer.name}: the model's outputs do not depend on its output")
-                moments[i] = add(moments[i], layer, call, gradient, is_logits=call.output is outputs)
+                softmax = call.output is outputs and sums_to_zero(output_gradient)
+                moments[i] = add(moments[i], layer, call, gradient, softmax)
     if any(m is None for m in moments):
         raise ValueError("the probe has no batches")
     return [m for m in moments if m is not None]
 
 
+def sums_to_zero(gradient: Tensor) -> bool:
+    """Every row of a score sums to zero up to rounding: so it is with a softmax, blind to the mean of its logits."""
+    rounding = 16 * torch.finfo(gradient.dtype).eps * gradient.abs().sum(-1)
+    return bool((gradient.sum(-1).abs() <= rounding).all())
+
+
 class Call(NamedTuple):
-    """One call of an observed module."""
+    """One call of an observed module; versions are those of activation and output, to tell if they were changed."""
 
     module: nn.Module
     inputs: Tensor
     activation: Tensor
     output: Tensor
+    versions: tuple[int, int]
     after: nn.LayerNorm | None
 
 
@@ -333,7 +345,8 @@ def observed(model: nn.Module, layers: Sequence[Layer]) -> Iterator[list[list[Ca
                 raise ValueError(f"layer {layer.name}: X must be a real (…, d) tensor, got {activation.dtype} "
                                  f"{tuple(activation.shape)}")  # fmt: skip
             after = normed[id(activation)][1] if id(activation) in normed else None
-            made.append(Call(module, args[0], activation.detach(), output, after))
+            versions = activation._version, output._version
+            made.append(Call(module, args[0], activation.detach(), output, versions, after))
 
         return hook
 
@@ -360,13 +373,24 @@ def observed(model: nn.Module, layers: Sequence[Layer]) -> Iterator[list[list[Ca
             m.training = mode
 
 
-def add(moments: Moments | None, layer: Layer, call: Call, gradient: Tensor, is_logits: bool) -> Moments:
+def check_untouched(layers: Sequence[Layer], calls: Sequence[Sequence[Call]]) -> None:
+    """Raise ValueError where the model has changed in place what a hook has seen."""
+    for layer, made in zip(layers, calls, strict=True):
+        for call in made:
+            if (call.activation._version, call.output._version) != call.versions:
+                raise ValueError(
+                    f"layer {layer.name}: the model changes the activations of module {layer.module!r} in place (an "
+                    "inplace=True or a += after it): switch that off, or observe another module"
+                )
+
+
+def add(moments: Moments | None, layer: Layer, call: Call, gradient: Tensor, softmax: bool) -> Moments:
     """Add one call's activations and gradients to the moments."""
     x, d = (t.flatten(0, -2).double() for t in (call.activation, gradient))
     if call.after is not None and call.after.bias is not None:
         x = x - call.after.bias.detach().double()
     if moments is None:
-        ones = layer.gradient_ones or ("softmax does not see the mean of the logits" if is_logits else None)
+        ones = layer.gradient_ones or ("softmax does not see the mean of the logits" if softmax else None)
         moments = Moments(
             activation=x.new_zeros(x.shape[1], x.shape[1]),
             gradient=d.new_zeros(d.shape[1], d.shape[1]),
