@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -27,7 +26,8 @@ from ddc.data.text import TextData
 from ddc.gauges import KINDS, GaugeSet
 from ddc.models import GPT, GPTConfig, cross_entropy
 from ddc.report.runs import TITLES
-from ddc.training.records import provenance, write_atomically
+from ddc.training.records import provenance
+from experiments.output import save
 
 CONTEXT, BATCH, STEPS, LR, WEIGHT_DECAY = 32, 8, 100, 3e-3, 0.1
 SIZES: dict[str, Any] = {"context": CONTEXT, "layers": 2, "width": 32, "heads": 4, "hidden": 48}
@@ -182,13 +182,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     records = measure(arguments.seeds)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    write_atomically(arguments.output / "records.jsonl", lines.encode())
-    text = table(records)
-    write_atomically(arguments.output / "table.md", text.encode())
-    print(text)
-    print(arguments.output / "table.md")
+    save(arguments.output, records, table(records))
 
 
 if __name__ == "__main__":

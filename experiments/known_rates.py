@@ -7,7 +7,6 @@ exponent and coefficient as t → 0 are put beside what was recovered. Takes sec
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ import torch
 
 from ddc.slt.known_rates import known_rates
 from ddc.slt.rates import RateRule
-from ddc.training.records import provenance, write_atomically
+from ddc.training.records import provenance
+from experiments.output import save
 
 
 def measure() -> list[dict[str, Any]]:
@@ -73,13 +73,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     records = measure()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    write_atomically(arguments.output / "records.jsonl", lines.encode())
-    text = table(records)
-    write_atomically(arguments.output / "table.md", text.encode())
-    print(text)
-    print(arguments.output / "table.md")
+    save(arguments.output, records, table(records))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ were chosen on seeds 0, 1, 7, 11, 21, 41 and 42.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +32,8 @@ from ddc.slt.known_coefficients import (
     regular,
 )
 from ddc.slt.learning_coefficient import Estimate, Settings, TemperatureFit, estimate, fit_temperatures, minibatches
-from ddc.training.records import provenance, write_atomically
+from ddc.training.records import provenance
+from experiments.output import save
 
 #: Six factors of 3.2. Below, the neglected powers of 1/τ (1/τ at k = 1, τ^-½ at k = 2) exceed the errors; above, the
 #: trajectories are too short to go along the arms of the posterior, of which the narrowest are √τ longer than wide.
@@ -235,13 +235,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     records = measure(arguments.seeds)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    write_atomically(arguments.output / "records.jsonl", lines.encode())
-    text = table(records)
-    write_atomically(arguments.output / "table.md", text.encode())
-    print(text)
-    print(arguments.output / "table.md")
+    save(arguments.output, records, table(records))
 
 
 if __name__ == "__main__":
