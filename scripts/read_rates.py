@@ -5,7 +5,8 @@ weights that the run kept at its readings are observed again; ``--recorded`` tak
 instead. Prints the grid, the counts and refusals, and beside them the share of cells that the same rule reads in null
 controls: the untrained model, shuffled checkpoints, white noise, a random walk.
 
-Writes rates.json, rates.md, and heat map and spectra as PNG and PDF, to each run's folder or to OUTPUT/<run id>/.
+Writes rates.json, and heat map and spectra as PNG and PDF, to the run folders or to OUTPUT/<run id>/; and with OUTPUT,
+the table of all runs to OUTPUT/table.md.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from ddc.slt.observer import Observer
 from ddc.slt.rates import APPROACHES, read_cells
 from ddc.training.config import restored
 from ddc.training.loop import make_observer, prepare
-from ddc.training.records import provenance, write_json
+from ddc.training.records import provenance, write_atomically, write_json
 
 
 def main() -> None:
@@ -44,17 +45,20 @@ def main() -> None:
     parser.add_argument("--recorded", action="store_true", help="take the readings made during training")
     parser.add_argument("--output", type=Path, metavar="FOLDER")
     arguments = parser.parse_args()
-    console = Console()
+    console, reports = Console(), []
     for folder in arguments.folders:
         output = arguments.output / folder.resolve().name if arguments.output else folder
         try:
-            report = read_run(folder, arguments.recorded, output, console)
+            reports.append(read_run(folder, arguments.recorded, output, console))
         except (FileNotFoundError, ValueError) as error:
             sys.exit(f"error: {error}")
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / "rates.json", report)
-        (output / "rates.md").write_text(markdown(report))
-        console.print(*(output / name for name in ("rates.json", "rates.md")), sep="\n")
+        write_json(output / "rates.json", reports[-1])
+        console.print(output / "rates.json")
+    table = markdown(reports)
+    print(table)
+    if arguments.output:
+        write_atomically(arguments.output / "table.md", table.encode())
+        print(arguments.output / "table.md")
 
 
 def read_run(folder: Path, recorded: bool, output: Path, console: Console) -> dict[str, Any]:
@@ -97,7 +101,6 @@ def read_run(folder: Path, recorded: bool, output: Path, console: Console) -> di
                 *plot_spectra(rows, run.label, output / "rates-spectra"),
             ]:
                 console.print(path)
-    console.print(markdown(report))
     return report
 
 

@@ -234,7 +234,8 @@ def test_the_command_line_and_the_script(tmp_path: Path) -> None:
     found = reports[0]["approaches"]["excess_loss"]
     assert sum(found["counts"].values()) == found["total"] == 10
     assert set(found["null_controls"]) == {"untrained model", "shuffled checkpoints", "white noise", "random walk"}
-    for name in ("rates.png", "rates.pdf", "rates-spectra.png", "rates.md"):
+    assert "| DDCAdam, seed 0 | excess loss |" in (tmp_path / "again" / "table.md").read_text()
+    for name in ("rates.png", "rates.pdf", "rates-spectra.png"):
         assert (tmp_path / "again" / folder.name / name).stat().st_size > 0
     for path in (folder / "snapshots").iterdir():
         path.unlink()

@@ -165,18 +165,20 @@ def draw_readings(run: Run, folder: Path) -> list[Path]:
     return [*plot_cells(cells, title, folder / "cells"), *plot_spectra(run.readings, run.label, folder / "spectra")]
 
 
-def markdown(report: Mapping[str, Any]) -> str:
-    """Counts, refusals and null controls of a run, by approach parameter."""
-    controls = list(next(iter(report["approaches"].values()))["null_controls"])
+def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Counts, refusals and null controls of runs, by approach parameter."""
+    controls = list(next(iter(reports[0]["approaches"].values()))["null_controls"])
     lines = [
-        f"**{report['label']}**, {report['source']}; the same rule for every cell and control.",
-        "",
-        "| approach parameter | cells read | refused | " + " | ".join(f"read in {name}" for name in controls) + " |",
-        "| --- | ---: | --- |" + " ---: |" * len(controls),
+        "| run | approach parameter | cells read | refused | " + " | ".join(controls) + " |",
+        "| --- | --- | ---: | --- |" + " ---: |" * len(controls),
     ]
-    for approach, found in report["approaches"].items():
-        refused = ", ".join(f"{word} {count}" for word, count in found["counts"].items() if word != "read") or "–"
-        shares = " | ".join(f"{100 * found['null_controls'][name]:.1f}%" for name in controls)
-        read = f"{found['counts'].get('read', 0)} of {found['total']}"
-        lines.append(f"| {APPROACH_TITLES[approach]} | {read} | {refused} | {shares} |")
+    for approach in reports[0]["approaches"]:
+        for report in reports:
+            found = report["approaches"][approach]
+            refused = ", ".join(f"{word} {count}" for word, count in found["counts"].items() if word != "read") or "–"
+            shares = " | ".join(f"{100 * found['null_controls'][name]:.1f}%" for name in controls)
+            read = f"{found['counts'].get('read', 0)} of {found['total']}"
+            lines.append(f"| {report['label']} | {APPROACH_TITLES[approach]} | {read} | {refused} | {shares} |")
+    sources = ", ".join(sorted({report["source"] for report in reports}))
+    lines += ["", f"From {sources}. On the right, the share of cells that the same rule reads in null controls."]
     return "\n".join(lines) + "\n"
