@@ -166,12 +166,21 @@ def read_rate(log_t: Sequence[float] | Array, log_y: Sequence[float] | Array, ru
     if not windows:
         return Rate("floor", len(x), decades(x))
     for window in reversed(windows):
+        if squared_correlation(x[window], y[window]) < rule.min_r2:  # spares the interval, which is most of the work
+            continue
         fit = fit_line(x[window], y[window], rule.confidence)
-        if steep(fit, rule) and fit.r2 >= rule.min_r2 and not has_kink(x[window], y[window], fit, rule):
+        if steep(fit, rule) and not has_kink(x[window], y[window], fit, rule):
             return Rate("read", len(window), decades(x[window]), fit)
     end = windows[0]
     fit = fit_line(x[end], y[end], rule.confidence)
     return Rate(reason(x, y, end, fit, rule), len(end), decades(x[end]), fit)
+
+
+def squared_correlation(x: Array, y: Array) -> float:
+    """R² of the line through (x, y); 0 where y is constant."""
+    a, b = x - x.mean(), y - y.mean()
+    spread = float((a @ a) * (b @ b))
+    return float(a @ b) ** 2 / spread if spread > 0 else 0.0
 
 
 def decades(x: Array) -> float:
