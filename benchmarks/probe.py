@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ddc.data import DataConfig, load_text
+from ddc.data import TextConfig, load_text
 from ddc.models import GPT, GPTConfig
 from ddc.slt.observables import categorical_score, layers_of, observe
 from ddc.training.records import provenance, write_atomically, write_json
@@ -29,9 +29,9 @@ def measure(sequences: int, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     config = GPTConfig()
-    data = load_text(DataConfig(), config.context)
+    data = load_text(TextConfig(), config.context)
     model = GPT(config, data.vocab_size)
-    batches = data.evaluation_batches("train", sequences // BATCH, BATCH, config.context)
+    batches = data.evaluation_batches("train", sequences // BATCH, BATCH)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = []
     for _ in range(3):

@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from ddc import DDCAdam, find_gauges
-from ddc.data import DataConfig, load_text
+from ddc.data import TextConfig, load_text
 from ddc.data.text import TextData
 from ddc.gauges import KINDS, GaugeSet
 from ddc.models import GPT, GPTConfig, cross_entropy
@@ -90,10 +90,10 @@ def orbit_divergence(
     copies = [copy.deepcopy(model), copy.deepcopy(model)]
     gauges.transform_(copies[1], torch.Generator().manual_seed(seed), spread)
     optimizers = [make_optimizer(each, gauges) for each in copies]
-    probe = torch.cat([x for x, _ in data.evaluation_batches("validation", 2, BATCH, CONTEXT)])
+    probe = torch.cat([x for x, _ in data.evaluation_batches("validation", 2, BATCH)])
     largest = 0.0
     for step in range(steps):
-        x, y = data.batch(step, BATCH, CONTEXT, seed)
+        x, y = data.batch(step, BATCH, seed)
         for each, optimizer in zip(copies, optimizers, strict=True):
             optimizer.zero_grad()
             cross_entropy(each(x), y).backward()
@@ -115,7 +115,7 @@ def orbit_divergence(
 
 def measure(seeds: Iterable[int]) -> list[dict[str, Any]]:
     """All cells of the table: every model with its whole group, and the first two with each gauge alone."""
-    data = load_text(DataConfig(), CONTEXT)
+    data = load_text(TextConfig(), CONTEXT)
     about = provenance()
     cells = []
     for name, config in MODELS.items():

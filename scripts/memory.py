@@ -7,8 +7,8 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from ddc.data import load_text
 from ddc.training.config import register_schemas, resolve
+from ddc.training.loop import load_data
 from ddc.training.memory import estimate_memory
 
 
@@ -17,7 +17,7 @@ def main() -> None:
     register_schemas()
     with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "configs"), version_base="1.3"):
         config = resolve(compose("config", overrides=sys.argv[1:]))
-    estimate = estimate_memory(config, load_text(config.data, config.model.context).vocab_size)
+    estimate = estimate_memory(config, load_data(config.data, config.model, config.seed))
     print(f"parameters       {estimate.parameters / 1e6:10.1f} M")
     print(f"optimizer state  {estimate.optimizer_state / 2**30:10.2f} GiB")
     print(f"peak of a step   {estimate.peak / 2**30:10.2f} GiB (tensors alone)")

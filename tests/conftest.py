@@ -7,7 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from ddc.data import DataConfig, TextData, load_text
+from ddc.data import TextConfig, TextData, load_text
 from ddc.models import GPTConfig
 
 torch.set_num_threads(1)
@@ -30,4 +30,4 @@ def config(request: pytest.FixtureRequest) -> GPTConfig:
 
 @pytest.fixture(scope="session")
 def shakespeare() -> TextData:
-    return load_text(DataConfig(), 32)
+    return load_text(TextConfig(), 32)

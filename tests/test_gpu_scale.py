@@ -7,6 +7,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from ddc.training.config import Config, resolve
+from ddc.training.loop import load_data
 from ddc.training.memory import estimate_memory
 from tests.test_training import ROOT
 
@@ -22,8 +23,9 @@ def test_the_gpu_scale_fits_a_24_gb_card() -> None:
     assert (gpu.model.layers, gpu.model.norm, gpu.model.mlp, gpu.model.positions) == (12, "rms", "swiglu", "rope")
     assert not gpu.model.tied_head
     assert gpu.training.precision == "bfloat16"
-    ours = estimate_memory(gpu, 256)
-    plain = estimate_memory(config("scale=gpu", "optimizer=adamw"), 256)
+    ours = estimate_memory(gpu, load_data(gpu.data, gpu.model, 0))
+    adamw = config("scale=gpu", "optimizer=adamw")
+    plain = estimate_memory(adamw, load_data(adamw.data, adamw.model, 0))
     assert ours.parameters == plain.parameters == 75_909_888
     assert ours.optimizer_state < plain.optimizer_state == pytest.approx(8 * ours.parameters, rel=1e-3)
     assert plain.peak < 22e9
@@ -32,7 +34,7 @@ def test_the_gpu_scale_fits_a_24_gb_card() -> None:
 
 def test_estimate_counts_what_is_there() -> None:
     cpu = config("scale=cpu", "training.batch_size=2", "optimizer=adamw")
-    estimate = estimate_memory(cpu, 256)
+    estimate = estimate_memory(cpu, load_data(cpu.data, cpu.model, 0))
     weights_gradients_and_state = (4 + 4 + 8) * estimate.parameters
     logits = 2 * 128 * 256 * 4
     assert estimate.peak > weights_gradients_and_state / 2 + logits
@@ -51,7 +53,7 @@ def test_bfloat16_autocast_trains(shakespeare) -> None:
         model = GPT(GPTConfig(context=32, layers=2, width=32, hidden=64), 256)
         optimizer = DDCAdam(model.named_parameters(), find_gauges(model), lr=3e-3)
         for step in range(60):
-            x, y = shakespeare.batch(step, 8, 32, 0)
+            x, y = shakespeare.batch(step, 8, 0)
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
                 loss = cross_entropy(model(x), y)
             optimizer.zero_grad()

@@ -1,5 +1,19 @@
-"""Data sets: text as windows of tokens."""
+"""Data sets: text as windows of tokens, modular arithmetic as pairs of residues."""
 
-from ddc.data.text import DataConfig, TextData, load_text
+from ddc.data.config import DataConfig, DataError
+from ddc.data.modular import ModularConfig, PairData, load_modular
+from ddc.data.text import TextConfig, TextData, load_text
 
-__all__ = ["DataConfig", "TextData", "load_text"]
+Data = TextData | PairData
+
+__all__ = [
+    "Data",
+    "DataConfig",
+    "DataError",
+    "ModularConfig",
+    "PairData",
+    "TextConfig",
+    "TextData",
+    "load_modular",
+    "load_text",
+]

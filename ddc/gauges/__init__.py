@@ -1,16 +1,19 @@
 """What the symmetries of a network are: actions, discovery from a model, check and audit."""
 
-from ddc.gauges.actions import Axis, Rescale, RotatedAxis, Rotation, Shift
+from ddc.gauges.actions import Axis, Chain, Rescale, RotatedAxis, Rotation, Shift
 from ddc.gauges.base import KINDS, Gauge, Refusal, named_parameters, plain_name
 from ddc.gauges.canonical import align_, balance_, orbit_distance
 from ddc.gauges.discovery import find_gauges
 from ddc.gauges.gauge_set import GaugeSet, audit, check
+from ddc.gauges.roles import HiddenMatrix, hidden_matrices
 
 __all__ = [
     "KINDS",
     "Axis",
+    "Chain",
     "Gauge",
     "GaugeSet",
+    "HiddenMatrix",
     "Refusal",
     "Rescale",
     "RotatedAxis",
@@ -21,6 +24,7 @@ __all__ = [
     "balance_",
     "check",
     "find_gauges",
+    "hidden_matrices",
     "named_parameters",
     "orbit_distance",
     "plain_name",

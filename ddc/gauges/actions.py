@@ -1,7 +1,8 @@
-"""The three ways in which a gauge acts: by a shift, by scales, by rotations.
+"""The four ways in which a gauge acts: by a shift, by scales of units or of whole layers, by rotations.
 
 Each class is one row or more of the table of gauges in docs/method.md:
 :class:`Shift` is the logit shift; :class:`Rescale` is the ReLU, ReLU² and gated rescale and the norm scale;
+:class:`Chain` is the chained rescale;
 :class:`Rotation` is the value rotation and the query-key rotation.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -73,7 +75,8 @@ class Rescale(Gauge):
     Args:
         plus, minus: the sides. All entries of a unit that one side names, whichever tensor holds them, form
             one vector: a weight row with its bias entry, gamma_j with beta_j, the columns j of W_Q, W_K, W_V.
-        degree: degree of homogeneity of what lies between the sides: 1, but 2 for ReLU².
+        degree: degree of homogeneity of what lies between the sides: 1, but 2 for ReLU². With the sides exchanged it
+            is the reciprocal.
 
     Raises:
         ValueError: an unknown kind, a side without parameters, or a degree that is not positive.
@@ -83,14 +86,14 @@ class Rescale(Gauge):
     where: str
     plus: tuple[Axis, ...]
     minus: tuple[Axis, ...]
-    degree: int = 1
+    degree: float = 1
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
         if not self.plus or not self.minus:
             raise ValueError(f"{self}: a rescale needs parameters on both sides")
-        if self.degree < 1:
-            raise ValueError(f"{self}: Invalid degree={self.degree}, expected a positive integer")
+        if not self.degree > 0:
+            raise ValueError(f"{self}: Invalid degree={self.degree}, expected a positive number")
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -134,6 +137,53 @@ class Rescale(Gauge):
         plus, minus = radial(self.plus), radial(self.minus)
         vertical, horizontal = plus - self.degree * minus, self.degree * plus + minus
         return _ratio(float(vertical.square().sum()), float(horizontal.square().sum()))
+
+
+@dataclass(frozen=True)
+class Chain(Gauge):
+    """Chained rescale: in a chain of L layers without biases, layer l is multiplied by c_l, and Π c_l = 1.
+
+    What lies between two layers must be homogeneous of degree 1 (ReLU). The group is (R+)^(L-1); per neuron instead
+    of per layer it is a :class:`Rescale` between each two layers, which contains it.
+
+    Args:
+        weights: one weight a layer, the input's and the head's included.
+
+    Raises:
+        ValueError: fewer than two layers, or a parameter named twice.
+    """
+
+    weights: tuple[str, ...]
+    where: str = "layers"
+    kind: str = "chained_rescale"
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind)
+        if len(self.weights) < 2 or len(set(self.weights)) != len(self.weights):
+            raise ValueError(f"{self}: Invalid weights={self.weights}: expected two or more different parameters")
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return self.weights
+
+    def dimension(self, params: Params) -> int:
+        return len(self.weights) - 1
+
+    def sample(self, params: Params, generator: torch.Generator, spread: float = 1.0) -> Tensor:
+        uniform = torch.rand(self.dimension(params), generator=generator, dtype=torch.float64)
+        return ((2 * uniform - 1) * spread).exp().to(params[self.weights[0]])
+
+    @torch.no_grad()
+    def act_(self, params: Params, element: Tensor) -> None:
+        """Layer l is multiplied by element_l, the layer after it divided by the same."""
+        for (before, after), c in zip(pairwise(self.weights), element, strict=True):
+            params[before].mul_(c)
+            params[after].div_(c)
+
+    @torch.no_grad()
+    def audit(self, params: Params, grads: Params) -> float:
+        radial = torch.stack([(params[name] * grads[name]).double().sum().cpu() for name in self.weights])
+        return _ratio(float((radial - radial.mean()).square().sum()), float(radial.square().sum()))
 
 
 class RotatedAxis(NamedTuple):

@@ -15,6 +15,7 @@ Params = Mapping[str, Tensor]
 KINDS = (
     "logit_shift",
     "relu_rescale",
+    "chained_rescale",
     "gated_rescale",
     "norm_scale",
     "value_rotation",

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ddc.gauges.actions import Rescale, Rotation, Shift
+from ddc.gauges.actions import Chain, Rescale, Rotation, Shift
 from ddc.gauges.base import Gauge, Params, unit_view
 
 
@@ -21,7 +21,8 @@ def balance_(params: Params, gauges: Iterable[Gauge], tolerance: float = 1e-12, 
     """Move parameters, in place, to the point of least norm of their orbit under shifts and scales.
 
     Where gauges overlap (a SwiGLU block's W_up lies on a norm scale and on a gated rescale) each is balanced in turn
-    until none moves; the problem is convex in the logarithms of the scales, so the order does not matter. A unit
+    until none moves; the problem is convex in the logarithms of the scales, so the order does not matter. The layers
+    of a chain get equal norms; a chain and rescales of its units are not balanced together. A unit
     with a side of norm zero has no balanced point and is left as it is.
 
     Args:
@@ -38,6 +39,8 @@ def balance_(params: Params, gauges: Iterable[Gauge], tolerance: float = 1e-12, 
         if isinstance(gauge, Shift):
             for name in gauge.parameters:
                 params[name].sub_(params[name].mean(0))
+        elif isinstance(gauge, Chain):
+            _balance_chain_(params, gauge)
     rescales = [gauge for gauge in gauges if isinstance(gauge, Rescale)]
     if not rescales:
         return
@@ -54,6 +57,14 @@ def balance_(params: Params, gauges: Iterable[Gauge], tolerance: float = 1e-12, 
         if moved <= max(tolerance, 8 * rounding):
             return
     raise RuntimeError(f"not balanced after {sweeps} sweeps over the scales: the last one moved by {moved:.1e}")
+
+
+def _balance_chain_(params: Params, chain: Chain) -> None:
+    """Give all layers the same norm, their geometric mean; a layer of norm zero leaves the chain as it is."""
+    log_norms = torch.stack([params[name].double().norm().log() for name in chain.weights])
+    if log_norms.isfinite().all():
+        for name, log_scale in zip(chain.weights, log_norms.mean() - log_norms, strict=True):
+            params[name].mul_(log_scale.exp().to(params[name]))
 
 
 @torch.no_grad()

@@ -3,35 +3,64 @@
 from __future__ import annotations
 
 from functools import singledispatch
+from itertools import pairwise
 
 import numpy as np
 from torch import Tensor, nn
 
-from ddc.gauges.actions import Axis, Rescale, RotatedAxis, Rotation, Shift
+from ddc.gauges.actions import Axis, Chain, Rescale, RotatedAxis, Rotation, Shift
 from ddc.gauges.base import Gauge, Refusal
 from ddc.gauges.gauge_set import GaugeSet
+from ddc.models import DeepMLP
 from ddc.models.gpt import GPT, MLP, Attention
 
 
 @singledispatch
-def find_gauges(model: nn.Module) -> GaugeSet:
+def find_gauges(model: nn.Module, per_layer: bool = False) -> GaugeSet:
     """Read the gauges of a model: what was found, and what was refused with the reason. Never guesses.
 
     A reader for another family of models is registered with ``find_gauges.register``.
+
+    Args:
+        model: one of the models that have a reader.
+        per_layer: where a chain of ReLU layers can be rescaled neuron by neuron, take the smaller group that rescales
+            it layer by layer instead (the chained rescale).
 
     Raises:
         TypeError: there is no reader for this class of models.
     """
     if isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
-        return find_gauges(inner)  # wrapped by torch.compile or DDP
+        return find_gauges(inner, per_layer)  # wrapped by torch.compile or DDP
     raise TypeError(
-        f"find_gauges cannot read a {type(model).__name__}; it reads {GPT.__name__}. Declare its gauges by hand "
-        "(ddc.gauges.Rescale, Rotation, Shift), make sure of them with ddc.gauges.check, and pass them as a list"
+        f"find_gauges cannot read a {type(model).__name__}; it reads {GPT.__name__} and {DeepMLP.__name__}. Declare "
+        "its gauges by hand (ddc.gauges.Rescale, Chain, Rotation, Shift), make sure of them with ddc.gauges.check, "
+        "and pass them as a list"
     )
 
 
 @find_gauges.register
-def _(model: GPT) -> GaugeSet:
+def _(model: DeepMLP, per_layer: bool = False) -> GaugeSet:
+    layers = [f"layers.{i}.weight" for i in range(len(model.layers))]
+    shift = Shift("head.weight")
+    if model.config.residual:
+        pairs = list(zip(layers[::2], layers[1::2], strict=True))
+        rescales = [Rescale("relu_rescale", f"blocks.{i}", (Axis(a),), (Axis(b, 1),)) for i, (a, b) in enumerate(pairs)]
+        reason = "the input of a residual block is read by more than one layer"
+        return GaugeSet((shift, *rescales), (Refusal("chained_rescale", "layers", reason),))
+    chain = ["embedding.weight", *layers, "head.weight"]
+    if per_layer:
+        reason = "rescales per layer were asked for; those per neuron contain them"
+        return GaugeSet((shift, Chain(tuple(chain))), (Refusal("relu_rescale", "layers", reason),))
+    # a neuron of the input layer is a column of the embedding, which is a table of rows
+    inputs = Rescale("relu_rescale", "embedding", (Axis(chain[0], 1),), (Axis(chain[1], 1),))
+    pairs = list(pairwise(chain[1:]))
+    rescales = [Rescale("relu_rescale", f"layers.{i}", (Axis(a),), (Axis(b, 1),)) for i, (a, b) in enumerate(pairs)]
+    reason = "the rescales of all neurons contain it; find_gauges(model, per_layer=True) finds it in their place"
+    return GaugeSet((shift, inputs, *rescales), (Refusal("chained_rescale", "layers", reason),))
+
+
+@find_gauges.register
+def _(model: GPT, per_layer: bool = False) -> GaugeSet:
     finding = _Finding(model)
     for i, _block in enumerate(model.blocks):
         place = f"blocks.{i}"

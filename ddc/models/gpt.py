@@ -9,19 +9,22 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ddc.models.config import ModelConfig
+
 NORMS = ("rms", "layer")
 MLPS = ("swiglu", "relu", "relu2", "gelu")
 POSITIONS = ("rope", "partial_rope", "learned")
 
 
 @dataclass
-class GPTConfig:
+class GPTConfig(ModelConfig):
     """Architecture of :class:`GPT`.
 
     Raises:
         ValueError: on construction, a choice that does not exist or sizes that do not fit together.
     """
 
+    name: str = "gpt"
     context: int = 128
     layers: int = 4
     width: int = 128
@@ -192,9 +195,3 @@ class GPT(nn.Module):
 def make_norm(config: GPTConfig) -> nn.Module:
     """The norm of the config: RMSNorm, or LayerNorm with gamma and beta."""
     return nn.RMSNorm(config.width, eps=1e-6) if config.norm == "rms" else nn.LayerNorm(config.width)
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats per token; the log-softmax is taken in float32 or better."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(rearrange(logits, "b t v -> (b t) v"), rearrange(targets, "b t -> (b t)"))

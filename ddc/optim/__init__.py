@@ -1,5 +1,6 @@
-"""How a step respects a gauge: orbit decomposition, DDCAdam."""
+"""How a step respects a gauge: orbit decomposition, DDCAdam, DDCMuon."""
 
 from ddc.optim.ddcadam import DDCAdam
+from ddc.optim.ddcmuon import DDCMuon
 
-__all__ = ["DDCAdam"]
+__all__ = ["DDCAdam", "DDCMuon"]

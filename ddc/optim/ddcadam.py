@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ddc.gauges import Gauge, Rescale, plain_name
-from ddc.optim.plan import PolarPlan, Role, make_plan
-from ddc.optim.stacks import Context, FreeStack, PolarStack, StackedParameter
+from ddc.optim.hidden import HiddenMatrices
+from ddc.optim.plan import ChainPlan, Plan, PolarPlan, Role, make_plan
+from ddc.optim.stacks import ChainStack, Context, Dresser, FreeStack, PolarStack, StackedParameter
 
 VERTICAL_MODES = ("freeze", "adam", "balance")
 STEP_SCALES = ("init", "norm")
-#: Hyperparameters in which all parameters under one gauge must agree; weight decay is each one's own.
-SHARED = ("lr", "betas", "eps", "radial_rate", "vertical", "step_scale", "retract")
+Stack = PolarStack | ChainStack | FreeStack | HiddenMatrices
 
 
 class DDCAdam(Optimizer):
@@ -94,7 +94,7 @@ class DDCAdam(Optimizer):
             "step_scale": step_scale,
             "retract": retract,
         }
-        self._stacks: list[PolarStack | FreeStack] = []
+        self._stacks: list[Stack] = []
         self._ready = False
         super().__init__(params, defaults)
         self._build(range(len(self.param_groups)), gauges)
@@ -119,15 +119,14 @@ class DDCAdam(Optimizer):
             names = group.get("param_names") or [f"{index}.{i}" for i in range(len(group["params"]))]
             for name, param in zip(map(plain_name, names), group["params"], strict=True):
                 params[name], group_of[name] = param, index
-        plan = make_plan(params, gauges)
-        builder = _Builder(params, group_of, self.param_groups)
-        stacks: list[PolarStack | FreeStack] = [*builder.polar(plan.polar), *builder.free(plan.free)]
-        for stack in stacks:
-            for layer in range(len(stack.parameters[0].params)):
-                for param, state in stack.state(layer).items():
-                    self.state[param] = state
-        self._stacks.extend(stacks)
+        for stack in self._stacks_of(params, group_of, gauges):
+            self.state.update(stack.states())
+            self._stacks.append(stack)
         self._check_groups()
+
+    def _stacks_of(self, params: dict[str, Tensor], group_of: dict[str, int], gauges: list[Gauge]) -> list[Stack]:
+        """The stacks that together step these parameters, in the order in which they step."""
+        return Builder(params, group_of, self.param_groups).stacks(make_plan(params, gauges))
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -197,7 +196,7 @@ class DDCAdam(Optimizer):
             if len(indices) > 1:
                 first, *others = (self.param_groups[index] for index in sorted(indices))
                 for other in others:
-                    for key in SHARED:
+                    for key in stack.shared:
                         if first[key] is not other[key] and first[key] != other[key]:
                             names = ", ".join(p.names[0] for p in stack.parameters)
                             raise ValueError(
@@ -206,7 +205,7 @@ class DDCAdam(Optimizer):
                             )
             for p in stack.parameters:
                 if any(param.grad is not None and param.grad.is_sparse for param in p.params):
-                    raise RuntimeError("DDCAdam does not support sparse gradients")
+                    raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
 
 
 def check_hyperparameters(group: Mapping[str, Any]) -> None:
@@ -221,59 +220,77 @@ def check_hyperparameters(group: Mapping[str, Any]) -> None:
             raise ValueError(f"Invalid {key}={group[key]!r}: expected one of {', '.join(choices)}")
 
 
-class _Builder:
-    """Makes stacks of a plan: what has equal roles, shapes and param groups is stacked."""
+class Builder:
+    """Makes stacks of a plan: what has equal roles, shapes and param groups is stacked.
+
+    ``place`` says where the norms of each gauge are found in a step: its stack, and which layer of it.
+    """
 
     def __init__(self, params: dict[str, Tensor], group_of: dict[str, int], groups: list[dict[str, Any]]) -> None:
         self.params, self.group_of, self.groups = params, group_of, groups
+        self.place: dict[Rescale, tuple[Dresser, int]] = {}
+
+    def stacks(self, plan: Plan) -> list[Stack]:
+        """All stacks of a plan without hidden matrices."""
+        return [*self.polar(plan.polar), *self.chains(plan.chains), *self.free(plan.free)]
 
     def polar(self, plans: list[PolarPlan]) -> list[PolarStack]:
         """Stacks of rescale gauges, in the order of their levels."""
-        place: dict[Rescale, tuple[PolarStack, int]] = {}
         stacks = []
         for level in sorted({plan.level for plan in plans}):
             alike: dict[object, list[PolarPlan]] = {}
             for plan in plans:
                 if plan.level == level:
-                    alike.setdefault(self._polar_key(plan, place), []).append(plan)
+                    alike.setdefault(self._polar_key(plan), []).append(plan)
             for members in alike.values():
                 group = self.groups[self.group_of[members[0].plus[0].name]]
                 stack = PolarStack(
                     members[0].gauge.degree,
-                    [self._stack(roles, place) for roles in zip(*(plan.plus for plan in members), strict=True)],
-                    [self._stack(roles, place) for roles in zip(*(plan.minus for plan in members), strict=True)],
-                    [self._stack(roles, {}) for roles in zip(*(plan.dressed for plan in members), strict=True)],
+                    [self.stack(roles) for roles in zip(*(plan.plus for plan in members), strict=True)],
+                    [self.stack(roles) for roles in zip(*(plan.minus for plan in members), strict=True)],
+                    [self.stack(roles) for roles in zip(*(plan.dressed for plan in members), strict=True)],
                     vertical=group["vertical"] == "adam",
                 )
-                place.update({plan.gauge: (stack, layer) for layer, plan in enumerate(members)})
+                self.place.update({plan.gauge: (stack, layer) for layer, plan in enumerate(members)})
                 stacks.append(stack)
+        return stacks
+
+    def chains(self, plans: list[ChainPlan]) -> list[ChainStack]:
+        """Stacks of chains, but of those that are all hidden."""
+        stacks = []
+        for plan in plans:
+            if plan.layers:
+                group = self.groups[self.group_of[plan.layers[0].name]]
+                layers = [self.stack((role,)) for role in plan.layers]
+                stacks.append(ChainStack(layers, plan.still, vertical=group["vertical"] == "adam"))
         return stacks
 
     def free(self, roles: list[Role]) -> list[FreeStack]:
         """Stacks of parameters that no rescale decomposes."""
         alike: dict[object, list[Role]] = {}
         for role in roles:
-            alike.setdefault(self._role_key(role, {}), []).append(role)
-        return [FreeStack(self._stack(tuple(members), {})) for members in alike.values()]
+            alike.setdefault(self._role_key(role), []).append(role)
+        return [FreeStack(self.stack(tuple(members))) for members in alike.values()]
 
-    def _stack(self, roles: tuple[Role, ...], place: dict[Rescale, tuple[PolarStack, int]]) -> StackedParameter:
+    def stack(self, roles: tuple[Role, ...]) -> StackedParameter:
+        """Parameters of equal roles as one."""
         names = [role.name for role in roles]
         params = [self.params[name] for name in names]
         dressed_by = None
-        sources = [place[role.dressing.gauge] for role in roles if role.dressing is not None]
+        sources = [self.place[role.dressing.gauge] for role in roles if role.dressing is not None]
         if sources:
             layers = torch.tensor([layer for _, layer in sources], device=params[0].device)
             dressed_by = (sources[0][0], layers)
         return StackedParameter(roles[0], names, params, [self.group_of[name] for name in names], dressed_by)
 
-    def _role_key(self, role: Role, place: dict[Rescale, tuple[PolarStack, int]]) -> object:
+    def _role_key(self, role: Role) -> object:
         param = self.params[role.name]
-        dressing = role.dressing and (id(place[role.dressing.gauge][0]), role.dressing.axis, role.dressing.degree)
+        dressing = role.dressing and (id(self.place[role.dressing.gauge][0]), role.dressing.axis, role.dressing.degree)
         averaging = role.averaging and role.averaging.signature
         kind = (tuple(param.shape), param.dtype, param.device, self.group_of[role.name])
         return kind, role.axis, role.centred, averaging, dressing
 
-    def _polar_key(self, plan: PolarPlan, place: dict[Rescale, tuple[PolarStack, int]]) -> object:
-        sides = (tuple(self._role_key(role, place) for role in side) for side in (plan.plus, plan.minus))
-        dressed = tuple(self._role_key(role, {}) for role in plan.dressed)
+    def _polar_key(self, plan: PolarPlan) -> object:
+        sides = (tuple(self._role_key(role) for role in side) for side in (plan.plus, plan.minus))
+        dressed = tuple(self._role_key(role) for role in plan.dressed)
         return plan.gauge.degree, *sides, dressed

@@ -2,25 +2,31 @@
 
 The rules, from which all overlaps follow (docs/method.md):
 
-- a parameter on the plus side of a rescale is decomposed by that rescale, together with the rest of the side;
-- a parameter on the minus side is decomposed there too, unless it is on the plus side of another rescale:
-  then that other one decomposes it, and this one only *dresses* it, by the norms of its plus side;
+- a *hidden* matrix (there are some in DDCMuon only) is never decomposed unit by unit; every rescale dresses it;
+- a side of a rescale that holds no hidden matrix is decomposed. Where the other side does hold one, the norms of this
+  side keep still and dress the other; where both sides do, the rescale is *inner* and dresses both by its path norms;
+- what shares a side with a hidden matrix (a bias) is dressed as well, and else free;
+- where no side holds one: a parameter on the plus side is decomposed there, together with the rest of the side; a
+  parameter on the minus side is decomposed there too, unless it is on the plus side of another rescale: then that
+  other one decomposes it, and this one only *dresses* it, by the norms of its plus side;
+- a chain decomposes each of its layers, but for the hidden ones, as a whole;
 - a parameter under a logit shift is centred over the vocabulary;
 - a rotation averages the second moment over the indices it turns;
-- what no rescale decomposes is *free*: plain Adam, centred and averaged where the above says so.
+- what nothing decomposes is *free*: plain Adam, centred, averaged and dressed where the above says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ddc.gauges import Gauge, Rescale, Rotation, Shift
+from ddc.gauges import Axis, Chain, Gauge, Rescale, Rotation, Shift
 from ddc.optim.averaging import Averaging
 
 
@@ -30,15 +36,18 @@ class Dressing:
 
     gauge: Rescale
     axis: int
-    degree: int
+    degree: float
 
 
 @dataclass(frozen=True)
 class Role:
-    """How one parameter takes part in the step. Axes are those of the parameter itself."""
+    """How one parameter takes part in the step. Axes are those of the parameter itself.
+
+    An ``axis`` of None makes the whole parameter one unit.
+    """
 
     name: str
-    axis: int
+    axis: int | None
     averaging: Averaging | None = None
     centred: bool = False
     dressing: Dressing | None = None
@@ -56,23 +65,143 @@ class PolarPlan:
 
 
 @dataclass(frozen=True)
+class ChainPlan:
+    """The layers that a chain decomposes as wholes. Where others are hidden (``still``), their norms keep still."""
+
+    gauge: Chain
+    layers: tuple[Role, ...]
+    still: bool
+
+
+@dataclass(frozen=True)
+class InnerPlan:
+    """A rescale with hidden matrices on both sides. Its level is one more than that of those it is dressed by."""
+
+    gauge: Rescale
+    plus: tuple[Axis, ...]
+    minus: tuple[Axis, ...]
+    level: int
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Every parameter of the optimizer has a role in exactly one entry."""
+    """Every parameter of the optimizer has a role in exactly one of ``polar``, ``chains``, ``free`` and ``hidden``.
+
+    ``hidden`` has the dressings of each hidden matrix; ``linked``, pairs of hidden matrices (P, M, k) whose norms a
+    gauge moves against each other, by c and c^-k.
+    """
 
     polar: list[PolarPlan] = field(default_factory=list)
+    chains: list[ChainPlan] = field(default_factory=list)
+    inner: list[InnerPlan] = field(default_factory=list)
     free: list[Role] = field(default_factory=list)
+    hidden: dict[str, tuple[Dressing, ...]] = field(default_factory=dict)
+    linked: list[tuple[str, str, float]] = field(default_factory=list)
 
 
-def make_plan(params: Mapping[str, Tensor], gauges: Iterable[Gauge]) -> Plan:
+def make_plan(params: Mapping[str, Tensor], gauges: Iterable[Gauge], hidden: Collection[str] = ()) -> Plan:
     """Give every parameter its role.
+
+    Args:
+        params: the optimizer's parameters by name.
+        gauges: those that the step respects.
+        hidden: names of the hidden matrices.
 
     Raises:
         ValueError: a gauge names a parameter that is absent or frozen, or two gauges cannot be combined.
         TypeError: an object that is no gauge.
     """
     gauges = list(gauges)
+    _check_gauges(params, gauges)
+    chains = [gauge for gauge in gauges if isinstance(gauge, Chain)]
+    rescales = [gauge for gauge in gauges if isinstance(gauge, Rescale)]
+    _check_chains(chains, rescales)
+    inner, sided = [], []
+    for gauge in rescales:
+        plus_hidden, minus_hidden = (any(a.parameter in hidden for a in side) for side in (gauge.plus, gauge.minus))
+        if plus_hidden and minus_hidden:
+            inner.append(gauge)
+        elif plus_hidden:  # the side that dresses comes first
+            sided.append(Rescale(gauge.kind, gauge.where, gauge.minus, gauge.plus, 1 / gauge.degree))
+        else:
+            sided.append(gauge)
+
+    dressings: dict[str, list[Dressing]] = {name: [] for name in hidden}
+    for gauge in sided:
+        if any(axis.parameter in hidden for axis in gauge.minus):
+            for name, axis in gauge.minus:
+                dressings.setdefault(name, []).append(Dressing(gauge, axis, gauge.degree))
+    for gauge in inner:
+        for side, degree in ((gauge.plus, -1.0), (gauge.minus, gauge.degree)):
+            for name, axis in side:
+                dressings.setdefault(name, []).append(Dressing(gauge, axis, degree))
+        for name, _ in gauge.plus:
+            if name in hidden and any(name == other for g in inner if g is not gauge for other, _ in g.plus):
+                raise ValueError(f"{name!r}: a hidden matrix on the plus side of two rescales is not supported")
+    for name, several in dressings.items():
+        axes = [dressing.axis for dressing in several]
+        if len(set(axes)) != len(axes):
+            raise ValueError(f"{name!r}: {' and '.join(str(d.gauge) for d in several)} rescale the same axis")
+
+    plus_of = _sides(sided, plus=True)
+    minus_of = _sides(sided, plus=False, but=dressings)
+    chained = {name: chain for chain in chains for name in chain.weights}
+    centred = _centred(gauges)
+    averagings = _averagings(params, gauges)
+
+    def role(name: str, axis: int | None) -> Role:
+        averaging = averagings.get(name)
+        if averaging is not None and averaging.dim - 1 == axis and (name in plus_of or name in minus_of):
+            raise ValueError(f"{name!r}: a rotation and a rescale along the same axis do not commute")
+        if name in centred and (name in plus_of or name in minus_of) and axis == 0:
+            raise ValueError(f"{name!r}: a logit shift combines with a rescale of the columns only")
+        dressing = None
+        if name in plus_of and name in minus_of:
+            gauge, minus_axis = minus_of[name]
+            if minus_axis == axis:
+                raise ValueError(f"{name!r}: {gauge} and {plus_of[name][0]} rescale the same axis")
+            dressing = Dressing(gauge, minus_axis, gauge.degree)
+        elif name in dressings:
+            dressing, *others = dressings[name]
+            if others or name in plus_of or name in centred or averaging is not None:
+                raise ValueError(
+                    f"{name!r} shares a side of {dressing.gauge} with a hidden matrix and is under another gauge as "
+                    "well; make it hidden too, or leave a gauge out"
+                )
+        return Role(name, axis, averaging, name in centred, dressing)
+
+    plan = Plan()
+    for gauge, level in _levels(sided, plus_of, minus_of).items():
+        plan.polar.append(
+            PolarPlan(
+                gauge,
+                plus=tuple(role(*axis) for axis in gauge.plus),
+                minus=tuple(
+                    role(*axis) for axis in gauge.minus if axis.parameter in minus_of and axis.parameter not in plus_of
+                ),
+                dressed=tuple(
+                    Role(*axis) for axis in gauge.minus if axis.parameter in minus_of and axis.parameter in plus_of
+                ),
+                level=level,
+            )
+        )
+    for chain in chains:
+        layers = tuple(role(name, None) for name in chain.weights if name not in hidden)
+        plan.chains.append(ChainPlan(chain, layers, still=len(layers) < len(chain.weights)))
+        among = [name for name in chain.weights if name in hidden]
+        plan.linked.extend((a, b, 1.0) for a, b in pairwise(among))
+    plan.inner.extend(_inner_plans(inner, hidden))
+    for each in plan.inner:
+        plan.linked.extend((p.parameter, m.parameter, each.gauge.degree) for p in each.plus for m in each.minus)
+    plan.hidden.update({name: tuple(dressings[name]) for name in hidden})
+    decomposed = {*plus_of, *minus_of, *chained, *hidden}
+    plan.free.extend(role(name, 0) for name in params if name not in decomposed)
+    return plan
+
+
+def _check_gauges(params: Mapping[str, Tensor], gauges: list[Gauge]) -> None:
     for gauge in gauges:
-        if not isinstance(gauge, Rescale | Rotation | Shift):
+        if not isinstance(gauge, Rescale | Chain | Rotation | Shift):
             raise TypeError(f"expected gauges as find_gauges returns them, got {type(gauge).__name__}")
         for name in gauge.parameters:
             if name not in params:
@@ -83,46 +212,29 @@ def make_plan(params: Mapping[str, Tensor], gauges: Iterable[Gauge]) -> Plan:
             if not params[name].requires_grad:
                 raise ValueError(f"{gauge}: its parameter {name!r} is frozen. Unfreeze it or leave the gauge out")
 
-    rescales = [gauge for gauge in gauges if isinstance(gauge, Rescale)]
-    plus_of = _sides(rescales, plus=True)
-    minus_of = _sides(rescales, plus=False)
-    centred = _centred(gauges)
-    averagings = _averagings(params, gauges)
 
-    def role(name: str, axis: int) -> Role:
-        averaging = averagings.get(name)
-        if averaging is not None and averaging.dim == axis + 1 and (name in plus_of or name in minus_of):
-            raise ValueError(f"{name!r}: a rotation and a rescale along the same axis do not commute")
-        if name in centred and (name in plus_of or (axis == 0 and name in minus_of)):
-            raise ValueError(f"{name!r}: a logit shift combines with a rescale of the columns only")
-        dressing = None
-        if name in plus_of and name in minus_of:
-            gauge, minus_axis = minus_of[name]
-            if minus_axis == axis:
-                raise ValueError(f"{name!r}: {gauge} and {plus_of[name][0]} rescale the same axis")
-            dressing = Dressing(gauge, minus_axis, gauge.degree)
-        return Role(name, axis, averaging, name in centred, dressing)
-
-    plan = Plan()
-    for gauge, level in _levels(rescales, plus_of).items():
-        plan.polar.append(
-            PolarPlan(
-                gauge,
-                plus=tuple(role(*axis) for axis in gauge.plus),
-                minus=tuple(role(*axis) for axis in gauge.minus if axis.parameter not in plus_of),
-                dressed=tuple(Role(*axis) for axis in gauge.minus if axis.parameter in plus_of),
-                level=level,
-            )
-        )
-    plan.free.extend(role(name, 0) for name in params if name not in plus_of and name not in minus_of)
-    return plan
+def _check_chains(chains: list[Chain], rescales: list[Rescale]) -> None:
+    rescaled = {name: gauge for gauge in rescales for name in gauge.parameters}
+    seen: dict[str, Chain] = {}
+    for chain in chains:
+        for name in chain.weights:
+            if name in rescaled:
+                raise ValueError(
+                    f"{name!r} is under both {chain} and {rescaled[name]}: rescales of all neurons contain the rescale "
+                    "of their layer; leave the chain out, or the rescales"
+                )
+            if name in seen:
+                raise ValueError(f"{name!r} is under both {seen[name]} and {chain}")
+            seen[name] = chain
 
 
-def _sides(rescales: list[Rescale], plus: bool) -> dict[str, tuple[Rescale, int]]:
-    """For each parameter on a plus (minus) side, the gauge and the axis."""
+def _sides(rescales: list[Rescale], plus: bool, but: Collection[str] = ()) -> dict[str, tuple[Rescale, int]]:
+    """For each parameter on a plus (minus) side, the gauge and the axis; ``but`` are left out."""
     found: dict[str, tuple[Rescale, int]] = {}
     for gauge in rescales:
         for name, axis in gauge.plus if plus else gauge.minus:
+            if name in but:
+                continue
             if name in found:
                 side = "plus" if plus else "minus"
                 raise ValueError(f"{name!r} is on the {side} side of both {found[name][0]} and {gauge}")
@@ -153,20 +265,46 @@ def _averagings(params: Mapping[str, Tensor], gauges: list[Gauge]) -> dict[str, 
     return averagings
 
 
-def _levels(rescales: list[Rescale], plus_of: Mapping[str, tuple[Rescale, int]]) -> dict[Rescale, int]:
+def _levels(
+    rescales: list[Rescale], plus_of: Mapping[str, tuple[Rescale, int]], minus_of: Mapping[str, tuple[Rescale, int]]
+) -> dict[Rescale, int]:
     """Gauges in an order in which whoever dresses moves before what it dresses; equal levels are independent."""
     dressers: dict[Rescale, list[Rescale]] = {gauge: [] for gauge in rescales}
-    for gauge in rescales:
-        for name, _ in gauge.minus:
-            if name in plus_of:
-                dressers[plus_of[name][0]].append(gauge)
+    for name, (gauge, _) in minus_of.items():
+        if name in plus_of:
+            dressers[plus_of[name][0]].append(gauge)
+    return _in_order(dressers)
+
+
+def _inner_plans(rescales: list[Rescale], hidden: Collection[str]) -> list[InnerPlan]:
+    """Inner gauges by level: forward norms are taken in this order, backward norms in the reverse."""
+    sides = {
+        plus: {a.parameter: g for g in rescales for a in (g.plus if plus else g.minus) if a.parameter in hidden}
+        for plus in (True, False)
+    }
+    before = {
+        gauge: [sides[False][a.parameter] for a in gauge.plus if a.parameter in sides[False]] for gauge in rescales
+    }
+    return [
+        InnerPlan(
+            gauge,
+            tuple(axis for axis in gauge.plus if axis.parameter in hidden),
+            tuple(axis for axis in gauge.minus if axis.parameter in hidden),
+            level,
+        )
+        for gauge, level in _in_order(before).items()
+    ]
+
+
+def _in_order(before: dict[Rescale, list[Rescale]]) -> dict[Rescale, int]:
+    """Levels of gauges, given which must come before each; in topological order."""
     try:
-        order = list(TopologicalSorter(dressers).static_order())
+        order = list(TopologicalSorter(before).static_order())
     except CycleError as error:
         raise ValueError("rescale gauges dress each other in a circle: " + ", ".join(map(str, error.args[1]))) from None
     levels: dict[Rescale, int] = {}
     for gauge in order:
-        levels[gauge] = 1 + max((levels[dresser] for dresser in dressers[gauge]), default=-1)
+        levels[gauge] = 1 + max((levels[each] for each in before[gauge]), default=-1)
     return levels
 
 

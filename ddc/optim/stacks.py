@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ from ddc.optim.averaging import Averaging
 from ddc.optim.plan import Role, compute_dtype
 
 Group = dict[str, Any]
+#: Hyperparameters in which all parameters under one gauge must agree; weight decay is each one's own.
+SHARED = ("lr", "betas", "eps", "radial_rate", "vertical", "step_scale", "retract")
 
 
 class Bias(NamedTuple):
@@ -68,6 +70,10 @@ def per_layer(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *(1,) * (like.ndim - 1))
 
 
+#: What puts norms into :class:`Context`: a stack of polar or of inner gauges.
+Dresser = Hashable
+
+
 @dataclass(eq=False)
 class StackedParameter:
     """One role, played by the parameters of L layers, with their moments.
@@ -79,7 +85,7 @@ class StackedParameter:
     names: list[str]
     params: list[Tensor]
     groups: list[int]
-    dressed_by: tuple[PolarStack, Tensor] | None = None
+    dressed_by: tuple[Dresser, Tensor] | None = None
     exp_avg: Tensor | None = None
     exp_avg_sq: Tensor | None = None
 
@@ -111,12 +117,16 @@ class StackedParameter:
 
     def spread(self, per_unit: Tensor) -> Tensor:
         """Shape (L, U) to what broadcasts against the stacked parameter."""
+        if self.role.axis is None:
+            return per_layer(per_unit, self.params[0].unsqueeze(0))
         if self.params[0].ndim == 1:
             return per_unit
         return per_unit.unsqueeze(2 if self.role.axis == 0 else 1)
 
     def unit_sum(self, stacked: Tensor) -> Tensor:
         """Sum over the entries of each unit, (L, U)."""
+        if self.role.axis is None:
+            return stacked.flatten(1).sum(1, keepdim=True)
         return stacked if stacked.ndim == 2 else stacked.sum(2 if self.role.axis == 0 else 1)
 
     def dressing(self, rows: slice, context: Context, after: bool) -> Tensor | None:
@@ -125,12 +135,19 @@ class StackedParameter:
             return None
         stack, layers = self.dressed_by
         factor = context.norms[stack][after][layers[rows]] ** self.role.dressing.degree
+        if self.params[0].ndim == 1:
+            return factor
         return factor.unsqueeze(2 if self.role.dressing.axis == 0 else 1)
+
+    @property
+    def units(self) -> int:
+        """Units of one layer."""
+        return 1 if self.role.axis is None else self.params[0].shape[self.role.axis]
 
     @property
     def unit_size(self) -> int:
         """Entries that one unit has in this parameter."""
-        return self.params[0].numel() // self.params[0].shape[self.role.axis]
+        return self.params[0].numel() // self.units
 
 
 @dataclass
@@ -141,7 +158,7 @@ class Context:
     """
 
     groups: list[Group]
-    norms: dict[PolarStack, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    norms: dict[Dresser, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def decay(self, parameter: StackedParameter) -> float | Tensor:
         """The factor of decoupled weight decay."""
@@ -170,6 +187,8 @@ def active_rows(has_gradient: Sequence[bool], at_once: int) -> Iterator[slice]:
 class FreeStack:
     """Parameters that no rescale decomposes: AdamW, with second moments averaged and rows centred by role."""
 
+    shared = SHARED
+
     def __init__(self, parameter: StackedParameter) -> None:
         self.parameter = parameter
         parameter.allocate()
@@ -179,15 +198,20 @@ class FreeStack:
     def parameters(self) -> list[StackedParameter]:
         return [self.parameter]
 
-    def state(self, layer: int) -> dict[Tensor, dict[str, Tensor]]:
-        """State of one layer by parameter."""
+    def states(self) -> dict[Tensor, dict[str, Tensor]]:
+        """State by parameter."""
         p = self.parameter
-        return {p.params[layer]: {"step": self.step_count[layer], **p.state(layer)}}
+        return {param: {"step": self.step_count[i], **p.state(i)} for i, param in enumerate(p.params)}
 
     def grad_norm_squared(self, context: Context) -> Tensor:
-        """|g|², of the centred gradient where rows are centred."""
-        gradient = self.parameter.stack_grads(slice(None))
-        return (centre(gradient) if self.parameter.role.centred else gradient).square().sum()
+        """|g|², of the centred or dressed gradient where the role says so."""
+        return self._gradient(slice(None), context).square().sum()
+
+    def _gradient(self, rows: slice, context: Context) -> Tensor:
+        gradient = self.parameter.stack_grads(rows)
+        if (factor := self.parameter.dressing(rows, context, after=False)) is not None:
+            gradient.mul_(safe_power(factor, -1))
+        return centre(gradient) if self.parameter.role.centred else gradient
 
     def step(self, context: Context) -> None:
         params = self.parameter.params
@@ -201,14 +225,14 @@ class FreeStack:
         assert p.exp_avg_sq is not None
         lr, decay = group["lr"], context.decay(p)
         self.step_count[rows] += 1
-        gradient = p.stack_grads(rows)
-        if p.role.centred:
-            gradient = centre(gradient)
+        gradient = self._gradient(rows, context)
         bias = Bias.at(self.step_count[rows], group["betas"], p.dtype)
         u = adam_(gradient, p.exp_avg[rows], p.exp_avg_sq[rows], bias, group["betas"], group["eps"], p.role.averaging)
         if p.role.centred:
             u = centre(u)
         u.mul_(per_layer(-lr * bias.root_second / bias.first, u))
+        if (factor := p.dressing(rows, context, after=True)) is not None:
+            u.mul_(safe_power(factor, -1))
         params = p.params[rows]
         if p.role.centred:  # the mean row is gauge: decay leaves it
             u.add_(p.stack(rows).mean(1, keepdim=True) * (1 - decay))
@@ -252,10 +276,31 @@ class Side:
 
         def square(p: StackedParameter, i: int) -> Tensor:
             weight = p.stack(rows) / context.decay(p)
+            if p.role.centred:
+                weight = centre(weight)
             factor = p.dressing(rows, context, after=True)
             return p.unit_sum((weight if factor is None else weight * factor).square())
 
         return self.sum(square).sqrt_()
+
+    def read(self, rows: slice, context: Context) -> Block:
+        """Weights and gradients in the coordinates in which the side is decomposed."""
+        weights, grads, means = [], [], []
+        for p in self.parameters:
+            weight, grad, mean = p.stack(rows), p.stack_grads(rows), None
+            if p.role.centred:
+                mean = weight.mean(1, keepdim=True)
+                weight.sub_(mean)
+                grad.sub_(grad.mean(1, keepdim=True))
+            if (factor := p.dressing(rows, context, after=False)) is not None:
+                weight.mul_(factor)
+                grad.mul_(safe_power(factor, -1))
+            weights.append(weight)
+            grads.append(grad)
+            means.append(mean)
+        norm = self.sum(lambda p, i: p.unit_sum(weights[i].square())).sqrt_()
+        log_norm_grad = self.sum(lambda p, i: p.unit_sum(weights[i] * grads[i]))
+        return Block(self, weights, grads, means, norm, log_norm_grad)
 
 
 @dataclass
@@ -278,13 +323,63 @@ class Block:
         """The step scale s per unit."""
         return norm * self.side.init_scale if step_scale == "init" else norm
 
+    def turn(
+        self, norm: Tensor, log_change: Tensor, rows: slice, bias: Bias, group: Group
+    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+        """The step of one side as (u, keep, turn, new_norm): W becomes keep · W - turn · u, per unit.
+
+        With u the Adam direction of x = rho g_tan and s the step scale, the turned side is
+        W - eta s (u - <u, W> W / rho²), a combination of W and u; so only its two coefficients are worked out,
+        and neither the projection nor the retraction takes a pass of its own.
+        """
+        side, growth = self.side, log_change.exp()
+        if side.unit_size == 1:
+            return [], growth, growth, growth * self.norm
+        inverse, alive = safe_power(norm, -1), self.norm > 0
+        directions: list[Tensor] = []
+        for p, weight, grad in zip(side.parameters, self.weights, self.grads, strict=True):
+            assert p.exp_avg is not None
+            assert p.exp_avg_sq is not None
+            x = grad.mul_(p.spread(norm)).addcmul_(weight, p.spread(self.log_norm_grad * inverse), value=-1)
+            u = adam_(x, p.exp_avg[rows], p.exp_avg_sq[rows], bias, group["betas"], group["eps"], p.role.averaging)
+            directions.append(centre(u) if p.role.centred else u)
+        scale = (bias.root_second / bias.first)[:, None]
+        along = scale * inverse * side.sum(lambda p, i: p.unit_sum(directions[i] * self.weights[i]))
+        along = along * alive
+        across_squared = scale.square() * side.sum(lambda p, i: p.unit_sum(directions[i].square())) - along.square()
+        across_squared.clamp_(min=0)
+        stride = group["lr"] * self.scale(norm, group["step_scale"])
+        angle = stride * inverse
+        stretch = (1 + angle.square() * across_squared).sqrt()
+        if group["retract"]:
+            growth = torch.where(alive, growth / stretch, growth)
+        new_norm = growth * torch.where(alive, self.norm * stretch, stride * across_squared.sqrt())
+        return directions, growth * (1 + angle * along), growth * stride * scale, new_norm
+
+    def write(self, directions: list[Tensor], keep: Tensor, turn: Tensor, rows: slice, context: Context) -> None:
+        """Combine, decay, undress by the new factors, put the mean row back, and copy into the parameters."""
+        for i, p in enumerate(self.side.parameters):
+            decay = context.decay(p)
+            weight = self.weights[i].mul_(p.spread(keep * decay))
+            if directions:
+                weight.addcmul_(directions[i], p.spread(turn * decay), value=-1)
+            if (factor := p.dressing(rows, context, after=True)) is not None:
+                # what a dead factor dresses has no effect, and stays as it is
+                weight = torch.where(factor > 0, weight.mul_(safe_power(factor, -1)), p.stack(rows))
+            mean = self.means[i]
+            if mean is not None:
+                weight.add_(mean)
+            torch._foreach_copy_(p.params[rows], weight.unbind())
+
 
 class PolarStack:
     """One rescale gauge in L layers: norms and directions of its sides step apart."""
 
+    shared = SHARED
+
     def __init__(
         self,
-        degree: int,
+        degree: float,
         plus: list[StackedParameter],
         minus: list[StackedParameter],
         dressed: list[StackedParameter],
@@ -296,7 +391,7 @@ class PolarStack:
         self.layers = len(first.params)
         options: dict[str, Any] = {"device": first.params[0].device}
         self.step_count = torch.zeros(self.layers, **options)
-        self.units = first.params[0].shape[first.role.axis]
+        self.units = first.units
         modes = (("radial",) + (("vertical",) if vertical else ())) if minus else ()
         self.modes = {
             f"{mode}_{moment}": torch.zeros(self.layers, self.units, dtype=first.dtype, **options)
@@ -308,20 +403,25 @@ class PolarStack:
     def parameters(self) -> list[StackedParameter]:
         return self.plus.parameters + (self.minus.parameters if self.minus else [])
 
-    def state(self, layer: int) -> dict[Tensor, dict[str, Tensor]]:
-        """State of one layer by parameter; that of the gauge's modes is with the first parameter."""
-        state = {p.params[layer]: {"step": self.step_count[layer], **p.state(layer)} for p in self.parameters}
-        state[self.plus.parameters[0].params[layer]] |= {key: value[layer] for key, value in self.modes.items()}
-        return state
+    def states(self) -> dict[Tensor, dict[str, Tensor]]:
+        """State by parameter; that of the gauge's modes is with the first parameter of each layer."""
+        states = {
+            param: {"step": self.step_count[i], **p.state(i)}
+            for p in self.parameters
+            for i, param in enumerate(p.params)
+        }
+        for i, param in enumerate(self.plus.parameters[0].params):
+            states[param] |= {key: value[i] for key, value in self.modes.items()}
+        return states
 
     def grad_norm_squared(self, context: Context) -> Tensor:
         """Squared norm of the gradient in the invariant metric, all layers together."""
-        plus = self._read(self.plus, slice(None), context)
+        plus = self.plus.read(slice(None), context)
         context.norms[self] = (plus.norm, plus.norm)
         step_scale = self._group(context)["step_scale"]
         if self.minus is None:
             return plus.grad_norm_squared(step_scale)
-        minus = self._read(self.minus, slice(None), context)
+        minus = self.minus.read(slice(None), context)
         return plus.grad_norm_squared(step_scale) + minus.grad_norm_squared(step_scale)
 
     def step(self, context: Context) -> None:
@@ -331,7 +431,7 @@ class PolarStack:
         if all(has_gradient):
             old = torch.empty(self.layers, self.units, dtype=first.dtype, device=self.step_count.device)
         else:  # the layers left alone may still dress others
-            old = self._read(self.plus, slice(None), context).norm
+            old = self.plus.read(slice(None), context).norm
         new = old.clone()
         layer_size = sum(p.params[0].numel() for p in self.parameters)
         for rows in active_rows(has_gradient, layers_at_once(first.params, layer_size)):
@@ -347,41 +447,22 @@ class PolarStack:
         group = self._group(context)
         self.step_count[rows] += 1
         bias = Bias.at(self.step_count[rows], group["betas"], self.plus.parameters[0].dtype)
-        plus = self._read(self.plus, rows, context)
-        minus = self._read(self.minus, rows, context) if self.minus is not None else None
+        plus = self.plus.read(rows, context)
+        minus = self.minus.read(rows, context) if self.minus is not None else None
         old = plus.norm
         if minus is None:  # the plus norm is the gauge coordinate: it keeps still
-            directions, keep, turn, new = self._turn(plus, old, torch.zeros_like(old), rows, bias, group)
+            directions, keep, turn, new = plus.turn(old, torch.zeros_like(old), rows, bias, group)
         else:
             plus_change, minus_change = self._radial(plus, minus, rows, bias, group)
             # A dead side (norm 0) has no direction. It steps in the other's covariant scale until it has one.
             plus_scale = torch.where(old > 0, old, safe_power(minus.norm, -1 / self.degree))
             minus_scale = torch.where(minus.norm > 0, minus.norm, safe_power(old, -self.degree))
-            directions, keep, turn, new = self._turn(plus, plus_scale, plus_change, rows, bias, group)
-            self._write(minus, *self._turn(minus, minus_scale, minus_change, rows, bias, group)[:3], rows, context)
-        self._write(plus, directions, keep, turn, rows, context)
+            directions, keep, turn, new = plus.turn(plus_scale, plus_change, rows, bias, group)
+            minus.write(*minus.turn(minus_scale, minus_change, rows, bias, group)[:3], rows, context)
+        plus.write(directions, keep, turn, rows, context)
         if self.plus.parameters[0].params[0].dtype != self.plus.parameters[0].dtype:
             new = self.plus.rounded_norm(rows, context)
         return old, new
-
-    def _read(self, side: Side, rows: slice, context: Context) -> Block:
-        """Weights and gradients in the coordinates in which the side is decomposed."""
-        weights, grads, means = [], [], []
-        for p in side.parameters:
-            weight, grad, mean = p.stack(rows), p.stack_grads(rows), None
-            if p.role.centred:
-                mean = weight.mean(1, keepdim=True)
-                weight.sub_(mean)
-                grad.sub_(grad.mean(1, keepdim=True))
-            if (factor := p.dressing(rows, context, after=False)) is not None:
-                weight.mul_(factor)
-                grad.mul_(safe_power(factor, -1))
-            weights.append(weight)
-            grads.append(grad)
-            means.append(mean)
-        norm = side.sum(lambda p, i: p.unit_sum(weights[i].square())).sqrt_()
-        log_norm_grad = side.sum(lambda p, i: p.unit_sum(weights[i] * grads[i]))
-        return Block(side, weights, grads, means, norm, log_norm_grad)
 
     def _radial(self, plus: Block, minus: Block, rows: slice, bias: Bias, group: Group) -> tuple[Tensor, Tensor]:
         """Changes of log rho_P and log rho_M: the shared radial step and the vertical mode."""
@@ -407,55 +488,80 @@ class PolarStack:
             vertical = torch.where(gap.isfinite(), -rate * gap / size, 0.0)
         return (k * radial + vertical) / size, (radial - k * vertical) / size
 
-    def _turn(
-        self, block: Block, norm: Tensor, log_change: Tensor, rows: slice, bias: Bias, group: Group
-    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-        """The step of one side as (u, keep, turn, new_norm): W becomes keep · W - turn · u, per unit.
 
-        With u the Adam direction of x = rho g_tan and s the step scale, the turned side is
-        W - eta s (u - <u, W> W / rho²), a combination of W and u; so only its two coefficients are worked out,
-        and neither the projection nor the retraction takes a pass of its own.
-        """
-        side, growth = block.side, log_change.exp()
-        if side.unit_size == 1:
-            return [], growth, growth, growth * block.norm
-        inverse, alive = safe_power(norm, -1), block.norm > 0
-        directions: list[Tensor] = []
-        for p, weight, grad in zip(side.parameters, block.weights, block.grads, strict=True):
-            assert p.exp_avg is not None
-            assert p.exp_avg_sq is not None
-            x = grad.mul_(p.spread(norm)).addcmul_(weight, p.spread(block.log_norm_grad * inverse), value=-1)
-            u = adam_(x, p.exp_avg[rows], p.exp_avg_sq[rows], bias, group["betas"], group["eps"], p.role.averaging)
-            directions.append(centre(u) if p.role.centred else u)
-        scale = (bias.root_second / bias.first)[:, None]
-        along = scale * inverse * side.sum(lambda p, i: p.unit_sum(directions[i] * block.weights[i]))
-        along = along * alive
-        across_squared = scale.square() * side.sum(lambda p, i: p.unit_sum(directions[i].square())) - along.square()
-        across_squared.clamp_(min=0)
-        stride = group["lr"] * block.scale(norm, group["step_scale"])
-        angle = stride * inverse
-        stretch = (1 + angle.square() * across_squared).sqrt()
-        if group["retract"]:
-            growth = torch.where(alive, growth / stretch, growth)
-        new_norm = growth * torch.where(alive, block.norm * stretch, stride * across_squared.sqrt())
-        return directions, growth * (1 + angle * along), growth * stride * scale, new_norm
+class ChainStack:
+    """A chain of layers, each a block as a whole; the total log-norm steps, shared equally.
 
-    def _write(
-        self, block: Block, directions: list[Tensor], keep: Tensor, turn: Tensor, rows: slice, context: Context
-    ) -> None:
-        """Combine, decay, undress by the new factors, put the mean row back, and copy into the parameters."""
-        for i, p in enumerate(block.side.parameters):
-            decay = context.decay(p)
-            weight = block.weights[i].mul_(p.spread(keep * decay))
-            if directions:
-                weight.addcmul_(directions[i], p.spread(turn * decay), value=-1)
-            if (factor := p.dressing(rows, context, after=True)) is not None:
-                # what a dead factor dresses has no effect, and stays as it is
-                weight = torch.where(factor > 0, weight.mul_(safe_power(factor, -1)), p.stack(rows))
-            mean = block.means[i]
-            if mean is not None:
-                weight.add_(mean)
-            torch._foreach_copy_(p.params[rows], weight.unbind())
+    Where other layers of the chain are hidden, and step elsewhere, the norms of these keep still.
+    """
+
+    shared = SHARED
+
+    def __init__(self, layers: list[StackedParameter], still: bool, vertical: bool) -> None:
+        self.sides = [Side([layer]) for layer in layers]
+        self.still = still
+        first = layers[0]
+        options: dict[str, Any] = {"device": first.params[0].device}
+        self.step_count = torch.zeros(1, **options)
+        sizes = {} if still else {"radial": 1} | ({"vertical": len(layers)} if vertical else {})
+        self.modes = {
+            f"{mode}_{moment}": torch.zeros(size, dtype=first.dtype, **options)
+            for mode, size in sizes.items()
+            for moment in ("exp_avg", "exp_avg_sq")
+        }
+
+    @property
+    def parameters(self) -> list[StackedParameter]:
+        return [side.parameters[0] for side in self.sides]
+
+    def states(self) -> dict[Tensor, dict[str, Tensor]]:
+        """State by parameter; that of the chain's modes is with the first layer."""
+        states = {p.params[0]: {"step": self.step_count[0], **p.state(0)} for p in self.parameters}
+        states[self.parameters[0].params[0]] |= self.modes
+        return states
+
+    def _group(self, context: Context) -> Group:
+        return context.groups[self.parameters[0].groups[0]]
+
+    def grad_norm_squared(self, context: Context) -> Tensor:
+        """Squared norm of the gradient in the invariant metric."""
+        step_scale = self._group(context)["step_scale"]
+        terms = [side.read(slice(None), context).grad_norm_squared(step_scale) for side in self.sides]
+        return torch.stack(terms).sum()
+
+    def step(self, context: Context) -> None:
+        """Move all layers, if any has a gradient."""
+        if all(p.params[0].grad is None for p in self.parameters):
+            return
+        group, rows = self._group(context), slice(None)
+        self.step_count += 1
+        bias = Bias.at(self.step_count, group["betas"], self.parameters[0].dtype)
+        blocks = [side.read(rows, context) for side in self.sides]
+        changes = self._radial(blocks, bias, group).view(-1, 1, 1)
+        for block, change in zip(blocks, changes, strict=True):
+            block.write(*block.turn(block.norm, change, rows, bias, group)[:3], rows, context)
+
+    def _radial(self, blocks: list[Block], bias: Bias, group: Group) -> Tensor:
+        """Changes of the layers' log-norms, (L,)."""
+        log_norm_grads = torch.cat([block.log_norm_grad.flatten() for block in blocks])
+        if self.still:
+            return torch.zeros_like(log_norm_grads)
+        rate, size = group["lr"] * group["radial_rate"], math.sqrt(len(blocks))
+
+        def mode_step(mode: str, gradient: Tensor) -> Tensor:
+            exp_avg, exp_avg_sq = self.modes[f"{mode}_exp_avg"], self.modes[f"{mode}_exp_avg_sq"]
+            u = adam_(gradient, exp_avg, exp_avg_sq, bias, group["betas"], group["eps"])
+            return u.mul_(-rate * bias.root_second / bias.first)
+
+        shared = mode_step("radial", log_norm_grads.sum(0, keepdim=True) / size) / size
+        if group["vertical"] == "freeze":
+            return shared.expand(len(blocks))
+        if group["vertical"] == "adam":
+            vertical = mode_step("vertical", log_norm_grads - log_norm_grads.mean())
+            return shared + vertical - vertical.mean()
+        log_norms = torch.cat([block.norm.flatten() for block in blocks]).log()
+        gap = torch.where(log_norms.isfinite().all(), log_norms - log_norms.mean(), 0.0)
+        return shared - rate * gap
 
 
 def safe_power(x: Tensor, exponent: float) -> Tensor:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 #: How optimizers are called in tables and figures.
-TITLES = {"adamw": "AdamW", "ddcadam": "DDCAdam"}
+TITLES = {"adamw": "AdamW", "ddcadam": "DDCAdam", "muon": "Muon", "ddcmuon": "DDCMuon"}
 #: What a run folder holds besides checkpoints and mirrors.
 RECORD_FILES = ("run.json", "records.jsonl", "timing.jsonl", "readings.jsonl", "summary.json")
 
@@ -61,8 +61,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def summary_table(runs: Sequence[Run]) -> Table:
-    """One column a run: losses in nats per token, the gap, the gap at equal train loss, wall time."""
-    table = Table(title="loss in nats per token")
+    """One column a run: losses in nats, the gap, the gap at equal train loss, wall time."""
+    table = Table(title="loss in nats")
     table.add_column("")
     for run in runs:
         table.add_column(run.label, justify="right")
@@ -98,6 +98,14 @@ def summary_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     for level in levels:
         gaps = [s.get("gap_at_train_loss", {}).get(level) for s in summaries]
         rows.append((f"gap at train loss {level}", ["never reached" if g is None else f"{g:.3f}" for g in gaps]))
+    if any("validation_accuracy" in s for s in summaries):
+        rows.append(row("train accuracy", "train_accuracy"))
+        rows.append(row("validation accuracy, last", "validation_accuracy"))
+        rows.append(row("validation accuracy, best", "best_validation_accuracy"))
+    reached = sorted({level for s in summaries for level in s.get("step_of_accuracy", {})}, key=float)
+    for level in reached:
+        steps = [s.get("step_of_accuracy", {}).get(level) for s in summaries]
+        rows.append((f"step of accuracy {level}", ["never reached" if step is None else str(step) for step in steps]))
     rows.append(row("wall time, s", "seconds", ".0f"))
     if any(s.get("reading_seconds") for s in summaries):
         rows.append(row("… of it readings", "reading_seconds", ".0f"))

@@ -12,9 +12,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ddc.data import DataConfig
+from ddc.data import DataConfig, ModularConfig, TextConfig
 from ddc.gauges import KINDS
-from ddc.models import GPTConfig
+from ddc.models import DeepMLPConfig, GPTConfig, ModelConfig
 from ddc.slt.config import SLTConfig
 
 SCHEDULES = ("constant", "cosine", "wsd")
@@ -58,15 +58,72 @@ class DDCAdamConfig(OptimizerConfig):
 
 
 @dataclass
+class MuonConfig(OptimizerConfig):
+    """``torch.optim.Muon`` for hidden matrices, ``torch.optim.AdamW`` for the rest.
+
+    ``lr`` and ``momentum`` are Muon's, ``adam_lr``, ``betas`` and ``eps`` AdamW's. ``adjust_lr_fn`` is the scale of an
+    update: ``original`` (√max(1, rows/columns)) or ``match_rms_adamw`` (0.2 √max(rows, columns), Moonlight's).
+    """
+
+    name: str = "muon"
+    lr: float = 0.02
+    adam_lr: float = 1e-3
+    momentum: float = 0.95
+    nesterov: bool = True
+    adjust_lr_fn: str = "original"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require("optimizer.adam_lr", self.adam_lr, self.adam_lr > 0, "a positive number")
+        require("optimizer.momentum", self.momentum, 0 <= self.momentum < 1, "a number in [0, 1)")
+        choices = ("original", "match_rms_adamw")
+        require(
+            "optimizer.adjust_lr_fn", self.adjust_lr_fn, self.adjust_lr_fn in choices, f"one of {', '.join(choices)}"
+        )
+
+
+@dataclass
+class DDCMuonConfig(DDCAdamConfig):
+    """:class:`ddc.DDCMuon`, which documents the keys; ``per_head`` is of :func:`ddc.hidden_matrices`."""
+
+    name: str = "ddcmuon"
+    lr: float = 0.02
+    adam_lr: float = 1e-3
+    momentum: float = 0.95
+    nesterov: bool = True
+    orthogonalizer: str = "newton_schulz_bfloat16"
+    per_head: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require("optimizer.adam_lr", self.adam_lr, self.adam_lr > 0, "a positive number")
+
+
+OPTIMIZERS = {"adamw": AdamWConfig, "ddcadam": DDCAdamConfig, "muon": MuonConfig, "ddcmuon": DDCMuonConfig}
+MODELS = {"gpt": GPTConfig, "deep_mlp": DeepMLPConfig}
+
+
+@dataclass
 class GaugesConfig:
-    """Which kinds of gauge the optimizer respects, of those that the model has."""
+    """Which kinds of gauge the optimizer respects, of those that the model has.
+
+    ``chained_rescale`` is ``relu_rescale`` layer by layer instead of neuron by neuron: one of the two.
+    """
 
     logit_shift: bool = False
     relu_rescale: bool = False
+    chained_rescale: bool = False
     gated_rescale: bool = False
     norm_scale: bool = False
     value_rotation: bool = False
     qk_rotation: bool = False
+
+    def __post_init__(self) -> None:
+        if self.chained_rescale and self.relu_rescale:
+            raise ValueError(
+                "gauges.chained_rescale=true with gauges.relu_rescale=true: rescales of all neurons contain those of "
+                "their layers; set one of them to false"
+            )
 
     @property
     def kinds(self) -> list[str]:
@@ -79,7 +136,8 @@ class TrainingConfig:
 
     Args:
         steps: optimizer steps.
-        batch_size: sequences a step; with ``accumulation`` > 1, taken in so many equal parts.
+        batch_size: sequences or pairs a step, null for all training pairs; with ``accumulation`` > 1, taken in so many
+            equal parts.
         schedule: of the learning rate, after a linear warm-up over ``warmup`` of the steps: ``constant``,
             ``cosine``, or ``wsd`` (constant, then linear over the last ``decay`` of the steps). Both of the
             latter end at ``final_lr`` times the peak.
@@ -88,6 +146,7 @@ class TrainingConfig:
             is followed by a checkpoint.
         evaluation_batches: batches of each split that an evaluation reads.
         gap_levels: train losses at which the summary gives the gap.
+        accuracy_levels: validation accuracies of which the summary gives the first step that reaches them.
         resume: ``auto`` goes on from the last checkpoint, ``never`` starts over.
         device: ``auto``, ``cpu`` or ``cuda``.
         precision: of activations; weights stay in float32. Other than float32 on a GPU only.
@@ -95,7 +154,7 @@ class TrainingConfig:
     """
 
     steps: int = 1000
-    batch_size: int = 16
+    batch_size: int | None = 16
     accumulation: int = 1
     schedule: str = "cosine"
     warmup: float = 0.05
@@ -105,13 +164,16 @@ class TrainingConfig:
     evaluations: int = 40
     evaluation_batches: int = 8
     gap_levels: list[float] = field(default_factory=lambda: [1.5, 1.0, 0.5])
+    accuracy_levels: list[float] = field(default_factory=list)
     resume: str = "auto"
     device: str = "auto"
     precision: str = "float32"
     threads: int = 1
 
     def __post_init__(self) -> None:
-        for key in ("steps", "batch_size", "accumulation", "evaluations", "evaluation_batches", "threads"):
+        if self.batch_size is not None:
+            require("training.batch_size", self.batch_size, self.batch_size >= 1, "a positive integer or null")
+        for key in ("steps", "accumulation", "evaluations", "evaluation_batches", "threads"):
             require(f"training.{key}", getattr(self, key), getattr(self, key) >= 1, "a positive integer")
         for key, choices in (
             ("schedule", SCHEDULES),
@@ -129,7 +191,7 @@ class TrainingConfig:
         )
         if self.max_grad_norm is not None:
             require("training.max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "a positive number or null")
-        if self.batch_size % self.accumulation:
+        if self.batch_size is not None and self.batch_size % self.accumulation:
             raise ValueError(
                 f"Invalid training.accumulation={self.accumulation}: must divide training.batch_size={self.batch_size}"
             )
@@ -154,8 +216,8 @@ class WandbConfig:
 class Config:
     """One run. ``name`` groups the runs of an experiment, ``runs`` is the folder for all of them."""
 
-    model: GPTConfig = field(default_factory=GPTConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = MISSING
+    data: DataConfig = MISSING
     optimizer: OptimizerConfig = MISSING
     gauges: GaugesConfig = field(default_factory=GaugesConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -191,8 +253,13 @@ def register_schemas() -> None:
     """Make the typed schemas known to Hydra, so that unknown keys and wrong types are errors."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
-    store.store(group="optimizer", name="schema_adamw", node=AdamWConfig)
-    store.store(group="optimizer", name="schema_ddcadam", node=DDCAdamConfig)
+    for group, schemas in (
+        ("optimizer", OPTIMIZERS),
+        ("model", MODELS),
+        ("data", {"text": TextConfig, "modular": ModularConfig}),
+    ):
+        for name, schema in schemas.items():
+            store.store(group=group, name=f"schema_{name}", node=schema)
 
 
 def resolve(config: DictConfig) -> Config:
@@ -212,9 +279,10 @@ def restored(values: dict[str, Any]) -> Config:
     Raises:
         ValueError: the run was made by a version of the code with other keys.
     """
-    optimizers = {"adamw": AdamWConfig, "ddcadam": DDCAdamConfig}
     schema = OmegaConf.structured(Config)
-    schema.optimizer = OmegaConf.structured(optimizers[values["optimizer"]["name"]])
+    schema.optimizer = OmegaConf.structured(OPTIMIZERS[values["optimizer"]["name"]])
+    schema.model = OmegaConf.structured(MODELS[values["model"].get("name", "gpt")])
+    schema.data = OmegaConf.structured(ModularConfig if values["data"]["name"] == "modular" else TextConfig)
     try:
         merged = OmegaConf.merge(schema, values)
     except OmegaConfBaseException as error:

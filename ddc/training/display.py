@@ -11,7 +11,7 @@ from ddc.training.records import Row
 
 
 class Display:
-    """Progress of one run, with losses, gap, tokens per second and time left."""
+    """Progress of one run, with losses, gap, accuracy, speed and time left."""
 
     def __init__(self, steps: int, start: int, title: str) -> None:
         self.console = Console(stderr=True)
@@ -40,11 +40,12 @@ class Display:
         self.step += 1
         self.progress.advance(self.task)
 
-    def evaluated(self, row: Row, tokens_per_second: float) -> None:
-        """Show an evaluation."""
+    def evaluated(self, row: Row, speed: dict[str, float]) -> None:
+        """Show an evaluation; ``speed`` has one entry, such as tokens_per_second."""
+        ((unit, value),) = speed.items()
         status = (
             f"train {row['train_loss']:.3f} val {row['validation_loss']:.3f} gap {row['gap']:+.3f} "
-            f"{tokens_per_second:,.0f} tok/s"
+            f"acc {row['validation_accuracy']:.3f} {value:,.0f} {unit.removesuffix('_per_second')}/s"
         )
         self.progress.update(self.task, status=status)
         if not self.console.is_terminal:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from ddc.data import TextData, load_text
+from ddc.data import Data, DataConfig, DataError, ModularConfig, PairData, TextConfig, TextData, load_modular, load_text
 from ddc.gauges import GaugeSet, audit, find_gauges
-from ddc.models import GPT, cross_entropy
+from ddc.models import GPT, DeepMLP, DeepMLPConfig, GPTConfig, ModelConfig, cross_entropy
 from ddc.optim import DDCAdam
 from ddc.optim.factory import make_optimizer
 from ddc.slt.observer import Observer, joined
@@ -44,10 +44,12 @@ class Setup:
 
     config: Config
     device: torch.device
-    data: TextData
-    model: GPT
+    data: Data
+    model: nn.Module
     gauges: GaugeSet
     optimizer: Optimizer
+    batch_size: int
+    peak_lrs: list[float]
     observer: Observer | None
     folder: Path
 
@@ -59,27 +61,62 @@ def prepare(config: Config) -> Setup:
         ValueError: a value, a data set or a combination that cannot work; the message names the key and the fix.
     """
     device = choose_device(config.training)
-    data = load_text(config.data, config.model.context)
+    data = load_data(config.data, config.model, config.seed)
+    batch_size = config.training.batch_size
+    if batch_size is None:
+        if not isinstance(data, PairData):
+            raise ValueError("training.batch_size=null takes the whole training split, which only data=modular allows")
+        batch_size = data.train_units
     torch.set_num_threads(config.training.threads)
     torch.manual_seed(config.seed)
-    model = GPT(config.model, data.vocab_size).to(device)
-    gauges = find_gauges(model).only(config.gauges.kinds)
+    model = make_model(config.model, data).to(device)
+    gauges = find_gauges(model, per_layer=config.gauges.chained_rescale).only(config.gauges.kinds)
     optimizer = configured_optimizer(config, model, gauges)
+    peak_lrs = [group["lr"] for group in optimizer.param_groups]
     folder = Path(config.runs) / config.name / config.run_id
     observer = make_observer(config, device, data, model, folder / "snapshots") if config.slt.readings else None
-    return Setup(config, device, data, model, gauges, optimizer, observer, folder)
+    return Setup(config, device, data, model, gauges, optimizer, batch_size, peak_lrs, observer, folder)
 
 
-def make_observer(config: Config, device: torch.device, data: TextData, model: GPT, folder: Path) -> Observer:
-    """What reads singular structure along the run; its probe is taken from the training text."""
+def load_data(config: DataConfig, model: ModelConfig, seed: int) -> Data:
+    """The data set of a config, in the form that the model reads.
+
+    Raises:
+        DataError: the data cannot be had, or the model cannot read it.
+    """
+    match config, model:
+        case TextConfig(), GPTConfig():
+            return load_text(config, model.context)
+        case ModularConfig(), DeepMLPConfig():
+            return load_modular(config, seed)
+    raise DataError(
+        f"data={config.name} is not for model={model.name}: model=gpt reads text, model=deep_mlp data=modular"
+    )
+
+
+def make_model(config: ModelConfig, data: Data) -> nn.Module:
+    """The model of a config, at its initialisation, for the classes of the data."""
+    if isinstance(config, GPTConfig):
+        return GPT(config, data.vocab_size)
+    assert isinstance(config, DeepMLPConfig)
+    return DeepMLP(config, data.vocab_size, data.vocab_size)
+
+
+def make_observer(config: Config, device: torch.device, data: Data, model: nn.Module, folder: Path) -> Observer:
+    """What reads singular structure along the run; its probe is taken from the training text.
+
+    Raises:
+        ValueError: a model that has no readings.
+    """
+    if not isinstance(data, TextData) or not isinstance(model, GPT):
+        raise ValueError("slt.readings is for model=gpt: set slt=none")
 
     def windows(count: int, size: int) -> list[Batch]:
-        batches = data.evaluation_batches("train", count, size, config.model.context)
-        return [(x.to(device), y.to(device)) for x, y in batches]
+        return [(x.to(device), y.to(device)) for x, y in data.evaluation_batches("train", count, size)]
 
     size = min(16, config.slt.sequences)
     probe = windows(-(-config.slt.sequences // size), size)
-    whole = joined(windows(len(data.train) // config.model.context, 1))
+    whole = joined(windows(len(data.train) // data.context, 1))
     return Observer(config.slt, model, probe, whole, config.training.steps, folder)
 
 
@@ -157,23 +194,23 @@ def train(setup: Setup, draw: Callable[[Path], Sequence[Path]] = no_figures) -> 
             if step in evaluations and not (rows and rows[-1]["step"] == step):
                 row = {**evaluate(setup, step, fixed), "gauge_audit": gauge_audit}
                 seconds = time.perf_counter() - clock
-                tokens = (step - last_row_step) * training.batch_size * config.model.context
-                tokens_per_second = tokens / (seconds - reading_seconds)
+                units = (step - last_row_step) * setup.batch_size * setup.data.units_per_example
+                speed = {f"{setup.data.unit}s_per_second": units / (seconds - reading_seconds)}
                 records.append(row)
                 timing.append(
                     {
                         "step": step,
                         "seconds": seconds,
                         "reading_seconds": reading_seconds,
-                        "tokens_per_second": tokens_per_second,
+                        **speed,
                     }
                 )
                 save_checkpoint(checkpoint, step, model, optimizer, scaler)
                 if observer:
                     observer.forget()
                 rows.append(row)
-                mirror.log({**row, "tokens_per_second": tokens_per_second})
-                display.evaluated(row, tokens_per_second)
+                mirror.log({**row, **speed})
+                display.evaluated(row, speed)
                 elapsed, observing = elapsed + seconds, observing + reading_seconds
                 clock, last_row_step, reading_seconds = time.perf_counter(), step, 0.0
             if step == training.steps:
@@ -186,7 +223,7 @@ def train(setup: Setup, draw: Callable[[Path], Sequence[Path]] = no_figures) -> 
             display.advance()
 
     summary = {
-        **summarize(rows, training.gap_levels),
+        **summarize(rows, training.gap_levels, training.accuracy_levels),
         "seconds": elapsed,
         "reading_seconds": observing,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -222,11 +259,11 @@ def train_step(setup: Setup, step: int, scaler: GradScaler, audited: bool) -> fl
         DivergedError: a loss that is not finite. Weights are as before the step.
     """
     training, model, optimizer = setup.config.training, setup.model, setup.optimizer
-    lr = setup.config.optimizer.lr * learning_rate_factor(training, step)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    factor = learning_rate_factor(training, step)
+    for group, peak in zip(optimizer.param_groups, setup.peak_lrs, strict=True):
+        group["lr"] = peak * factor
     optimizer.zero_grad()
-    inputs, targets = setup.data.batch(step, training.batch_size, setup.config.model.context, setup.config.seed)
+    inputs, targets = setup.data.batch(step, setup.batch_size, setup.config.seed)
     losses = []
     for x, y in zip(inputs.chunk(training.accumulation), targets.chunk(training.accumulation), strict=True):
         with autocast(setup):
@@ -268,43 +305,45 @@ def learning_rate_factor(training: TrainingConfig, step: int) -> float:
 def evaluation_batches(setup: Setup, split: str) -> list[Batch]:
     """The fixed batches of a split, on the device."""
     training = setup.config.training
-    batches = setup.data.evaluation_batches(
-        split, training.evaluation_batches, training.batch_size, setup.config.model.context
-    )
+    batches = setup.data.evaluation_batches(split, training.evaluation_batches, setup.batch_size)
     return [(x.to(setup.device), y.to(setup.device)) for x, y in batches]
 
 
 def evaluate(setup: Setup, step: int, batches: dict[str, list[Batch]]) -> Row:
-    """Losses of both splits on fixed batches, in nats per token.
+    """Losses, in nats, and accuracies of both splits on fixed batches; and the learning rates of the next step.
 
     Raises:
         DivergedError: a loss is not finite.
     """
-    losses = {split: mean_loss(setup, batches[split]) for split in ("train", "validation")}
-    for split, loss in losses.items():
-        if not math.isfinite(loss):
-            raise DivergedError(f"the {split} loss after step {step} is {loss}. {where_to_go_on(setup.folder)}")
-    config = setup.config
-    tokens = step * config.training.batch_size * config.model.context
+    (train_loss, train_accuracy), (loss, accuracy) = (measure(setup, batches[s]) for s in ("train", "validation"))
+    for split, value in (("train", train_loss), ("validation", loss)):
+        if not math.isfinite(value):
+            raise DivergedError(f"the {split} loss after step {step} is {value}. {where_to_go_on(setup.folder)}")
+    factor = learning_rate_factor(setup.config.training, step)
+    rates = {key: getattr(setup.config.optimizer, key, None) for key in ("lr", "adam_lr")}
     return {
         "step": step,
-        "epoch": tokens / len(setup.data.train),
-        "lr": config.optimizer.lr * learning_rate_factor(config.training, step),
-        "train_loss": losses["train"],
-        "validation_loss": losses["validation"],
-        "gap": losses["validation"] - losses["train"],
+        "epoch": step * setup.batch_size * setup.data.units_per_example / setup.data.train_units,
+        **{key: peak * factor for key, peak in rates.items() if peak is not None},
+        "train_loss": train_loss,
+        "validation_loss": loss,
+        "gap": loss - train_loss,
+        "train_accuracy": train_accuracy,
+        "validation_accuracy": accuracy,
     }
 
 
 @torch.no_grad()
-def mean_loss(setup: Setup, batches: list[Batch]) -> float:
-    """Mean loss per token over batches."""
-    total, count = 0.0, 0
+def measure(setup: Setup, batches: list[Batch]) -> tuple[float, float]:
+    """Mean loss and accuracy over batches."""
+    loss, correct, count = 0.0, 0, 0
     for x, y in batches:
         with autocast(setup):
-            total += float(cross_entropy(setup.model(x), y)) * y.numel()
+            logits = setup.model(x)
+        loss += float(cross_entropy(logits, y)) * y.numel()
+        correct += int((logits.argmax(-1) == y).sum())
         count += y.numel()
-    return total / count
+    return loss / count, correct / count
 
 
 def autocast(setup: Setup) -> contextlib.AbstractContextManager[object]:

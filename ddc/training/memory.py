@@ -8,10 +8,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from ddc.data import Data
 from ddc.gauges import find_gauges
-from ddc.models import GPT, cross_entropy
+from ddc.models import cross_entropy
 from ddc.training.config import Config
-from ddc.training.loop import configured_optimizer
+from ddc.training.loop import configured_optimizer, make_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,16 +27,17 @@ class MemoryEstimate:
     peak: int
 
 
-def estimate_memory(config: Config, vocab_size: int) -> MemoryEstimate:
+def estimate_memory(config: Config, data: Data) -> MemoryEstimate:
     """Take a training step on fake tensors, which have shapes and dtypes but no data.
 
     That checks every shape of model, loss and optimizer step, and that the step never needs a value on the host.
     """
     fake, training = FakeTensorMode(), config.training
     with fake:
-        model = GPT(config.model, vocab_size)
-    gauges = find_gauges(model).only(config.gauges.kinds)
+        model = make_model(config.model, data)
+    gauges = find_gauges(model, per_layer=config.gauges.chained_rescale).only(config.gauges.kinds)
     precision = getattr(torch, training.precision)
+    batch = data.batch(0, (training.batch_size or data.train_units) // training.accumulation, config.seed)
     with fake:
         optimizer = configured_optimizer(config, model, gauges)
         for parameter in model.parameters():  # some optimizers allocate their state in the first step
@@ -44,11 +46,10 @@ def estimate_memory(config: Config, vocab_size: int) -> MemoryEstimate:
         optimizer.zero_grad()
         tracker = MemTracker()
         tracker.track_external(model, optimizer)
-        shape = (training.batch_size // training.accumulation, config.model.context)
-        tokens = torch.zeros(shape, dtype=torch.int64)
+        inputs, targets = (torch.zeros(each.shape, dtype=torch.int64) for each in batch)
         with tracker:
             with torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
-                loss = cross_entropy(model(tokens), tokens)
+                loss = cross_entropy(model(inputs), targets)
             loss.backward()
             optimizer.step()
     (peak,) = (by_kind["Total"] for by_kind in tracker.get_tracker_snapshot("peak").values())

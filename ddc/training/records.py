@@ -20,7 +20,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,15 +110,18 @@ def cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def summarize(rows: list[Row], gap_levels: list[float]) -> Mapping[str, Any]:
+def summarize(rows: list[Row], gap_levels: list[float], accuracy_levels: Sequence[float] = ()) -> Mapping[str, Any]:
     """Final and best losses, the gap, and the gap at given train losses (null where never reached).
+
+    Where accuracy levels are given, final and best accuracies, and for each level the step of the first evaluation at
+    which the validation accuracy is at least that (null where there is none).
 
     The gap at a train loss is read where the run first reaches it, interpolated linearly in the train loss
     between two evaluations.
     """
     last = rows[-1]
     best = min(rows, key=lambda row: row["validation_loss"])
-    return {
+    summary = {
         "steps": last["step"],
         "train_loss": last["train_loss"],
         "validation_loss": last["validation_loss"],
@@ -126,6 +129,18 @@ def summarize(rows: list[Row], gap_levels: list[float]) -> Mapping[str, Any]:
         "best_validation_loss": best["validation_loss"],
         "best_validation_step": best["step"],
         "gap_at_train_loss": {str(level): gap_at(rows, level) for level in gap_levels},
+    }
+    if not accuracy_levels:
+        return summary
+    return {
+        **summary,
+        "train_accuracy": last["train_accuracy"],
+        "validation_accuracy": last["validation_accuracy"],
+        "best_validation_accuracy": max(row["validation_accuracy"] for row in rows),
+        "step_of_accuracy": {
+            str(level): next((row["step"] for row in rows if row["validation_accuracy"] >= level), None)
+            for level in accuracy_levels
+        },
     }
 
 

@@ -1,0 +1,81 @@
+"""Which matrices of a model are hidden: linear maps between hidden representations, and what heads they hold.
+
+An optimizer that treats a matrix as a linear map (Muon) is meant for these alone. A table of vectors (an embedding, a
+head) has the shape of a matrix but not the role, so the role is read from the model, never from a name or a shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import singledispatch
+
+from torch import nn
+
+from ddc.models import GPT, DeepMLP
+
+
+@dataclass(frozen=True)
+class HiddenMatrix:
+    """A linear map from one hidden representation to another.
+
+    Args:
+        parameter: name of the weight, of shape (out, in).
+        heads: how many heads it holds; each is a linear map by itself, to be orthogonalised by itself. 1 takes the
+            matrix as a whole (the heads *stacked*).
+        axis: along which the heads lie: 0 for queries, keys and values, 1 for the output projection.
+
+    Raises:
+        ValueError: a number of heads or an axis that cannot be.
+    """
+
+    parameter: str
+    heads: int = 1
+    axis: int = 0
+
+    def __post_init__(self) -> None:
+        if self.heads < 1:
+            raise ValueError(f"Invalid heads={self.heads} of {self.parameter}: expected a positive integer")
+        if self.axis not in (0, 1):
+            raise ValueError(f"Invalid axis={self.axis} of {self.parameter}: expected 0 (rows) or 1 (columns)")
+
+
+@singledispatch
+def hidden_matrices(model: nn.Module, per_head: bool = False) -> Sequence[HiddenMatrix]:
+    """The hidden matrices of a model, in its order.
+
+    Args:
+        model: one of the models that :func:`ddc.find_gauges` reads.
+        per_head: attention matrices head by head, instead of stacked.
+
+    Raises:
+        TypeError: there is no reader for this class of models.
+    """
+    if isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        return hidden_matrices(inner, per_head)  # wrapped by torch.compile or DDP
+    raise TypeError(
+        f"hidden_matrices cannot read a {type(model).__name__}; it reads {GPT.__name__} and {DeepMLP.__name__}. Name "
+        "the matrices yourself: [HiddenMatrix('layers.0.weight'), ...]"
+    )
+
+
+@hidden_matrices.register
+def _(model: GPT, per_head: bool = False) -> Sequence[HiddenMatrix]:
+    heads, kv_heads = (model.config.heads, model.config.kv_heads) if per_head else (1, 1)
+    matrices = []
+    for i in range(len(model.blocks)):
+        attention, mlp = f"blocks.{i}.attention", f"blocks.{i}.mlp"
+        matrices += [
+            HiddenMatrix(f"{attention}.query.weight", heads),
+            HiddenMatrix(f"{attention}.key.weight", kv_heads),
+            HiddenMatrix(f"{attention}.value.weight", kv_heads),
+            HiddenMatrix(f"{attention}.output.weight", heads, axis=1),
+        ]
+        names = ("gate", "up", "down") if model.config.mlp == "swiglu" else ("up", "down")
+        matrices += [HiddenMatrix(f"{mlp}.{name}.weight") for name in names]
+    return matrices
+
+
+@hidden_matrices.register
+def _(model: DeepMLP, per_head: bool = False) -> Sequence[HiddenMatrix]:
+    return [HiddenMatrix(f"layers.{i}.weight") for i in range(len(model.layers))]

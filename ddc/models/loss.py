@@ -1,0 +1,18 @@
+"""The loss that all models are trained with."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats; the log-softmax is taken in float32 or better.
+
+    Args:
+        logits: (..., classes).
+        targets: (...), int64.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())

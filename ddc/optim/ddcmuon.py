@@ -1,0 +1,238 @@
+"""DDCMuon: Muon in the orbit decomposition of the gauges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ddc.gauges import Gauge, HiddenMatrix, plain_name
+from ddc.optim.ddcadam import Builder, DDCAdam, Stack
+from ddc.optim.hidden import Factor, FrameStack, HiddenMatrices, HiddenStack, Member
+from ddc.optim.orthogonal import ORTHOGONALIZERS
+from ddc.optim.plan import Dressing, InnerPlan, Plan, make_plan
+from ddc.optim.stacks import PolarStack
+
+
+class DDCMuon(DDCAdam):
+    r"""Muon lifted to the orbits of a model's gauges: hidden matrices turn by orthogonalised momentum.
+
+    Every rescale that acts on rows or columns of a hidden matrix dresses it: the matrix is multiplied by a vector that
+    scales against the gauge, its gradient divided by the same, and undressed after the step. In these coordinates,
+    with :math:`\rho = |W|_F`, gradient g, momentum :math:`\mu` and learning rate :math:`\eta`:
+
+    .. math::
+        \hat g &= \langle g, W \rangle, \qquad x = \rho\, g - (\hat g / \rho)\, W \\
+        m &\leftarrow \mu m + (1 - \mu) x, \qquad O = \mathrm{orth}(\mu m + (1 - \mu) x) \\
+        O &\leftarrow O - \langle O, W \rangle W / \rho^2, \qquad T = W / \rho - \eta\, O / |O|_F \\
+        W &\leftarrow (1 - \eta \lambda)\, e^{\Delta} \rho\, T / |T|_F, \qquad
+        \Delta = - \eta\, r\, Q\, \mathrm{Adam}(Q^T \hat g)
+
+    The columns of Q are the radial coordinates: orthonormal directions of the log-norms of all matrices, perpendicular
+    to those along which gauges move norms against each other (along a chain of ReLU layers, the total alone). orth is
+    equivariant to rotations of rows and columns by itself. All other parameters take the steps of :class:`DDCAdam`.
+    Source: arXiv:2606.29176; the frames by which matrices are dressed, and Q, are ours (docs/method.md).
+
+    Args:
+        params: ``model.named_parameters()``, or param groups whose ``"params"`` are such pairs. Each group is split in
+            two, for hidden matrices and for the rest.
+        gauges: as for :class:`DDCAdam`.
+        hidden: :func:`ddc.hidden_matrices` of the model, or the matrices named by hand.
+        lr: for hidden matrices: the angle of a step, in radians.
+        adam_lr: for all other parameters.
+        momentum: :math:`\mu` above.
+        nesterov: orthogonalise :math:`\mu m + (1 - \mu) x`; else m.
+        orthogonalizer: ``"newton_schulz_bfloat16"``, ``"newton_schulz"`` (in the precision of the state) or ``"polar"``
+            (exact; slow).
+        betas, eps, radial_rate, vertical: as for :class:`DDCAdam`; on hidden matrices they are those of the norms.
+            ``vertical="adam"`` steps on the norms' gauge coordinates, ``"balance"`` relaxes the frames to 1.
+        weight_decay, step_scale, retract: as for :class:`DDCAdam`.
+
+    The state of a hidden matrix is its ``momentum_buffer``, half of AdamW's.
+
+    Raises:
+        ValueError: a hyperparameter out of range; a hidden matrix that is absent, no matrix, does not divide into its
+            heads, or is zero (norms move by multiplication: it would stay zero); and as :class:`DDCAdam`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
+        gauges: Iterable[Gauge] = (),
+        hidden: Sequence[HiddenMatrix] = (),
+        *,
+        lr: float | Tensor = 0.02,
+        adam_lr: float | Tensor = 1e-3,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        orthogonalizer: str = "newton_schulz_bfloat16",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        radial_rate: float = 1.0,
+        vertical: str = "freeze",
+        step_scale: str = "init",
+        retract: bool = True,
+    ) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"Invalid momentum={momentum}: expected a number in [0, 1)")
+        if orthogonalizer not in ORTHOGONALIZERS:
+            raise ValueError(f"Invalid orthogonalizer={orthogonalizer!r}: expected one of {', '.join(ORTHOGONALIZERS)}")
+        self._hidden = {matrix.parameter: matrix for matrix in hidden}
+        muon = {"momentum": momentum, "nesterov": nesterov, "orthogonalizer": orthogonalizer}
+        super().__init__(
+            split_groups(params, self._hidden, {"lr": lr, **muon}, {"lr": adam_lr}),
+            gauges,
+            lr=adam_lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            radial_rate=radial_rate,
+            vertical=vertical,
+            step_scale=step_scale,
+            retract=retract,
+        )
+
+    def routing(self) -> str:
+        """A table: which parameter takes which step, and what conditions it."""
+        rows = [("parameter", "step", "conditioned by")]
+        for group in self.param_groups:
+            for name, param in zip(map(plain_name, group["param_names"]), group["params"], strict=True):
+                rows.append((name, *self._route(name, param)))
+        widths = [max(len(row[i]) for row in rows) for i in range(2)]
+        lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in rows]
+        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+    def _route(self, name: str, param: Tensor) -> tuple[str, str]:
+        by = ", ".join(str(gauge) for gauge in self._gauges if name in gauge.parameters) or "no gauge"
+        if name not in self._hidden:
+            return "DDCAdam" if by != "no gauge" else "AdamW", by
+        heads = self._hidden[name].heads
+        return "Muon" + (f", {heads} heads" if heads > 1 else ""), by
+
+    def _stacks_of(self, params: dict[str, Tensor], group_of: dict[str, int], gauges: list[Gauge]) -> list[Stack]:
+        if self._ready:  # a group added later
+            return super()._stacks_of(params, group_of, gauges)
+        self._gauges = gauges
+        check_hidden(self._hidden, params)
+        plan = make_plan(params, gauges, self._hidden)
+        return MuonBuilder(params, group_of, self.param_groups, self._hidden).stacks(plan)
+
+
+def split_groups(
+    params: Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
+    hidden: Mapping[str, HiddenMatrix],
+    muon: dict[str, Any],
+    adam: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """Each param group as two: of its hidden matrices, with defaults ``muon``, and of the rest, with ``adam``.
+
+    Raises:
+        ValueError: parameters without names.
+    """
+    given = list(params)
+    groups = [each if isinstance(each, dict) else None for each in given]
+    whole = [{"params": given}] if not all(groups) else [group for group in groups if group is not None]
+    split = []
+    for group in whole:
+        named = list(group["params"])
+        if not all(isinstance(pair, tuple) for pair in named):
+            raise ValueError("hidden matrices are known by name: pass model.named_parameters(), not parameters()")
+        for is_hidden, defaults in ((True, muon), (False, adam)):
+            mine = [(name, p) for name, p in named if (plain_name(name) in hidden) == is_hidden]
+            if mine:
+                split.append({**defaults, **group, "params": mine})
+    return split
+
+
+def check_hidden(hidden: Mapping[str, HiddenMatrix], params: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for a hidden matrix that cannot be one."""
+    for name, matrix in hidden.items():
+        if name not in params:
+            raise ValueError(f"hidden matrix {name!r} is not among the optimizer's parameters")
+        param = params[name]
+        if param.ndim != 2:
+            raise ValueError(f"hidden matrix {name!r} has shape {tuple(param.shape)}: expected a matrix")
+        if param.shape[matrix.axis] % matrix.heads:
+            raise ValueError(f"hidden matrix {name!r}: {matrix.heads} heads do not divide {param.shape[matrix.axis]}")
+        if not param.is_meta and not bool(param.detach().any()):
+            raise ValueError(
+                f"hidden matrix {name!r} is zero: its norm moves by multiplication, so it would stay zero. "
+                "Initialise it at random, or leave it out of hidden"
+            )
+
+
+class MuonBuilder(Builder):
+    """Makes the stacks of a plan with hidden matrices."""
+
+    def __init__(
+        self,
+        params: dict[str, Tensor],
+        group_of: dict[str, int],
+        groups: list[dict[str, Any]],
+        hidden: Mapping[str, HiddenMatrix],
+    ) -> None:
+        super().__init__(params, group_of, groups)
+        self.matrices = hidden
+
+    def stacks(self, plan: Plan) -> list[Stack]:
+        polar, chains = self.polar(plan.polar), self.chains(plan.chains)
+        hidden = [self.hidden(plan)] if plan.hidden else []
+        return [*polar, *chains, *hidden, *self.free(plan.free)]
+
+    def hidden(self, plan: Plan) -> HiddenMatrices:
+        """Frames and stacks of all hidden matrices."""
+        frames = self.frames(plan)
+        alike: dict[object, list[str]] = {}
+        for name in plan.hidden:
+            param, matrix = self.params[name], self.matrices[name]
+            key = (tuple(param.shape), param.dtype, param.device, self.group_of[name], matrix.heads, matrix.axis)
+            alike.setdefault(key, []).append(name)
+        stacks = [
+            HiddenStack(
+                [self.matrices[name] for name in names],
+                [self.params[name] for name in names],
+                self.group_of[names[0]],
+                [tuple(self.factor(dressing) for dressing in plan.hidden[name]) for name in names],
+            )
+            for names in alike.values()
+        ]
+        for p, m, _ in plan.linked:
+            for name in (p, m):
+                if self.matrices[name].heads > 1:
+                    raise ValueError(
+                        f"hidden matrix {name!r}: under a rescale of its units it cannot be taken by heads"
+                    )
+        group = self.groups[stacks[0].groups[0]]
+        return HiddenMatrices(frames, stacks, plan.linked, vertical=group["vertical"] == "adam")
+
+    def frames(self, plan: Plan) -> list[FrameStack]:
+        """Frames of inner gauges, in the order of their levels."""
+        frames = []
+        for level in sorted({inner.level for inner in plan.inner}):
+            alike: dict[object, list[InnerPlan]] = {}
+            for inner in plan.inner:
+                if inner.level == level:
+                    shapes = tuple(tuple(self.params[a.parameter].shape) for a in inner.plus + inner.minus)
+                    alike.setdefault((inner.gauge.degree, shapes, len(inner.plus)), []).append(inner)
+            for members in alike.values():
+                frame = FrameStack(members[0].gauge.degree, [], [])
+                self.place.update({inner.gauge: (frame, i) for i, inner in enumerate(members)})
+                frames.append((frame, members))
+        for frame, members in frames:  # only now is every gauge in its place
+            for inner in members:
+                for side, axes in ((frame.plus, inner.plus), (frame.minus, inner.minus)):
+                    side.append([self.member(name, axis, plan.hidden[name]) for name, axis in axes])
+        return [frame for frame, _ in frames]
+
+    def member(self, name: str, axis: int, dressings: Sequence[Dressing]) -> Member:
+        """A matrix on one side of an inner gauge, with what dresses its other axis."""
+        other = [self.factor(dressing) for dressing in dressings if dressing.axis != axis]
+        return Member(self.params[name], axis, other[0] if other else None)
+
+    def factor(self, dressing: Dressing) -> Factor:
+        """A dressing, with the stack where its norms are found."""
+        source, layer = self.place[dressing.gauge]
+        assert isinstance(source, PolarStack | FrameStack)
+        return Factor(source, layer, dressing.axis, dressing.degree)

@@ -1,0 +1,316 @@
+"""The arithmetic of hidden matrices: frames of inner gauges, and Muon's step in dressed coordinates.
+
+Shapes: G inner gauges in a frame, U units; L matrices in a stack, B blocks (heads, or whole matrices) of all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddc.gauges.roles import HiddenMatrix
+from ddc.optim.orthogonal import ORTHOGONALIZERS
+from ddc.optim.plan import compute_dtype
+from ddc.optim.stacks import Bias, Context, Group, PolarStack, adam_, safe_power
+
+
+class Factor(NamedTuple):
+    """A matrix is multiplied, along ``axis``, by the ``degree``-th power of the norms of layer ``layer`` of a stack."""
+
+    source: PolarStack | FrameStack
+    layer: int
+    axis: int
+    degree: float
+
+    def log_norm(self, context: Context, after: bool = False) -> Tensor:
+        """Logarithm of the norms, (U,), before or after their stack has moved."""
+        if isinstance(self.source, FrameStack):
+            return self.source.log_frame[self.layer]
+        return context.norms[self.source][after][self.layer].log()
+
+
+class Member(NamedTuple):
+    """A hidden matrix on one side of an inner gauge, with what dresses its other axis."""
+
+    param: Tensor
+    axis: int
+    other: Factor | None
+
+
+class FrameStack:
+    r"""Frames of alike inner gauges: per unit, a number that scales with the gauge.
+
+    The forward norm f of a unit is that of its plus side dressed by what comes before, the backward norm b that of
+    its minus side dressed by what comes after; along a chain :math:`f^2` and :math:`b^2` sum the squared products of
+    weights over all paths to and from the unit. The frame :math:`(f / b)^{1 / (1 + k)}` divides the plus side and
+    multiplies (to the power k) the minus side, after which both have path norms in balance. A unit that is dead on one
+    side goes by the other, one that is dead on both has frame 1.
+    """
+
+    def __init__(self, degree: float, plus: list[list[Member]], minus: list[list[Member]]) -> None:
+        self.degree, self.plus, self.minus = degree, plus, minus
+        self.log_forward = self.log_backward = self.log_frame = torch.empty(0)
+
+    def sweep_forward(self, context: Context) -> None:
+        """Forward norms, given those of earlier levels."""
+        self.log_forward = torch.stack([self._log_norm(members, context, forward=True) for members in self.plus])
+        forward = self.log_forward.exp()
+        context.norms[self] = (forward, forward)
+
+    def sweep_backward(self, context: Context) -> None:
+        """Backward norms, given those of later levels; and the frame."""
+        self.log_backward = torch.stack([self._log_norm(members, context, forward=False) for members in self.minus])
+        f, b, k = self.log_forward, self.log_backward, self.degree
+        one_sided = torch.where(f.isfinite(), f, torch.where(b.isfinite(), -b / k, 0.0))
+        self.log_frame = torch.where(f.isfinite() & b.isfinite(), (f - b) / (1 + k), one_sided)
+
+    @staticmethod
+    def _log_norm(members: list[Member], context: Context, forward: bool) -> Tensor:
+        """Logarithm of the norms of the members' units together, (U,)."""
+        logs = []
+        for param, axis, other in members:
+            weight = param.detach().to(compute_dtype(param))
+            rows = weight if axis == 0 else weight.mT
+            shift = rows.new_zeros(())
+            if other is None:
+                squares = rows.square().sum(1)
+            else:
+                if isinstance(other.source, FrameStack):
+                    log = other.source.log_forward if forward else other.source.log_backward
+                    # a forward norm dresses by its power k; a backward norm, which scales as c^-k, by its power 1/k
+                    factor = log[other.layer] * (other.degree if forward else 1 / other.source.degree)
+                else:
+                    factor = other.log_norm(context) * other.degree
+                shift = factor.max().nan_to_num(neginf=0.0)
+                squares = rows.square() @ (2 * (factor - shift)).exp()
+            logs.append(squares.log() / 2 + shift)
+        return torch.logsumexp(2 * torch.stack(logs), 0) / 2 if len(logs) > 1 else logs[0]
+
+
+@dataclass
+class Read:
+    """Dressed weights and gradients of a stack, as blocks of shape (B, rows, columns), with what they sum to."""
+
+    weight: Tensor
+    grad: Tensor
+    log_factor: Tensor | None
+    norm: Tensor
+    log_norm_grad: Tensor
+
+
+class HiddenStack:
+    """Hidden matrices of one shape, one param group and equal heads, L of them."""
+
+    def __init__(
+        self, matrices: list[HiddenMatrix], params: list[Tensor], group: int, factors: list[tuple[Factor, ...]]
+    ) -> None:
+        self.matrices, self.params, self.groups, self.factors = matrices, params, [group] * len(params), factors
+        self.names = [matrix.parameter for matrix in matrices]
+        self.heads, self.axis = matrices[0].heads, matrices[0].axis
+        self.dtype = compute_dtype(params[0])
+        shape = (len(params), *params[0].shape)
+        self.momentum_buffer = torch.zeros(shape, dtype=self.dtype, device=params[0].device)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks, B."""
+        return len(self.params) * self.heads
+
+    def blocked(self, stacked: Tensor) -> Tensor:
+        """(L, rows, columns) to (B, rows, columns) of the heads."""
+        if self.heads == 1:
+            return stacked
+        return stacked.unflatten(1 + self.axis, (self.heads, -1)).movedim(1 + self.axis, 1).flatten(0, 1)
+
+    def joined(self, blocks: Tensor) -> Tensor:
+        """The inverse of :meth:`blocked`."""
+        if self.heads == 1:
+            return blocks
+        apart = blocks.unflatten(0, (-1, self.heads)).movedim(1, 1 + self.axis)
+        return apart.flatten(1 + self.axis, 2 + self.axis)
+
+    def log_factor(self, context: Context, after: bool) -> Tensor | None:
+        """Logarithm of what the matrices are multiplied by to dress them, (L, rows, columns) or what broadcasts."""
+        if not any(self.factors):
+            return None
+        rows, columns = self.params[0].shape
+        zero = [torch.zeros(size, dtype=self.dtype, device=self.params[0].device) for size in (rows, columns)]
+        sums = []
+        for axis in (0, 1):
+            logs = []
+            for factors in self.factors:
+                mine = [f.degree * f.log_norm(context, after) for f in factors if f.axis == axis]
+                logs.append(mine[0] if mine else zero[axis])
+            sums.append(torch.stack(logs).unsqueeze(2 - axis))
+        return sums[0] + sums[1]
+
+    def read(self, context: Context) -> Read:
+        """Weights and gradients in dressed coordinates; a missing gradient is zero."""
+        weight = torch.stack(self.params).to(self.dtype)
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+        grad = torch.stack(grads).to(self.dtype)
+        log_factor = self.log_factor(context, after=False)
+        if log_factor is not None:
+            factor = log_factor.exp()
+            weight = weight * factor
+            grad = grad * safe_power(factor, -1)
+        weight, grad = self.blocked(weight), self.blocked(grad)
+        norm = weight.norm(dim=(1, 2))
+        return Read(weight, grad, log_factor, norm, (weight * grad).sum((1, 2)))
+
+    def move(self, read: Read, log_change: Tensor, group: Group, context: Context) -> None:
+        """Turn the directions by the angle lr, multiply the norms by exp(log_change), decay, undress and store."""
+        norm = read.norm[:, None, None]
+        inverse = safe_power(norm, -1)
+        direction = read.weight * inverse
+        x = norm * read.grad - read.log_norm_grad[:, None, None] * direction
+        momentum = self.blocked(self.momentum_buffer).lerp(x, 1 - group["momentum"])
+        o = ORTHOGONALIZERS[group["orthogonalizer"]](
+            x.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+        )
+        o = o - (o * direction).sum((1, 2), keepdim=True) * direction
+        turned = direction - group["lr"] * o * safe_power(o.norm(dim=(1, 2), keepdim=True), -1)
+        growth = log_change.exp()[:, None, None] * norm / turned.norm(dim=(1, 2), keepdim=True)
+        growth = growth * (1 - group["lr"] * group["weight_decay"])
+        weight, self_momentum = self.joined(turned * growth), self.joined(momentum)
+        if read.log_factor is not None:
+            after = self.log_factor(context, after=True)
+            assert after is not None
+            if group["vertical"] == "balance":
+                after = after - group["lr"] * group["radial_rate"] * self._inner_log_factor(context)
+            alive = read.log_factor.isfinite()  # what a dead factor dresses has no effect, and stays as it is
+            weight = torch.where(alive, weight * (-after).exp(), torch.stack(self.params).to(self.dtype))
+        for i, param in enumerate(self.params):
+            if param.grad is not None:
+                self.momentum_buffer[i].copy_(self_momentum[i])
+                param.copy_(weight[i])
+
+    def _inner_log_factor(self, context: Context) -> Tensor:
+        """The part of :meth:`log_factor` that frames make up: all of it is gauge, and relaxes in ``balance``."""
+        kept = self.factors
+        self.factors = [tuple(f for f in factors if isinstance(f.source, FrameStack)) for factors in kept]
+        inner = self.log_factor(context, after=False)
+        self.factors = kept
+        return inner if inner is not None else torch.zeros((), dtype=self.dtype, device=self.params[0].device)
+
+
+class HiddenMatrices:
+    """All hidden matrices of an optimizer: frames first, then radial modes, then each stack.
+
+    The log-norms of B blocks have as many *radial* coordinates as gauges leave them: an orthonormal basis of what is
+    perpendicular to the *vertical* ones, along which inner gauges and chains move norms against each other.
+
+    Args:
+        frames: by level.
+        stacks: of the matrices.
+        linked: (P, M, k): blocks whose norms a gauge moves against each other, by c and c^-k.
+        vertical: whether the vertical modes step too.
+    """
+
+    shared = ("betas", "eps", "radial_rate", "vertical")
+
+    def __init__(
+        self,
+        frames: list[FrameStack],
+        stacks: list[HiddenStack],
+        linked: Sequence[tuple[str, str, float]],
+        vertical: bool,
+    ) -> None:
+        self.frames, self.stacks = frames, stacks
+        index = {name: i for i, name in enumerate(name for s in stacks for name in s.names for _ in range(s.heads))}
+        total = sum(stack.blocks for stack in stacks)
+        device, dtype = stacks[0].params[0].device, stacks[0].dtype
+        self.basis, modes = modes_of(total, [(index[p], index[m], k) for p, m, k in linked], vertical)
+        self.basis = self.basis.to(device=device, dtype=dtype)
+        self.step_count = torch.zeros(1, device=device)
+        self.radial = {key: torch.zeros(modes, device=device, dtype=dtype) for key in ("exp_avg", "exp_avg_sq")}
+
+    @property
+    def parameters(self) -> list[HiddenStack]:
+        """The stacks, which have the names, params and groups that stacks of parameters have."""
+        return self.stacks
+
+    def states(self) -> dict[Tensor, dict[str, Tensor]]:
+        """State by parameter; that of the radial modes is with the first."""
+        states = {
+            param: {"momentum_buffer": stack.momentum_buffer[i]}
+            for stack in self.stacks
+            for i, param in enumerate(stack.params)
+        }
+        radial = {f"radial_{key}": value for key, value in self.radial.items()}
+        states[self.stacks[0].params[0]] |= {"step": self.step_count, **radial}
+        return states
+
+    def grad_norm_squared(self, context: Context) -> Tensor:
+        """Squared norm of the gradient in the invariant metric."""
+        self._sweep(context)
+        terms = []
+        for stack in self.stacks:
+            read = stack.read(context)
+            scale = read.norm.square() / read.weight.shape[1]
+            terms.append((read.grad.square().sum((1, 2)) * scale).sum())
+        return torch.stack(terms).sum()
+
+    def step(self, context: Context) -> None:
+        """Move all matrices that have a gradient."""
+        if all(param.grad is None for stack in self.stacks for param in stack.params):
+            return
+        self._sweep(context)
+        reads = [stack.read(context) for stack in self.stacks]
+        changes = self._radial(torch.cat([read.log_norm_grad for read in reads]), context)
+        for stack, read, change in zip(self.stacks, reads, changes, strict=True):
+            stack.move(read, change, context.groups[stack.groups[0]], context)
+
+    def _sweep(self, context: Context) -> None:
+        for frame in self.frames:
+            frame.sweep_forward(context)
+        for frame in reversed(self.frames):
+            frame.sweep_backward(context)
+
+    def _radial(self, log_norm_grads: Tensor, context: Context) -> list[Tensor]:
+        """Changes of the log-norms of each stack's blocks."""
+        group = context.groups[self.stacks[0].groups[0]]
+        self.step_count += 1
+        bias = Bias.at(self.step_count, group["betas"], log_norm_grads.dtype)
+        moments = self.radial["exp_avg"], self.radial["exp_avg_sq"]
+        u = adam_(log_norm_grads @ self.basis, *moments, bias, group["betas"], group["eps"])
+        change = self.basis @ (u * (bias.root_second / bias.first))
+        parts = change.split([stack.blocks for stack in self.stacks])
+        groups = [context.groups[stack.groups[0]] for stack in self.stacks]
+        return [part * (-g["lr"] * g["radial_rate"]) for part, g in zip(parts, groups, strict=True)]
+
+
+def modes_of(total: int, linked: Sequence[tuple[int, int, float]], vertical: bool) -> tuple[Tensor, int]:
+    """Orthonormal modes of log-norms, as columns, and how many.
+
+    Blocks that no gauge links are modes by themselves; of those that gauges link, the modes are what is perpendicular
+    to the gauges' directions, and with ``vertical`` the rest as well.
+    """
+    parent = list(range(total))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            i = parent[i]
+        return i
+
+    for p, m, _ in linked:
+        parent[root(m)] = root(p)
+    columns = []
+    for r in sorted({root(i) for i in range(total)}):
+        members = [i for i in range(total) if root(i) == r]
+        gauges = torch.zeros(sum(root(p) == r for p, _, _ in linked), total, dtype=torch.float64)
+        for row, (p, m, k) in zip(gauges, [each for each in linked if root(each[0]) == r], strict=True):
+            row[p], row[m] = 1.0, -k
+        _, s, vh = torch.linalg.svd(gauges[:, members], full_matrices=True)
+        rank = int((s > 1e-9).sum())
+        modes = vh if vertical else vh[rank:]
+        modes = modes * modes.sum(1, keepdim=True).sign().add(0.5).sign()  # a sign that does not depend on the SVD's
+        mine = torch.zeros(total, len(modes), dtype=torch.float64)
+        mine[members] = modes.mT
+        columns.append(mine)
+    basis = torch.cat(columns, 1)
+    return basis, basis.shape[1]

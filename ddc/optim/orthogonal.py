@@ -1,0 +1,57 @@
+"""The nearest (semi-)orthogonal matrix, exactly and by Newton-Schulz iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+#: Keller Jordan's quintic, https://kellerjordan.github.io/posts/muon: singular values end in about [0.7, 1.2].
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
+
+
+def newton_schulz(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Five iterations that bring all singular values near 1 and leave the singular vectors.
+
+    Args:
+        x: (..., rows, columns).
+        dtype: of the arithmetic; None for that of x.
+
+    Returns:
+        Like x; zero where x is zero.
+    """
+    a, b, c = COEFFICIENTS
+    y = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    y = y.to(dtype or x.dtype)
+    wide = x.shape[-2] <= x.shape[-1]
+    y = y if wide else y.mT
+    for _ in range(ITERATIONS):
+        gram = y @ y.mT
+        y = a * y + (b * gram + c * (gram @ gram)) @ y
+    return (y if wide else y.mT).to(x.dtype)
+
+
+def newton_schulz_bfloat16(x: Tensor) -> Tensor:
+    """:func:`newton_schulz` in bfloat16, as ``torch.optim.Muon`` has it."""
+    return newton_schulz(x, torch.bfloat16)
+
+
+def polar_factor(x: Tensor) -> Tensor:
+    """The polar factor U Vᵀ of x = U S Vᵀ; singular values that are rounding error count as zero.
+
+    Args:
+        x: (..., rows, columns), float32 or float64.
+    """
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    rank = s > s[..., :1] * max(x.shape[-2:]) * torch.finfo(x.dtype).eps
+    return (u * rank[..., None, :]) @ vh
+
+
+#: Names of the orthogonalizers, as options have them.
+ORTHOGONALIZERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "newton_schulz_bfloat16": newton_schulz_bfloat16,
+    "newton_schulz": newton_schulz,
+    "polar": polar_factor,
+}

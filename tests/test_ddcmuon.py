@@ -1,0 +1,386 @@
+"""DDCMuon: equivariance, agreement with independent implementations, routing."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ddc import DDCAdam, DDCMuon, find_gauges, hidden_matrices
+from ddc.data import TextData
+from ddc.gauges import Axis, Chain, GaugeSet, HiddenMatrix, Rescale, check
+from ddc.models import GPT, DeepMLP, DeepMLPConfig, GPTConfig, cross_entropy
+from ddc.optim.factory import make_muon
+from ddc.optim.hidden import modes_of
+from ddc.optim.orthogonal import newton_schulz, newton_schulz_bfloat16, polar_factor
+from experiments.equivariance import MODELS as TABLE_MODELS
+from experiments.equivariance import orbit_divergence, random_model
+from tests.helpers import VOCABULARY, backward, make_model, relu_mlp, relu_mlp_gauges
+
+PRIME = 11
+
+
+def ddcmuon(model: nn.Module, gauges: GaugeSet, per_head: bool = False, **options) -> DDCMuon:
+    options = {"lr": 0.02, "adam_lr": 3e-3, "weight_decay": 0.1, "orthogonalizer": "polar", **options}
+    return DDCMuon(model.named_parameters(), gauges, hidden_matrices(model, per_head), **options)
+
+
+def muon(model: nn.Module, gauges: GaugeSet, **options):
+    options = {"lr": 0.02, "adam_lr": 3e-3, "momentum": 0.95, "nesterov": True, "adjust_lr_fn": "original", **options}
+    return make_muon(model, 0.1, betas=(0.9, 0.999), eps=1e-8, **options)
+
+
+def deep_mlp(seed: int = 0, depth: int = 4, width: int = 32, residual: bool = False) -> DeepMLP:
+    torch.manual_seed(seed)
+    return DeepMLP(DeepMLPConfig(depth=depth, width=width, residual=residual), PRIME, PRIME).double()
+
+
+def table() -> tuple[torch.Tensor, torch.Tensor]:
+    pairs = torch.cartesian_prod(torch.arange(PRIME), torch.arange(PRIME))
+    return pairs, pairs.sum(1) % PRIME
+
+
+def mlp_step(model: DeepMLP, optimizer: torch.optim.Optimizer) -> float:
+    x, y = table()
+    optimizer.zero_grad()
+    loss = cross_entropy(model(x), y)
+    loss.backward()
+    optimizer.step()
+    return float(loss.detach())
+
+
+def mlp_divergence(make, per_layer: bool = False, residual: bool = False, steps: int = 100) -> float:
+    model = deep_mlp(residual=residual)
+    gauges = find_gauges(model, per_layer)
+    copies = [copy.deepcopy(model), copy.deepcopy(model)]
+    gauges.transform_(copies[1], torch.Generator().manual_seed(1))
+    optimizers = [make(each, gauges) for each in copies]
+    largest = 0.0
+    for _ in range(steps):
+        for each, optimizer in zip(copies, optimizers, strict=True):
+            mlp_step(each, optimizer)
+        with torch.no_grad():
+            a, b = (each(table()[0]).log_softmax(-1) for each in copies)
+        largest = max(largest, float((a - b).abs().max()))
+    return largest
+
+
+# ---------------------------------------------------------------------------------------------- equivariance
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("name", TABLE_MODELS)
+def test_whole_product_group(name: str, per_head: bool, shakespeare: TextData) -> None:
+    model = random_model(TABLE_MODELS[name], shakespeare.vocab_size, 0, torch.float64)
+    make = functools.partial(ddcmuon, per_head=per_head)
+    assert orbit_divergence(model, find_gauges(model), make, shakespeare, max_grad_norm=1.0) < 1e-7
+
+
+@pytest.mark.slow
+def test_plain_muon_is_invariant_under_rotations_alone(shakespeare: TextData) -> None:
+    """But for what AdamW does to the rest: so without biases, which the rotations turn too."""
+    model = random_model(TABLE_MODELS["RMSNorm, SwiGLU, RoPE, GQA"], shakespeare.vocab_size, 0, torch.float64)
+    gauges = find_gauges(model)
+    for kind in ("gated_rescale", "norm_scale"):
+        assert orbit_divergence(model, gauges.only([kind]), muon, shakespeare, steps=20) > 1e-2
+    for kind in ("value_rotation", "qk_rotation"):  # to the precision of its bfloat16
+        rotated = orbit_divergence(model, gauges.only([kind]), muon, shakespeare, steps=20)
+        adam = orbit_divergence(model, gauges.only([kind]), plain_adamw, shakespeare, steps=20)
+        assert rotated < 0.2 * adam
+
+
+def plain_adamw(model: nn.Module, gauges: GaugeSet) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=3e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"vertical": "adam"}, {"vertical": "balance"}, {"nesterov": False}])
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_deep_mlp_under_its_whole_group(per_layer: bool, options) -> None:
+    assert mlp_divergence(functools.partial(ddcmuon, **options), per_layer) < 1e-7
+
+
+@pytest.mark.parametrize("make", [muon, functools.partial(ddcmuon, orthogonalizer="newton_schulz")])
+def test_what_is_no_frame_is_not_equivariant(make) -> None:
+    """Without gauges DDCMuon is not equivariant, nor is Muon: the test above can fail."""
+
+    def blind(model: nn.Module, gauges: GaugeSet) -> torch.optim.Optimizer:
+        return make(model, GaugeSet())
+
+    assert mlp_divergence(blind, steps=20) > 1e-3
+
+
+def test_residual_deep_mlp() -> None:
+    assert mlp_divergence(ddcmuon, residual=True) < 1e-7
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize("vertical", ["freeze", "adam", "balance"])
+def test_ddcadam_on_the_deep_mlp(per_layer: bool, vertical: str) -> None:
+    def make(model: nn.Module, gauges: GaugeSet) -> DDCAdam:
+        return DDCAdam(model.named_parameters(), gauges, lr=3e-3, vertical=vertical)
+
+    assert mlp_divergence(make, per_layer, steps=50) < 1e-7
+
+
+def test_biases_beside_hidden_matrices() -> None:
+    """A chain with biases: hidden matrices, the biases on their side, and free input and output layers."""
+    model = relu_mlp(depth=5, width=16)
+    gauges = relu_mlp_gauges(model)
+    hidden = [HiddenMatrix(f"{i}.weight") for i in (2, 4, 6)]
+    x, y = torch.randn(64, 16, dtype=torch.float64), torch.randint(16, (64,))
+    copies = [copy.deepcopy(model), copy.deepcopy(model)]
+    GaugeSet(tuple(gauges)).transform_(copies[1], torch.Generator().manual_seed(1))
+    optimizers = [DDCMuon(m.named_parameters(), gauges, hidden, lr=0.02, orthogonalizer="polar") for m in copies]
+    start = [p.detach().clone() for p in copies[0].parameters()]
+    for _ in range(30):
+        for each, optimizer in zip(copies, optimizers, strict=True):
+            optimizer.zero_grad()
+            cross_entropy(each(x), y).backward()
+            optimizer.step()
+    with torch.no_grad():
+        assert (copies[0](x) - copies[1](x)).abs().max() < 1e-7
+    moved = [bool((p != q).any()) for p, q in zip(copies[0].parameters(), start, strict=True)]
+    assert all(moved)
+
+
+def test_a_dead_unit_stays_finite_and_equivariant() -> None:
+    model = deep_mlp()
+    with torch.no_grad():
+        model.layers[1].weight[3] = 0
+        model.layers[2].weight[:, 3] = 0
+        model.layers[2].weight[:, 5] = 0
+        model.head.weight[:, 2] = 0
+    gauges = find_gauges(model)
+    copies = [copy.deepcopy(model), copy.deepcopy(model)]
+    gauges.transform_(copies[1], torch.Generator().manual_seed(1))
+    for each in copies:
+        optimizer = ddcmuon(each, gauges)
+        for _ in range(10):
+            mlp_step(each, optimizer)
+        assert all(p.isfinite().all() for p in each.parameters())
+    a, b = (each(table()[0]).log_softmax(-1) for each in copies)
+    assert (a - b).abs().max() < 1e-7
+
+
+# ------------------------------------------------------------------------------------------- the step itself
+
+
+def test_one_step_against_the_equations() -> None:
+    """A single matrix without gauges, by hand."""
+    torch.manual_seed(0)
+    model = nn.Linear(5, 7, bias=False).double()
+    w, eta, mu, r, decay = model.weight.detach().clone(), 0.03, 0.9, 0.5, 0.1
+    optimizer = DDCMuon(model.named_parameters(), (), [HiddenMatrix("weight")], lr=eta, momentum=mu, radial_rate=r,
+                        weight_decay=decay, orthogonalizer="polar")  # fmt: skip
+    m = torch.zeros_like(w)
+    first = second = 0.0
+    for t in range(1, 6):
+        g = torch.randn_like(w)
+        model.weight.grad = g.clone()
+        optimizer.step()
+        rho = w.norm()
+        ghat = (g * w).sum()
+        x = rho * g - ghat / rho * w
+        m = mu * m + (1 - mu) * x
+        u, _, vh = torch.linalg.svd(mu * m + (1 - mu) * x, full_matrices=False)
+        o = u @ vh
+        o = o - (o * w).sum() * w / rho**2
+        turned = w / rho - eta * o / o.norm()
+        first, second = 0.9 * first + 0.1 * ghat, 0.999 * second + 0.001 * ghat**2
+        adam = first / (1 - 0.9**t) / ((second / (1 - 0.999**t)).sqrt() + 1e-8)
+        w = (1 - eta * decay) * math.exp(-eta * r * adam) * rho * turned / turned.norm()
+        torch.testing.assert_close(model.weight.detach(), w, rtol=1e-12, atol=1e-14)
+
+
+def test_freeze_moves_the_total_log_norm_alone() -> None:
+    """Over a chain under its per-layer gauge, no ratio of norms changes, and the total does."""
+    model = deep_mlp()
+    gauges = find_gauges(model, per_layer=True)
+    (chain,) = (gauge for gauge in gauges if isinstance(gauge, Chain))
+    for make in (ddcmuon, lambda m, g, **o: DDCAdam(m.named_parameters(), g, lr=3e-3, **o)):
+        each = copy.deepcopy(model)
+        optimizer = make(each, gauges, weight_decay=0.0)
+        params = dict(each.named_parameters())
+
+        def norms(params=params) -> torch.Tensor:
+            def centred(w: torch.Tensor) -> torch.Tensor:
+                return w - w.mean(0) if len(w) == PRIME else w
+
+            return torch.stack([centred(params[name].detach()).norm().log() for name in chain.weights])
+
+        before = norms()
+        for _ in range(10):
+            mlp_step(each, optimizer)
+        change = norms() - before
+        moving = change[1:-1] if isinstance(optimizer, DDCMuon) else change
+        torch.testing.assert_close(moving, moving.mean().expand_as(moving), rtol=0, atol=1e-12)
+        assert change.sum().abs() > 1e-3
+        if isinstance(optimizer, DDCMuon):  # input and output layers, which are not hidden, keep theirs
+            assert change[[0, -1]].abs().max() < 1e-12
+
+
+def test_radial_rate_zero_keeps_norms() -> None:
+    model = deep_mlp()
+    optimizer = ddcmuon(model, GaugeSet(), radial_rate=0.0, weight_decay=0.0)
+    before = [layer.weight.norm().item() for layer in model.layers]
+    for _ in range(5):
+        mlp_step(model, optimizer)
+    assert [layer.weight.norm().item() for layer in model.layers] == pytest.approx(before, rel=1e-12)
+
+
+def test_modes_are_orthonormal_and_perpendicular_to_the_gauges() -> None:
+    basis, count = modes_of(6, [(0, 1, 1.0), (1, 2, 2.0), (4, 5, 1.0)], vertical=False)
+    assert count == 3
+    torch.testing.assert_close(basis.T @ basis, torch.eye(3, dtype=basis.dtype))
+    for p, m, k in ((0, 1, 1.0), (1, 2, 2.0), (4, 5, 1.0)):
+        assert (basis[p] - k * basis[m]).abs().max() < 1e-12
+    assert modes_of(6, [(0, 1, 1.0)], vertical=True)[1] == 6
+    chain, _ = modes_of(4, [(0, 1, 1.0), (1, 2, 1.0), (2, 3, 1.0)], vertical=False)
+    torch.testing.assert_close(chain, torch.full((4, 1), 0.5, dtype=chain.dtype))
+
+
+def test_newton_schulz_is_torchs() -> None:
+    from torch.optim._muon import _zeropower_via_newtonschulz
+
+    for shape in ((16, 16), (8, 24), (24, 8)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        theirs = _zeropower_via_newtonschulz(x, (3.4445, -4.775, 2.0315), 5, 1e-7).float()
+        torch.testing.assert_close(newton_schulz_bfloat16(x), theirs, rtol=0.05, atol=0.02)
+        batch = newton_schulz(torch.stack((x, 3 * x)))
+        torch.testing.assert_close(batch[0], batch[1])
+        torch.testing.assert_close(batch[0], theirs, rtol=0.1, atol=0.05)
+        singular = torch.linalg.svdvals(batch[0])
+        assert 0.6 < singular.min() <= singular.max() < 1.3
+    assert not newton_schulz(torch.zeros(3, 3)).any()
+
+
+def test_polar_factor_of_a_singular_matrix() -> None:
+    x = torch.randn(6, 2, dtype=torch.float64) @ torch.randn(2, 5, dtype=torch.float64)
+    u = polar_factor(x)
+    torch.testing.assert_close(u @ u.T @ u, u)
+    assert torch.linalg.matrix_rank(u) == 2
+    q = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0]
+    torch.testing.assert_close(polar_factor(q @ x), q @ u)
+
+
+def test_the_baseline_is_torchs_muon_and_adamw() -> None:
+    config = TABLE_MODELS["LayerNorm, biases, ReLU, learned positions"]
+    one, two = make_model(config, dtype=torch.float32), make_model(config, dtype=torch.float32)
+    ours = muon(one, GaugeSet())
+    hidden = {matrix.parameter for matrix in hidden_matrices(two)}
+    named = dict(two.named_parameters())
+    theirs = [
+        torch.optim.Muon([p for n, p in named.items() if n in hidden], 0.02, 0.1),
+        torch.optim.AdamW([p for n, p in named.items() if n not in hidden and p.ndim > 1], 3e-3, weight_decay=0.1),
+        torch.optim.AdamW([p for n, p in named.items() if n not in hidden and p.ndim == 1], 3e-3, weight_decay=0.0),
+    ]
+    for seed in range(3):
+        for model, optimizers in ((one, [ours]), (two, theirs)):
+            backward(model, seed)
+            for optimizer in optimizers:
+                optimizer.step()
+    for (name, p), q in zip(one.named_parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(p, q, msg=name, rtol=1e-5, atol=1e-7)
+
+
+# ---------------------------------------------------------------------------------------------- routing
+
+
+def test_every_parameter_has_one_route() -> None:
+    model = make_model(TABLE_MODELS["RMSNorm, SwiGLU, RoPE, GQA"])
+    optimizer = ddcmuon(model, find_gauges(model), per_head=True)
+    lines = {line.split()[0]: line for line in optimizer.routing().splitlines()[2:]}
+    assert set(lines) == {name for name, _ in model.named_parameters()}
+    muons = {name for name, line in lines.items() if line.split()[1].startswith("Muon")}
+    assert muons == {m.parameter for m in hidden_matrices(model)}
+    assert "DDCAdam" in lines["head.weight"]
+    assert "AdamW" in lines["embedding.weight"]
+    assert "4 heads" in lines["blocks.0.attention.output.weight"]
+    assert "gated_rescale" in lines["blocks.0.mlp.up.weight"]
+    states = [set(optimizer.state[p]) for p in model.parameters()]
+    assert all("momentum_buffer" in s for (n, _), s in zip(model.named_parameters(), states, strict=True) if n in muons)
+    elements = sum(v.numel() for s in optimizer.state.values() for v in s.values())
+    assert elements < 2 * sum(p.numel() for p in model.parameters())
+
+
+def test_roles_not_names_or_shapes_decide() -> None:
+    model = GPT(GPTConfig(context=8, layers=1, width=VOCABULARY, heads=2, kv_heads=2, hidden=VOCABULARY), VOCABULARY)
+    hidden = {matrix.parameter for matrix in hidden_matrices(model)}  # every matrix has the same shape
+    assert {name for name, p in model.named_parameters() if p.ndim == 2} - hidden == {"embedding.weight", "head.weight"}
+    assert {m.parameter for m in hidden_matrices(torch.compile(model))} == hidden
+    with pytest.raises(TypeError, match="Name the matrices yourself"):
+        hidden_matrices(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("hidden", "options", "words"),
+    [
+        ([HiddenMatrix("nothing")], {}, "'nothing' is not among"),
+        ([HiddenMatrix("0.bias")], {}, "expected a matrix"),
+        ([HiddenMatrix("0.weight", heads=4)], {}, "4 heads do not divide 6"),
+        ([], {"orthogonalizer": "qr"}, "orthogonalizer='qr'"),
+        ([], {"momentum": 1.0}, "momentum=1.0"),
+    ],
+)
+def test_what_cannot_work_is_refused(hidden, options, words: str) -> None:
+    model = relu_mlp(depth=2)
+    with pytest.raises(ValueError, match=words):
+        DDCMuon(model.named_parameters(), (), hidden, **options)
+
+
+def test_a_zero_matrix_and_unnamed_parameters_are_refused() -> None:
+    model = relu_mlp(depth=2)
+    with pytest.raises(ValueError, match="pass model.named_parameters"):
+        DDCMuon(model.parameters(), (), [HiddenMatrix("0.weight")])
+    nn.init.zeros_(model[0].weight)
+    with pytest.raises(ValueError, match="is zero"):
+        DDCMuon(model.named_parameters(), (), [HiddenMatrix("0.weight")])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_round_trip(dtype: torch.dtype) -> None:
+    model = make_model(TABLE_MODELS["RMSNorm, SwiGLU, RoPE, GQA"], dtype=torch.float32).to(dtype)
+    optimizer = ddcmuon(model, find_gauges(model), orthogonalizer="newton_schulz_bfloat16")
+    for seed in range(3):
+        backward(model, seed)
+        optimizer.step()
+    twin = copy.deepcopy(model)
+    other = ddcmuon(twin, find_gauges(twin), orthogonalizer="newton_schulz_bfloat16")
+    other.load_state_dict(optimizer.state_dict())
+    for each, its in ((model, optimizer), (twin, other)):
+        backward(each, 7)
+        its.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------- gauges
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_gauges_of_the_deep_mlp_are_real(residual: bool, per_layer: bool) -> None:
+    model = deep_mlp(residual=residual)
+    gauges = find_gauges(model, per_layer)
+    changes = check(model, gauges, lambda m: m(table()[0]).log_softmax(-1))
+    assert max(changes.values()) < 1e-12
+    kinds = {gauge.kind for gauge in gauges}
+    assert ("chained_rescale" in kinds) == (per_layer and not residual)
+    if per_layer and not residual:
+        assert gauges.dimension(model) == 5 + 32  # L - 1 for six layers, and the shift
+
+
+def test_chain_and_rescale_together_are_refused() -> None:
+    model = deep_mlp()
+    both = [*find_gauges(model), *find_gauges(model, per_layer=True).only(["chained_rescale"])]
+    with pytest.raises(ValueError, match="leave the chain out"):
+        DDCAdam(model.named_parameters(), both)
+    with pytest.raises(ValueError, match="expected two or more different"):
+        Chain(("a", "a"))
+    with pytest.raises(ValueError, match="rescale the same axis|plus side of both"):
+        twice = [Rescale("relu_rescale", w, (Axis("layers.0.weight"),), (Axis("layers.1.weight", 1),)) for w in "ab"]
+        DDCMuon(model.named_parameters(), twice, hidden_matrices(model))
