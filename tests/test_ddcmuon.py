@@ -155,7 +155,7 @@ def test_a_dead_unit_stays_finite_and_equivariant() -> None:
         model.layers[2].weight[:, 3] = 0
         model.layers[2].weight[:, 5] = 0
         model.head.weight[:, 2] = 0
-    gauges = find_gauges(model)
+    gauges = find_gauges(model).only(["relu_rescale"])  # a shift would leave rounding error for the head's dead column
     copies = [copy.deepcopy(model), copy.deepcopy(model)]
     gauges.transform_(copies[1], torch.Generator().manual_seed(1))
     for each in copies:
@@ -250,10 +250,10 @@ def test_newton_schulz_is_torchs() -> None:
     for shape in ((16, 16), (8, 24), (24, 8)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         theirs = _zeropower_via_newtonschulz(x, (3.4445, -4.775, 2.0315), 5, 1e-7).float()
-        torch.testing.assert_close(newton_schulz_bfloat16(x), theirs, rtol=0.05, atol=0.02)
+        assert (newton_schulz_bfloat16(x) - theirs).norm() < 0.06 * theirs.norm()  # both round to bfloat16
         batch = newton_schulz(torch.stack((x, 3 * x)))
         torch.testing.assert_close(batch[0], batch[1])
-        torch.testing.assert_close(batch[0], theirs, rtol=0.1, atol=0.05)
+        assert (batch[0] - theirs).norm() < 0.03 * theirs.norm()
         singular = torch.linalg.svdvals(batch[0])
         assert 0.6 < singular.min() <= singular.max() < 1.3
     assert not newton_schulz(torch.zeros(3, 3)).any()
@@ -276,8 +276,12 @@ def test_the_baseline_is_torchs_muon_and_adamw() -> None:
     named = dict(two.named_parameters())
     theirs = [
         torch.optim.Muon([p for n, p in named.items() if n in hidden], 0.02, 0.1),
-        torch.optim.AdamW([p for n, p in named.items() if n not in hidden and p.ndim > 1], 3e-3, weight_decay=0.1),
-        torch.optim.AdamW([p for n, p in named.items() if n not in hidden and p.ndim == 1], 3e-3, weight_decay=0.0),
+        torch.optim.AdamW(
+            [p for n, p in named.items() if n not in hidden and p.ndim > 1], 3e-3, weight_decay=0.1, fused=True
+        ),
+        torch.optim.AdamW(
+            [p for n, p in named.items() if n not in hidden and p.ndim == 1], 3e-3, weight_decay=0.0, fused=True
+        ),
     ]
     for seed in range(3):
         for model, optimizers in ((one, [ours]), (two, theirs)):
@@ -285,7 +289,7 @@ def test_the_baseline_is_torchs_muon_and_adamw() -> None:
             for optimizer in optimizers:
                 optimizer.step()
     for (name, p), q in zip(one.named_parameters(), two.parameters(), strict=True):
-        torch.testing.assert_close(p, q, msg=name, rtol=1e-5, atol=1e-7)
+        assert torch.equal(p, q), name
 
 
 # ---------------------------------------------------------------------------------------------- routing
@@ -335,7 +339,7 @@ def test_what_cannot_work_is_refused(hidden, options, words: str) -> None:
 
 def test_a_zero_matrix_and_unnamed_parameters_are_refused() -> None:
     model = relu_mlp(depth=2)
-    with pytest.raises(ValueError, match="pass model.named_parameters"):
+    with pytest.raises(ValueError, match=r"pass model.named_parameters"):
         DDCMuon(model.parameters(), (), [HiddenMatrix("0.weight")])
     nn.init.zeros_(model[0].weight)
     with pytest.raises(ValueError, match="is zero"):
@@ -381,6 +385,6 @@ def test_chain_and_rescale_together_are_refused() -> None:
         DDCAdam(model.named_parameters(), both)
     with pytest.raises(ValueError, match="expected two or more different"):
         Chain(("a", "a"))
-    with pytest.raises(ValueError, match="rescale the same axis|plus side of both"):
-        twice = [Rescale("relu_rescale", w, (Axis("layers.0.weight"),), (Axis("layers.1.weight", 1),)) for w in "ab"]
+    twice = [Rescale("relu_rescale", w, (Axis("layers.0.weight"),), (Axis("layers.1.weight", 1),)) for w in "ab"]
+    with pytest.raises(ValueError, match=r"layers.0.weight"):
         DDCMuon(model.named_parameters(), twice, hidden_matrices(model))

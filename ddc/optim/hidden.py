@@ -91,13 +91,17 @@ class FrameStack:
         return torch.logsumexp(2 * torch.stack(logs), 0) / 2 if len(logs) > 1 else logs[0]
 
 
+#: Logarithms of what stacked matrices are multiplied by: along rows, (L, rows, 1), and columns, (L, 1, columns).
+LogFactors = tuple[Tensor, Tensor]
+
+
 @dataclass
 class Read:
     """Dressed weights and gradients of a stack, as blocks of shape (B, rows, columns), with what they sum to."""
 
     weight: Tensor
     grad: Tensor
-    log_factor: Tensor | None
+    log_factors: LogFactors | None
     norm: Tensor
     log_norm_grad: Tensor
 
@@ -133,34 +137,33 @@ class HiddenStack:
         apart = blocks.unflatten(0, (-1, self.heads)).movedim(1, 1 + self.axis)
         return apart.flatten(1 + self.axis, 2 + self.axis)
 
-    def log_factor(self, context: Context, after: bool) -> Tensor | None:
-        """Logarithm of what the matrices are multiplied by to dress them, (L, rows, columns) or what broadcasts."""
+    def log_factors(self, context: Context, after: bool, inner: bool = False) -> LogFactors | None:
+        """What dresses the matrices, before or after it has moved; with ``inner``, the frames' part of it alone."""
         if not any(self.factors):
             return None
-        rows, columns = self.params[0].shape
-        zero = [torch.zeros(size, dtype=self.dtype, device=self.params[0].device) for size in (rows, columns)]
-        sums = []
-        for axis in (0, 1):
+
+        def along(axis: int) -> Tensor:
+            none = torch.zeros(self.params[0].shape[axis], dtype=self.dtype, device=self.params[0].device)
             logs = []
             for factors in self.factors:
-                mine = [f.degree * f.log_norm(context, after) for f in factors if f.axis == axis]
-                logs.append(mine[0] if mine else zero[axis])
-            sums.append(torch.stack(logs).unsqueeze(2 - axis))
-        return sums[0] + sums[1]
+                mine = [f for f in factors if f.axis == axis and not (inner and isinstance(f.source, PolarStack))]
+                logs.append(mine[0].degree * mine[0].log_norm(context, after) if mine else none)
+            return torch.stack(logs).unsqueeze(2 - axis)
+
+        return along(0), along(1)
 
     def read(self, context: Context) -> Read:
         """Weights and gradients in dressed coordinates; a missing gradient is zero."""
         weight = torch.stack(self.params).to(self.dtype)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
         grad = torch.stack(grads).to(self.dtype)
-        log_factor = self.log_factor(context, after=False)
-        if log_factor is not None:
-            factor = log_factor.exp()
-            weight = weight * factor
-            grad = grad * safe_power(factor, -1)
+        log_factors = self.log_factors(context, after=False)
+        for factor in map(torch.exp, log_factors or ()):
+            weight.mul_(factor)
+            grad.mul_(safe_power(factor, -1))
         weight, grad = self.blocked(weight), self.blocked(grad)
         norm = weight.norm(dim=(1, 2))
-        return Read(weight, grad, log_factor, norm, (weight * grad).sum((1, 2)))
+        return Read(weight, grad, log_factors, norm, (weight * grad).sum((1, 2)))
 
     def move(self, read: Read, log_change: Tensor, group: Group, context: Context) -> None:
         """Turn the directions by the angle lr, multiply the norms by exp(log_change), decay, undress and store."""
@@ -177,25 +180,25 @@ class HiddenStack:
         growth = log_change.exp()[:, None, None] * norm / turned.norm(dim=(1, 2), keepdim=True)
         growth = growth * (1 - group["lr"] * group["weight_decay"])
         weight, self_momentum = self.joined(turned * growth), self.joined(momentum)
-        if read.log_factor is not None:
-            after = self.log_factor(context, after=True)
-            assert after is not None
-            if group["vertical"] == "balance":
-                after = after - group["lr"] * group["radial_rate"] * self._inner_log_factor(context)
-            alive = read.log_factor.isfinite()  # what a dead factor dresses has no effect, and stays as it is
-            weight = torch.where(alive, weight * (-after).exp(), torch.stack(self.params).to(self.dtype))
+        if read.log_factors is not None:
+            weight = self._undressed(weight, read.log_factors, group, context)
         for i, param in enumerate(self.params):
             if param.grad is not None:
                 self.momentum_buffer[i].copy_(self_momentum[i])
                 param.copy_(weight[i])
 
-    def _inner_log_factor(self, context: Context) -> Tensor:
-        """The part of :meth:`log_factor` that frames make up: all of it is gauge, and relaxes in ``balance``."""
-        kept = self.factors
-        self.factors = [tuple(f for f in factors if isinstance(f.source, FrameStack)) for factors in kept]
-        inner = self.log_factor(context, after=False)
-        self.factors = kept
-        return inner if inner is not None else torch.zeros((), dtype=self.dtype, device=self.params[0].device)
+    def _undressed(self, weight: Tensor, before: LogFactors, group: Group, context: Context) -> Tensor:
+        """Weights as they are stored; in ``balance``, with their frames relaxed towards 1."""
+        after = self.log_factors(context, after=True)
+        assert after is not None
+        for log in after:
+            weight = weight * (-log).exp()
+        if group["vertical"] == "balance":
+            for log in self.log_factors(context, after=True, inner=True) or ():
+                weight = weight * (group["lr"] * group["radial_rate"] * log).exp()
+        # what a dead factor dresses has no effect, and stays as it is
+        alive = before[0].isfinite() & before[1].isfinite()
+        return torch.where(alive, weight, torch.stack(self.params).to(self.dtype))
 
 
 class HiddenMatrices:
