@@ -1,0 +1,44 @@
+"""Many runs from a file, one a line, as overrides of ``train.py``; finished ones are skipped, stopped ones resume.
+
+python scripts/sweep.py run SWEEP_FILE --jobs 2     # on this machine; exit status 1 if a run is not complete
+python scripts/sweep.py status SWEEP_FILE           # what is complete, unfinished, missing
+python scripts/sweep.py task SWEEP_FILE INDEX       # one of them, counted from 0: for array jobs (slurm/)
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from ddc.training.sweep import ROOT, read_sweep, run_missing, summary
+
+
+def main() -> None:
+    """Do what the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("run", "status", "task"):
+        commands.add_parser(name).add_argument("file", type=Path, metavar="SWEEP_FILE")
+    commands.choices["run"].add_argument("--jobs", type=int, default=1, help="runs at a time")
+    commands.choices["task"].add_argument("index", type=int, metavar="INDEX")
+    arguments = parser.parse_args()
+    try:
+        runs = read_sweep(arguments.file)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    if arguments.command == "task":
+        if not 0 <= arguments.index < len(runs):
+            sys.exit(f"error: INDEX={arguments.index}: {arguments.file} has runs 0 to {len(runs) - 1}")
+        os.chdir(ROOT)
+        command = runs[arguments.index].command()
+        os.execv(command[0], command)  # signals of the scheduler reach the run itself
+    if arguments.command == "run":
+        run_missing(runs, arguments.jobs)
+    print(summary(runs))
+    sys.exit(any(run.state != "complete" for run in runs))
+
+
+if __name__ == "__main__":
+    main()

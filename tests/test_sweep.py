@@ -1,0 +1,68 @@
+"""Sweeps: what is complete is skipped, what stopped resumes, what crashes stops nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ddc.training.loop import prepare, train
+from ddc.training.sweep import read_sweep, summary
+from tests.test_training import ROOT, TINY_GROK, composed
+
+
+def sweep_file(folder: Path, *lines: str) -> Path:
+    path = folder / "sweep.txt"
+    start = " ".join(["+experiment=grok_mlp", *TINY_GROK, f"runs={folder}"])
+    path.write_text("# a comment\n\n" + "".join(f"{start} {line}\n" for line in lines))
+    return path
+
+
+def sweep(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "scripts/sweep.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_a_crash_stops_nothing_and_the_summary_says_what_is_missing(tmp_path: Path) -> None:
+    good = ["optimizer=ddcmuon seed=0", "optimizer=ddcmuon seed=1", "optimizer=muon"]
+    crash = "optimizer=adamw training.device=cuda"  # valid, but not on a machine without a GPU
+    path = sweep_file(tmp_path, good[0], crash, *good[1:])
+    first = sweep("run", path, "--jobs", 2)
+    assert first.returncode == 1
+    assert "4 runs: 3 complete, 0 unfinished, 1 missing" in first.stdout
+    assert "training.device=cuda" in first.stdout
+    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.glob("grok_mlp/*/records.jsonl")}
+    assert len(stamps) == 3
+    again = sweep("run", sweep_file(tmp_path, *good), "--jobs", 2)
+    assert again.returncode == 0
+    assert "3 runs: 3 complete" in again.stdout
+    assert stamps == {p: p.stat().st_mtime_ns for p in tmp_path.glob("grok_mlp/*/records.jsonl")}
+
+
+@pytest.mark.slow
+def test_a_task_of_an_array_is_the_same_run(tmp_path: Path) -> None:
+    path = sweep_file(tmp_path, "optimizer=muon", "optimizer=ddcmuon")
+    assert sweep("task", path, 1).returncode == 0
+    states = [run.state for run in read_sweep(path)]
+    assert states == ["missing", "complete"]
+    here = prepare(composed("+experiment=grok_mlp", "optimizer=ddcmuon", f"runs={tmp_path / 'here'}"))
+    train(here)
+    there = read_sweep(path)[1].folder
+    assert there.name == here.folder.name
+    assert (there / "records.jsonl").read_bytes() == (here.folder / "records.jsonl").read_bytes()
+    outside = sweep("task", path, 2)
+    assert outside.returncode == 1
+    assert "INDEX=2" in outside.stderr
+
+
+def test_bad_lines_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"line 4: .*model.depth=0"):
+        read_sweep(sweep_file(tmp_path, "optimizer=muon", "model.depth=0"))
+    with pytest.raises(ValueError, match="line 4: the same run as line 3"):
+        read_sweep(sweep_file(tmp_path, "optimizer=muon", "optimizer=muon wandb=offline"))
+    with pytest.raises(ValueError, match=r"line 3: .*nonsense"):
+        read_sweep(sweep_file(tmp_path, "nonsense=1"))
+    assert summary(read_sweep(sweep_file(tmp_path, "seed=1"))).startswith("1 runs: 0 complete, 0 unfinished, 1 missing")
