@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: lm_overtrain test lint equivariance known_rates learning_coefficients benchmark clean
+.PHONY: lm_overtrain grok slurm-test test lint equivariance known_rates learning_coefficients benchmark clean
 
 lm_overtrain: $(STAMP)  ## the main job: AdamW and DDCAdam side by side, one core each; tables and plots
 	@mkdir -p runs/main
@@ -13,6 +13,16 @@ lm_overtrain: $(STAMP)  ## the main job: AdamW and DDCAdam side by side, one cor
 	$(RUN) train.py +experiment=lm_overtrain optimizer=ddcadam runs=runs/main; mine=$$?; \
 	wait $$other || { cat runs/main/adamw.log; exit 1; }; exit $$mine
 	@$(RUN) scripts/compare.py runs/main/lm_overtrain/*-seed0-* --output runs/main/comparison
+
+grok: $(STAMP)  ## claim C5: all runs of the grokking experiment, two at a time, about three hours; run again, it goes on
+	@mkdir -p runs/sweeps
+	@for stage in matched tuning ablations depth; do \
+	    $(RUN) -m experiments.grokking plan $$stage > runs/sweeps/$$stage.txt && \
+	    $(RUN) scripts/sweep.py run runs/sweeps/$$stage.txt --jobs 2 || exit 1; \
+	done
+
+slurm-test: $(STAMP)  ## a real Slurm on this machine (Debian, root): an array sweep, one task killed, resubmitted
+	DDC_PYTHON=$(abspath $(RUN)) slurm/test.sh
 
 test: $(STAMP)  ## all tests, fast ones first
 	$(RUN) -m pytest -q -m "not slow"

@@ -90,5 +90,5 @@ def summary(runs: list[SweepRun]) -> str:
     lines = [f"{len(runs)} runs: {counts}"]
     for run, state in zip(runs, states, strict=True):
         if state != "complete":
-            lines.append(f"  {state:<10}  {shlex.join(run.overrides)}  ({run.folder}/output.log)")
+            lines.append(f"  {state:<10}  {shlex.join(run.overrides)}  in {run.folder}")
     return "\n".join(lines)
