@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: lm_overtrain grok slurm-test test lint equivariance known_rates learning_coefficients benchmark clean
+.PHONY: lm_overtrain grok report slurm-test test lint equivariance known_rates learning_coefficients benchmark clean
 
 lm_overtrain: $(STAMP)  ## the main job: AdamW and DDCAdam side by side, one core each; tables and plots
 	@mkdir -p runs/main
@@ -14,12 +14,18 @@ lm_overtrain: $(STAMP)  ## the main job: AdamW and DDCAdam side by side, one cor
 	wait $$other || { cat runs/main/adamw.log; exit 1; }; exit $$mine
 	@$(RUN) scripts/compare.py runs/main/lm_overtrain/*-seed0-* --output runs/main/comparison
 
-grok: $(STAMP)  ## claim C5: all runs of the grokking experiment, two at a time, about three hours; run again, it goes on
+grok: $(STAMP)  ## claim C5: all runs of the grokking experiment, two at a time, about two hours; run again, it goes on
 	@mkdir -p runs/sweeps
-	@for stage in matched tuning ablations depth; do \
+	@for stage in matched tuning finals tuned ablations depth; do \
+	    echo "stage $$stage"; \
 	    $(RUN) -m experiments.grokking plan $$stage > runs/sweeps/$$stage.txt && \
-	    $(RUN) scripts/sweep.py run runs/sweeps/$$stage.txt --jobs 2 || exit 1; \
+	    OMP_NUM_THREADS=1 $(RUN) scripts/sweep.py run runs/sweeps/$$stage.txt --jobs 2 || exit 1; \
 	done
+	$(RUN) -m experiments.grokking collect
+	$(RUN) -m experiments.grokking report
+
+report: $(STAMP)  ## tables and figures that committed records make
+	$(RUN) -m experiments.grokking report
 
 slurm-test: $(STAMP)  ## a real Slurm on this machine (Debian, root): an array sweep, one task killed, resubmitted
 	DDC_PYTHON=$(abspath $(RUN)) slurm/test.sh

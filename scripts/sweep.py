@@ -1,7 +1,7 @@
-"""Many runs from a file, one a line, as overrides of ``train.py``; finished ones are skipped, stopped ones resume.
+"""Many runs from a file, one a line, as overrides of ``train.py``; ended ones are skipped, stopped ones resume.
 
-python scripts/sweep.py run SWEEP_FILE --jobs 2     # on this machine; exit status 1 if a run is not complete
-python scripts/sweep.py status SWEEP_FILE           # what is complete, unfinished, missing
+python scripts/sweep.py run SWEEP_FILE --jobs 2     # on this machine; exit status 1 if a run has not ended
+python scripts/sweep.py status SWEEP_FILE           # what is complete, diverged, unfinished, missing
 python scripts/sweep.py task SWEEP_FILE INDEX       # one of them, counted from 0: for array jobs (slurm/)
 """
 
@@ -37,7 +37,7 @@ def main() -> None:
     if arguments.command == "run":
         run_missing(runs, arguments.jobs)
     print(summary(runs))
-    sys.exit(any(run.state != "complete" for run in runs))
+    sys.exit(any(not run.ended for run in runs))
 
 
 if __name__ == "__main__":

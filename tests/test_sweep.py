@@ -32,7 +32,7 @@ def test_a_crash_stops_nothing_and_the_summary_says_what_is_missing(tmp_path: Pa
     path = sweep_file(tmp_path, good[0], crash, *good[1:])
     first = sweep("run", path, "--jobs", 2)
     assert first.returncode == 1
-    assert "4 runs: 3 complete, 0 unfinished, 1 missing" in first.stdout
+    assert "4 runs: 3 complete, 0 diverged, 0 unfinished, 1 missing" in first.stdout
     assert "training.device=cuda" in first.stdout
     stamps = {p: p.stat().st_mtime_ns for p in tmp_path.glob("grok_mlp/*/records.jsonl")}
     assert len(stamps) == 3
@@ -40,6 +40,18 @@ def test_a_crash_stops_nothing_and_the_summary_says_what_is_missing(tmp_path: Pa
     assert again.returncode == 0
     assert "3 runs: 3 complete" in again.stdout
     assert stamps == {p: p.stat().st_mtime_ns for p in tmp_path.glob("grok_mlp/*/records.jsonl")}
+
+
+@pytest.mark.slow
+def test_a_run_that_diverged_is_a_result_and_is_not_run_again(tmp_path: Path) -> None:
+    path = sweep_file(tmp_path, "optimizer=adamw optimizer.lr=1e30 training.warmup=1.0 training.decay=0.0")
+    assert "1 runs: 0 complete, 1 diverged" in sweep("run", path).stdout
+    log = read_sweep(path)[0].folder / "output.log"
+    before = log.read_bytes()
+    again = sweep("run", path)
+    assert again.returncode == 0
+    assert "1 diverged, 0 unfinished" in again.stdout
+    assert log.read_bytes() == before
 
 
 @pytest.mark.slow
@@ -65,4 +77,6 @@ def test_bad_lines_are_refused_before_anything_runs(tmp_path: Path) -> None:
         read_sweep(sweep_file(tmp_path, "optimizer=muon", "optimizer=muon wandb=offline"))
     with pytest.raises(ValueError, match=r"line 3: .*nonsense"):
         read_sweep(sweep_file(tmp_path, "nonsense=1"))
-    assert summary(read_sweep(sweep_file(tmp_path, "seed=1"))).startswith("1 runs: 0 complete, 0 unfinished, 1 missing")
+    assert summary(read_sweep(sweep_file(tmp_path, "seed=1"))).startswith(
+        "1 runs: 0 complete, 0 diverged, 0 unfinished, 1 missing"
+    )

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -229,6 +230,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert rows
     assert all(math.isfinite(row["train_loss"]) for row in rows)
     assert not (setup.folder / "summary.json").exists()
+    assert re.search(r"loss .* is (nan|inf)", (setup.folder / "diverged.json").read_text())
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 #: How optimizers are called in tables and figures.
 TITLES = {"adamw": "AdamW", "ddcadam": "DDCAdam", "muon": "Muon", "ddcmuon": "DDCMuon"}
+#: Okabe and Ito's colours, safe for the colour-blind.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 #: What a run folder holds besides checkpoints and mirrors.
-RECORD_FILES = ("run.json", "records.jsonl", "timing.jsonl", "readings.jsonl", "summary.json")
+RECORD_FILES = ("run.json", "records.jsonl", "timing.jsonl", "readings.jsonl", "summary.json", "diverged.json")
 
 
 @dataclass(frozen=True)
@@ -119,11 +121,9 @@ def plot_curves(runs: Sequence[Run], stem: Path) -> list[Path]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    # Okabe and Ito's colours, safe for the colour-blind
-    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
     figure, (losses, gaps) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for i, run in enumerate(runs):
-        colour = colours[i % len(colours)]
+        colour = COLOURS[i % len(COLOURS)]
         epochs = [row["epoch"] for row in run.rows]
         for split, style in (("train", "--"), ("validation", "-")):
             values = [row[f"{split}_loss"] for row in run.rows]

@@ -9,7 +9,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,7 +157,7 @@ def train(setup: Setup, draw: Callable[[Path], Sequence[Path]] = no_figures) -> 
         draw: makes figures from the records of the complete run and returns their paths, for W&B to show.
 
     Raises:
-        DivergedError: the loss is not finite; the last good checkpoint is kept.
+        DivergedError: the loss is not finite; the last good checkpoint is kept, ``diverged.json`` says what happened.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is saved.
     """
     config, training, folder = setup.config, setup.config.training, setup.folder
@@ -181,7 +181,7 @@ def train(setup: Setup, draw: Callable[[Path], Sequence[Path]] = no_figures) -> 
     fixed = {split: evaluation_batches(setup, split) for split in ("train", "validation")}
     mirror, stop = Mirror(config, folder), StopSignal()
 
-    with Display(training.steps, start, f"{config.name}/{config.run_id}") as display, stop:
+    with Display(training.steps, start, f"{config.name}/{config.run_id}") as display, stop, noted(folder):
         clock, last_row_step, gauge_audit, reading_seconds = time.perf_counter(), start, None, 0.0
         for step in range(start, training.steps + 1):
             if observer and step in reading_steps and not (read and read[-1]["step"] == step):
@@ -231,6 +231,18 @@ def train(setup: Setup, draw: Callable[[Path], Sequence[Path]] = no_figures) -> 
     write_json(summary_path, summary)
     mirror.finish(summary, draw(folder))
     return summary
+
+
+@contextlib.contextmanager
+def noted(folder: Path) -> Iterator[None]:
+    """Leave ``diverged.json`` in the folder of a run that diverges: a result, which a sweep need not ask for again."""
+    marker = folder / "diverged.json"
+    marker.unlink(missing_ok=True)
+    try:
+        yield
+    except DivergedError as error:
+        write_json(marker, {"message": str(error)})
+        raise
 
 
 def start_folder(setup: Setup) -> None:

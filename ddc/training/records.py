@@ -9,7 +9,8 @@ A run folder holds
 - ``readings.jsonl``: one row a reading of singular structure (:mod:`ddc.slt`), where there are any;
 - ``snapshots/``: the weights at each reading;
 - ``checkpoint.pt``: the last good checkpoint;
-- ``summary.json``: written when the run is complete, and the mark that it is.
+- ``summary.json``: written when the run is complete, and the mark that it is;
+- ``diverged.json``: instead of a summary, where the loss became infinite or undefined.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Sweeps: many runs of ``train.py``, listed in a file, that can be stopped and started again.
 
 A sweep file has one run a line, as the overrides of its configuration; empty lines and lines that begin with # are left
-out. A run is complete if the folder that its resolved configuration names has a summary.
+out. A run is complete if the folder that its resolved configuration names has a summary. One that diverged is a
+result too, and is not run again.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,8 @@ from rich.progress import Progress
 from ddc.training.config import register_schemas, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
+#: What a run may be, and the file in its folder that tells.
+STATES = {"complete": "summary.json", "diverged": "diverged.json", "unfinished": "checkpoint.pt"}
 
 
 @dataclass(frozen=True)
@@ -32,10 +36,13 @@ class SweepRun:
 
     @property
     def state(self) -> str:
-        """``complete``, ``unfinished`` (it has a checkpoint to go on from) or ``missing``."""
-        if (self.folder / "summary.json").exists():
-            return "complete"
-        return "unfinished" if (self.folder / "checkpoint.pt").exists() else "missing"
+        """One of :data:`STATES`: the first whose mark is in the folder, else ``missing``."""
+        return next((state for state, mark in STATES.items() if (self.folder / mark).exists()), "missing")
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.state in ("complete", "diverged")
 
     def command(self) -> list[str]:
         return [sys.executable, str(ROOT / "train.py"), *self.overrides]
@@ -47,30 +54,38 @@ def read_sweep(path: Path) -> list[SweepRun]:
     Raises:
         ValueError: a line that is no valid configuration, or two lines that are the same run; with line numbers.
     """
+    try:
+        return parse_sweep(path.read_text().splitlines())
+    except ValueError as error:
+        raise ValueError(f"{path}, {error}") from error
+
+
+def parse_sweep(lines: Sequence[str]) -> list[SweepRun]:
+    """The runs of the lines of a sweep file, as :func:`read_sweep`."""
     register_schemas()
     runs: dict[Path, tuple[int, SweepRun]] = {}
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        for number, line in enumerate(lines, 1):
             overrides = tuple(shlex.split(line, comments=True))
             if not overrides:
                 continue
             try:
                 config = resolve(compose("config", overrides=list(overrides)))
             except (ValueError, HydraException, OmegaConfBaseException) as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
+                raise ValueError(f"line {number}: {error}") from error
             folder = Path(config.runs) / config.name / config.run_id
             if folder in runs:
-                raise ValueError(f"{path}, line {number}: the same run as line {runs[folder][0]}")
+                raise ValueError(f"line {number}: the same run as line {runs[folder][0]}")
             runs[folder] = (number, SweepRun(overrides, folder))
     return [run for _, run in runs.values()]
 
 
 def run_missing(runs: list[SweepRun], jobs: int) -> None:
-    """Run, or resume, what is not complete, ``jobs`` at a time; a run that fails does not stop the others.
+    """Run, or resume, what has not ended, ``jobs`` at a time; a run that fails does not stop the others.
 
     The output of each goes to ``output.log`` in its folder.
     """
-    waiting = [run for run in runs if run.state != "complete"]
+    waiting = [run for run in runs if not run.ended]
     with Progress() as progress:
         task = progress.add_task(f"{len(runs)} runs", total=len(runs), completed=len(runs) - len(waiting))
 
@@ -84,9 +99,9 @@ def run_missing(runs: list[SweepRun], jobs: int) -> None:
 
 
 def summary(runs: list[SweepRun]) -> str:
-    """How many runs are complete, and which are not."""
+    """How many runs are in which state, and which are not complete."""
     states = [run.state for run in runs]
-    counts = ", ".join(f"{states.count(state)} {state}" for state in ("complete", "unfinished", "missing"))
+    counts = ", ".join(f"{states.count(state)} {state}" for state in (*STATES, "missing"))
     lines = [f"{len(runs)} runs: {counts}"]
     for run, state in zip(runs, states, strict=True):
         if state != "complete":

@@ -1,0 +1,267 @@
+"""The grokking experiment as a table and two figures, from its records alone.
+
+A record has the ``stages`` that it belongs to, each with the overrides of its setting, the ``config``, the ``curve``
+(evaluations as columns, :data:`CURVE`) and whether it ``diverged``.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ddc.report.runs import COLOURS, TITLES, save_figure
+from ddc.report.statistics import fisher_p, holm, mean_interval, share_interval
+
+Record = dict[str, Any]
+CURVE = ("step", "train_loss", "validation_loss", "train_accuracy", "validation_accuracy")
+#: A run groks if its validation accuracy is at least this at some evaluation.
+GROKS = 0.95
+LEVELS = (0.75, GROKS, 0.99)
+PROTOCOLS = ("matched", "tuned")
+SUBJECT = "ddcmuon"
+
+
+def best_accuracy(record: Record) -> float:
+    """The largest validation accuracy of a run; 0 for one that diverged before it was evaluated."""
+    return float(max(record["curve"]["validation_accuracy"], default=0.0))
+
+
+def step_of(record: Record, level: float = GROKS) -> int | None:
+    """The first evaluation with at least this validation accuracy."""
+    curve = record["curve"]
+    pairs = zip(curve["step"], curve["validation_accuracy"], strict=True)
+    return next((step for step, accuracy in pairs if accuracy >= level), None)
+
+
+def grokked(records: Iterable[Record], level: float = GROKS) -> int:
+    """How many of the runs reach a validation accuracy."""
+    return sum(step_of(record, level) is not None for record in records)
+
+
+def of_stage(records: Iterable[Record], stage: str) -> dict[str, dict[str, list[Record]]]:
+    """The runs of a stage by optimizer and setting, in order of seeds."""
+    groups: dict[str, dict[str, list[Record]]] = {}
+    for record in sorted(records, key=lambda each: each["seed"]):
+        if stage in record["stages"]:
+            settings = groups.setdefault(record["config"]["optimizer"]["name"], {})
+            settings.setdefault(record["stages"][stage], []).append(record)
+    return {name: groups[name] for name in TITLES if name in groups}
+
+
+def only_setting(settings: dict[str, list[Record]]) -> list[Record]:
+    """The runs of a stage that has one setting an optimizer."""
+    (runs,) = settings.values()
+    return runs
+
+
+def setting_title(record: Record) -> str:
+    """Rate, decay and schedule."""
+    optimizer, training = record["config"]["optimizer"], record["config"]["training"]
+    schedule = {"wsd": "linear fall", "cosine": "cosine"}[training["schedule"]]
+    return f"{optimizer['lr']:g}, {optimizer['weight_decay']:g}, {schedule}"
+
+
+def median_step(records: Iterable[Record]) -> str:
+    """The median step of grokking of those that do."""
+    steps = [step for record in records if (step := step_of(record)) is not None]
+    return f"{statistics.median(steps):g}" if steps else "–"
+
+
+def share(records: Sequence[Record], level: float = GROKS) -> str:
+    """How many of how many reach an accuracy."""
+    return f"{grokked(records, level)} of {len(records)}"
+
+
+def markdown(records: Sequence[Record]) -> str:
+    """All tables: protocols, tuning, ablations, depth."""
+    config = records[0]["config"]
+    data, model, training = config["data"], config["model"], config["training"]
+    commits = ", ".join(sorted({str(record["commit"]) for record in records}))
+    hours = sum(record["seconds"] for record in records) / 3600
+    parts = [
+        f"{data['operation'].capitalize()} modulo {data['prime']}, {data['train_fraction']:g} of the questions for "
+        f"training; ReLU network without biases or norms, width {model['width']}, depth {model['depth']} where nothing "
+        f"else is said; batch {training['batch_size']}, {training['steps']} steps. A run groks if its validation "
+        f"accuracy is at least {GROKS} at some evaluation.",
+        "## Protocols",
+        protocol_table(records),
+        "Intervals are 95%: Clopper and Pearson's for shares, bootstrap for means. p: Fisher's exact test against "
+        f"{TITLES[SUBJECT]} of the same protocol, adjusted by Holm's method for all comparisons in the table.",
+        "## Tuning",
+        tuning_table(records),
+        "Best validation accuracy on each seed. All settings ran on the first seed, the best of each optimizer on two "
+        "more; the chosen one is bold.",
+        "## Ablations of DDCMuon's matched setting",
+        ablation_table(records),
+        "## Depth, tuned settings",
+        depth_table(records),
+        f"{len(records)} runs, {hours:.1f} hours of one core in all. Commit {commits}. Made by `make report` from "
+        "`runs.jsonl` beside this file.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table whose first columns are text and whose others are numbers."""
+    align = ["---"] * left + ["---:"] * (len(header) - left)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, align, *rows))
+
+
+def protocol_table(records: Sequence[Record]) -> str:
+    """One row a protocol and optimizer."""
+    groups = [
+        (protocol, name, only_setting(settings))
+        for protocol in PROTOCOLS
+        for name, settings in of_stage(records, protocol).items()
+    ]
+    subject = {protocol: runs for protocol, name, runs in groups if name == SUBJECT}
+    compared = [(protocol, name) for protocol, name, _ in groups if name != SUBJECT]
+    raw = [
+        fisher_p((grokked(subject[protocol]), grokked(runs)), (len(subject[protocol]), len(runs)))
+        for protocol, name, runs in groups
+        if name != SUBJECT
+    ]
+    p_values = dict(zip(compared, holm(raw), strict=True))
+    others = [level for level in LEVELS if level != GROKS]
+    header = ["protocol", "optimizer", "rate, decay, schedule", "groks", "interval", *(f"≥ {x:g}" for x in others)]
+    header += ["median step", "final accuracy", "interval", "diverged", "p"]
+    rows = []
+    for protocol, name, runs in groups:
+        final = [record["curve"]["validation_accuracy"][-1] for record in runs]
+        low, high = mean_interval(final)
+        p = p_values.get((protocol, name))
+        rows.append(
+            [
+                protocol,
+                TITLES[name],
+                setting_title(runs[0]),
+                share(runs),
+                "{:.0%} to {:.0%}".format(*share_interval(grokked(runs), len(runs))),
+                *(share(runs, level) for level in others),
+                median_step(runs),
+                f"{statistics.mean(final):.3f}",
+                f"{low:.3f} to {high:.3f}",
+                str(sum(record["diverged"] for record in runs)),
+                "–" if p is None else f"{p:.2g}",
+            ]
+        )
+    return table(header, rows, left=3)
+
+
+def tuning_table(records: Sequence[Record]) -> str:
+    """One row a setting, the chosen one in bold."""
+    rows = []
+    finals, chosen = of_stage(records, "finals"), of_stage(records, "tuned")
+    for name, settings in of_stage(records, "tuning").items():
+        for overrides, first in settings.items():
+            runs = first + finals[name].get(overrides, [])
+            mark = "**" if overrides in chosen[name] else ""
+            accuracies = ", ".join(f"{best_accuracy(run):.3f}" + " (diverged)" * run["diverged"] for run in runs)
+            rows.append([TITLES[name], f"{mark}{setting_title(runs[0])}{mark}", accuracies])
+    return table(["optimizer", "rate, decay, schedule", "best accuracy"], rows, left=3)
+
+
+def ablation_table(records: Sequence[Record]) -> str:
+    """One row a change, the unchanged setting on the same seeds first."""
+    changed = of_stage(records, "ablations")[SUBJECT]
+    seeds = {record["seed"] for runs in changed.values() for record in runs}
+    base = only_setting(of_stage(records, "matched")[SUBJECT])
+    (overrides,) = of_stage(records, "matched")[SUBJECT]
+    rows = {"nothing": [record for record in base if record["seed"] in seeds]}
+    rows |= {f"`{setting.removeprefix(overrides).strip()}`": runs for setting, runs in changed.items()}
+    return table(
+        ["change", "groks", "median step", "best accuracies", "final train accuracies"],
+        [
+            [
+                name,
+                share(runs),
+                median_step(runs),
+                ", ".join(f"{best_accuracy(run):.3f}" for run in runs),
+                ", ".join(f"{run['curve']['train_accuracy'][-1]:.3f}" for run in runs),
+            ]
+            for name, runs in rows.items()
+        ],
+    )
+
+
+def by_depth(records: Sequence[Record]) -> dict[str, dict[int, list[Record]]]:
+    """Runs of the tuned settings by optimizer and depth, on the seeds that every depth has."""
+    groups: dict[str, dict[int, list[Record]]] = {}
+    for name, settings in of_stage(records, "depth").items():
+        runs = [run for each in settings.values() for run in each]
+        seeds = {run["seed"] for run in runs}
+        runs += [run for run in only_setting(of_stage(records, "tuned")[name]) if run["seed"] in seeds]
+        for run in sorted(runs, key=lambda each: each["config"]["model"]["depth"]):
+            groups.setdefault(name, {}).setdefault(run["config"]["model"]["depth"], []).append(run)
+    return groups
+
+
+def depth_table(records: Sequence[Record]) -> str:
+    """One row a depth."""
+    groups = by_depth(records)
+    header = ["depth"] + [
+        f"{TITLES[name]}: {what}" for name in groups for what in ("groks", "median step", "accuracies")
+    ]
+    rows = []
+    for depth in next(iter(groups.values())):
+        cells = [str(depth)]
+        for depths in groups.values():
+            runs = depths[depth]
+            cells += [share(runs), median_step(runs), ", ".join(f"{best_accuracy(run):.3f}" for run in runs)]
+        rows.append(cells)
+    return table(header, rows)
+
+
+def plot_accuracy(records: Sequence[Record], folder: Path) -> list[Path]:
+    """Validation accuracy against steps, a line a seed, a panel an optimizer and protocol."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        len(PROTOCOLS), len(TITLES), figsize=(12, 5.5), sharex=True, sharey=True, layout="constrained", squeeze=False
+    )
+    for i, protocol in enumerate(PROTOCOLS):
+        for j, (name, settings) in enumerate(of_stage(records, protocol).items()):
+            runs, panel = only_setting(settings), axes[i][j]
+            for run in runs:
+                panel.plot(run["curve"]["step"], run["curve"]["train_accuracy"], color="0.75", linewidth=0.8)
+            for run in runs:
+                panel.plot(run["curve"]["step"], run["curve"]["validation_accuracy"], color=COLOURS[j], linewidth=1)
+            panel.axhline(GROKS, color="black", linestyle=":", linewidth=0.8)
+            panel.set_title(f"{TITLES[name]}, {protocol}: {share(runs)}\n{setting_title(runs[0])}", fontsize="small")
+            panel.grid(alpha=0.3)
+    for panel in axes[-1]:
+        panel.set_xlabel("step")
+    for row in axes:
+        row[0].set_ylabel("accuracy (grey: training)")
+    return save_figure(figure, folder / "accuracy")
+
+
+def plot_depth(records: Sequence[Record], folder: Path) -> list[Path]:
+    """Share of runs that grok, and best validation accuracy of each, against depth."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (shares, accuracies) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for i, (name, depths) in enumerate(by_depth(records).items()):
+        style = {"color": COLOURS[i], "marker": "os"[i], "label": TITLES[name]}
+        shares.plot(list(depths), [grokked(runs) / len(runs) for runs in depths.values()], **style)
+        medians = [statistics.median(map(best_accuracy, runs)) for runs in depths.values()]
+        accuracies.plot(list(depths), medians, **style)
+        for depth, runs in depths.items():
+            accuracies.plot(
+                [depth] * len(runs), list(map(best_accuracy, runs)), style["marker"], color=COLOURS[i], alpha=0.4
+            )
+    accuracies.axhline(GROKS, color="black", linestyle=":", linewidth=0.8)
+    shares.set(xlabel="depth", ylabel=f"share of seeds with accuracy ≥ {GROKS}", ylim=(-0.05, 1.05))
+    accuracies.set(xlabel="depth", ylabel="best validation accuracy: median and seeds", ylim=(-0.05, 1.05))
+    for panel in (shares, accuracies):
+        panel.grid(alpha=0.3)
+        panel.legend(frameon=False, fontsize="small")
+    return save_figure(figure, folder / "depth")
