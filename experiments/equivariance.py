@@ -1,35 +1,43 @@
 """Claim C6: the update is gauge-equivariant. ``python -m experiments.equivariance`` (``make equivariance``).
 
 Two copies of a model start from weights that differ by a random element of a gauge group, and see the same
-batches of real text. An equivariant optimizer keeps them the same function. The measure is the largest absolute
-difference of their log-probabilities on held-out text, at any of ten checks over 100 steps.
+batches of real data. An equivariant optimizer keeps them the same function. The measure is the largest absolute
+difference of their log-probabilities on held-out data, at any of ten checks over 100 steps.
+
+In float64 both Muons orthogonalise by the exact polar factor; in float32 Muon by torch's Newton-Schulz iteration in
+bfloat16, DDCMuon by the same iteration in float32.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import itertools
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.optim._muon as torch_muon
 from rich.progress import track
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from ddc import DDCAdam, find_gauges
-from ddc.data import TextConfig, load_text
-from ddc.data.text import TextData
+from ddc import DDCAdam, DDCMuon, find_gauges, hidden_matrices
+from ddc.data import Data, ModularConfig, TextConfig, load_modular, load_text
 from ddc.gauges import KINDS, GaugeSet
-from ddc.models import GPT, GPTConfig, cross_entropy
+from ddc.models import GPT, DeepMLP, DeepMLPConfig, GPTConfig, cross_entropy
+from ddc.optim.factory import make_muon
+from ddc.optim.orthogonal import polar_factor
 from ddc.report.runs import TITLES
 from ddc.training.records import provenance
 from experiments.output import save
 
-CONTEXT, BATCH, STEPS, LR, WEIGHT_DECAY = 32, 8, 100, 3e-3, 0.1
+CONTEXT, BATCH, STEPS, LR, MUON_LR, WEIGHT_DECAY = 32, 8, 100, 3e-3, 0.02, 0.1
 SIZES: dict[str, Any] = {"context": CONTEXT, "layers": 2, "width": 32, "heads": 4, "hidden": 48}
 MODELS = {
     "RMSNorm, SwiGLU, RoPE, GQA": GPTConfig(**SIZES, kv_heads=2),
@@ -40,6 +48,7 @@ MODELS = {
     "LayerNorm, biases, SwiGLU, RoPE, MQA": GPTConfig(**SIZES, kv_heads=1, norm="layer", bias=True),
     "RMSNorm, GELU, RoPE, tied head": GPTConfig(**SIZES, kv_heads=4, mlp="gelu", tied_head=True),
 }
+DEEP, DEEP_BATCH = DeepMLPConfig(depth=8, width=64), 512
 OptimizerMaker = Callable[[nn.Module, GaugeSet], Optimizer]
 
 
@@ -53,10 +62,45 @@ def ddcadam(model: nn.Module, gauges: GaugeSet, **options: Any) -> DDCAdam:
     return DDCAdam(model.named_parameters(), gauges, **{"lr": LR, "weight_decay": WEIGHT_DECAY, **options})
 
 
-def random_model(config: GPTConfig, vocab_size: int, seed: int, dtype: torch.dtype) -> GPT:
+def muon(model: nn.Module, gauges: GaugeSet) -> Optimizer:
+    """The baseline of DDCMuon: torch's Muon for hidden matrices, AdamW for the rest."""
+    return make_muon(
+        model, WEIGHT_DECAY, lr=MUON_LR, adam_lr=LR, momentum=0.95, nesterov=True, adjust_lr_fn="original",
+        betas=(0.9, 0.999), eps=1e-8,
+    )  # fmt: skip
+
+
+def ddcmuon(model: nn.Module, gauges: GaugeSet) -> DDCMuon:
+    """Muon's lift, with the baseline's hyperparameters."""
+    double = next(model.parameters()).dtype == torch.float64
+    orthogonalizer = "polar" if double else "newton_schulz"
+    return DDCMuon(
+        model.named_parameters(), gauges, hidden_matrices(model), lr=MUON_LR, adam_lr=LR, weight_decay=WEIGHT_DECAY,
+        orthogonalizer=orthogonalizer,
+    )  # fmt: skip
+
+
+OPTIMIZERS: tuple[OptimizerMaker, ...] = (ddcadam, adamw, ddcmuon, muon)
+
+
+@contextlib.contextmanager
+def exact_muon(dtype: torch.dtype) -> Iterator[None]:
+    """In float64, give torch's Muon the exact polar factor in place of its iteration in bfloat16."""
+
+    def polar(grad: Tensor, *ns_options: object) -> Tensor:
+        return polar_factor(grad)
+
+    with contextlib.ExitStack() as stack:
+        if dtype == torch.float64:
+            stack.enter_context(mock.patch.object(torch_muon, "_zeropower_via_newtonschulz", polar))
+        yield
+
+
+def random_model(config: GPTConfig | DeepMLPConfig, vocab_size: int, seed: int, dtype: torch.dtype) -> GPT | DeepMLP:
     """A model at its initialisation, but with random norm scales and biases: 1 and 0 would test too little."""
     torch.manual_seed(seed)
-    model = GPT(config, vocab_size).to(dtype)
+    model = GPT(config, vocab_size) if isinstance(config, GPTConfig) else DeepMLP(config, vocab_size, vocab_size)
+    model.to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -65,11 +109,12 @@ def random_model(config: GPTConfig, vocab_size: int, seed: int, dtype: torch.dty
 
 
 def orbit_divergence(
-    model: GPT,
+    model: nn.Module,
     gauges: GaugeSet,
     make_optimizer: OptimizerMaker,
-    data: TextData,
+    data: Data,
     *,
+    batch_size: int = BATCH,
     seed: int = 0,
     spread: float = 1.0,
     steps: int = STEPS,
@@ -81,7 +126,8 @@ def orbit_divergence(
         model: the first start; the second is moved by a random element of the gauges.
         gauges: the group that moves, and that the optimizer is told of.
         make_optimizer: from a model and its gauges.
-        data: text; both copies see the same batches.
+        data: both copies see the same batches.
+        batch_size: sequences, or pairs, of a step.
         seed: of the group element and the batches.
         spread: scales of the element lie in e^±spread.
         steps: optimizer steps.
@@ -90,10 +136,10 @@ def orbit_divergence(
     copies = [copy.deepcopy(model), copy.deepcopy(model)]
     gauges.transform_(copies[1], torch.Generator().manual_seed(seed), spread)
     optimizers = [make_optimizer(each, gauges) for each in copies]
-    probe = torch.cat([x for x, _ in data.evaluation_batches("validation", 2, BATCH)])
+    probe = torch.cat([x for x, _ in data.evaluation_batches("validation", 2, batch_size)])
     largest = 0.0
     for step in range(steps):
-        x, y = data.batch(step, BATCH, seed)
+        x, y = data.batch(step, batch_size, seed)
         for each, optimizer in zip(copies, optimizers, strict=True):
             optimizer.zero_grad()
             cross_entropy(each(x), y).backward()
@@ -113,46 +159,63 @@ def orbit_divergence(
     return largest
 
 
+@dataclass(frozen=True)
+class Case:
+    """A row of the table: a model on its data, and the kinds of gauges that move."""
+
+    model: str
+    config: GPTConfig | DeepMLPConfig
+    data: Data
+    batch_size: int
+    gauges: str
+    kinds: tuple[str, ...]
+
+
+def cases() -> list[Case]:
+    """Every model with its whole group, and the first two with each gauge alone."""
+    text, pairs = load_text(TextConfig(), CONTEXT), load_modular(ModularConfig(), seed=0)
+    found = []
+    for i, (name, config) in enumerate(MODELS.items()):
+        found.append(Case(name, config, text, BATCH, "all", KINDS))
+        if i < 2:
+            kinds = {gauge.kind for gauge in find_gauges(GPT(config, text.vocab_size))}
+            found += [Case(name, config, text, BATCH, kind, (kind,)) for kind in KINDS if kind in kinds]
+    return [*found, Case("ReLU network without biases, depth 8", DEEP, pairs, DEEP_BATCH, "all", KINDS)]
+
+
 def measure(seeds: Iterable[int]) -> list[dict[str, Any]]:
-    """All cells of the table: every model with its whole group, and the first two with each gauge alone."""
-    data = load_text(TextConfig(), CONTEXT)
+    """All cells of the table."""
     about = provenance()
-    cells = []
-    for name, config in MODELS.items():
-        kinds = {gauge.kind for gauge in find_gauges(GPT(config, data.vocab_size))}
-        choices: list[tuple[str, tuple[str, ...]]] = [("all", KINDS)]
-        if name in list(MODELS)[:2]:
-            choices += [(kind, (kind,)) for kind in KINDS if kind in kinds]
-        cells += [(name, config, choice, only) for choice, only in choices]
     records = []
-    for seed in seeds:
-        for name, config, choice, only in track(cells, f"seed {seed}"):
-            for dtype in (torch.float64, torch.float32):
-                for make in (ddcadam, adamw):
-                    model = random_model(config, data.vocab_size, seed, dtype)
-                    start = time.perf_counter()
-                    divergence = orbit_divergence(model, find_gauges(model).only(only), make, data, seed=seed)
-                    records.append(
-                        {
-                            "model": name,
-                            "gauges": choice,
-                            "optimizer": make.__name__,
-                            "dtype": str(dtype).removeprefix("torch."),
-                            "seed": seed,
-                            "divergence": divergence,
-                            "seconds": time.perf_counter() - start,
-                            "config": asdict(config)
-                            | {"steps": STEPS, "batch": BATCH, "lr": LR, "weight_decay": WEIGHT_DECAY},
-                            "data": data.source,
-                            **about,
-                        }
-                    )
+    todo = list(itertools.product(seeds, cases(), (torch.float64, torch.float32), OPTIMIZERS))
+    for seed, case, dtype, make in track(todo, "measuring"):
+        model = random_model(case.config, case.data.vocab_size, seed, dtype)
+        gauges = find_gauges(model).only(case.kinds)
+        start = time.perf_counter()
+        with exact_muon(dtype):
+            divergence = orbit_divergence(model, gauges, make, case.data, batch_size=case.batch_size, seed=seed)
+        muon_lr = {"muon_lr": MUON_LR} if "muon" in make.__name__ else {}
+        options = {"steps": STEPS, "batch": case.batch_size, "lr": LR, **muon_lr, "weight_decay": WEIGHT_DECAY}
+        records.append(
+            {
+                "model": case.model,
+                "gauges": case.gauges,
+                "optimizer": make.__name__,
+                "dtype": str(dtype).removeprefix("torch."),
+                "seed": seed,
+                "divergence": divergence,
+                "seconds": time.perf_counter() - start,
+                "config": asdict(case.config) | options,
+                "data": case.data.source,
+                **about,
+            }
+        )
     return records
 
 
 def table(records: list[dict[str, Any]]) -> str:
     """Markdown: the largest divergence over the seeds for each model, gauges, dtype and optimizer."""
-    columns = [(o, d) for d in ("float64", "float32") for o in ("ddcadam", "adamw")]
+    columns = [(o, d) for d in ("float64", "float32") for o in (make.__name__ for make in OPTIMIZERS)]
     rows: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
     for r in records:
         cell = rows.setdefault((r["model"], r["gauges"]), {})
@@ -168,7 +231,9 @@ def table(records: list[dict[str, Any]]) -> str:
     lines += [
         "",
         f"Largest absolute difference of log-probabilities over {STEPS} steps from two starts on one gauge orbit, "
-        f"largest of {len(seeds)} seeds; learning rate {LR}, weight decay {WEIGHT_DECAY}, scales moved by e^±1. "
+        f"largest of {len(seeds)} seeds; learning rate {LR}, of hidden matrices under the two Muons {MUON_LR}, weight "
+        f"decay {WEIGHT_DECAY}, scales moved by e^±1. In float64 both Muons use the exact polar factor, in float32 "
+        "Newton-Schulz, Muon in bfloat16. "
         f"Commit {records[0]['commit']}. Made by `make equivariance` from `records.jsonl` beside this file.",
     ]
     return "\n".join(lines) + "\n"
