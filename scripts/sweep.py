@@ -31,8 +31,12 @@ def main() -> None:
     if arguments.command == "task":
         if not 0 <= arguments.index < len(runs):
             sys.exit(f"error: INDEX={arguments.index}: {arguments.file} has runs 0 to {len(runs) - 1}")
+        run = runs[arguments.index]
+        if run.ended:
+            print(f"{run.folder} is {run.state}")
+            return
         os.chdir(ROOT)
-        command = runs[arguments.index].command()
+        command = run.command()
         os.execv(command[0], command)  # signals of the scheduler reach the run itself
     if arguments.command == "run":
         run_missing(runs, arguments.jobs)
