@@ -4,27 +4,23 @@ Two copies of a model start from weights that differ by a random element of a ga
 batches of real data. An equivariant optimizer keeps them the same function. The measure is the largest absolute
 difference of their log-probabilities on held-out data, at any of ten checks over 100 steps.
 
-In float64 both Muons orthogonalise by the exact polar factor; in float32 Muon by torch's Newton-Schulz iteration in
-bfloat16, DDCMuon by the same iteration in float32.
+In float64 both Muons orthogonalise by the exact polar factor, in float32 by Newton-Schulz iteration.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-import torch.optim._muon as torch_muon
 from rich.progress import track
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from ddc import DDCAdam, DDCMuon, find_gauges, hidden_matrices
@@ -32,7 +28,6 @@ from ddc.data import Data, ModularConfig, TextConfig, load_modular, load_text
 from ddc.gauges import KINDS, GaugeSet
 from ddc.models import GPT, DeepMLP, DeepMLPConfig, GPTConfig, cross_entropy
 from ddc.optim.factory import make_muon
-from ddc.optim.orthogonal import polar_factor
 from ddc.report.runs import TITLES
 from ddc.training.records import provenance
 from experiments.output import save
@@ -62,38 +57,28 @@ def ddcadam(model: nn.Module, gauges: GaugeSet, **options: Any) -> DDCAdam:
     return DDCAdam(model.named_parameters(), gauges, **{"lr": LR, "weight_decay": WEIGHT_DECAY, **options})
 
 
+def orthogonalizer(model: nn.Module) -> str:
+    """The exact one in float64."""
+    return "polar" if next(model.parameters()).dtype == torch.float64 else "newton_schulz"
+
+
 def muon(model: nn.Module, gauges: GaugeSet) -> Optimizer:
-    """The baseline of DDCMuon: torch's Muon for hidden matrices, AdamW for the rest."""
+    """The baseline of DDCMuon: Muon for hidden matrices, AdamW for the rest."""
     return make_muon(
         model, WEIGHT_DECAY, lr=MUON_LR, adam_lr=LR, momentum=0.95, nesterov=True, adjust_lr_fn="original",
-        betas=(0.9, 0.999), eps=1e-8,
+        orthogonalizer=orthogonalizer(model), betas=(0.9, 0.999), eps=1e-8,
     )  # fmt: skip
 
 
 def ddcmuon(model: nn.Module, gauges: GaugeSet) -> DDCMuon:
     """Muon's lift, with the baseline's hyperparameters."""
-    double = next(model.parameters()).dtype == torch.float64
-    orthogonalizer = "polar" if double else "newton_schulz"
     return DDCMuon(
         model.named_parameters(), gauges, hidden_matrices(model), lr=MUON_LR, adam_lr=LR, weight_decay=WEIGHT_DECAY,
-        orthogonalizer=orthogonalizer,
+        orthogonalizer=orthogonalizer(model),
     )  # fmt: skip
 
 
 OPTIMIZERS: tuple[OptimizerMaker, ...] = (ddcadam, adamw, ddcmuon, muon)
-
-
-@contextlib.contextmanager
-def exact_muon(dtype: torch.dtype) -> Iterator[None]:
-    """In float64, give torch's Muon the exact polar factor in place of its iteration in bfloat16."""
-
-    def polar(grad: Tensor, *ns_options: object) -> Tensor:
-        return polar_factor(grad)
-
-    with contextlib.ExitStack() as stack:
-        if dtype == torch.float64:
-            stack.enter_context(mock.patch.object(torch_muon, "_zeropower_via_newtonschulz", polar))
-        yield
 
 
 def random_model(config: GPTConfig | DeepMLPConfig, vocab_size: int, seed: int, dtype: torch.dtype) -> GPT | DeepMLP:
@@ -192,8 +177,7 @@ def measure(seeds: Iterable[int]) -> list[dict[str, Any]]:
         model = random_model(case.config, case.data.vocab_size, seed, dtype)
         gauges = find_gauges(model).only(case.kinds)
         start = time.perf_counter()
-        with exact_muon(dtype):
-            divergence = orbit_divergence(model, gauges, make, case.data, batch_size=case.batch_size, seed=seed)
+        divergence = orbit_divergence(model, gauges, make, case.data, batch_size=case.batch_size, seed=seed)
         muon_lr = {"muon_lr": MUON_LR} if "muon" in make.__name__ else {}
         options = {"steps": STEPS, "batch": case.batch_size, "lr": LR, **muon_lr, "weight_decay": WEIGHT_DECAY}
         records.append(
@@ -233,7 +217,7 @@ def table(records: list[dict[str, Any]]) -> str:
         f"Largest absolute difference of log-probabilities over {STEPS} steps from two starts on one gauge orbit, "
         f"largest of {len(seeds)} seeds; learning rate {LR}, of hidden matrices under the two Muons {MUON_LR}, weight "
         f"decay {WEIGHT_DECAY}, scales moved by e^±1. In float64 both Muons use the exact polar factor, in float32 "
-        "Newton-Schulz, Muon in bfloat16. "
+        "Newton-Schulz. "
         f"Commit {records[0]['commit']}. Made by `make equivariance` from `records.jsonl` beside this file.",
     ]
     return "\n".join(lines) + "\n"

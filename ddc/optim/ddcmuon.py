@@ -43,8 +43,8 @@ class DDCMuon(DDCAdam):
         adam_lr: for all other parameters.
         momentum: :math:`\mu` above.
         nesterov: orthogonalise :math:`\mu m + (1 - \mu) x`; else m.
-        orthogonalizer: ``"newton_schulz_bfloat16"``, ``"newton_schulz"`` (in the precision of the state) or ``"polar"``
-            (exact; slow).
+        orthogonalizer: ``"newton_schulz"`` (in the precision of the state), ``"newton_schulz_bfloat16"`` (faster where
+            the hardware has bfloat16 products, many times slower where it has not) or ``"polar"`` (exact; slow).
         betas, eps, radial_rate, vertical: as for :class:`DDCAdam`; on hidden matrices they are those of the norms.
             ``vertical="adam"`` steps on the norms' gauge coordinates, ``"balance"`` relaxes the frames to 1.
         weight_decay, step_scale, retract: as for :class:`DDCAdam`.
@@ -66,7 +66,7 @@ class DDCMuon(DDCAdam):
         adam_lr: float | Tensor = 1e-3,
         momentum: float = 0.95,
         nesterov: bool = True,
-        orthogonalizer: str = "newton_schulz_bfloat16",
+        orthogonalizer: str = "newton_schulz",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from ddc.gauges import GaugeSet, hidden_matrices, plain_name
 from ddc.optim.combined import CombinedOptimizer
 from ddc.optim.ddcadam import DDCAdam
 from ddc.optim.ddcmuon import DDCMuon
+from ddc.optim.muon import Muon
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -32,15 +33,24 @@ def make_muon(
     momentum: float,
     nesterov: bool,
     adjust_lr_fn: str,
+    orthogonalizer: str,
     betas: tuple[float, float],
     eps: float,
 ) -> CombinedOptimizer:
-    """The baseline: ``torch.optim.Muon`` for hidden matrices, ``torch.optim.AdamW`` for the rest."""
+    """The baseline: Muon for hidden matrices, ``torch.optim.AdamW`` for the rest."""
     hidden = {matrix.parameter for matrix in hidden_matrices(model)}
     groups = decay_groups(model, weight_decay)
     matrices = [(n, p) for group in groups for n, p in group["params"] if plain_name(n) in hidden]
     rest = [{**g, "params": [(n, p) for n, p in g["params"] if plain_name(n) not in hidden]} for g in groups]
-    muon = Muon(matrices, lr, weight_decay, momentum=momentum, nesterov=nesterov, adjust_lr_fn=adjust_lr_fn)
+    muon = Muon(
+        matrices,
+        lr=lr,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        nesterov=nesterov,
+        adjust_lr_fn=adjust_lr_fn,
+        orthogonalizer=orthogonalizer,
+    )
     adamw = AdamW([group for group in rest if group["params"]], adam_lr, betas, eps, fused=True)
     return CombinedOptimizer((muon, adamw))
 

@@ -24,13 +24,12 @@ def newton_schulz(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """
     a, b, c = COEFFICIENTS
     y = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-    y = y.to(dtype or x.dtype)
     wide = x.shape[-2] <= x.shape[-1]
-    y = y if wide else y.mT
+    y = (y if wide else y.mT).to(dtype or x.dtype).reshape(-1, min(x.shape[-2:]), max(x.shape[-2:]))
     for _ in range(ITERATIONS):
         gram = y @ y.mT
-        y = a * y + (b * gram + c * (gram @ gram)) @ y
-    return (y if wide else y.mT).to(x.dtype)
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return (y if wide else y.mT).reshape(x.shape).to(x.dtype)
 
 
 def newton_schulz_bfloat16(x: Tensor) -> Tensor:

@@ -59,10 +59,11 @@ class DDCAdamConfig(OptimizerConfig):
 
 @dataclass
 class MuonConfig(OptimizerConfig):
-    """``torch.optim.Muon`` for hidden matrices, ``torch.optim.AdamW`` for the rest.
+    """Muon for hidden matrices, ``torch.optim.AdamW`` for the rest.
 
     ``lr`` and ``momentum`` are Muon's, ``adam_lr``, ``betas`` and ``eps`` AdamW's. ``adjust_lr_fn`` is the scale of an
     update: ``original`` (√max(1, rows/columns)) or ``match_rms_adamw`` (0.2 √max(rows, columns), Moonlight's).
+    :class:`ddc.optim.muon.Muon` documents all keys.
     """
 
     name: str = "muon"
@@ -71,6 +72,7 @@ class MuonConfig(OptimizerConfig):
     momentum: float = 0.95
     nesterov: bool = True
     adjust_lr_fn: str = "original"
+    orthogonalizer: str = "newton_schulz"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,7 +93,7 @@ class DDCMuonConfig(DDCAdamConfig):
     adam_lr: float = 1e-3
     momentum: float = 0.95
     nesterov: bool = True
-    orthogonalizer: str = "newton_schulz_bfloat16"
+    orthogonalizer: str = "newton_schulz"
     per_head: bool = False
 
     def __post_init__(self) -> None:

@@ -1,0 +1,94 @@
+"""Muon without gauges: the baseline of DDCMuon."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ddc.optim.orthogonal import ORTHOGONALIZERS
+from ddc.optim.plan import compute_dtype
+
+ADJUSTMENTS: dict[str, Callable[[int, int], float]] = {
+    "original": lambda rows, columns: max(1.0, rows / columns) ** 0.5,
+    "match_rms_adamw": lambda rows, columns: 0.2 * max(rows, columns) ** 0.5,
+}
+
+
+class Muon(Optimizer):
+    r"""``torch.optim.Muon`` with a choice of orthogonaliser, matrices of one shape taken together.
+
+    .. math::
+        m \leftarrow \mu m + (1 - \mu) g, \qquad
+        W \leftarrow (1 - \eta \lambda) W - \eta\, a\, \mathrm{orth}(\mu m + (1 - \mu) g)
+
+    torch's orthogonalises in bfloat16 only, which many CPUs emulate.
+
+    Args:
+        params: matrices, their names and tensors, or param groups of them.
+        lr, weight_decay, momentum, nesterov: as of ``torch.optim.Muon``.
+        adjust_lr_fn: a for a matrix of shape (rows, columns): ``original``, √max(1, rows/columns), or
+            ``match_rms_adamw``, 0.2 √max(rows, columns) (Moonlight's, arXiv:2502.16982).
+        orthogonalizer: as of :class:`ddc.DDCMuon`.
+
+    Raises:
+        ValueError: a hyperparameter out of range, or a parameter that is no matrix.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
+        *,
+        lr: float = 0.02,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        adjust_lr_fn: str = "original",
+        orthogonalizer: str = "newton_schulz",
+    ) -> None:
+        for name, value, high in (("lr", lr, None), ("weight_decay", weight_decay, None), ("momentum", momentum, 1)):
+            if value < 0 or (high is not None and value >= high):
+                raise ValueError(f"Invalid {name}={value}: expected a number >= 0" + (" and < 1" if high else ""))
+        if adjust_lr_fn not in ADJUSTMENTS:
+            raise ValueError(f"Invalid adjust_lr_fn={adjust_lr_fn!r}: expected one of {', '.join(ADJUSTMENTS)}")
+        if orthogonalizer not in ORTHOGONALIZERS:
+            raise ValueError(f"Invalid orthogonalizer={orthogonalizer!r}: expected one of {', '.join(ORTHOGONALIZERS)}")
+        defaults = {
+            "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov,
+            "adjust_lr_fn": adjust_lr_fn, "orthogonalizer": orthogonalizer,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+        for param in (p for group in self.param_groups for p in group["params"]):
+            if param.ndim != 2:
+                raise ValueError(f"Muon takes matrices; got a parameter of shape {tuple(param.shape)}")
+            self.state[param]["momentum_buffer"] = torch.zeros_like(param, dtype=compute_dtype(param))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step; returns the loss of ``closure`` where there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            alike: dict[object, list[Tensor]] = {}
+            for param in group["params"]:
+                if param.grad is not None:
+                    alike.setdefault((param.shape, param.dtype, param.device), []).append(param)
+            for params in alike.values():
+                self._step(params, group)
+        return loss
+
+    def _step(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        buffers = [self.state[param]["momentum_buffer"] for param in params]
+        grads = [param.grad.to(buffers[0].dtype) for param in params if param.grad is not None]
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        momentum = torch.stack(buffers)
+        mixed = torch.stack(grads).lerp_(momentum, group["momentum"]) if group["nesterov"] else momentum
+        updates = ORTHOGONALIZERS[group["orthogonalizer"]](mixed)
+        rate = group["lr"] * ADJUSTMENTS[group["adjust_lr_fn"]](*params[0].shape)
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(params, list(updates.to(params[0].dtype)), alpha=-rate)
