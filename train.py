@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 
@@ -24,14 +25,15 @@ def main(composed: DictConfig) -> None:
         setup = prepare(resolve(composed))
     except ValueError as error:
         sys.exit(f"error: {error}")
+    drawn = functools.cache(draw)  # for the mirror and for the list below
     try:
-        summary = train(setup, draw)
+        summary = train(setup, drawn)
     except (DivergedError, KeyboardInterrupt) as error:
         sys.exit(f"stopped: {error}")
     if summary.get("already_complete"):
         print(f"This run was complete already; training.resume=never runs it again. Folder: {setup.folder}")
     Console().print(summary_table([Run.read(setup.folder)]))
-    for path in (setup.folder / "summary.json", setup.folder / "records.jsonl", *draw(setup.folder)):
+    for path in (setup.folder / "summary.json", setup.folder / "records.jsonl", *drawn(setup.folder)):
         print(path)
 
 

@@ -19,6 +19,8 @@ CURVE = ("step", "train_loss", "validation_loss", "train_accuracy", "validation_
 #: A run groks if its validation accuracy is at least this at some evaluation.
 GROKS = 0.95
 LEVELS = (0.75, GROKS, 0.99)
+#: A run fits if its last training accuracy is at least this.
+FITS = 0.99
 PROTOCOLS = ("matched", "tuned")
 SUBJECT = "ddcmuon"
 
@@ -57,16 +59,22 @@ def only_setting(settings: dict[str, list[Record]]) -> list[Record]:
 
 
 def setting_title(record: Record) -> str:
-    """Rate, decay and schedule."""
+    """Rates, decay and schedule."""
     optimizer, training = record["config"]["optimizer"], record["config"]["training"]
     schedule = {"wsd": "linear fall", "cosine": "cosine"}[training["schedule"]]
-    return f"{optimizer['lr']:g}, {optimizer['weight_decay']:g}, {schedule}"
+    rates = " / ".join(f"{optimizer[key]:g}" for key in ("lr", "adam_lr") if key in optimizer)
+    return f"{rates}, {optimizer['weight_decay']:g}, {schedule}"
 
 
 def median_step(records: Iterable[Record]) -> str:
     """The median step of grokking of those that do."""
     steps = [step for record in records if (step := step_of(record)) is not None]
     return f"{statistics.median(steps):g}" if steps else "–"
+
+
+def fitted(records: Sequence[Record]) -> str:
+    """How many of how many end with all training answers right but for one in a hundred."""
+    return f"{sum(record['curve']['train_accuracy'][-1] >= FITS for record in records)} of {len(records)}"
 
 
 def share(records: Sequence[Record], level: float = GROKS) -> str:
@@ -84,7 +92,8 @@ def markdown(records: Sequence[Record]) -> str:
         f"{data['operation'].capitalize()} modulo {data['prime']}, {data['train_fraction']:g} of the questions for "
         f"training; ReLU network without biases or norms, width {model['width']}, depth {model['depth']} where nothing "
         f"else is said; batch {training['batch_size']}, {training['steps']} steps. A run groks if its validation "
-        f"accuracy is at least {GROKS} at some evaluation.",
+        f"accuracy is at least {GROKS} at some evaluation; it fits if its last training accuracy is at least {FITS}. "
+        "Rates of the Muons: of hidden matrices / of all else.",
         "## Protocols",
         protocol_table(records),
         "Intervals are 95%: Clopper and Pearson's for shares, bootstrap for means. p: Fisher's exact test against "
@@ -125,7 +134,15 @@ def protocol_table(records: Sequence[Record]) -> str:
     ]
     p_values = dict(zip(compared, holm(raw), strict=True))
     others = [level for level in LEVELS if level != GROKS]
-    header = ["protocol", "optimizer", "rate, decay, schedule", "groks", "interval", *(f"≥ {x:g}" for x in others)]
+    header = [
+        "protocol",
+        "optimizer",
+        "rates, decay, schedule",
+        "fits",
+        "groks",
+        "interval",
+        *(f"≥ {x:g}" for x in others),
+    ]
     header += ["median step", "final accuracy", "interval", "diverged", "p"]
     rows = []
     for protocol, name, runs in groups:
@@ -137,6 +154,7 @@ def protocol_table(records: Sequence[Record]) -> str:
                 protocol,
                 TITLES[name],
                 setting_title(runs[0]),
+                fitted(runs),
                 share(runs),
                 "{:.0%} to {:.0%}".format(*share_interval(grokked(runs), len(runs))),
                 *(share(runs, level) for level in others),
@@ -160,7 +178,7 @@ def tuning_table(records: Sequence[Record]) -> str:
             mark = "**" if overrides in chosen[name] else ""
             accuracies = ", ".join(f"{best_accuracy(run):.3f}" + " (diverged)" * run["diverged"] for run in runs)
             rows.append([TITLES[name], f"{mark}{setting_title(runs[0])}{mark}", accuracies])
-    return table(["optimizer", "rate, decay, schedule", "best accuracy"], rows, left=3)
+    return table(["optimizer", "rates, decay, schedule", "best accuracy"], rows, left=3)
 
 
 def ablation_table(records: Sequence[Record]) -> str:
@@ -172,14 +190,14 @@ def ablation_table(records: Sequence[Record]) -> str:
     rows = {"nothing": [record for record in base if record["seed"] in seeds]}
     rows |= {f"`{setting.removeprefix(overrides).strip()}`": runs for setting, runs in changed.items()}
     return table(
-        ["change", "groks", "median step", "best accuracies", "final train accuracies"],
+        ["change", "fits", "groks", "median step", "best accuracies"],
         [
             [
                 name,
+                fitted(runs),
                 share(runs),
                 median_step(runs),
                 ", ".join(f"{best_accuracy(run):.3f}" for run in runs),
-                ", ".join(f"{run['curve']['train_accuracy'][-1]:.3f}" for run in runs),
             ]
             for name, runs in rows.items()
         ],

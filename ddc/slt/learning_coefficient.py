@@ -42,7 +42,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from arviz_stats.base import array_stats
 from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor, nn
@@ -165,6 +164,8 @@ def estimate(
             of one dtype; a loss that is not finite at w*.
         RuntimeError: no step of the grid passes the rule; a chain leaves the finite numbers or never moves.
     """
+    from arviz_stats.base import array_stats  # takes a second to import, which every run of the trainer would wait for
+
     settings = Settings() if settings is None else settings
     if not 1 <= n < math.inf:
         raise ValueError(f"Invalid {n=}: expected a number of samples, at least 1")
