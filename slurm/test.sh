@@ -84,12 +84,14 @@ wait_for_jobs() { for _ in $(seq 600); do finished && return; sleep 0.2; done; e
 
 job=$(slurm/submit.sh "$work/slurm.txt" --time=10 --no-requeue)
 echo "submitted as job $job"
-for _ in $(seq 300); do ls "$work"/slurm/grok_mlp/*/checkpoint.pt > /dev/null 2>&1 && break; sleep 0.1; done
-scancel --signal=KILL --full "${job}_0" # the task that started first, at a moment of its own
-echo "killed task 0"
+halfway() { [ "$(cat "$work"/slurm/grok_mlp/muon-seed0-*/records.jsonl 2> /dev/null | wc -l)" -ge 4 ]; }
+for _ in $(seq 600); do halfway && break; sleep 0.1; done
+scancel --signal=KILL --full "${job}_0"
+echo "killed task 0 after $(tail -n 1 "$work"/slurm/grok_mlp/muon-seed0-*/records.jsonl | cut -d, -f1 | tr -dc 0-9) steps"
 wait_for_jobs
-if "$PYTHON" scripts/sweep.py status "$work/slurm.txt"; then
-    echo "the killed task should be missing" >&2
+"$PYTHON" scripts/sweep.py status "$work/slurm.txt" | tee "$work/status.txt" || true
+if ! grep -q "3 complete, 0 diverged, 1 unfinished, 0 missing" "$work/status.txt"; then
+    echo "the killed task should be unfinished, the others complete" >&2
     exit 1
 fi
 job=$(slurm/submit.sh "$work/slurm.txt" --time=10)
