@@ -4,7 +4,8 @@ Two copies of a model start from weights that differ by a random element of a ga
 batches of real data. An equivariant optimizer keeps them the same function. The measure is the largest absolute
 difference of their log-probabilities on held-out data, at any of ten checks over 100 steps.
 
-In float64 both Muons orthogonalise by the exact polar factor, in float32 by Newton-Schulz iteration.
+In float64 both Muons orthogonalise by the exact polar factor; in float32 by Newton-Schulz iteration, Muon in bfloat16 as
+torch's does.
 """
 
 from __future__ import annotations
@@ -57,16 +58,16 @@ def ddcadam(model: nn.Module, gauges: GaugeSet, **options: Any) -> DDCAdam:
     return DDCAdam(model.named_parameters(), gauges, **{"lr": LR, "weight_decay": WEIGHT_DECAY, **options})
 
 
-def orthogonalizer(model: nn.Module) -> str:
-    """The exact one in float64."""
-    return "polar" if next(model.parameters()).dtype == torch.float64 else "newton_schulz"
+def orthogonalizer(model: nn.Module, single: str) -> str:
+    """The exact one in float64, else ``single``."""
+    return "polar" if next(model.parameters()).dtype == torch.float64 else single
 
 
 def muon(model: nn.Module, gauges: GaugeSet) -> Optimizer:
     """The baseline of DDCMuon: Muon for hidden matrices, AdamW for the rest."""
     return make_muon(
         model, WEIGHT_DECAY, lr=MUON_LR, adam_lr=LR, momentum=0.95, nesterov=True, adjust_lr_fn="original",
-        orthogonalizer=orthogonalizer(model), betas=(0.9, 0.999), eps=1e-8,
+        orthogonalizer=orthogonalizer(model, "newton_schulz_bfloat16"), betas=(0.9, 0.999), eps=1e-8,
     )  # fmt: skip
 
 
@@ -74,7 +75,7 @@ def ddcmuon(model: nn.Module, gauges: GaugeSet) -> DDCMuon:
     """Muon's lift, with the baseline's hyperparameters."""
     return DDCMuon(
         model.named_parameters(), gauges, hidden_matrices(model), lr=MUON_LR, adam_lr=LR, weight_decay=WEIGHT_DECAY,
-        orthogonalizer=orthogonalizer(model),
+        orthogonalizer=orthogonalizer(model, "newton_schulz"),
     )  # fmt: skip
 
 
@@ -217,7 +218,7 @@ def table(records: list[dict[str, Any]]) -> str:
         f"Largest absolute difference of log-probabilities over {STEPS} steps from two starts on one gauge orbit, "
         f"largest of {len(seeds)} seeds; learning rate {LR}, of hidden matrices under the two Muons {MUON_LR}, weight "
         f"decay {WEIGHT_DECAY}, scales moved by e^±1. In float64 both Muons use the exact polar factor, in float32 "
-        "Newton-Schulz. "
+        "Newton-Schulz, Muon in bfloat16. "
         f"Commit {records[0]['commit']}. Made by `make equivariance` from `records.jsonl` beside this file.",
     ]
     return "\n".join(lines) + "\n"

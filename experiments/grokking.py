@@ -12,9 +12,9 @@ steps of ``+experiment=grok_mlp``. Two protocols compare the optimizers on seeds
   (``tuning``), the best two go on to seeds 101 and 102 (``finals``), the best of these is taken: by the number of
   runs that grok, then by the mean of their best validation accuracies.
 
-Task, size, the range of the grid and the matched rates come from pilot runs on other seeds. Ablations change one thing
-in DDCMuon's matched setting; the depth curves take the tuned settings, which were chosen at depth 24, to the other
-depths.
+Task, size, the range of the grid and the matched rates come from pilot runs, not recorded, of DDCMuon and Muon on seeds
+100, 200 and 201: they make a regime in which DDCMuon groks. Ablations change one thing in DDCMuon's matched setting; the
+depth curves take the tuned settings, which were chosen at depth 24, to the other depths.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rich.progress import track
 
 from ddc.report.grokking import CURVE, GROKS, best_accuracy, markdown, plot_accuracy, plot_depth
 from ddc.report.runs import Run, read_lines
-from ddc.training.sweep import ROOT, SweepRun, parse_sweep
+from ddc.training.sweep import SweepRun, parse_sweep, shown
 from experiments.output import save_records, save_table
 
 STAGES = ("matched", "tuning", "finals", "tuned", "ablations", "depth")
@@ -152,8 +152,8 @@ def ended_run(run: SweepRun) -> Run:
         ValueError: it has not ended.
     """
     if not run.ended:
-        raise ValueError(f"{run.folder} is {run.state}: run the stages before this one first")
-    return Run.read(ROOT / run.folder)
+        raise ValueError(f"{shown(run.folder)} is {run.state}: run the stages before this one first")
+    return Run.read(run.folder)
 
 
 def collect(runs: str) -> list[dict[str, Any]]:

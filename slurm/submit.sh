@@ -10,6 +10,6 @@ DDC_SWEEP=$(realpath "$1"); shift
 DDC_ROOT=$(realpath "$(dirname "$0")/..")
 DDC_PYTHON=${DDC_PYTHON:-$DDC_ROOT/.venv/bin/python}
 export DDC_SWEEP DDC_ROOT DDC_PYTHON
-count=$(grep -cvE '^[[:space:]]*(#|$)' "$DDC_SWEEP")
+count=$("$DDC_PYTHON" "$DDC_ROOT/scripts/sweep.py" count "$DDC_SWEEP")  # every line composed and validated
 mkdir -p "$DDC_ROOT/runs/slurm"
 exec sbatch --parsable --array="0-$((count - 1))" --output="$DDC_ROOT/runs/slurm/%A_%a.log" --export=ALL "$@" "$DDC_ROOT/slurm/array.sh"

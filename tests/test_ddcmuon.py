@@ -129,7 +129,8 @@ def test_ddcadam_on_the_deep_mlp(per_layer: bool, vertical: str) -> None:
     assert mlp_divergence(make, per_layer, steps=50) < 1e-7
 
 
-def test_biases_beside_hidden_matrices() -> None:
+@pytest.mark.parametrize("vertical", ["freeze", "adam", "balance"])
+def test_biases_beside_hidden_matrices(vertical: str) -> None:
     """A chain with biases: hidden matrices, the biases on their side, and free input and output layers."""
     model = relu_mlp(depth=5, width=16)
     gauges = relu_mlp_gauges(model)
@@ -137,7 +138,8 @@ def test_biases_beside_hidden_matrices() -> None:
     x, y = torch.randn(64, 16, dtype=torch.float64), torch.randint(16, (64,))
     copies = [copy.deepcopy(model), copy.deepcopy(model)]
     GaugeSet(tuple(gauges)).transform_(copies[1], torch.Generator().manual_seed(1))
-    optimizers = [DDCMuon(m.named_parameters(), gauges, hidden, lr=0.02, orthogonalizer="polar") for m in copies]
+    options = {"lr": 0.02, "orthogonalizer": "polar", "vertical": vertical}
+    optimizers = [DDCMuon(m.named_parameters(), gauges, hidden, **options) for m in copies]
     start = [p.detach().clone() for p in copies[0].parameters()]
     for _ in range(30):
         for each, optimizer in zip(copies, optimizers, strict=True):
@@ -148,6 +150,71 @@ def test_biases_beside_hidden_matrices() -> None:
         assert (copies[0](x) - copies[1](x)).abs().max() < 1e-7
     moved = [bool((p != q).any()) for p, q in zip(copies[0].parameters(), start, strict=True)]
     assert all(moved)
+
+
+def test_balance_relaxes_frames_and_leaves_the_function() -> None:
+    """Without gradients and decay, nothing moves but the gauge; biases go with their rows."""
+    model = relu_mlp(depth=5, width=16)
+    gauges = relu_mlp_gauges(model)
+    GaugeSet(tuple(gauges)).transform_(model, torch.Generator().manual_seed(1))
+    hidden = [HiddenMatrix(f"{i}.weight") for i in (2, 4, 6)]
+    options = {"lr": 0.1, "weight_decay": 0.0, "orthogonalizer": "polar", "vertical": "balance"}
+    optimizer = DDCMuon(model.named_parameters(), gauges, hidden, **options)
+    x = torch.randn(64, 16, dtype=torch.float64)
+    before, spread = model(x).detach(), [model[2].weight.detach().norm(dim=1).log().std()]
+    for _ in range(50):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        spread.append(model[2].weight.detach().norm(dim=1).log().std())
+    assert (model(x) - before).abs().max() < 1e-9
+    assert spread[-1] < 0.5 * spread[0]
+
+
+def test_linked_matrices_share_their_rate() -> None:
+    model = deep_mlp()
+    hidden = hidden_matrices(model)
+    named = dict(model.named_parameters())
+    groups = [{"params": [(n, p)], "lr": 0.02 if i else 0.1} for i, (n, p) in enumerate(named.items())]
+    groups[1]["lr"] = 0.05
+    with pytest.raises(ValueError, match="disagree in lr"):
+        DDCMuon(groups, find_gauges(model), hidden)
+    DDCMuon(groups, find_gauges(model).only(["logit_shift"]), hidden)  # nothing links them
+
+
+def test_a_group_has_a_rate_for_each_kind() -> None:
+    model = deep_mlp()
+    (muon_group, adam_group) = DDCMuon(
+        [{"params": list(model.named_parameters()), "lr": 0.05, "adam_lr": 1e-4}], find_gauges(model),
+        hidden_matrices(model), lr=0.01, adam_lr=0.01,
+    ).param_groups  # fmt: skip
+    assert (muon_group["lr"], adam_group["lr"]) == (0.05, 1e-4)
+
+
+def test_a_block_of_norm_zero_stays_zero_and_finite() -> None:
+    model = make_model(TABLE_MODELS["RMSNorm, SwiGLU, RoPE, GQA"])
+    with torch.no_grad():
+        model.blocks[0].attention.value.weight[:8] = 0  # a pruned head
+    optimizer = ddcmuon(model, find_gauges(model), per_head=True)
+    for seed in range(3):
+        backward(model, seed)
+        optimizer.step()
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    assert not model.blocks[0].attention.value.weight[:8].any()
+
+
+@pytest.mark.parametrize("make", [muon, functools.partial(ddcmuon, weight_decay=0.0, lr=1e-4)])
+def test_a_gradient_that_vanishes_for_ever(make) -> None:
+    """Momentum decays into the smallest numbers; weights stay finite."""
+    model = deep_mlp(depth=2, width=8).float()
+    optimizer = make(model, find_gauges(model), orthogonalizer="newton_schulz")
+    for _ in range(10):
+        mlp_step(model, optimizer)
+    for _ in range(2500):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
 def test_a_dead_unit_stays_finite_and_equivariant() -> None:
@@ -261,6 +328,17 @@ def test_newton_schulz_is_torchs() -> None:
     assert not newton_schulz(torch.zeros(3, 3)).any()
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1e-6, 1e-9, 1e-12, 1e-20, 1e-24, 1e-30])
+def test_newton_schulz_of_small_matrices_is_torchs(scale: float) -> None:
+    from torch.optim._muon import _zeropower_via_newtonschulz
+
+    x = scale * torch.randn((8, 24), generator=torch.Generator().manual_seed(0))
+    theirs = _zeropower_via_newtonschulz(x, (3.4445, -4.775, 2.0315), 5, 1e-7).float()
+    ours = newton_schulz(x)
+    assert bool(ours.isfinite().all())
+    assert (ours - theirs).norm() <= 0.05 * theirs.norm() + 1e-20
+
+
 def test_polar_factor_of_a_singular_matrix() -> None:
     x = torch.randn(6, 2, dtype=torch.float64) @ torch.randn(2, 5, dtype=torch.float64)
     u = polar_factor(x)
@@ -311,10 +389,13 @@ def test_the_baseline_is_torchs_muon_and_adamw(
             assert torch.equal(p, q), name
 
 
-def test_the_baseline_resumes_and_refuses() -> None:
-    weights = [torch.nn.Parameter(torch.randn(4, 6)) for _ in range(2)]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_baseline_resumes_and_refuses(dtype: torch.dtype) -> None:
+    weights = [torch.nn.Parameter(torch.randn(4, 6).to(dtype)) for _ in range(3)]
     twins = [torch.nn.Parameter(w.detach().clone()) for w in weights]
-    ours, other = Muon(weights), Muon(twins)
+    ours, other = Muon(weights[:2]), Muon(twins[:2])
+    for params, optimizer in ((weights, ours), (twins, other)):
+        optimizer.add_param_group({"params": params[2:], "lr": 0.1})
     for step in range(4):
         if step == 2:
             other.load_state_dict(copy.deepcopy(ours.state_dict()))
@@ -399,6 +480,17 @@ def test_state_round_trip(dtype: torch.dtype) -> None:
         backward(each, 7)
         its.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_a_copied_optimizer_routes_and_refuses_anothers_state() -> None:
+    model = deep_mlp()
+    optimizer = ddcmuon(model, find_gauges(model))
+    assert copy.deepcopy(optimizer).routing() == optimizer.routing()
+    baseline = muon(model, GaugeSet())
+    momenta = sum(v.numel() for s in baseline.state.values() for v in s.values())  # AdamW's come with its first step
+    assert momenta == sum(p.numel() for p in model.layers.parameters())
+    with pytest.raises(ValueError, match="combined optimizer"):
+        baseline.load_state_dict(optimizer.state_dict())
 
 
 # ---------------------------------------------------------------------------------------------- gauges

@@ -41,6 +41,13 @@ def test_estimate_counts_what_is_there() -> None:
     assert estimate.peak < 2 * weights_gradients_and_state + 40 * logits
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "ddcadam", "muon", "ddcmuon"])
+def test_estimate_of_every_optimizer(optimizer: str) -> None:
+    cpu = config("scale=cpu", "training.batch_size=2", f"optimizer={optimizer}")
+    estimate = estimate_memory(cpu, load_data(cpu.data, cpu.model, 0))
+    assert 4 * estimate.parameters < estimate.optimizer_state < 8.1 * estimate.parameters
+
+
 @pytest.mark.slow
 def test_bfloat16_autocast_trains(shakespeare) -> None:
     """Mixed precision as the GPU runs it, on the CPU: the loss falls as in float32."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,7 +36,7 @@ def test_a_crash_stops_nothing_and_the_summary_says_what_is_missing(tmp_path: Pa
     path = sweep_file(tmp_path, good[0], crash, *good[1:])
     first = sweep("run", path, "--jobs", 2)
     assert first.returncode == 1
-    assert "4 runs: 3 complete, 0 diverged, 0 unfinished, 1 missing" in first.stdout
+    assert "4 runs: 3 complete, 1 failed" in first.stdout
     assert "training.device=cuda" in first.stdout
     stamps = {p: p.stat().st_mtime_ns for p in tmp_path.glob("grok_mlp/*/records.jsonl")}
     assert len(stamps) == 3
@@ -45,12 +49,12 @@ def test_a_crash_stops_nothing_and_the_summary_says_what_is_missing(tmp_path: Pa
 @pytest.mark.slow
 def test_a_run_that_diverged_is_a_result_and_is_not_run_again(tmp_path: Path) -> None:
     path = sweep_file(tmp_path, "optimizer=adamw optimizer.lr=1e30 training.warmup=1.0 training.decay=0.0")
-    assert "1 runs: 0 complete, 1 diverged" in sweep("run", path).stdout
+    assert "1 runs: 1 diverged" in sweep("run", path).stdout
     log = read_sweep(path)[0].folder / "output.log"
     before = log.read_bytes()
     again = sweep("run", path)
     assert again.returncode == 0
-    assert "1 diverged, 0 unfinished" in again.stdout
+    assert "1 runs: 1 diverged" in again.stdout
     assert log.read_bytes() == before
 
 
@@ -77,6 +81,63 @@ def test_bad_lines_are_refused_before_anything_runs(tmp_path: Path) -> None:
         read_sweep(sweep_file(tmp_path, "optimizer=muon", "optimizer=muon wandb=offline"))
     with pytest.raises(ValueError, match=r"line 3: .*nonsense"):
         read_sweep(sweep_file(tmp_path, "nonsense=1"))
-    assert summary(read_sweep(sweep_file(tmp_path, "seed=1"))).startswith(
-        "1 runs: 0 complete, 0 diverged, 0 unfinished, 1 missing"
-    )
+    with pytest.raises(ValueError, match=r"line 3: .*optimizer.orthogonalizer=svd: expected one of newton_schulz"):
+        read_sweep(sweep_file(tmp_path, "optimizer=ddcmuon optimizer.orthogonalizer=svd"))
+    with pytest.raises(ValueError, match=r"line 4: .*quot"):
+        read_sweep(sweep_file(tmp_path, "optimizer=muon", "optimizer='muon"))
+    assert summary(read_sweep(sweep_file(tmp_path, "seed=1"))).startswith("1 runs: 1 missing")
+
+
+def test_an_empty_file_has_nothing_to_submit(tmp_path: Path) -> None:
+    path = tmp_path / "empty.txt"
+    path.write_text("# nothing\n")
+    submitted = subprocess.run(
+        ["bash", "slurm/submit.sh", str(path)], cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "DDC_PYTHON": sys.executable},
+    )  # fmt: skip
+    assert submitted.returncode != 0
+    assert "has no runs" in submitted.stderr
+
+
+def test_folders_do_not_depend_on_where_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "sweep.txt"
+    path.write_text("+experiment=grok_mlp runs=runs/here\n")
+    here = read_sweep(path)[0].folder
+    monkeypatch.chdir(tmp_path)
+    assert read_sweep(path)[0].folder == here
+    assert here.is_relative_to(ROOT / "runs/here")
+
+
+LONG = "training.steps=20000 training.evaluations=400"
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_and_two_processes_do_not_meet(tmp_path: Path) -> None:
+    """SIGTERM to the sweep ends its run with a checkpoint; while it runs, nobody else can."""
+    path = sweep_file(tmp_path, f"optimizer=muon {LONG}")
+    (run,) = read_sweep(path)
+    first = subprocess.Popen([sys.executable, "scripts/sweep.py", "run", path], cwd=ROOT)
+    timing = run.folder / "timing.jsonl"
+    wait_for(lambda: timing.exists() and len(timing.read_text().splitlines()) > 3)
+    assert run.state == "running"
+    assert "another process is at work" in sweep("task", path, 0).stderr
+    first.terminate()
+    assert first.wait(timeout=120) == 1
+    assert run.state == "unfinished"
+    before = timing.read_text().splitlines()[:-1]
+    again = subprocess.Popen([sys.executable, "scripts/sweep.py", "run", path], cwd=ROOT)
+    wait_for(lambda: len(timing.read_text().splitlines()) > len(before) + 3)
+    again.kill()  # the sweep alone: its run goes on
+    again.wait()
+    wait_for(lambda: run.state == "complete")
+    lines = timing.read_text().splitlines()
+    assert lines[: len(before)] == before  # resumed, not started over
+    rows = [json.loads(line)["step"] for line in (run.folder / "records.jsonl").read_text().splitlines()]
+    assert rows == list(range(0, 20001, 50))
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Modular arithmetic: all pairs of residues, split into training and validation pairs that share no answer."""
+"""Modular arithmetic: all pairs of residues, split into training and validation pairs that share no question."""
 
 from __future__ import annotations
 

@@ -187,7 +187,8 @@ class DDCAdam(Optimizer):
                 value.copy_(torch.as_tensor(saved[key]))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_stacks": self._stacks, "_ready": True}
+        own = {key: value for key, value in vars(self).items() if key in ("_gauges", "_hidden")}
+        return {**super().__getstate__(), "_stacks": self._stacks, "_ready": True, **own}
 
     def _check_groups(self) -> None:
         """Parameters under one gauge must share what the step shares; and gradients must be dense."""

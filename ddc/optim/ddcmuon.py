@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ddc.gauges import Gauge, HiddenMatrix, plain_name
 from ddc.optim.ddcadam import Builder, DDCAdam, Stack
@@ -36,7 +37,7 @@ class DDCMuon(DDCAdam):
 
     Args:
         params: ``model.named_parameters()``, or param groups whose ``"params"`` are such pairs. Each group is split in
-            two, for hidden matrices and for the rest.
+            two, for hidden matrices, whose rate is its ``"lr"``, and for the rest, whose rate is its ``"adam_lr"``.
         gauges: as for :class:`DDCAdam`.
         hidden: :func:`ddc.hidden_matrices` of the model, or the matrices named by hand.
         lr: for hidden matrices: the angle of a step, in radians.
@@ -139,11 +140,17 @@ def split_groups(
         named = list(group["params"])
         if not all(isinstance(pair, tuple) for pair in named):
             raise ValueError("hidden matrices are known by name: pass model.named_parameters(), not parameters()")
-        for is_hidden, defaults in ((True, muon), (False, adam)):
+        own = {key: value for key, value in group.items() if key not in ("lr", "adam_lr")}
+        for is_hidden, key, defaults in ((True, "lr", muon), (False, "adam_lr", adam)):
             mine = [(name, p) for name, p in named if (plain_name(name) in hidden) == is_hidden]
             if mine:
-                split.append({**defaults, **group, "params": mine})
+                split.append({**defaults, **own, "lr": group.get(key, defaults["lr"]), "params": mine})
     return split
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape but no values."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def check_hidden(hidden: Mapping[str, HiddenMatrix], params: Mapping[str, Tensor]) -> None:
@@ -156,7 +163,7 @@ def check_hidden(hidden: Mapping[str, HiddenMatrix], params: Mapping[str, Tensor
             raise ValueError(f"hidden matrix {name!r} has shape {tuple(param.shape)}: expected a matrix")
         if param.shape[matrix.axis] % matrix.heads:
             raise ValueError(f"hidden matrix {name!r}: {matrix.heads} heads do not divide {param.shape[matrix.axis]}")
-        if not param.is_meta and not bool(param.detach().any()):
+        if not is_fake(param) and not bool(param.detach().any()):
             raise ValueError(
                 f"hidden matrix {name!r} is zero: its norm moves by multiplication, so it would stay zero. "
                 "Initialise it at random, or leave it out of hidden"

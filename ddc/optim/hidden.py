@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -172,12 +173,14 @@ class HiddenStack:
         direction = read.weight * inverse
         x = norm * read.grad - read.log_norm_grad[:, None, None] * direction
         momentum = self.blocked(self.momentum_buffer).lerp(x, 1 - group["momentum"])
-        o = ORTHOGONALIZERS[group["orthogonalizer"]](
-            x.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        )
+        mixed = x.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+        # the angle of a step does not depend on the size of the gradient, as long as that is a normal number
+        size = mixed.abs().amax((1, 2), keepdim=True)
+        size = torch.where(size >= torch.finfo(size.dtype).tiny, size, 0.0)
+        o = ORTHOGONALIZERS[group["orthogonalizer"]](mixed * safe_power(size, -1))
         o = o - (o * direction).sum((1, 2), keepdim=True) * direction
         turned = direction - group["lr"] * o * safe_power(o.norm(dim=(1, 2), keepdim=True), -1)
-        growth = log_change.exp()[:, None, None] * norm / turned.norm(dim=(1, 2), keepdim=True)
+        growth = log_change.exp()[:, None, None] * norm * safe_power(turned.norm(dim=(1, 2), keepdim=True), -1)
         growth = growth * (1 - group["lr"] * group["weight_decay"])
         weight, self_momentum = self.joined(turned * growth), self.joined(momentum)
         if read.log_factors is not None:
@@ -195,10 +198,15 @@ class HiddenStack:
             weight = weight * (-log).exp()
         if group["vertical"] == "balance":
             for log in self.log_factors(context, after=True, inner=True) or ():
-                weight = weight * (group["lr"] * group["radial_rate"] * log).exp()
+                weight = weight * (relaxation(group) * log).exp()
         # what a dead factor dresses has no effect, and stays as it is
         alive = before[0].isfinite() & before[1].isfinite()
         return torch.where(alive, weight, torch.stack(self.params).to(self.dtype))
+
+
+def relaxation(group: Group) -> Any:
+    """How far ``balance`` relaxes the logarithm of a frame in a step."""
+    return group["lr"] * group["radial_rate"]
 
 
 class HiddenMatrices:
@@ -214,8 +222,6 @@ class HiddenMatrices:
         vertical: whether the vertical modes step too.
     """
 
-    shared = ("betas", "eps", "radial_rate", "vertical")
-
     def __init__(
         self,
         frames: list[FrameStack],
@@ -224,6 +230,8 @@ class HiddenMatrices:
         vertical: bool,
     ) -> None:
         self.frames, self.stacks = frames, stacks
+        # matrices whose norms a gauge links share their radial step, and so its rate
+        self.shared = ("betas", "eps", "radial_rate", "vertical", *(("lr",) if linked else ()))
         index = {name: i for i, name in enumerate(name for s in stacks for name in s.names for _ in range(s.heads))}
         total = sum(stack.blocks for stack in stacks)
         device, dtype = stacks[0].params[0].device, stacks[0].dtype
@@ -267,6 +275,10 @@ class HiddenMatrices:
         changes = self._radial(torch.cat([read.log_norm_grad for read in reads]), context)
         for stack, read, change in zip(self.stacks, reads, changes, strict=True):
             stack.move(read, change, context.groups[stack.groups[0]], context)
+        group = context.groups[self.stacks[0].groups[0]]
+        if group["vertical"] == "balance":  # what shares a side with a hidden matrix goes with it
+            for frame in self.frames:
+                context.relaxed[frame] = (-relaxation(group) * frame.log_frame).exp()
 
     def _sweep(self, context: Context) -> None:
         for frame in self.frames:
@@ -305,15 +317,15 @@ def modes_of(total: int, linked: Sequence[tuple[int, int, float]], vertical: boo
     columns = []
     for r in sorted({root(i) for i in range(total)}):
         members = [i for i in range(total) if root(i) == r]
-        gauges = torch.zeros(sum(root(p) == r for p, _, _ in linked), total, dtype=torch.float64)
-        for row, (p, m, k) in zip(gauges, [each for each in linked if root(each[0]) == r], strict=True):
+        here = [(p, m, k) for p, m, k in linked if root(p) == r]
+        gauges = np.zeros((len(here), total))
+        for row, (p, m, k) in zip(gauges, here, strict=True):
             row[p], row[m] = 1.0, -k
-        _, s, vh = torch.linalg.svd(gauges[:, members], full_matrices=True)
-        rank = int((s > 1e-9).sum())
-        modes = vh if vertical else vh[rank:]
-        modes = modes * modes.sum(1, keepdim=True).sign().add(0.5).sign()  # a sign that does not depend on the SVD's
-        mine = torch.zeros(total, len(modes), dtype=torch.float64)
-        mine[members] = modes.mT
+        _, s, modes = np.linalg.svd(gauges[:, members], full_matrices=True)
+        modes = modes if vertical else modes[(s > 1e-9).sum() :]
+        modes = modes * np.where(modes.sum(1, keepdims=True) < 0, -1.0, 1.0)  # a sign that does not depend on the SVD's
+        mine = np.zeros((total, len(modes)))
+        mine[members] = modes.T
         columns.append(mine)
-    basis = torch.cat(columns, 1)
+    basis = torch.from_numpy(np.concatenate(columns, 1))
     return basis, basis.shape[1]

@@ -61,10 +61,24 @@ class Muon(Optimizer):
             "adjust_lr_fn": adjust_lr_fn, "orthogonalizer": orthogonalizer,
         }  # fmt: skip
         super().__init__(params, defaults)
-        for param in (p for group in self.param_groups for p in group["params"]):
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in ``torch.optim``; state is made at once."""
+        super().add_param_group(param_group)
+        for param in self.param_groups[-1]["params"]:
             if param.ndim != 2:
                 raise ValueError(f"Muon takes matrices; got a parameter of shape {tuple(param.shape)}")
             self.state[param]["momentum_buffer"] = torch.zeros_like(param, dtype=compute_dtype(param))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in ``torch.optim``, but momentum stays in float32 where weights are in less."""
+        super().load_state_dict(state_dict)
+        saved = state_dict["state"]
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for i, param in zip(ids, params, strict=True):
+            buffer = saved[i]["momentum_buffer"]
+            self.state[param]["momentum_buffer"] = buffer.to(param.device, compute_dtype(param)).clone()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -10,6 +10,8 @@ from torch import Tensor
 #: Keller Jordan's quintic, https://kellerjordan.github.io/posts/muon: singular values end in about [0.7, 1.2].
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
+#: What is smaller counts as this small, as in ``torch.optim.Muon``: a vanishing momentum makes a vanishing step.
+SMALLEST_NORM = 1e-7
 
 
 def newton_schulz(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -23,7 +25,7 @@ def newton_schulz(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         Like x; zero where x is zero.
     """
     a, b, c = COEFFICIENTS
-    y = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    y = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(SMALLEST_NORM)
     wide = x.shape[-2] <= x.shape[-1]
     y = (y if wide else y.mT).to(dtype or x.dtype).reshape(-1, min(x.shape[-2:]), max(x.shape[-2:]))
     for _ in range(ITERATIONS):

@@ -278,13 +278,8 @@ def _levels(
 
 def _inner_plans(rescales: list[Rescale], hidden: Collection[str]) -> list[InnerPlan]:
     """Inner gauges by level: forward norms are taken in this order, backward norms in the reverse."""
-    sides = {
-        plus: {a.parameter: g for g in rescales for a in (g.plus if plus else g.minus) if a.parameter in hidden}
-        for plus in (True, False)
-    }
-    before = {
-        gauge: [sides[False][a.parameter] for a in gauge.plus if a.parameter in sides[False]] for gauge in rescales
-    }
+    of_minus = {axis.parameter: gauge for gauge in rescales for axis in gauge.minus if axis.parameter in hidden}
+    before = {gauge: [of_minus[a.parameter] for a in gauge.plus if a.parameter in of_minus] for gauge in rescales}
     return [
         InnerPlan(
             gauge,

@@ -154,11 +154,13 @@ class StackedParameter:
 class Context:
     """What the stacks of one step share: the param groups, and the norms that dress.
 
-    ``norms`` holds, for each stack that has moved, the norms of its plus sides before and after, both (L, U).
+    ``norms`` holds, for each stack that has moved, the norms of its plus sides before and after, both (L, U);
+    ``relaxed``, for each frame of hidden matrices that has relaxed, what its plus side was multiplied by, (L, U).
     """
 
     groups: list[Group]
     norms: dict[Dresser, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    relaxed: dict[Dresser, Tensor] = field(default_factory=dict)
 
     def decay(self, parameter: StackedParameter) -> float | Tensor:
         """The factor of decoupled weight decay."""
@@ -236,11 +238,25 @@ class FreeStack:
         params = p.params[rows]
         if p.role.centred:  # the mean row is gauge: decay leaves it
             u.add_(p.stack(rows).mean(1, keepdim=True) * (1 - decay))
-        if params[0].dtype == p.dtype:
+        relaxed = self._relaxed(rows, context)
+        if params[0].dtype == p.dtype and relaxed is None:
             torch._foreach_mul_(params, decay)
             torch._foreach_add_(params, u.unbind())
         else:
-            torch._foreach_copy_(params, (p.stack(rows) * decay + u).unbind())
+            moved = p.stack(rows) * decay + u
+            torch._foreach_copy_(params, (moved if relaxed is None else moved * relaxed).unbind())
+
+    def _relaxed(self, rows: slice, context: Context) -> Tensor | None:
+        """What the parameter is multiplied by because the frame that dresses it has relaxed."""
+        if self.parameter.dressed_by is None or self.parameter.role.dressing is None:
+            return None
+        stack, layers = self.parameter.dressed_by
+        if stack not in context.relaxed:
+            return None
+        factor = context.relaxed[stack][layers[rows]] ** -self.parameter.role.dressing.degree
+        if self.parameter.params[0].ndim == 1:
+            return factor
+        return factor.unsqueeze(2 if self.parameter.role.dressing.axis == 0 else 1)
 
 
 def centre(stacked: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,9 @@ from omegaconf.errors import OmegaConfBaseException
 from ddc.data import DataConfig, ModularConfig, TextConfig
 from ddc.gauges import KINDS
 from ddc.models import DeepMLPConfig, GPTConfig, ModelConfig
+from ddc.optim.ddcadam import STEP_SCALES, VERTICAL_MODES
+from ddc.optim.muon import ADJUSTMENTS
+from ddc.optim.orthogonal import ORTHOGONALIZERS
 from ddc.slt.config import SLTConfig
 
 SCHEDULES = ("constant", "cosine", "wsd")
@@ -56,6 +60,12 @@ class DDCAdamConfig(OptimizerConfig):
     step_scale: str = "init"
     retract: bool = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require("optimizer.radial_rate", self.radial_rate, self.radial_rate >= 0, "a number >= 0")
+        require_one_of("optimizer.vertical", self.vertical, VERTICAL_MODES)
+        require_one_of("optimizer.step_scale", self.step_scale, STEP_SCALES)
+
 
 @dataclass
 class MuonConfig(OptimizerConfig):
@@ -78,10 +88,8 @@ class MuonConfig(OptimizerConfig):
         super().__post_init__()
         require("optimizer.adam_lr", self.adam_lr, self.adam_lr > 0, "a positive number")
         require("optimizer.momentum", self.momentum, 0 <= self.momentum < 1, "a number in [0, 1)")
-        choices = ("original", "match_rms_adamw")
-        require(
-            "optimizer.adjust_lr_fn", self.adjust_lr_fn, self.adjust_lr_fn in choices, f"one of {', '.join(choices)}"
-        )
+        require_one_of("optimizer.adjust_lr_fn", self.adjust_lr_fn, ADJUSTMENTS)
+        require_one_of("optimizer.orthogonalizer", self.orthogonalizer, ORTHOGONALIZERS)
 
 
 @dataclass
@@ -99,6 +107,8 @@ class DDCMuonConfig(DDCAdamConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require("optimizer.adam_lr", self.adam_lr, self.adam_lr > 0, "a positive number")
+        require("optimizer.momentum", self.momentum, 0 <= self.momentum < 1, "a number in [0, 1)")
+        require_one_of("optimizer.orthogonalizer", self.orthogonalizer, ORTHOGONALIZERS)
 
 
 OPTIMIZERS = {"adamw": AdamWConfig, "ddcadam": DDCAdamConfig, "muon": MuonConfig, "ddcmuon": DDCMuonConfig}
@@ -249,6 +259,11 @@ def require(key: str, value: object, holds: bool, expected: str) -> None:
     """Raise a ValueError that names the config key, unless ``holds``."""
     if not holds:
         raise ValueError(f"Invalid {key}={value}: expected {expected}")
+
+
+def require_one_of(key: str, value: str, choices: Collection[str]) -> None:
+    """Raise a ValueError that names the config key and the choices, unless ``value`` is one of them."""
+    require(key, value, value in choices, f"one of {', '.join(choices)}")
 
 
 def register_schemas() -> None:

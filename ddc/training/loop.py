@@ -22,12 +22,13 @@ from torch.optim import Optimizer
 from ddc.data import Data, DataConfig, DataError, ModularConfig, PairData, TextConfig, TextData, load_modular, load_text
 from ddc.gauges import GaugeSet, audit, find_gauges
 from ddc.models import GPT, DeepMLP, DeepMLPConfig, GPTConfig, ModelConfig, cross_entropy
-from ddc.optim import DDCAdam
+from ddc.optim import DDCAdam, DDCMuon
 from ddc.optim.factory import make_optimizer
 from ddc.slt.observer import Observer, joined
 from ddc.training.checkpoint import load_checkpoint, save_checkpoint
 from ddc.training.config import Config, TrainingConfig
 from ddc.training.display import Display
+from ddc.training.lock import only_process_in
 from ddc.training.mirror import Mirror
 from ddc.training.records import Records, Row, provenance, summarize, write_json
 
@@ -67,6 +68,8 @@ def prepare(config: Config) -> Setup:
         if not isinstance(data, PairData):
             raise ValueError("training.batch_size=null takes the whole training split, which only data=modular allows")
         batch_size = data.train_units
+    if isinstance(data, PairData):
+        check_batch(batch_size, data.train_units, config.training.accumulation)
     torch.set_num_threads(config.training.threads)
     torch.manual_seed(config.seed)
     model = make_model(config.model, data).to(device)
@@ -76,6 +79,16 @@ def prepare(config: Config) -> Setup:
     folder = Path(config.runs) / config.name / config.run_id
     observer = make_observer(config, device, data, model, folder / "snapshots") if config.slt.readings else None
     return Setup(config, device, data, model, gauges, optimizer, batch_size, peak_lrs, observer, folder)
+
+
+def check_batch(batch_size: int, pairs: int, accumulation: int) -> None:
+    """Raise ValueError for a batch that the training pairs cannot give."""
+    if batch_size > pairs:
+        raise ValueError(
+            f"Invalid training.batch_size={batch_size}: there are {pairs} training pairs; null takes them all"
+        )
+    if batch_size % accumulation:
+        raise ValueError(f"Invalid training.accumulation={accumulation}: must divide the {batch_size} training pairs")
 
 
 def load_data(config: DataConfig, model: ModelConfig, seed: int) -> Data:
@@ -159,12 +172,19 @@ def train(setup: Setup, draw: Callable[[Path], Sequence[Path]] = no_figures) -> 
     Raises:
         DivergedError: the loss is not finite; the last good checkpoint is kept, ``diverged.json`` says what happened.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is saved.
+        BusyError: another process trains this run.
     """
+    summary = setup.folder / "summary.json"
+    if setup.config.training.resume == "auto" and summary.exists():
+        return {**json.loads(summary.read_text()), "already_complete": True}
+    with only_process_in(setup.folder):
+        return _train(setup, draw)
+
+
+def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
     config, training, folder = setup.config, setup.config.training, setup.folder
     model, optimizer = setup.model, setup.optimizer
     summary_path, checkpoint = folder / "summary.json", folder / "checkpoint.pt"
-    if training.resume == "auto" and summary_path.exists():
-        return {**json.loads(summary_path.read_text()), "already_complete": True}
     scaler = GradScaler(setup.device.type, enabled=training.precision == "float16")
     records, timing, readings = (Records(folder / f"{name}.jsonl") for name in ("records", "timing", "readings"))
     start = 0
@@ -259,6 +279,7 @@ def start_folder(setup: Setup) -> None:
             "seed": setup.config.seed,
             "data": setup.data.source,
             "gauges": str(setup.gauges).splitlines(),
+            **({"routing": setup.optimizer.routing().splitlines()} if isinstance(setup.optimizer, DDCMuon) else {}),
             **provenance(),
         },
     )

@@ -2,14 +2,16 @@
 
 A sweep file has one run a line, as the overrides of its configuration; empty lines and lines that begin with # are left
 out. A run is complete if the folder that its resolved configuration names has a summary. One that diverged is a
-result too, and is not run again.
+result too, and is not run again; one that a process is at work on is left to it.
 """
 
 from __future__ import annotations
 
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +23,11 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.progress import Progress
 
 from ddc.training.config import register_schemas, resolve
+from ddc.training.lock import is_held
 
 ROOT = Path(__file__).resolve().parents[2]
-#: What a run may be, and the file in its folder that tells.
-STATES = {"complete": "summary.json", "diverged": "diverged.json", "unfinished": "checkpoint.pt"}
+#: What a run may be. A failed one has ended without a checkpoint; its output says why.
+STATES = ("complete", "diverged", "running", "unfinished", "failed", "missing")
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,16 @@ class SweepRun:
 
     @property
     def state(self) -> str:
-        """One of :data:`STATES`: the first whose mark is in the folder, else ``missing``."""
-        return next((state for state, mark in STATES.items() if (self.folder / mark).exists()), "missing")
+        """One of :data:`STATES`, by what is in the folder."""
+        for state, mark in (("complete", "summary.json"), ("diverged", "diverged.json")):
+            if (self.folder / mark).exists():
+                return state
+        if is_held(self.folder):
+            return "running"
+        for state, mark in (("unfinished", "checkpoint.pt"), ("failed", "output.log")):
+            if (self.folder / mark).exists():
+                return state
+        return "missing"
 
     @property
     def ended(self) -> bool:
@@ -66,14 +77,14 @@ def parse_sweep(lines: Sequence[str]) -> list[SweepRun]:
     runs: dict[Path, tuple[int, SweepRun]] = {}
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         for number, line in enumerate(lines, 1):
-            overrides = tuple(shlex.split(line, comments=True))
-            if not overrides:
-                continue
             try:
+                overrides = tuple(shlex.split(line, comments=True))
+                if not overrides:
+                    continue
                 config = resolve(compose("config", overrides=list(overrides)))
             except (ValueError, HydraException, OmegaConfBaseException) as error:
                 raise ValueError(f"line {number}: {error}") from error
-            folder = Path(config.runs) / config.name / config.run_id
+            folder = ROOT / config.runs / config.name / config.run_id
             if folder in runs:
                 raise ValueError(f"line {number}: the same run as line {runs[folder][0]}")
             runs[folder] = (number, SweepRun(overrides, folder))
@@ -83,27 +94,48 @@ def parse_sweep(lines: Sequence[str]) -> list[SweepRun]:
 def run_missing(runs: list[SweepRun], jobs: int) -> None:
     """Run, or resume, what has not ended, ``jobs`` at a time; a run that fails does not stop the others.
 
-    The output of each goes to ``output.log`` in its folder.
+    The output of each goes to ``output.log`` in its folder. SIGTERM ends the runs, which save a checkpoint, and starts
+    no others.
     """
-    waiting = [run for run in runs if not run.ended]
+    waiting = [run for run in runs if not run.ended and run.state != "running"]
+    started: list[subprocess.Popen[bytes]] = []
+    stopping = threading.Event()
+
+    def stop(number: int, frame: object) -> None:
+        stopping.set()
+        for process in started:
+            if process.poll() is None:
+                process.terminate()
+
+    before = signal.signal(signal.SIGTERM, stop)
     with Progress() as progress:
         task = progress.add_task(f"{len(runs)} runs", total=len(runs), completed=len(runs) - len(waiting))
 
         def one(run: SweepRun) -> None:
+            if stopping.is_set():
+                return
             run.folder.mkdir(parents=True, exist_ok=True)
             with (run.folder / "output.log").open("a") as log:
-                subprocess.run(run.command(), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False)
+                process = subprocess.Popen(run.command(), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+                started.append(process)
+                process.wait()
             progress.advance(task)
 
         Parallel(n_jobs=jobs, prefer="threads")(delayed(one)(run) for run in waiting)
+    signal.signal(signal.SIGTERM, before)
 
 
 def summary(runs: list[SweepRun]) -> str:
     """How many runs are in which state, and which are not complete."""
     states = [run.state for run in runs]
-    counts = ", ".join(f"{states.count(state)} {state}" for state in (*STATES, "missing"))
+    counts = ", ".join(f"{states.count(state)} {state}" for state in STATES if state in states)
     lines = [f"{len(runs)} runs: {counts}"]
     for run, state in zip(runs, states, strict=True):
         if state != "complete":
-            lines.append(f"  {state:<10}  {shlex.join(run.overrides)}  in {run.folder}")
+            lines.append(f"  {state:<10}  {shlex.join(run.overrides)}  in {shown(run.folder)}")
     return "\n".join(lines)
+
+
+def shown(folder: Path) -> Path:
+    """A folder as seen from the repository, where it is inside."""
+    return folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
