@@ -12,9 +12,9 @@ steps of ``+experiment=grok_mlp``. Two protocols compare the optimizers on seeds
   (``tuning``), the best two go on to seeds 101 and 102 (``finals``), the best of these is taken: by the number of
   runs that grok, then by the mean of their best validation accuracies.
 
-Task, size, the range of the grid and the matched rates come from pilot runs, not recorded, of DDCMuon and Muon on seeds
-100, 200 and 201: they make a regime in which DDCMuon groks. Ablations change one thing in DDCMuon's matched setting; the
-depth curves take the tuned settings, which were chosen at depth 24, to the other depths.
+Task, size, the range of the grid and the matched rates come from pilot runs, not recorded, of DDCMuon and Muon on
+seeds 100, 200 and 201: they make a regime in which DDCMuon groks. Ablations change one thing in DDCMuon's matched
+setting; the depth curves take the tuned settings, which were chosen at depth 24, to the other depths.
 """
 
 from __future__ import annotations

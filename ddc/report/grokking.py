@@ -126,8 +126,8 @@ def markdown(records: Sequence[Record]) -> str:
         "## Protocols",
         protocol_table(records),
         "*Fits at* and *groks at*: median step of the runs that do; *delay*: median of the steps from fitting to "
-        "grokking, negative where a run generalises first. Intervals are nominally 95%: Clopper and Pearson's for shares, "
-        "bias-corrected bootstrap for means (at eleven seeds it covers about 90%, less where seeds fall in two "
+        "grokking, negative where a run generalises first. Intervals are nominally 95%: Clopper and Pearson's for "
+        "shares, bias-corrected bootstrap for means (at eleven seeds it covers about 90%, less where seeds fall in two "
         "groups). "
         f"p: Fisher's exact test of *groks* against {TITLES[SUBJECT]} of the same protocol, adjusted by Holm's method "
         "for all comparisons in the table. s: median seconds of a run, two at a time on two cores."
