@@ -4,8 +4,8 @@ Two copies of a model start from weights that differ by a random element of a ga
 batches of real data. An equivariant optimizer keeps them the same function. The measure is the largest absolute
 difference of their log-probabilities on held-out data, at any of ten checks over 100 steps.
 
-In float64 both Muons orthogonalise by the exact polar factor; in float32 by Newton-Schulz iteration, Muon in bfloat16 as
-torch's does.
+In float64 both Muons orthogonalise by the exact polar factor; in float32 by Newton-Schulz iteration, Muon in bfloat16
+as torch's does.
 """
 
 from __future__ import annotations
