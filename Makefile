@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: lm_overtrain grok report slurm-test test lint equivariance known_rates learning_coefficients benchmark clean
+.PHONY: lm_overtrain grok report slurm-test test lint architectures equivariance known_rates learning_coefficients benchmark clean
 
 lm_overtrain: $(STAMP)  ## the main job: AdamW and DDCAdam side by side, one core each; tables and plots
 	@mkdir -p runs/main
@@ -41,6 +41,9 @@ lint: $(STAMP)
 
 equivariance: $(STAMP)  ## claim C6: the table of results/equivariance
 	$(RUN) -m experiments.equivariance
+
+architectures: $(STAMP)  ## which gauges are found in models of timm and transformers: docs/architectures.md
+	$(RUN) -m experiments.architectures
 
 known_rates: $(STAMP)  ## analytic rates, expected and recovered: results/known_rates
 	$(RUN) -m experiments.known_rates

@@ -437,8 +437,10 @@ def test_roles_not_names_or_shapes_decide() -> None:
     hidden = {matrix.parameter for matrix in hidden_matrices(model)}  # every matrix has the same shape
     assert {name for name, p in model.named_parameters() if p.ndim == 2} - hidden == {"embedding.weight", "head.weight"}
     assert {m.parameter for m in hidden_matrices(torch.compile(model))} == hidden
-    with pytest.raises(TypeError, match="Name the matrices yourself"):
-        hidden_matrices(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="pass an example"):
+        hidden_matrices(nn.Bilinear(2, 2, 2))
+    with pytest.raises(ValueError, match="name matrices and heads yourself"):
+        hidden_matrices(nn.Linear(2, 2), per_head=True)
 
 
 @pytest.mark.parametrize(

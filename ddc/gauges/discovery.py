@@ -11,35 +11,39 @@ from torch import Tensor, nn
 from ddc.gauges.actions import Axis, Chain, Rescale, RotatedAxis, Rotation, Shift
 from ddc.gauges.base import Gauge, Refusal
 from ddc.gauges.gauge_set import GaugeSet
+from ddc.gauges.trace import Inputs, traced
+from ddc.gauges.traced import gauges_of_trace
 from ddc.models import DeepMLP
 from ddc.models.gpt import GPT, MLP, Attention
 
 
 @singledispatch
-def find_gauges(model: nn.Module, per_layer: bool = False) -> GaugeSet:
+def find_gauges(model: nn.Module, per_layer: bool = False, inputs: Inputs | None = None) -> GaugeSet:
     """Read the gauges of a model: what was found, and what was refused with the reason. Never guesses.
 
-    A reader for another family of models is registered with ``find_gauges.register``.
+    The model is traced on an example, and gauges are proved on the operations that it makes (``ddc.gauges.traced``).
+    The models of this package have readers of their own, which give the same and take no time; one for another
+    family is registered with ``find_gauges.register``.
 
     Args:
-        model: one of the models that have a reader.
+        model: any model that ``torch.export`` traces. Its first output is taken for logits under softmax cross-entropy,
+            if a linear map gives it: under another loss, leave ``logit_shift`` out (:meth:`GaugeSet.only`).
         per_layer: where a chain of ReLU layers can be rescaled neuron by neuron, take the smaller group that rescales
             it layer by layer instead (the chained rescale).
+        inputs: an example of what the model takes, as a tuple or, by keyword, a mapping: three positions or more, where
+            there are positions. Not needed for models of transformers and timm, nor for ``nn.Sequential`` of linear
+            maps and torch's encoder layers.
 
     Raises:
-        TypeError: there is no reader for this class of models.
+        ValueError: the model cannot be traced, or ``inputs`` are needed.
     """
     if isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
-        return find_gauges(inner, per_layer)  # wrapped by torch.compile or DDP
-    raise TypeError(
-        f"find_gauges cannot read a {type(model).__name__}; it reads {GPT.__name__} and {DeepMLP.__name__}. Declare "
-        "its gauges by hand (ddc.gauges.Rescale, Chain, Rotation, Shift), make sure of them with ddc.gauges.check, "
-        "and pass them as a list"
-    )
+        return find_gauges(inner, per_layer, inputs)  # wrapped by torch.compile or DDP
+    return gauges_of_trace(traced(model, inputs), per_layer)
 
 
 @find_gauges.register
-def _(model: DeepMLP, per_layer: bool = False) -> GaugeSet:
+def _(model: DeepMLP, per_layer: bool = False, inputs: Inputs | None = None) -> GaugeSet:
     layers = [f"layers.{i}.weight" for i in range(len(model.layers))]
     shift = Shift("head.weight")
     if model.config.residual:
@@ -52,15 +56,15 @@ def _(model: DeepMLP, per_layer: bool = False) -> GaugeSet:
         reason = "rescales per layer were asked for; those per neuron contain them"
         return GaugeSet((shift, Chain(tuple(chain))), (Refusal("relu_rescale", "layers", reason),))
     # a neuron of the input layer is a column of the embedding, which is a table of rows
-    inputs = Rescale("relu_rescale", "embedding", (Axis(chain[0], 1),), (Axis(chain[1], 1),))
+    first = Rescale("relu_rescale", "embedding", (Axis(chain[0], 1),), (Axis(chain[1], 1),))
     pairs = list(pairwise(chain[1:]))
     rescales = [Rescale("relu_rescale", f"layers.{i}", (Axis(a),), (Axis(b, 1),)) for i, (a, b) in enumerate(pairs)]
     reason = "the rescales of all neurons contain it; find_gauges(model, per_layer=True) finds it in their place"
-    return GaugeSet((shift, inputs, *rescales), (Refusal("chained_rescale", "layers", reason),))
+    return GaugeSet((shift, first, *rescales), (Refusal("chained_rescale", "layers", reason),))
 
 
 @find_gauges.register
-def _(model: GPT, per_layer: bool = False) -> GaugeSet:
+def _(model: GPT, per_layer: bool = False, inputs: Inputs | None = None) -> GaugeSet:
     finding = _Finding(model)
     for i, _block in enumerate(model.blocks):
         place = f"blocks.{i}"

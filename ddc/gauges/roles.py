@@ -12,6 +12,7 @@ from functools import singledispatch
 
 from torch import nn
 
+from ddc.gauges.trace import Inputs, traced
 from ddc.models import GPT, DeepMLP
 
 
@@ -41,26 +42,37 @@ class HiddenMatrix:
 
 
 @singledispatch
-def hidden_matrices(model: nn.Module, per_head: bool = False) -> Sequence[HiddenMatrix]:
+def hidden_matrices(model: nn.Module, per_head: bool = False, inputs: Inputs | None = None) -> Sequence[HiddenMatrix]:
     """The hidden matrices of a model, in its order.
 
+    The model is traced on an example. Its linear maps are hidden but for the head, which gives the output, and those
+    that read the model's inputs as they are; weights that are used twice are left out.
+
     Args:
-        model: one of the models that :func:`ddc.find_gauges` reads.
-        per_head: attention matrices head by head, instead of stacked.
+        model: any model that ``torch.export`` traces.
+        per_head: attention matrices head by head, instead of stacked; for the models of this package.
+        inputs: as for :func:`ddc.find_gauges`.
 
     Raises:
-        TypeError: there is no reader for this class of models.
+        ValueError: the model cannot be traced, ``inputs`` are needed, or ``per_head`` is asked of another model.
     """
     if isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
-        return hidden_matrices(inner, per_head)  # wrapped by torch.compile or DDP
-    raise TypeError(
-        f"hidden_matrices cannot read a {type(model).__name__}; it reads {GPT.__name__} and {DeepMLP.__name__}. Name "
-        "the matrices yourself: [HiddenMatrix('layers.0.weight'), ...]"
-    )
+        return hidden_matrices(inner, per_head, inputs)  # wrapped by torch.compile or DDP
+    if per_head:
+        raise ValueError(
+            f"per_head=True is for {GPT.__name__}. For a {type(model).__name__}, name matrices and heads yourself: "
+            "[HiddenMatrix('layers.0.query.weight', heads=8), ...]"
+        )
+    trace = traced(model, inputs)
+    return [
+        HiddenMatrix(linear.weight)
+        for linear in trace.linear_maps.values()
+        if linear != trace.head and trace.used_once(linear.weight) and trace.depends_on_parameters(linear.input)
+    ]
 
 
 @hidden_matrices.register
-def _(model: GPT, per_head: bool = False) -> Sequence[HiddenMatrix]:
+def _(model: GPT, per_head: bool = False, inputs: Inputs | None = None) -> Sequence[HiddenMatrix]:
     heads, kv_heads = (model.config.heads, model.config.kv_heads) if per_head else (1, 1)
     matrices = []
     for i in range(len(model.blocks)):
@@ -77,5 +89,5 @@ def _(model: GPT, per_head: bool = False) -> Sequence[HiddenMatrix]:
 
 
 @hidden_matrices.register
-def _(model: DeepMLP, per_head: bool = False) -> Sequence[HiddenMatrix]:
+def _(model: DeepMLP, per_head: bool = False, inputs: Inputs | None = None) -> Sequence[HiddenMatrix]:
     return [HiddenMatrix(f"layers.{i}.weight") for i in range(len(model.layers))]

@@ -1,0 +1,503 @@
+"""A model as a graph of operations: which linear maps there are, and where a scale or a head goes from one to another.
+
+The graph is ``torch.export``'s: operations of ATen on parameters, buffers and example inputs. All that is said here is
+said of the operations, so it holds for any module that makes them, whatever its class is called.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from ddc.gauges.base import plain_name
+
+#: Operations that put entries elsewhere, or leave them where they are.
+MOVES = frozenset(
+    [
+        "view",
+        "reshape",
+        "transpose",
+        "permute",
+        "slice",
+        "select",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "flatten",
+        "unflatten",
+        "contiguous",
+        "alias",
+        "clone",
+        "detach",
+        "t",
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "tensor_split",
+        "unbind",
+        "movedim",
+        "swapaxes",
+        "narrow",
+        "repeat",
+        "repeat_interleave",
+        "_unsafe_view",
+        "roll",
+        "flip",
+        "expand_as",
+        "view_as",
+    ]
+)
+#: Operations that change nothing but the type, or drop entries at random.
+KEEPS = frozenset(["to", "type_as", "dropout", "_to_copy", "float", "lift_fresh_copy"])
+#: Elementwise operations f with f(c x) = c f(x) for c > 0.
+HOMOGENEOUS = frozenset(["relu", "relu_", "leaky_relu", "leaky_relu_", "neg", "abs"])
+#: Linear operations: what a rotary embedding is made of.
+LINEAR_OPERATIONS = MOVES | KEEPS | frozenset(["mul", "div", "add", "sub", "neg", "cat", "stack", "getitem", "rsub"])
+
+
+def arguments(node: Node) -> tuple[Any, ...]:
+    """Positional arguments of a node; torch.fx types them too widely to read."""
+    return node.args
+
+
+def inputs(node: Node) -> list[Node]:
+    """The nodes from whose values that of a node is computed; not those that lend their type or shape alone."""
+    if operation(node) in ("type_as", "view_as", "expand_as"):
+        return [arguments(node)[0]]
+    return node.all_input_nodes
+
+
+def operation(node: Node) -> str:
+    """Name of what a node does: ``linear``, ``view``; ``getitem``; empty for what is no call."""
+    if node.op != "call_function":
+        return ""
+    if node.target is operator.getitem:
+        return "getitem"
+    return str(node.target).split(".")[1] if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """A node that applies a weight to the last axis of its input.
+
+    Attributes:
+        node, input: the operation, and the node that it reads.
+        weight: name of the weight.
+        rows: axis of the weight along which the outputs lie: 0, or 1 where the weight is stored as (in, out).
+        bias: name of the bias where it is a parameter by itself, and the node of the bias whatever it is.
+    """
+
+    node: Node
+    input: Node
+    weight: str
+    rows: int
+    bias: str | None
+    bias_node: Node | None
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """Where a flow ends: at argument ``argument`` of ``node``, with the labels and the degree that it has there."""
+
+    node: Node
+    argument: int
+    labels: Tensor
+    degree: float
+
+
+@dataclass
+class Flow:
+    """Where the scales of some units go: the ends, and what was on the way."""
+
+    arrivals: list[Arrival]
+    activations: set[str]
+    gated: bool
+    dropout: bool
+
+
+class Trace:
+    """The graph of a model on example inputs.
+
+    Args:
+        model: in evaluation mode while it is traced; left as it was.
+        args, kwargs: example inputs.
+
+    Raises:
+        ValueError: the model cannot be traced.
+    """
+
+    def __init__(self, model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> None:
+        training = {module: module.training for module in model.modules()}
+        model.eval()
+        try:
+            program = torch.export.export(model, tuple(args), dict(kwargs or {}), strict=False)
+        except Exception as error:
+            raise ValueError(f"{type(model).__name__} cannot be traced by torch.export: {error}") from error
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+        self.model = model
+        self.graph = program.graph
+        self.order = {node: i for i, node in enumerate(self.graph.nodes)}
+        signature = program.graph_signature
+        first_name: dict[int, str] = {}
+        named = dict(model.named_parameters(remove_duplicate=False))
+        for name, parameter in named.items():
+            first_name.setdefault(id(parameter), plain_name(name))
+        placeholders = {node.name: node for node in self.graph.nodes if node.op == "placeholder"}
+        self.parameters: dict[Node, str] = {
+            placeholders[node]: first_name[id(named[name])] for node, name in signature.inputs_to_parameters.items()
+        }
+        self.tensors: dict[str, Tensor] = {plain_name(name): parameter for name, parameter in named.items()}
+        self.outputs = list(_output_nodes(self.graph))
+        self._constants = self._constant_values(program, placeholders, args, kwargs or {})
+        self._module = program.graph_module
+
+    def _constant_values(
+        self, program: Any, placeholders: Mapping[str, Node], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> dict[Node, Any]:
+        """Values of all placeholders."""
+        signature = program.graph_signature
+        values: dict[Node, Any] = {node: self.tensors[name] for node, name in self.parameters.items()}
+        for node, name in signature.inputs_to_buffers.items():
+            values[placeholders[node]] = program.state_dict.get(name, program.constants.get(name))
+        for node, name in getattr(signature, "inputs_to_lifted_tensor_constants", {}).items():
+            values[placeholders[node]] = program.constants[name]
+        flat = torch.utils._pytree.tree_leaves((tuple(args), dict(kwargs)))
+        for node, value in zip(signature.user_inputs, flat, strict=False):
+            if isinstance(node, str):
+                values[placeholders[node]] = value
+        return values
+
+    # ------------------------------------------------------------------------------------------ parameters
+
+    def parameter(self, node: object) -> tuple[str, int] | None:
+        """The parameter that a node is a view of, and how often it is transposed; None if it is none."""
+        transposed = 0
+        while isinstance(node, Node) and node.op == "call_function":
+            name = operation(node)
+            if name in ("t", "transpose", "permute") and value_of(node).ndim == 2:
+                transposed += 1
+            elif name not in ("alias", "detach", "contiguous", "to", "clone"):
+                return None
+            node = arguments(node)[0]
+        if isinstance(node, Node) and node in self.parameters:
+            return self.parameters[node], transposed
+        return None
+
+    @cached_property
+    def uses(self) -> dict[str, list[Node]]:
+        """By parameter, the nodes that compute with it."""
+        found: dict[str, list[Node]] = {}
+        for node in self.graph.nodes:
+            if node.op in ("call_function", "output") and self.parameter(node) is None:
+                for argument in node.all_input_nodes:
+                    if (view := self.parameter(argument)) is not None:
+                        found.setdefault(view[0], []).append(node)
+        return found
+
+    def used_once(self, name: str) -> bool:
+        """Whether one operation alone computes with the parameter."""
+        return len(self.uses.get(name, ())) == 1
+
+    @cached_property
+    def head(self) -> LinearMap | None:
+        """The linear map that gives the model's first output, as it is."""
+        node = self.outputs[0]
+        while operation(node) in ("alias", "to", "clone", "contiguous"):
+            node = inputs(node)[0]
+        return self.linear_maps.get(node)
+
+    @cached_property
+    def linear_maps(self) -> dict[Node, LinearMap]:
+        """All applications of a weight that is a parameter, in order."""
+        maps = {}
+        for node in self.graph.nodes:
+            match operation(node), arguments(node):
+                case "linear", (x, w, *rest):
+                    bias, rows = (rest[0] if rest else None), 0
+                case "addmm", (bias, x, w):
+                    rows = 1
+                case (("mm" | "matmul"), (x, w)):
+                    bias, rows = None, 1
+                case _:
+                    continue
+            view = self.parameter(w)
+            if view is None or self.tensors[view[0]].ndim != 2:
+                continue
+            name, transposed = view
+            of_bias = self.parameter(bias)
+            maps[node] = LinearMap(node, x, name, (rows + transposed) % 2, of_bias[0] if of_bias else None, bias)
+        return maps
+
+    # ------------------------------------------------------------------------------------------ flow of scales
+
+    def flow(self, sources: Mapping[Node, Tensor]) -> Flow:
+        """Follow scales through the graph, from nodes whose entries are multiplied by c of their label.
+
+        Args:
+            sources: int64 labels of the shape of each node's value.
+
+        Returns:
+            The operations at which the flow ends: linear maps, attention, the output, and all that is not homogeneous.
+        """
+        state: dict[Node, tuple[Any, float]] = {node: (labels, 1.0) for node, labels in sources.items()}
+        flow = Flow([], set(), gated=False, dropout=False)
+        waiting = sorted({user for node in sources for user in node.users}, key=self.order.__getitem__)
+        seen = set(waiting)
+        while waiting:
+            node = waiting.pop(0)
+            after = None if node in self.linear_maps else self._transfer(node, state, flow)
+            if after is None:
+                flow.arrivals += [
+                    Arrival(node, i, *state[argument])
+                    for i, argument in enumerate(_flat(arguments(node)))
+                    if isinstance(argument, Node) and argument in state
+                ]
+                continue
+            state[node] = after
+            fresh = [user for user in node.users if user not in seen]
+            seen.update(fresh)
+            waiting = sorted([*waiting, *fresh], key=self.order.__getitem__)
+        return flow
+
+    def _transfer(self, node: Node, state: Mapping[Node, tuple[Any, float]], flow: Flow) -> tuple[Any, float] | None:
+        """Labels and degree of a node's value; None where the flow ends."""
+        name, args = operation(node), arguments(node)
+        scaled = [each for each in inputs(node) if each in state]
+        if name in ("mul", "div", "add", "sub") and len(args) == 2 and not node.kwargs:
+            return self._combine(node, state, flow)
+        if name in ("cat", "stack") and set(scaled) == set(args[0]):
+            degrees = {state[each][1] for each in scaled}
+            return (apply(node, [state[each][0] for each in args[0]]), degrees.pop()) if len(degrees) == 1 else None
+        if scaled != [args[0]]:
+            return None
+        labels, degree = state[args[0]]
+        if name == "getitem":
+            return labels[args[1]], degree
+        if name in MOVES:
+            return apply(node, labels), degree
+        if name in KEEPS or name == "neg":
+            flow.dropout |= name == "dropout" and args[1] > 0
+            return labels, degree
+        if name in HOMOGENEOUS:
+            flow.activations.add(name.rstrip("_"))
+            return labels, degree
+        if name == "square" or (name == "pow" and isinstance(args[1], int | float) and args[1] > 0):
+            return labels, degree * (2 if name == "square" else args[1])
+        if name in ("mean", "sum") and len(args) > 1:
+            keep = len(args) > 2 and bool(args[2])
+            lows, highs = (extreme(labels, args[1], keepdim=keep) for extreme in (torch.amin, torch.amax))
+            return (lows, degree) if torch.equal(lows, highs) else None
+        return None
+
+    def _combine(self, node: Node, state: Mapping[Node, tuple[Any, float]], flow: Flow) -> tuple[Any, float] | None:
+        """Labels and degree of a product, quotient, sum or difference of two values."""
+        name, (a, b) = operation(node), arguments(node)
+        shape = value_of(node).shape
+        if a in state and b in state:
+            (labels, p), (others, q) = state[a], state[b]
+            if name == "div" or (name != "mul" and p != q) or not torch.equal(labels, others):
+                return None
+            return labels, p + q if name == "mul" else p
+        scaled, other = (a, b) if a in state else (b, a)
+        if name in ("add", "sub") or (name == "div" and scaled is b):
+            return None
+        if isinstance(other, Node) and self.parameter(other) is not None:
+            return None  # a scale of its own
+        flow.gated |= isinstance(other, Node) and self.depends_on_parameters(other)
+        return state[scaled][0].broadcast_to(shape), state[scaled][1]
+
+    def depends_on_parameters(self, node: Node) -> bool:
+        """Whether parameters decide the value of a node."""
+        return any(each in self.parameters for each in self.ancestors(node))
+
+    def ancestors(self, node: Node, stop: Iterable[Node] = ()) -> set[Node]:
+        """A node and all that it is computed from, up to ``stop``."""
+        stop, found, waiting = set(stop), {node}, [node]
+        while waiting:
+            current = waiting.pop()
+            if current in stop:
+                continue
+            for argument in inputs(current):
+                if argument not in found:
+                    found.add(argument)
+                    waiting.append(argument)
+        return found
+
+    # ------------------------------------------------------------------------------------------ values
+
+    def value(self, node: Node, given: dict[Node, Any]) -> Any:
+        """Compute the value of a node, on the example inputs, and keep it in ``given`` with all that it took.
+
+        Args:
+            node: what is asked for.
+            given: values to start from, of any nodes.
+        """
+        for each in sorted(self.ancestors(node, given), key=self.order.__getitem__):
+            if each in given:
+                continue
+            if each.op == "placeholder":
+                given[each] = self._constants[each]
+            elif each.op == "get_attr":
+                given[each] = operator.attrgetter(str(each.target))(self._module)
+            elif operation(each) == "type_as":
+                given[each] = given[inputs(each)[0]]
+            else:
+                args = torch.fx.node.map_arg(arguments(each), given.__getitem__)
+                kwargs = torch.fx.node.map_arg(each.kwargs, given.__getitem__)
+                given[each] = callable_of(each)(*args, **kwargs)
+        return given[node]
+
+    @torch.no_grad()
+    def matrix(self, source: LinearMap, target: Node, at_once: int = 256) -> Tensor | None:
+        """How the outputs of a linear map, the same at every position, enter another node: (outputs, *target).
+
+        None if an operation between the two is not linear.
+        """
+        between = self.ancestors(target, [source.node])
+        on_the_way: set[Node] = set()
+        waiting = [source.node]
+        while waiting:
+            fresh = {user for user in waiting.pop().users if user in between} - on_the_way
+            on_the_way |= fresh
+            waiting += fresh
+        for node in on_the_way:
+            if operation(node) not in LINEAR_OPERATIONS or _is_active_dropout(node):
+                return None
+            if (
+                operation(node) in ("mul", "div")
+                and sum(a in on_the_way or a is source.node for a in arguments(node)) > 1
+            ):
+                return None
+        shape = value_of(source.node).shape
+        fixed: dict[Node, Any] = {}
+        for node in on_the_way:
+            for argument in inputs(node):
+                if argument is not source.node and argument not in on_the_way:
+                    self.value(argument, fixed)
+
+        def enter(outputs: Tensor) -> Tensor:
+            return torch.as_tensor(self.value(target, {**fixed, source.node: outputs.broadcast_to(shape)}))
+
+        device = self.tensors[source.weight].device
+        units = torch.eye(shape[-1], dtype=torch.float64, device=device)
+        fixed = {
+            node: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+            for node, value in fixed.items()
+        }
+        zero = enter(torch.zeros_like(units[0]))
+        if zero.any():
+            return None  # a constant is added on the way
+        return torch.cat([torch.func.vmap(enter)(part) for part in units.split(at_once)]).cpu()
+
+
+def callable_of(node: Node) -> Any:
+    """What a node calls."""
+    return node.target
+
+
+def apply(node: Node, first: Any) -> Any:
+    """What a node does, done to another first argument."""
+    return callable_of(node)(first, *arguments(node)[1:], **node.kwargs)
+
+
+def _is_active_dropout(node: Node) -> bool:
+    return operation(node) == "dropout" and float(arguments(node)[1]) > 0
+
+
+def _output_nodes(graph: torch.fx.Graph) -> Iterator[Node]:
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    for node in _flat(output.args):
+        if isinstance(node, Node):
+            yield node
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    if isinstance(values, list | tuple):
+        for value in values:
+            yield from _flat(value)
+    else:
+        yield values
+
+
+def value_of(node: Node) -> Tensor:
+    """What the trace knows of a node's value: shape and type."""
+    value = node.meta["val"]
+    assert isinstance(value, Tensor)
+    return value
+
+
+def labels_of(node: Node, axis: int = -1) -> Tensor:
+    """Labels of a node whose units lie along one axis."""
+    shape = value_of(node).shape
+    axis %= len(shape)
+    return torch.arange(shape[axis]).view(-1, *(1,) * (len(shape) - 1 - axis)).expand(shape)
+
+
+def last_axis(labels: Tensor) -> Tensor | None:
+    """The labels along the last axis, if they are the same at all positions."""
+    rows = labels.reshape(-1, labels.shape[-1])
+    return rows[0] if bool((rows == rows[0]).all()) else None
+
+
+#: An example of what a model takes: positional arguments, or keyword arguments.
+Inputs = Sequence[Any] | Mapping[str, Any]
+
+
+def traced(model: nn.Module, inputs: Inputs | None = None) -> Trace:
+    """The trace of a model on ``inputs``, or on the example that its kind is known to take.
+
+    Raises:
+        ValueError: the model cannot be traced, or ``inputs`` are needed.
+    """
+    if inputs is None:
+        args, kwargs = example_inputs(model)
+        return Trace(model, args, kwargs)
+    return Trace(model, (), inputs) if isinstance(inputs, Mapping) else Trace(model, inputs)
+
+
+def example_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Small inputs for the models whose inputs are known: transformers', timm's, and torch's own.
+
+    Raises:
+        ValueError: any other model.
+    """
+    weight = next(model.parameters())
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight)
+
+    config, main_input = getattr(model, "config", None), getattr(model, "main_input_name", None)
+    if main_input == "pixel_values":
+        size, channels = getattr(config, "image_size", 224), getattr(config, "num_channels", 3)
+        height, width = (size, size) if isinstance(size, int) else size
+        return (), {"pixel_values": random(2, channels, height, width)}
+    if main_input == "input_ids":
+        use_cache = {"use_cache": False} if hasattr(config, "use_cache") else {}
+        return (), {"input_ids": torch.arange(6, device=weight.device).view(2, 3), **use_cache}
+    if (patches := getattr(model, "patch_embed", None)) is not None and getattr(patches, "img_size", None):
+        return (random(2, weight_channels(patches), *patches.img_size),), {}
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.TransformerEncoderLayer)]
+    if isinstance(model, nn.Sequential | nn.Linear) and layers and isinstance(layers[0], nn.Linear):
+        return (random(2, layers[0].in_features),), {}
+    if isinstance(model, nn.TransformerEncoder | nn.TransformerEncoderLayer):
+        (encoder, *_) = (layer for layer in layers if isinstance(layer, nn.TransformerEncoderLayer))
+        return (random(2, 3, encoder.linear1.in_features),), {}
+    raise ValueError(
+        f"what a {type(model).__name__} takes is not known: pass an example, find_gauges(model, inputs=(x,)), "
+        "or inputs={...} for keyword arguments"
+    )
+
+
+def weight_channels(patches: nn.Module) -> int:
+    """Channels of the images that a patch embedding takes."""
+    (weight, *_) = (p for p in patches.parameters() if p.ndim > 1)
+    return weight.shape[1]

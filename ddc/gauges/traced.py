@@ -1,0 +1,527 @@
+"""The gauges of a traced model: rules on its graph, one for each kind.
+
+What a rule cannot prove it refuses. The rules read operations; names of modules and classes serve for
+messages alone.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from ddc.gauges.actions import Axis, Chain, Rescale, RotatedAxis, Rotation, Shift
+from ddc.gauges.base import Gauge, Refusal
+from ddc.gauges.gauge_set import GaugeSet
+from ddc.gauges.trace import (
+    Arrival,
+    Flow,
+    LinearMap,
+    Trace,
+    arguments,
+    inputs,
+    labels_of,
+    last_axis,
+    operation,
+    value_of,
+)
+
+ATTENTION = "scaled_dot_product_attention"
+#: Two numbers of a rotary embedding count as equal within this; it is computed in single precision or less.
+CLOSE = 1e-3
+
+
+Key = TypeVar("Key", bound=Hashable)
+#: By unit, the copies of k indices that it turns.
+Indices = Sequence[Sequence[tuple[int, ...]]]
+
+
+class NotProved(Exception):
+    """Why a gauge is refused."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How the outputs of a linear map enter attention, head by head.
+
+    Attributes:
+        planes: by head, the pairs of outputs that a rotary embedding turns; key: the pair of entries that they become.
+        rest: by head, the outputs that enter as they are; key: the entry that they become.
+    """
+
+    planes: list[dict[tuple[int, int], tuple[int, int]]]
+    rest: list[dict[int, int]]
+
+
+def gauges_of_trace(trace: Trace, per_layer: bool = False) -> GaugeSet:
+    """All gauges that the rules prove, and all that they refuse.
+
+    Args:
+        trace: of the model.
+        per_layer: chains of ReLU layers without biases as one chained rescale each, in place of their neurons'.
+    """
+    finding = Finding(trace)
+    finding.norm_scales()
+    finding.rescales()
+    finding.rotations()
+    finding.logit_shift()
+    found = chained(finding.found) if per_layer else finding.found
+    return GaugeSet(tuple(found), tuple(finding.refused))
+
+
+def chained(gauges: Sequence[Gauge]) -> list[Gauge]:
+    """Rescales of neurons that follow each other, without biases, as one rescale of whole layers."""
+    links = {
+        gauge.plus[0].parameter: gauge
+        for gauge in gauges
+        if isinstance(gauge, Rescale) and gauge.kind == "relu_rescale" and gauge.degree == 1
+        if len(gauge.plus) == len(gauge.minus) == 1
+    }
+    second = {gauge.minus[0].parameter for gauge in links.values()}
+    chains: list[Gauge] = []
+    for name in links:
+        if name not in second:
+            weights = [name]
+            while weights[-1] in links:
+                weights.append(links[weights[-1]].minus[0].parameter)
+            chains.append(Chain(tuple(weights), where=owner(name)))
+    return [*chains, *(gauge for gauge in gauges if gauge not in links.values())]
+
+
+class Finding:
+    """Collects what is found and refused in one trace."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.modules = dict(trace.model.named_modules())
+        self.found: list[Gauge] = []
+        self.refused: list[Refusal] = []
+
+    # ------------------------------------------------------------------------------------------ norm scale
+
+    def norm_scales(self) -> None:
+        """A scale gamma (and beta) after a norm, against the columns of all linear maps that read it."""
+        scales: set[str] = set()
+        for node in self.trace.graph.nodes:
+            if (scale := self._scale(node)) is not None:
+                source, plus = scale
+                scales.update(plus)
+                where = owner(plus[0])
+                try:
+                    self.found.append(self._norm_scale(source, plus, where))
+                except NotProved as reason:
+                    self.refused.append(Refusal("norm_scale", where, str(reason)))
+        for name, module in self.modules.items():
+            if "norm" in type(module).__name__.lower() and not any(owner(scale) == name for scale in scales):
+                weight = getattr(module, "weight", None)
+                why = "the norm has no scale" if weight is None else "its weight does not multiply what the norm gives"
+                self.refused.append(Refusal("norm_scale", name, why))
+
+    def _scale(self, node: Node) -> tuple[Node, tuple[str, ...]] | None:
+        """A node whose entries along the last axis are scaled (and shifted) by parameters, and these."""
+        match operation(node), arguments(node):
+            case "layer_norm", (_, shape, gamma, *rest) if gamma is not None and len(shape) == 1:
+                beta = rest[0] if rest else None
+            case "rms_norm", (_, shape, gamma, *rest) if gamma is not None and len(shape) == 1:
+                beta = None
+            case "mul", (a, b):
+                gamma = a if self._is_vector(a, node) else b
+                if not self._is_vector(gamma, node) or (a is gamma and self._is_vector(b, node)):
+                    return None
+                beta, users = None, list(node.users)
+                if len(users) == 1 and operation(users[0]) == "add" and self._is_vector(arguments(users[0])[1], node):
+                    node = users[0]
+                    beta = arguments(node)[1]
+            case _:
+                return None
+        names = [view[0] for each in (gamma, beta) if (view := self.trace.parameter(each)) is not None]
+        return (node, tuple(names)) if names else None
+
+    def _is_vector(self, argument: object, node: Node) -> bool:
+        view = self.trace.parameter(argument)
+        return view is not None and self.trace.tensors[view[0]].shape == value_of(node).shape[-1:]
+
+    def _norm_scale(self, source: Node, plus: Sequence[str], where: str) -> Rescale:
+        flow = self.trace.flow({source: labels_of(source)})
+        readers = [self._reader(arrival) for arrival in flow.arrivals]
+        if flow.activations or any(arrival.degree != 1 for arrival in flow.arrivals):
+            raise NotProved("what reads it is not a linear map")
+        self._require_single(plus, readers)
+        return Rescale("norm_scale", where, tuple(Axis(name) for name in plus), tuple(readers))
+
+    def _reader(self, arrival: Arrival) -> Axis:
+        """The columns of the linear map at which a flow ends."""
+        linear = self.trace.linear_maps.get(arrival.node)
+        if linear is None or arguments(arrival.node)[arrival.argument] is not linear.input:
+            raise NotProved(f"its reader, {self.describe(arrival.node)}, is not a linear map")
+        labels = last_axis(arrival.labels)
+        units = self.trace.tensors[linear.weight].shape[1 - linear.rows]
+        if labels is None or not torch.equal(labels, torch.arange(units)):
+            raise NotProved("the columns of a linear map that reads it are not its units, one for one")
+        return Axis(linear.weight, 1 - linear.rows)
+
+    def _require_single(self, names: Sequence[str], axes: Sequence[Axis] = ()) -> None:
+        """Each parameter computes in one place alone."""
+        for name in [*names, *(axis.parameter for axis in axes)]:
+            if not self.trace.used_once(name):
+                raise NotProved(
+                    f"{owner(name).rpartition('.')[2]} is tied to another parameter, or used more than once"
+                )
+
+    def describe(self, node: Node) -> str:
+        """What a node does, with the class of the module that does it where that says more."""
+        if node.op == "output":
+            return "the output of the model"
+        name = operation(node)
+        module = self.modules.get(self.path(node))
+        if module is None or self._activation(node) is None or type(module).__name__.lower() == name:
+            return name
+        return type(module).__name__
+
+    def _activation(self, node: Node) -> str | None:
+        """The module in which a node is, if it has neither parameters nor modules of its own."""
+        module = self.modules.get(path := self.path(node))
+        plain = module is not None and not [*module.children(), *module.parameters()]
+        return path if plain else None
+
+    @staticmethod
+    def path(node: Node) -> str:
+        """Name of the module in which a node is."""
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        return stack[-1][0] if stack else ""
+
+    # ------------------------------------------------------------------------------------------ rescales
+
+    def rescales(self) -> None:
+        """Rows of one linear map against columns of the next, with what is homogeneous, or a gate, between them."""
+        taken: dict[Axis, str] = {}
+        for name, sources, plus in self._rescale_sources():
+            flow = self.trace.flow(sources)
+            if not flow.arrivals or not self._is_between(flow):
+                continue
+            units = self.trace.tensors[name].shape[plus[0].axis]
+            ends = [arrival.node in self.trace.linear_maps for arrival in flow.arrivals]
+            parts = [len(arrival.labels.unique()) < units for arrival in flow.arrivals]
+            # a gate by itself, or in one weight with the values, of which a part of the units goes on
+            gated = flow.gated and (all(ends) or any(end and part for end, part in zip(ends, parts, strict=True)))
+            kind = "gated_rescale" if gated else "relu_rescale"
+            try:
+                gauge = self._rescale(kind, name, flow, plus)
+                if (clash := next((axis for axis in gauge.minus if axis in taken), None)) is not None:
+                    raise NotProved(f"the other side is scaled by {taken[clash]} already")
+            except NotProved as reason:
+                self.refused.append(Refusal(kind, self.place([name]), str(reason)))
+                continue
+            taken.update(dict.fromkeys(gauge.minus, name))
+            self.found.append(gauge)
+
+    def _rescale_sources(self) -> list[tuple[str, dict[Node, Tensor], tuple[Axis, ...]]]:
+        """Weights whose output units may be scaled: name, nodes of the outputs with their labels, and the side."""
+        sources = []
+        for linear in self.trace.linear_maps.values():
+            plus = [Axis(linear.weight, linear.rows)]
+            if linear.bias is not None:
+                plus.append(Axis(linear.bias))
+            sources.append((linear.weight, {linear.node: labels_of(linear.node)}, tuple(plus)))
+        tables: dict[str, list[Node]] = defaultdict(list)
+        for node in self.trace.graph.nodes:
+            if operation(node) == "embedding" and (view := self.trace.parameter(arguments(node)[0])) is not None:
+                tables[view[0]].append(node)
+        for name, nodes in tables.items():
+            sources.append((name, {node: labels_of(node) for node in nodes}, (Axis(name, 1),)))
+        return sources
+
+    def _is_between(self, flow: Flow) -> bool:
+        """Whether the flow is what a feed-forward block does: elementwise from linear map to linear map.
+
+        A gate branch, whose scale its activation does not pass on, is none: the value branch is looked at by itself.
+        """
+        linear = [arrival.node in self.trace.linear_maps for arrival in flow.arrivals]
+        if all(linear):
+            return bool(flow.activations) or flow.gated
+        onward = [self._onward(arrival.node) for arrival in flow.arrivals if arrival.node not in self.trace.linear_maps]
+        return any(each is not None and (any(linear) or not each.gated) for each in onward)
+
+    def _onward(self, node: Node) -> Flow | None:
+        """Where an activation's values go, if to linear maps alone."""
+        known = (ATTENTION, "add", "output", "layer_norm", "rms_norm", "mul", "cat", "matmul", "bmm", "")
+        if (module := self._activation(node)) is not None:  # of several operations
+            node = [each for each in self.trace.graph.nodes if self.path(each) == module][-1]
+        elif operation(node) in known:
+            return None
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or value.ndim < 2:
+            return None
+        flow = self.trace.flow({node: labels_of(node)})
+        return flow if flow.arrivals and all(end.node in self.trace.linear_maps for end in flow.arrivals) else None
+
+    def _rescale(self, kind: str, name: str, flow: Flow, plus: tuple[Axis, ...]) -> Rescale:
+        other = [arrival.node for arrival in flow.arrivals if arrival.node not in self.trace.linear_maps]
+        if other and kind == "gated_rescale":
+            raise NotProved("its rows are in one weight with those of its gate")
+        if other:
+            raise NotProved(f"{self.describe(other[0])} is not homogeneous")
+        readers = [self._reader(arrival) for arrival in flow.arrivals]
+        if kind == "gated_rescale" and flow.activations:
+            raise NotProved("the gate branch is not touched; its value branch is")
+        degrees = {arrival.degree for arrival in flow.arrivals}
+        if len(degrees) > 1:
+            raise NotProved("its readers read it at different degrees")
+        if not self._bias_is_whole(name):
+            raise NotProved("its bias is not a parameter of its own")
+        tables = {axis.parameter for axis in plus if axis.axis == 1 and self._is_table(axis.parameter)}
+        self._require_single([axis.parameter for axis in plus if axis.parameter not in tables], readers)
+        return Rescale(kind, self.place([name, readers[0].parameter]), plus, tuple(readers), degrees.pop())
+
+    def _is_table(self, name: str) -> bool:
+        """Whether embeddings alone use a parameter."""
+        return all(operation(node) == "embedding" for node in self.trace.uses[name])
+
+    def _bias_is_whole(self, name: str) -> bool:
+        return all(
+            linear.bias_node is None or linear.bias is not None
+            for linear in self.trace.linear_maps.values()
+            if linear.weight == name
+        )
+
+    # ------------------------------------------------------------------------------------------ rotations
+
+    def rotations(self) -> None:
+        """Heads of each attention: values against outputs, queries and keys with each other."""
+        for node in self.trace.graph.nodes:
+            if operation(node) == ATTENTION:
+                where = self.path(node) or "attention"
+                for kind, rule in (("value_rotation", self._value_rotation), ("qk_rotation", self._qk_rotation)):
+                    try:
+                        self.found += rule(node, where)
+                    except NotProved as reason:
+                        self.refused.append(Refusal(kind, where, str(reason)))
+            elif operation(node) in ("softmax", "_softmax") and self._is_attention(node):
+                where = self.path(node) or "attention"
+                for kind in ("value_rotation", "qk_rotation"):
+                    self.refused.append(
+                        Refusal(kind, where, "attention is read where it is scaled_dot_product_attention")
+                    )
+
+    def _is_attention(self, node: Node) -> bool:
+        return any(operation(user) in ("matmul", "bmm", "dropout", "to") for user in node.users)
+
+    def _origin(self, node: Node) -> LinearMap | None:
+        """The one linear map from which an input of attention comes."""
+        found, waiting, seen = set(), [node], {node}
+        while waiting:
+            current = waiting.pop()
+            if current in self.trace.linear_maps:
+                found.add(current)
+                continue
+            for argument in inputs(current):
+                if argument not in seen:
+                    seen.add(argument)
+                    waiting.append(argument)
+        return self.trace.linear_maps[found.pop()] if len(found) == 1 else None
+
+    def _heads(self, node: Node, argument: int, what: str) -> tuple[LinearMap, Heads]:
+        linear = self._origin(arguments(node)[argument])
+        if linear is None:
+            raise NotProved(f"its {what} do not come from one linear map")
+        self._require_single([linear.weight])
+        matrix = self.trace.matrix(linear, arguments(node)[argument])
+        if matrix is None:
+            raise NotProved(f"its {what} pass through what is not linear (a QK-norm, say) before they meet")
+        return linear, heads_of(matrix, what)
+
+    def _value_rotation(self, node: Node, where: str) -> list[Rotation]:
+        value, heads = self._heads(node, 2, "values")
+        if any(heads.planes):
+            raise NotProved("its values are turned by position")
+        query_heads, width = value_of(node).shape[-3], value_of(node).shape[-1]
+        labels = torch.arange(query_heads)[:, None, None] * width + torch.arange(width)
+        flow = self.trace.flow({node: labels.expand(value_of(node).shape)})
+        if flow.activations or flow.gated or flow.dropout or len(flow.arrivals) != 1:
+            raise NotProved("what it gives does not go to one linear map alone, as it is")
+        (arrival,) = flow.arrivals
+        output = self.trace.linear_maps.get(arrival.node)
+        columns = last_axis(arrival.labels)
+        if output is None or columns is None or len(columns) != query_heads * width:
+            raise NotProved(f"what it gives goes to {self.describe(arrival.node)}, no linear map of all heads")
+        self._require_single([], [Axis(output.weight)])
+        position = np.empty(len(columns), dtype=np.int64)
+        position[columns.numpy()] = np.arange(len(columns))
+        groups = grouped([tuple(rest[i] for i in sorted(rest)) for rest in heads.rest], query_heads)
+        rows = np.array(list(groups))[:, None, :]
+        reading = np.array([[position[h * width : (h + 1) * width] for h in members] for members in groups.values()])
+        slots = [*self._row_slots(value, rows), RotatedAxis(output.weight, 1 - output.rows, reading)]
+        return [Rotation("value_rotation", where, tuple(slots), reflections=True)] if width > 1 else []
+
+    def _qk_rotation(self, node: Node, where: str) -> list[Rotation]:
+        (query, q), (key_map, k) = self._heads(node, 0, "queries"), self._heads(node, 1, "keys")
+        kinds = {frozenset(planes) for planes in (*q.planes, *k.planes)}
+        if len(kinds) != 1:
+            raise NotProved("its queries and keys are turned in different planes")
+        signatures = [(*sorted(a.items()), *sorted(b.items())) for a, b in zip(k.planes, k.rest, strict=True)]
+        groups = list(grouped(signatures, len(q.rest)).values())
+        repeated = len(q.rest) // len(k.rest)  # query heads on a key head, where attention itself repeats these
+        rotations = []
+        keys = [group[0] // repeated for group in groups]
+        if planes := sorted(q.planes[0]):
+            of_query: Indices = [[q.planes[head][plane] for head in group] for group in groups for plane in planes]
+            of_key: Indices = [[k.planes[key][plane]] for key in keys for plane in planes]
+            rotations.append(self._qk(where, query, of_query, key_map, of_key, reflections=False))
+        if len(rest := sorted(q.rest[0])) > 1:
+            of_query = [[tuple(q.rest[head][i] for i in rest) for head in group] for group in groups]
+            of_key = [[tuple(k.rest[key][i] for i in rest)] for key in keys]
+            rotations.append(self._qk(where, query, of_query, key_map, of_key, reflections=True))
+        return rotations
+
+    def _qk(self, where: str, query: LinearMap, q: Indices, key: LinearMap, k: Indices, reflections: bool) -> Rotation:
+        slots = (*self._row_slots(query, np.array(q)), *self._row_slots(key, np.array(k)))
+        return Rotation("qk_rotation", where, slots, reflections)
+
+    def _row_slots(self, linear: LinearMap, rows: np.ndarray) -> list[RotatedAxis]:
+        """Rows of a weight, and the same entries of its bias."""
+        slots = [RotatedAxis(linear.weight, linear.rows, rows)]
+        for name, start, size in self._bias_parts(linear):
+            inside = (rows >= start) & (rows < start + size)
+            if inside.all():
+                self._require_single([name])
+                slots.append(RotatedAxis(name, 0, rows - start))
+            elif inside.any():
+                raise NotProved("its heads lie across the parts of a bias")
+        return slots
+
+    def _bias_parts(self, linear: LinearMap) -> list[tuple[str, int, int]]:
+        """The parameters that a bias is put together from: name, first row, number of rows; zeros are left out."""
+        node = linear.bias_node
+        if node is None:
+            return []
+        parts, start = [], 0
+        pieces = list(arguments(node)[0]) if operation(node) == "cat" else [node]
+        for piece in pieces:
+            size = value_of(piece).numel()
+            if (view := self.trace.parameter(piece)) is not None:
+                parts.append((view[0], start, size))
+            elif self.trace.depends_on_parameters(piece) or bool(self.trace.value(piece, {}).any()):
+                raise NotProved("its bias is not made of parameters as they are")
+            start += size
+        return parts
+
+    # ------------------------------------------------------------------------------------------ logit shift
+
+    def logit_shift(self) -> None:
+        """The same vector added to all rows of the linear map that gives the first output."""
+        if (linear := self.trace.head) is None:
+            reason = f"{self.describe(self.trace.outputs[0])}, which gives the output, is not a linear map"
+            self.refused.append(Refusal("logit_shift", "output", reason))
+            return
+        where = owner(linear.weight)
+        if linear.rows != 0 or not self.trace.used_once(linear.weight):
+            embedding = any(operation(use) == "embedding" for use in self.trace.uses[linear.weight])
+            reason = "the head is tied to the embedding" if embedding else "the head is used more than once"
+            self.refused.append(Refusal("logit_shift", where, reason))
+        elif linear.bias_node is not None and linear.bias is None:
+            self.refused.append(Refusal("logit_shift", where, "its bias is not a parameter of its own"))
+        else:
+            self.found.append(Shift(linear.weight, linear.bias, where=where))
+
+    # ------------------------------------------------------------------------------------------ places
+
+    def place(self, names: Sequence[str]) -> str:
+        """The module that holds these parameters; of the first alone, if that is but a list of modules."""
+        paths = [owner(name).split(".") for name in names]
+        shared = []
+        for parts in zip(*paths, strict=False):
+            if len(set(parts)) > 1:
+                break
+            shared.append(parts[0])
+        path = ".".join(shared)
+        if not path or isinstance(self.modules.get(path), nn.ModuleList | nn.Sequential):
+            return owner(names[0])
+        return path
+
+
+def owner(parameter: str) -> str:
+    """Name of the module that has a parameter."""
+    return parameter.rpartition(".")[0]
+
+
+def grouped(keys: Sequence[Key], count: int) -> dict[Key, list[int]]:
+    """Which of ``count`` query heads read which key-value head; ``keys`` tells key-value heads apart."""
+    groups: dict[Key, list[int]] = {}
+    group = count // len(keys)
+    for head in range(count):
+        groups.setdefault(keys[head // group], []).append(head)
+    if len({len(members) for members in groups.values()}) != 1:
+        raise NotProved("its key-value heads are read by different numbers of query heads")
+    return groups
+
+
+def heads_of(matrix: Tensor, what: str) -> Heads:
+    """Read heads from how the outputs of a linear map enter attention.
+
+    Args:
+        matrix: (outputs, ..., heads, positions, entries), from :meth:`Trace.matrix`.
+        what: for messages.
+
+    Raises:
+        NotProved: entries of a head that are no outputs as they are, nor pairs of them turned by position.
+    """
+    matrix = matrix.reshape(len(matrix), -1, *matrix.shape[-3:])[:, 0]
+    heads = Heads([], [])
+    for head in range(matrix.shape[1]):
+        block = matrix[:, head]  # (outputs, positions, entries)
+        met = (block.abs() > 0).any(1)
+        outputs = met.any(1).nonzero().flatten().tolist()
+        planes, rest, scales = {}, {}, []
+        for rows, entries in components(met[outputs], outputs):
+            at = block[rows][:, :, entries].permute(1, 2, 0)  # (positions, entries, outputs)
+            if len(rows) == len(entries) == 1:
+                scales.append(at[0, 0, 0])
+                if (at - at[0]).abs().max() > CLOSE * at.abs().max():
+                    raise NotProved(f"its {what} are scaled by position")
+                rest[entries[0]] = rows[0]
+                continue
+            if not len(rows) == len(entries) == 2:
+                raise NotProved(f"its {what} are mixed within a head in more than planes")
+            size = at.square().sum((1, 2)) / 2
+            identity = torch.eye(2, dtype=at.dtype) * size[:, None, None]
+            determinant = torch.linalg.det(at)
+            if (at @ at.mT - identity).abs().max() > CLOSE * size.max() or (
+                size - size[0]
+            ).abs().max() > CLOSE * size.max():
+                raise NotProved(f"its {what} are mixed in pairs, but not turned")
+            if not bool((determinant > 0).all() | (determinant < 0).all()):
+                raise NotProved(f"its {what} are mixed in pairs, but not turned")
+            if determinant[0] < 0:
+                rows = rows[::-1]
+            planes[entries[0], entries[1]] = (rows[0], rows[1])
+        if len(planes) * 2 + len(rest) != matrix.shape[-1]:
+            raise NotProved(f"entries of its {what} do not come from the linear map")
+        if scales and (torch.stack(scales) - scales[0]).abs().max() > CLOSE * scales[0].abs():
+            raise NotProved(f"entries of its {what} are scaled apart")
+        heads.planes.append(planes)
+        heads.rest.append(rest)
+    return heads
+
+
+def components(met: Tensor, names: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Connected components of a bipartite graph: rows, by name, with their columns; isolated columns are left out."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    rows, columns = met.nonzero().T.numpy()
+    size = sum(met.shape)
+    edges = coo_array((np.ones(len(rows)), (rows, columns + met.shape[0])), shape=(size, size))
+    _, label = connected_components(edges, directed=False)
+    found: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+    for i in range(met.shape[0]):
+        found[label[i]][0].append(names[i])
+    for j in range(met.shape[1]):
+        if label[met.shape[0] + j] in found:
+            found[label[met.shape[0] + j]][1].append(j)
+    return list(found.values())
