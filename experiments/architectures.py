@@ -1,4 +1,4 @@
-"""Which gauges find_gauges finds in models that others wrote: ``python -m experiments.architectures`` (``make architectures``).
+"""Which gauges find_gauges finds in models that others wrote (``make architectures``).
 
 The models are those of the tests (``tests/zoo.py``), small and with random weights. Every gauge is checked in float64.
 """
@@ -23,7 +23,8 @@ SHOWN = [kind for kind in KINDS if kind != "chained_rescale"]
 
 def row(gauges: GaugeSet) -> list[str]:
     """How many gauges of each kind were found, or why none was."""
-    found, reasons = defaultdict(int), defaultdict(list)
+    found: dict[str, int] = defaultdict(int)
+    reasons: dict[str, list[str]] = defaultdict(list)
     for gauge in gauges:
         found[gauge.kind] += 1
     for refusal in gauges.refused:
