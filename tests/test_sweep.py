@@ -108,7 +108,7 @@ def test_folders_do_not_depend_on_where_one_is(tmp_path: Path, monkeypatch: pyte
     assert here.is_relative_to(ROOT / "runs/here")
 
 
-LONG = "training.steps=20000 training.evaluations=400"
+LONG = "training.steps=5000 training.evaluations=100"
 
 
 @pytest.mark.slow
@@ -133,7 +133,7 @@ def test_a_killed_run_resumes_and_two_processes_do_not_meet(tmp_path: Path) -> N
     lines = timing.read_text().splitlines()
     assert lines[: len(before)] == before  # resumed, not started over
     rows = [json.loads(line)["step"] for line in (run.folder / "records.jsonl").read_text().splitlines()]
-    assert rows == list(range(0, 20001, 50))
+    assert rows == list(range(0, 5001, 50))
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
