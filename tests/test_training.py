@@ -252,7 +252,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None
         (["training.max_grad_norm=0"], "Invalid training.max_grad_norm=0"),
         (["optimizer.lr=0"], "Invalid optimizer.lr=0"),
         (["optimizer.betas=[0.9,1.0]"], "Invalid optimizer.betas"),
-        (["optimizer.vertical=up"], "Invalid vertical='up'"),
+        (["optimizer.vertical=up"], "Invalid optimizer.vertical=up"),
         (["model.mlp=tanh"], "Invalid model.mlp='tanh'"),
         (["model.heads=3"], "Invalid model.heads=3: must divide model.width=16"),
         (["model.kv_heads=3"], "Invalid model.kv_heads=3"),
