@@ -1,7 +1,7 @@
 """Many runs from a file, one a line, as overrides of ``train.py``; ended ones are skipped, stopped ones resume.
 
 python scripts/sweep.py run SWEEP_FILE --jobs 2     # on this machine; exit status 1 if a run has not ended
-python scripts/sweep.py status SWEEP_FILE           # what is complete, diverged, unfinished, missing
+python scripts/sweep.py status SWEEP_FILE           # what is complete, diverged, running, unfinished, failed, missing
 python scripts/sweep.py count SWEEP_FILE            # how many there are
 python scripts/sweep.py task SWEEP_FILE INDEX       # one of them, counted from 0: for array jobs (slurm/)
 """
