@@ -57,7 +57,7 @@ MOVES = frozenset(
 #: Operations that change nothing but the type, or drop entries at random.
 KEEPS = frozenset(["to", "type_as", "dropout", "_to_copy", "float", "lift_fresh_copy"])
 #: Elementwise operations f with f(c x) = c f(x) for c > 0.
-HOMOGENEOUS = frozenset(["relu", "relu_", "leaky_relu", "leaky_relu_", "neg", "abs"])
+HOMOGENEOUS = frozenset(["relu", "relu_", "leaky_relu", "leaky_relu_", "abs"])
 #: Linear operations: what a rotary embedding is made of.
 LINEAR_OPERATIONS = MOVES | KEEPS | frozenset(["mul", "div", "add", "sub", "neg", "cat", "stack", "getitem", "rsub"])
 
@@ -435,11 +435,10 @@ def value_of(node: Node) -> Tensor:
     return value
 
 
-def labels_of(node: Node, axis: int = -1) -> Tensor:
-    """Labels of a node whose units lie along one axis."""
+def labels_of(node: Node) -> Tensor:
+    """Labels of a node whose units lie along the last axis."""
     shape = value_of(node).shape
-    axis %= len(shape)
-    return torch.arange(shape[axis]).view(-1, *(1,) * (len(shape) - 1 - axis)).expand(shape)
+    return torch.arange(shape[-1]).expand(shape)
 
 
 def last_axis(labels: Tensor) -> Tensor | None:

@@ -25,7 +25,6 @@ from ddc.gauges.trace import (
     LinearMap,
     Trace,
     arguments,
-    inputs,
     labels_of,
     last_axis,
     operation,
@@ -314,17 +313,9 @@ class Finding:
 
     def _origin(self, node: Node) -> LinearMap | None:
         """The one linear map from which an input of attention comes."""
-        found, waiting, seen = set(), [node], {node}
-        while waiting:
-            current = waiting.pop()
-            if current in self.trace.linear_maps:
-                found.add(current)
-                continue
-            for argument in inputs(current):
-                if argument not in seen:
-                    seen.add(argument)
-                    waiting.append(argument)
-        return self.trace.linear_maps[found.pop()] if len(found) == 1 else None
+        maps = self.trace.linear_maps
+        found = [maps[each] for each in self.trace.ancestors(node, stop=maps) if each in maps]
+        return found[0] if len(found) == 1 else None
 
     def _heads(self, node: Node, argument: int, what: str) -> tuple[LinearMap, Heads]:
         linear = self._origin(arguments(node)[argument])

@@ -134,7 +134,11 @@ class StackedParameter:
         if self.dressed_by is None or self.role.dressing is None:
             return None
         stack, layers = self.dressed_by
-        factor = context.norms[stack][after][layers[rows]] ** self.role.dressing.degree
+        return self.along_dressing(context.norms[stack][after][layers[rows]] ** self.role.dressing.degree)
+
+    def along_dressing(self, factor: Tensor) -> Tensor:
+        """Shape (L, U) of what dresses to what broadcasts against the stacked parameter."""
+        assert self.role.dressing is not None
         if self.params[0].ndim == 1:
             return factor
         return factor.unsqueeze(2 if self.role.dressing.axis == 0 else 1)
@@ -248,15 +252,11 @@ class FreeStack:
 
     def _relaxed(self, rows: slice, context: Context) -> Tensor | None:
         """What the parameter is multiplied by because the frame that dresses it has relaxed."""
-        if self.parameter.dressed_by is None or self.parameter.role.dressing is None:
+        p = self.parameter
+        if p.dressed_by is None or p.role.dressing is None or p.dressed_by[0] not in context.relaxed:
             return None
-        stack, layers = self.parameter.dressed_by
-        if stack not in context.relaxed:
-            return None
-        factor = context.relaxed[stack][layers[rows]] ** -self.parameter.role.dressing.degree
-        if self.parameter.params[0].ndim == 1:
-            return factor
-        return factor.unsqueeze(2 if self.parameter.role.dressing.axis == 0 else 1)
+        stack, layers = p.dressed_by
+        return p.along_dressing(context.relaxed[stack][layers[rows]] ** -p.role.dressing.degree)
 
 
 def centre(stacked: Tensor) -> Tensor:
