@@ -50,8 +50,6 @@ MOVES = frozenset(
         "_unsafe_view",
         "roll",
         "flip",
-        "expand_as",
-        "view_as",
     ]
 )
 #: Operations that change nothing but the type, or drop entries at random.
@@ -68,8 +66,8 @@ def arguments(node: Node) -> tuple[Any, ...]:
 
 
 def inputs(node: Node) -> list[Node]:
-    """The nodes from whose values that of a node is computed; not those that lend their type or shape alone."""
-    if operation(node) in ("type_as", "view_as", "expand_as"):
+    """The nodes from whose values that of a node is computed; not those that lend their type alone."""
+    if operation(node) == "type_as":
         return [arguments(node)[0]]
     return node.all_input_nodes
 

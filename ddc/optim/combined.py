@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from ddc.optim.closure import loss_of
+
 
 class CombinedOptimizer(Optimizer):
     """Steps several optimizers over disjoint parameters; groups and state are theirs, one after the other.
@@ -30,10 +32,7 @@ class CombinedOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of each part; returns the loss of ``closure`` where there is one."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for part in self.parts:
             part.step()
         return loss

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ddc.gauges import Gauge, Rescale, plain_name
+from ddc.optim.closure import loss_of
 from ddc.optim.hidden import HiddenMatrices
 from ddc.optim.plan import ChainPlan, Plan, PolarPlan, Role, make_plan
 from ddc.optim.stacks import ChainStack, Context, Dresser, FreeStack, PolarStack, StackedParameter
@@ -137,10 +138,7 @@ class DDCAdam(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One optimization step; returns the loss of ``closure`` where there is one."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         self._check_groups()
         context = Context(self.param_groups)
         for stack in self._stacks:

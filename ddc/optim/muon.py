@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ddc.optim.closure import loss_of
 from ddc.optim.orthogonal import ORTHOGONALIZERS
 from ddc.optim.plan import compute_dtype
 
@@ -83,10 +84,7 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step; returns the loss of ``closure`` where there is one."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             alike: dict[object, list[Tensor]] = {}
             for param in group["params"]:
