@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+FASHION_MNIST := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ddc/fashion-mnist
 
-.PHONY: lm_overtrain grok report slurm-test test lint architectures equivariance known_rates learning_coefficients benchmark clean
+.PHONY: lm_overtrain grok fashion-mnist report slurm-test test lint architectures equivariance known_rates learning_coefficients benchmark clean
 
 lm_overtrain: $(STAMP)  ## the main job: AdamW and DDCAdam side by side, one core each; tables and plots
 	@mkdir -p runs/main
@@ -23,6 +24,12 @@ grok: $(STAMP)  ## claim C5: all runs of the grokking experiment, two at a time,
 	done
 	$(RUN) -m experiments.grokking collect
 	$(RUN) -m experiments.grokking report
+
+fashion-mnist: $(FASHION_MNIST)  ## 70,000 images (31 MB, MIT) out of their Debian package, without root; data=fashion_mnist finds them
+$(FASHION_MNIST):
+	@command -v apt-get > /dev/null || { echo "No apt-get here: data=fashion_mnist takes the images from the Hugging Face hub"; exit 1; }
+	@set -e; folder=$$(mktemp -d); cd $$folder; chmod 755 .; apt-get download -q dataset-fashion-mnist; \
+	dpkg-deb --extract dataset-fashion-mnist_*.deb .; mkdir -p $@; cp usr/share/datasets/fashion-mnist/* $@; rm -r $$folder
 
 report: $(STAMP)  ## tables and figures that committed records make
 	$(RUN) -m experiments.grokking report

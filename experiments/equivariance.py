@@ -25,7 +25,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from ddc import DDCAdam, DDCMuon, find_gauges, hidden_matrices
-from ddc.data import Data, ModularConfig, TextConfig, load_modular, load_text
+from ddc.data import ModularConfig, PairData, TextConfig, TextData, load_modular, load_text
 from ddc.gauges import KINDS, GaugeSet
 from ddc.models import GPT, DeepMLP, DeepMLPConfig, GPTConfig, cross_entropy
 from ddc.optim.factory import make_muon
@@ -98,7 +98,7 @@ def orbit_divergence(
     model: nn.Module,
     gauges: GaugeSet,
     make_optimizer: OptimizerMaker,
-    data: Data,
+    data: TextData | PairData,
     *,
     batch_size: int = BATCH,
     seed: int = 0,
@@ -151,7 +151,7 @@ class Case:
 
     model: str
     config: GPTConfig | DeepMLPConfig
-    data: Data
+    data: TextData | PairData
     batch_size: int
     gauges: str
     kinds: tuple[str, ...]

@@ -36,10 +36,15 @@ TINY_GROK = [
     "model.depth=2", "model.width=16", "data.prime=7", "training.batch_size=16", "training.steps=12",
     "training.evaluations=4", "wandb=disabled",
 ]  # fmt: skip
+TINY_VIT = [
+    "model.layers=1", "model.width=16", "model.heads=2", "model.hidden=16", "training.batch_size=4",
+    "training.steps=12", "training.evaluations=4", "training.evaluation_batches=2", "wandb=disabled",
+]  # fmt: skip
 
 
 def composed(*overrides: str) -> Config:
-    tiny = TINY_GROK if "+experiment=grok_mlp" in overrides else TINY
+    small = {"+experiment=grok_mlp": TINY_GROK, "+experiment=vit_scratch": TINY_VIT}
+    tiny = next((small[each] for each in overrides if each in small), TINY)
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         return resolve(compose("config", overrides=[*tiny, *overrides]))
 

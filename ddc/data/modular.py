@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ddc.data.config import DataConfig, DataError
-from ddc.data.text import hash_seed
+from ddc.data.order import hash_seed, shuffled
 
 #: Results of the operations on residues a and b, modulo the prime; and whether swapping a and b changes them.
 OPERATIONS = {
@@ -75,15 +75,9 @@ class PairData:
         the split, or larger, is the whole split.
         """
         inputs, targets = self.train
-        size = len(targets)
-        if batch_size >= size:
+        if batch_size >= len(targets):
             return inputs, targets
-        positions = torch.arange(step * batch_size, (step + 1) * batch_size)
-        chosen = torch.empty(batch_size, dtype=torch.int64)
-        for epoch in range(int(positions[0]) // size, int(positions[-1]) // size + 1):
-            order = torch.randperm(size, generator=torch.Generator().manual_seed(hash_seed(seed, epoch)))
-            mine = positions // size == epoch
-            chosen[mine] = order[positions[mine] % size]
+        chosen = shuffled(step, batch_size, len(targets), seed)
         return inputs[chosen], targets[chosen]
 
     def evaluation_batches(self, split: str, count: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:

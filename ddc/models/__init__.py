@@ -4,5 +4,15 @@ from ddc.models.config import ModelConfig
 from ddc.models.deep_mlp import DeepMLP, DeepMLPConfig
 from ddc.models.gpt import GPT, GPTConfig
 from ddc.models.loss import cross_entropy
+from ddc.models.vit import ViTConfig, vision_transformer
 
-__all__ = ["GPT", "DeepMLP", "DeepMLPConfig", "GPTConfig", "ModelConfig", "cross_entropy"]
+__all__ = [
+    "GPT",
+    "DeepMLP",
+    "DeepMLPConfig",
+    "GPTConfig",
+    "ModelConfig",
+    "ViTConfig",
+    "cross_entropy",
+    "vision_transformer",
+]

@@ -12,7 +12,8 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         logits: (..., classes).
-        targets: (...), int64.
+        targets: classes, (...) int64, or their probabilities, (..., classes).
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+    targets = targets.flatten(0, -2) if targets.is_floating_point() else targets.flatten()
+    return F.cross_entropy(logits.flatten(0, -2), targets)

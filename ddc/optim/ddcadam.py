@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, overload
 
@@ -96,6 +96,7 @@ class DDCAdam(Optimizer):
             "retract": retract,
         }
         self._stacks: list[Stack] = []
+        self._built: list[tuple[Sequence[int], list[Gauge]]] = []
         self._ready = False
         super().__init__(params, defaults)
         self._build(range(len(self.param_groups)), gauges)
@@ -108,9 +109,10 @@ class DDCAdam(Optimizer):
         if self._ready:
             self._build([len(self.param_groups) - 1], ())
 
-    def _build(self, group_indices: Iterable[int], gauges: Iterable[Gauge]) -> None:
+    def _build(self, group_indices: Sequence[int], gauges: Iterable[Gauge]) -> None:
         """Plan, stack and allocate the state of these groups."""
         gauges = list(gauges)
+        self._built.append((group_indices, gauges))
         params: dict[str, Tensor] = {}
         group_of: dict[str, int] = {}
         for index in group_indices:
@@ -124,6 +126,14 @@ class DDCAdam(Optimizer):
             self.state.update(stack.states())
             self._stacks.append(stack)
         self._check_groups()
+
+    def _follow_parameters(self) -> None:
+        """Allocate the state anew, as zeros, where the parameters are by now."""
+        built, self._built, self._stacks, self._ready = self._built, [], [], False
+        self.state.clear()
+        for group_indices, gauges in built:
+            self._build(group_indices, gauges)
+            self._ready = True
 
     def _stacks_of(self, params: dict[str, Tensor], group_of: dict[str, int], gauges: list[Gauge]) -> list[Stack]:
         """The stacks that together step these parameters, in the order in which they step."""
@@ -161,12 +171,18 @@ class DDCAdam(Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state, copying it into the buffers that exist, in their dtype and on their device.
 
+        If the parameters have moved to another device since, the buffers follow them first. So an optimizer made for a
+        model on the CPU works in the Trainer of transformers, which moves the model and then has accelerate load the
+        optimizer's own state.
+
         Raises:
             ValueError: the state was saved by another optimizer or with other gauges.
         """
         own = self.state
         super().load_state_dict({**state_dict, "state": {}})
         self.state = own
+        if any(value.device != param.device for param, state in own.items() for value in state.values()):
+            self._follow_parameters()
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         names = chain.from_iterable(group.get("param_names", group["params"]) for group in self.param_groups)
@@ -186,7 +202,7 @@ class DDCAdam(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = {key: value for key, value in vars(self).items() if key in ("_gauges", "_hidden")}
-        return {**super().__getstate__(), "_stacks": self._stacks, "_ready": True, **own}
+        return {**super().__getstate__(), "_stacks": self._stacks, "_built": self._built, "_ready": True, **own}
 
     def _check_groups(self) -> None:
         """Parameters under one gauge must share what the step shares; and gradients must be dense."""

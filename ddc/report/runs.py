@@ -78,7 +78,7 @@ def markdown_table(runs: Sequence[Run]) -> str:
     commits = ", ".join(sorted({str(run.info["commit"]) for run in runs}))
     lines = ["| | " + " | ".join(run.label for run in runs) + " |", "| --- |" + " ---: |" * len(runs)]
     lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in summary_rows(runs)]
-    return "\n".join([*lines, "", f"Losses in nats per token. Commit {commits}."]) + "\n"
+    return "\n".join([*lines, "", f"Losses in nats. Commit {commits}."]) + "\n"
 
 
 def summary_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
@@ -104,6 +104,8 @@ def summary_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         rows.append(row("train accuracy", "train_accuracy"))
         rows.append(row("validation accuracy, last", "validation_accuracy"))
         rows.append(row("validation accuracy, best", "best_validation_accuracy"))
+    if any("validation_calibration_error" in s for s in summaries):
+        rows.append(row("validation calibration error, last", "validation_calibration_error"))
     reached = sorted({level for s in summaries for level in s.get("step_of_accuracy", {})}, key=float)
     for level in reached:
         steps = [s.get("step_of_accuracy", {}).get(level) for s in summaries]
@@ -137,8 +139,8 @@ def plot_curves(runs: Sequence[Run], stem: Path) -> list[Path]:
             markersize=4,
             label=run.label,
         )
-    losses.set(xlabel="epochs", ylabel="loss (nats per token)", ylim=(0, None))
-    gaps.set(xlabel="train loss (nats per token), falling", ylabel="validation - train loss (nats per token)")
+    losses.set(xlabel="epochs", ylabel="loss (nats)", ylim=(0, None))
+    gaps.set(xlabel="train loss (nats), falling", ylabel="validation - train loss (nats)")
     gaps.invert_xaxis()
     for axes in (losses, gaps):
         axes.grid(alpha=0.3)

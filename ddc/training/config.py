@@ -13,9 +13,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ddc.data import DataConfig, ModularConfig, TextConfig
+from ddc.data import DataConfig, ImageConfig, ModularConfig, TextConfig
 from ddc.gauges import KINDS
-from ddc.models import DeepMLPConfig, GPTConfig, ModelConfig
+from ddc.models import DeepMLPConfig, GPTConfig, ModelConfig, ViTConfig
 from ddc.optim.ddcadam import STEP_SCALES, VERTICAL_MODES
 from ddc.optim.muon import ADJUSTMENTS
 from ddc.optim.orthogonal import ORTHOGONALIZERS
@@ -112,7 +112,9 @@ class DDCMuonConfig(DDCAdamConfig):
 
 
 OPTIMIZERS = {"adamw": AdamWConfig, "ddcadam": DDCAdamConfig, "muon": MuonConfig, "ddcmuon": DDCMuonConfig}
-MODELS = {"gpt": GPTConfig, "deep_mlp": DeepMLPConfig}
+MODELS = {"gpt": GPTConfig, "vit": ViTConfig, "deep_mlp": DeepMLPConfig}
+#: Which data a model reads.
+DATA = {"gpt": TextConfig, "vit": ImageConfig, "deep_mlp": ModularConfig}
 
 
 @dataclass
@@ -273,7 +275,7 @@ def register_schemas() -> None:
     for group, schemas in (
         ("optimizer", OPTIMIZERS),
         ("model", MODELS),
-        ("data", {"text": TextConfig, "modular": ModularConfig}),
+        ("data", {"text": TextConfig, "images": ImageConfig, "modular": ModularConfig}),
     ):
         for name, schema in schemas.items():
             store.store(group=group, name=f"schema_{name}", node=schema)
@@ -298,8 +300,8 @@ def restored(values: dict[str, Any]) -> Config:
     """
     schema = OmegaConf.structured(Config)
     schema.optimizer = OmegaConf.structured(OPTIMIZERS[values["optimizer"]["name"]])
-    schema.model = OmegaConf.structured(MODELS[values["model"].get("name", "gpt")])
-    schema.data = OmegaConf.structured(ModularConfig if values["data"]["name"] == "modular" else TextConfig)
+    model = values["model"].get("name", "gpt")
+    schema.model, schema.data = OmegaConf.structured(MODELS[model]), OmegaConf.structured(DATA[model])
     try:
         merged = OmegaConf.merge(schema, values)
     except OmegaConfBaseException as error:

@@ -19,12 +19,35 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from ddc.data import Data, DataConfig, DataError, ModularConfig, PairData, TextConfig, TextData, load_modular, load_text
+from ddc.data import (
+    Data,
+    DataConfig,
+    DataError,
+    ImageConfig,
+    ImageData,
+    ModularConfig,
+    PairData,
+    TextConfig,
+    TextData,
+    load_images,
+    load_modular,
+    load_text,
+)
 from ddc.gauges import GaugeSet, audit, find_gauges
-from ddc.models import GPT, DeepMLP, DeepMLPConfig, GPTConfig, ModelConfig, cross_entropy
+from ddc.models import (
+    GPT,
+    DeepMLP,
+    DeepMLPConfig,
+    GPTConfig,
+    ModelConfig,
+    ViTConfig,
+    cross_entropy,
+    vision_transformer,
+)
 from ddc.optim import DDCAdam, DDCMuon
 from ddc.optim.factory import make_optimizer
 from ddc.slt.observer import Observer, joined
+from ddc.training.calibration import calibration_error
 from ddc.training.checkpoint import load_checkpoint, save_checkpoint
 from ddc.training.config import Config, TrainingConfig
 from ddc.training.display import Display
@@ -100,19 +123,26 @@ def load_data(config: DataConfig, model: ModelConfig, seed: int) -> Data:
     match config, model:
         case TextConfig(), GPTConfig():
             return load_text(config, model.context)
+        case ImageConfig(), ViTConfig():
+            return load_images(config)
         case ModularConfig(), DeepMLPConfig():
             return load_modular(config, seed)
     raise DataError(
-        f"data={config.name} is not for model={model.name}: model=gpt reads text, model=deep_mlp data=modular"
+        f"data={config.name} is not for model={model.name}: model=gpt reads text, model=vit images, "
+        "model=deep_mlp data=modular"
     )
 
 
 def make_model(config: ModelConfig, data: Data) -> nn.Module:
     """The model of a config, at its initialisation, for the classes of the data."""
-    if isinstance(config, GPTConfig):
-        return GPT(config, data.vocab_size)
-    assert isinstance(config, DeepMLPConfig)
-    return DeepMLP(config, data.vocab_size, data.vocab_size)
+    match config, data:
+        case GPTConfig(), TextData():
+            return GPT(config, data.vocab_size)
+        case ViTConfig(), ImageData():
+            return vision_transformer(config, data.shape, data.classes)
+        case DeepMLPConfig(), PairData():
+            return DeepMLP(config, data.vocab_size, data.vocab_size)
+    raise TypeError(f"load_data() gives no {type(data).__name__} to model={config.name}")
 
 
 def make_observer(config: Config, device: torch.device, data: Data, model: nn.Module, folder: Path) -> Observer:
@@ -343,40 +373,45 @@ def evaluation_batches(setup: Setup, split: str) -> list[Batch]:
 
 
 def evaluate(setup: Setup, step: int, batches: dict[str, list[Batch]]) -> Row:
-    """Losses, in nats, and accuracies of both splits on fixed batches; and the learning rates of the next step.
+    """What :func:`measure` finds on fixed batches of both splits; and the learning rates of the next step.
 
     Raises:
         DivergedError: a loss is not finite.
     """
-    (train_loss, train_accuracy), (loss, accuracy) = (measure(setup, batches[s]) for s in ("train", "validation"))
-    for split, value in (("train", train_loss), ("validation", loss)):
-        if not math.isfinite(value):
-            raise DivergedError(f"the {split} loss after step {step} is {value}. {where_to_go_on(setup.folder)}")
+    found = {split: measure(setup, each) for split, each in batches.items()}
+    for split, values in found.items():
+        if not math.isfinite(loss := values["loss"]):
+            raise DivergedError(f"the {split} loss after step {step} is {loss}. {where_to_go_on(setup.folder)}")
     factor = learning_rate_factor(setup.config.training, step)
     rates = {key: getattr(setup.config.optimizer, key, None) for key in ("lr", "adam_lr")}
     return {
         "step": step,
         "epoch": step * setup.batch_size * setup.data.units_per_example / setup.data.train_units,
         **{key: peak * factor for key, peak in rates.items() if peak is not None},
-        "train_loss": train_loss,
-        "validation_loss": loss,
-        "gap": loss - train_loss,
-        "train_accuracy": train_accuracy,
-        "validation_accuracy": accuracy,
+        "gap": found["validation"]["loss"] - found["train"]["loss"],
+        **{f"{split}_{key}": value for split, values in found.items() for key, value in values.items()},
     }
 
 
 @torch.no_grad()
-def measure(setup: Setup, batches: list[Batch]) -> tuple[float, float]:
-    """Mean loss and accuracy over batches."""
-    loss, correct, count = 0.0, 0, 0
+def measure(setup: Setup, batches: list[Batch]) -> dict[str, float]:
+    """Mean loss in nats, accuracy and calibration error over batches, the model in evaluation mode."""
+    loss, confidences, hits = 0.0, [], []
+    setup.model.eval()
     for x, y in batches:
         with autocast(setup):
             logits = setup.model(x)
         loss += float(cross_entropy(logits, y)) * y.numel()
-        correct += int((logits.argmax(-1) == y).sum())
-        count += y.numel()
-    return loss / count, correct / count
+        largest, predicted = logits.float().max(-1)
+        confidences.append((largest - logits.float().logsumexp(-1)).exp().flatten())
+        hits.append((predicted == y).flatten())
+    setup.model.train()
+    confidence, hit = torch.cat(confidences), torch.cat(hits)
+    return {
+        "loss": loss / len(hit),
+        "accuracy": int(hit.sum()) / len(hit),
+        "calibration_error": calibration_error(confidence, hit),
+    }
 
 
 def autocast(setup: Setup) -> contextlib.AbstractContextManager[object]:

@@ -46,7 +46,7 @@ def estimate_memory(config: Config, data: Data) -> MemoryEstimate:
         optimizer.zero_grad()
         tracker = MemTracker()
         tracker.track_external(model, optimizer)
-        inputs, targets = (torch.zeros(each.shape, dtype=torch.int64) for each in batch)
+        inputs, targets = (torch.zeros(each.shape, dtype=each.dtype) for each in batch)
         with tracker:
             with torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
                 loss = cross_entropy(model(inputs), targets)

@@ -114,8 +114,8 @@ def cpu_name() -> str:
 def summarize(rows: list[Row], gap_levels: list[float], accuracy_levels: Sequence[float] = ()) -> Mapping[str, Any]:
     """Final and best losses, the gap, and the gap at given train losses (null where never reached).
 
-    Where accuracy levels are given, final and best accuracies, and for each level the step of the first evaluation at
-    which the validation accuracy is at least that (null where there is none).
+    Where accuracy levels are given, final and best accuracies, the final calibration error, and for each level the step
+    of the first evaluation at which the validation accuracy is at least that (null where there is none).
 
     The gap at a train loss is read where the run first reaches it, interpolated linearly in the train loss
     between two evaluations.
@@ -137,6 +137,7 @@ def summarize(rows: list[Row], gap_levels: list[float], accuracy_levels: Sequenc
         **summary,
         "train_accuracy": last["train_accuracy"],
         "validation_accuracy": last["validation_accuracy"],
+        "validation_calibration_error": last["validation_calibration_error"],
         "best_validation_accuracy": max(row["validation_accuracy"] for row in rows),
         "step_of_accuracy": {
             str(level): next((row["step"] for row in rows if row["validation_accuracy"] >= level), None)

