@@ -11,8 +11,8 @@ from ddc.report.grokking import delay, fit_step, grokked, markdown, step_of, ver
 from ddc.report.runs import read_lines
 from ddc.training.records import provenance
 from ddc.training.sweep import SweepRun
-from experiments import grokking
-from experiments.grokking import FINALISTS, GRID, grid, plan
+from experiments.grokking import EXPERIMENT, GRID, grid
+from experiments.protocols import FINALISTS, Experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "results/grokking/runs.jsonl"
@@ -52,7 +52,7 @@ class Ended:
     """Ended runs whose accuracies a function of their overrides gives; writes what the plan reads."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, accuracy) -> None:
-        def read(planned, runs: str) -> list[SweepRun]:
+        def read(self, planned, runs: str) -> list[SweepRun]:
             found = []
             for overrides, seed in planned:
                 run = SweepRun((overrides,), folder / f"{abs(hash((overrides, seed)))}")
@@ -66,7 +66,7 @@ class Ended:
                 found.append(run)
             return found
 
-        monkeypatch.setattr(grokking, "sweep", read)
+        monkeypatch.setattr(Experiment, "sweep", read)
 
 
 def test_the_choice_is_by_runs_that_grok_then_by_accuracy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -80,21 +80,21 @@ def test_the_choice_is_by_runs_that_grok_then_by_accuracy(monkeypatch: pytest.Mo
         return 0.5
 
     Ended(monkeypatch, tmp_path, accuracy)
-    finals = [overrides for overrides, _ in plan("finals", "runs")]
+    finals = [overrides for overrides, _ in EXPERIMENT.plan("finals", "runs")]
     assert len(finals) == len(GRID) * FINALISTS * 2
     assert {often, once} <= set(finals)
-    tuned = plan("tuned", "runs")
+    tuned = EXPERIMENT.plan("tuned", "runs")
     assert [overrides for overrides, seed in tuned if seed == 0 and "=muon" in overrides] == [often]
     assert len(tuned) == len(GRID) * 11
-    assert len(plan("depth", "runs")) == 4 * 2 * 3
+    assert len(EXPERIMENT.plan("depth", "runs")) == 4 * 2 * 3
 
 
 def test_a_stage_waits_for_the_one_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     Ended(monkeypatch, tmp_path, lambda overrides, seed: None if "adamw" in overrides else 0.5)
     with pytest.raises(ValueError, match="is missing: run the stages before"):
-        plan("finals", "runs")
+        EXPERIMENT.plan("finals", "runs")
     with pytest.raises(ValueError, match="stage='final'"):
-        plan("final", "runs")
+        EXPERIMENT.plan("final", "runs")
 
 
 def test_the_committed_table_is_what_its_records_make() -> None:

@@ -1,0 +1,64 @@
+"""Claims C3 and C4: a vision transformer from scratch, its validation loss and its spare capacity (``make vit``).
+
+python -m experiments.vit plan STAGE      # the runs of a stage, for scripts/sweep.py
+python -m experiments.vit collect         # records and measured capacity of all runs into results/vit/runs.jsonl
+python -m experiments.vit report          # tables and figures from there
+
+Fixed before the runs, apart from one pilot of each optimizer at the matched setting on seed 100 (1,600 steps), which
+chose the number of steps:
+
+- AdamW and DDCAdam on the first 2,000 images of Fashion-MNIST, ``+experiment=vit_scratch``, seeds 0 to 4, which set
+  initialisation and order; differences are paired by seed.
+- *matched*: rate 0.001 and decay 0.1 for both. *tuned*: each at the best of nine settings of rate and decay, by the mean
+  of the last validation loss; all run on seed 100, the best two on 101 and 102.
+- C3: the last validation loss. C4: the share of hidden units that can be replaced by their means, one at a time, with a
+  change of the validation loss of less than 0.001 nats; and the loss after pruning to half the width. The rules of the
+  verdicts are in :mod:`ddc.report.vit`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from experiments.protocols import Experiment, Record
+
+CURVE = (
+    "step",
+    "train_loss",
+    "validation_loss",
+    "train_accuracy",
+    "validation_accuracy",
+    "validation_calibration_error",
+)
+OPTIMIZERS = ("adamw", "ddcadam")
+RATES, DECAYS = (5e-4, 1e-3, 2e-3), (0.1, 1.0, 3.0)
+
+
+def setting(optimizer: str, rate: float, decay: float) -> str:
+    """Overrides of one setting."""
+    return f"optimizer={optimizer} optimizer.lr={rate:g} optimizer.weight_decay={decay:g}"
+
+
+def score(records: Sequence[Record]) -> float:
+    """Minus the sum of the last validation losses; a run that diverged is worse than any."""
+    return -sum(float("inf") if each["diverged"] else each["curve"]["validation_loss"][-1] for each in records)
+
+
+EXPERIMENT = Experiment(
+    overrides="+experiment=vit_scratch data=fashion_mnist",
+    seeds=range(5),
+    matched=[setting(name, 1e-3, 0.1) for name in OPTIMIZERS],
+    grid={name: [setting(name, *each) for each in itertools.product(RATES, DECAYS)] for name in OPTIMIZERS},
+    score=score,
+    curve=CURVE,
+    more={},
+)
+
+
+if __name__ == "__main__":
+    from pathlib import Path
+
+    from experiments.protocols import command_line
+
+    command_line(EXPERIMENT, str(__doc__), Path("results/vit"), EXPERIMENT.collect, print)
