@@ -20,7 +20,7 @@ from ddc.gauges import KINDS, Axis, GaugeSet, Rescale, RotatedAxis, Rotation, Sh
 from ddc.gauges import named_parameters as params_of
 from ddc.models import GPT, GPTConfig
 from experiments.equivariance import MODELS as TABLE_MODELS
-from experiments.equivariance import adamw, ddcadam, orbit_divergence, random_model
+from experiments.equivariance import adamw, ddcadam, ddcmuon, orbit_divergence, random_model
 from tests.conftest import MODELS
 from tests.helpers import VOCABULARY, backward, batch, make_model, relu_mlp, relu_mlp_gauges
 from tests.reference import ReferenceDDCAdam
@@ -390,6 +390,33 @@ def test_state_dict_into_another_dtype() -> None:
     saved = double.state_dict()["state"][0]["exp_avg"]
     assert not torch.equal(saved.float(), single.state[next(model.parameters())]["exp_avg"])
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("make_optimizer", [ddcadam, ddcmuon])
+def test_state_follows_parameters_to_another_device(make_optimizer) -> None:
+    """As when Trainer moves a model to a GPU, but without one: the same parameters, moved here from the meta device."""
+
+    def make(device: str) -> tuple[GPT, torch.optim.Optimizer]:
+        model = make_model(MODELS["layer-bias-relu-learned"]).to(device)
+        optimizer = make_optimizer(model, find_gauges(model))
+        model.late = nn.Linear(3, 3, dtype=torch.float64, device=device)
+        optimizer.add_param_group({"params": [*model.late.named_parameters("late")]})
+        return model, optimizer
+
+    trained_model, trained_optimizer = make("cpu")
+    for seed in range(3):
+        backward(trained_model, seed)
+        trained_model.late(torch.ones(3, dtype=torch.float64)).sum().backward()
+        trained_optimizer.step()
+    model, optimizer = make("meta")
+    for parameter in model.parameters():
+        torch.utils.swap_tensors(parameter, nn.Parameter(torch.empty_like(parameter, device="cpu")))
+    model.load_state_dict(trained_model.state_dict())
+    optimizer.load_state_dict(trained_optimizer.state_dict())
+    for parameter, its in zip(trained_model.parameters(), model.parameters(), strict=True):
+        for key, value in trained_optimizer.state[parameter].items():
+            assert torch.equal(optimizer.state[its][key], value), key
+    assert_same_future((trained_model, trained_optimizer), (model, optimizer))
 
 
 def test_state_of_another_optimizer_is_refused() -> None:
