@@ -9,8 +9,8 @@ chose the number of steps:
 
 - AdamW and DDCAdam on the first 2,000 images of Fashion-MNIST, ``+experiment=vit_scratch``, seeds 0 to 4, which set
   initialisation and order; differences are paired by seed.
-- *matched*: rate 0.001 and decay 0.1 for both. *tuned*: each at the best of nine settings of rate and decay, by the mean
-  of the last validation loss; all run on seed 100, the best two on 101 and 102.
+- *matched*: rate 0.001 and decay 0.1 for both. *tuned*: each at the best of nine settings of rate and decay, by the
+  mean of the last validation loss; all run on seed 100, the best two on 101 and 102.
 - C3: the last validation loss. C4: the share of hidden units that can be replaced by their means, one at a time, with a
   change of the validation loss of less than 0.001 nats; and the loss after pruning to half the width. The rules of the
   verdicts are in :mod:`ddc.report.vit`.

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,10 +98,9 @@ class ImageData:
     units_per_example: int = 1
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of an image."""
-        channels, height, width = self.train[0].shape[1:]
-        return channels, height, width
+    def sizes(self) -> dict[str, Any]:
+        """What a model must know of the data, for :func:`ddc.models.build_model`: channels, height, width; classes."""
+        return {"shape": tuple(self.train[0].shape[1:]), "classes": self.classes}
 
     @property
     def train_units(self) -> int:

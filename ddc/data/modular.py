@@ -64,6 +64,11 @@ class PairData:
     units_per_example: int = 1
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """What a model must know of the data, for :func:`ddc.models.build_model`."""
+        return {"tokens": self.vocab_size, "classes": self.vocab_size}
+
+    @property
     def train_units(self) -> int:
         """Size of the training split."""
         return len(self.train[1])

@@ -85,6 +85,11 @@ class TextData:
         return self.context
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """What a model must know of the data, for :func:`ddc.models.build_model`."""
+        return {"vocab_size": self.vocab_size}
+
+    @property
     def train_units(self) -> int:
         """Size of the training split."""
         return len(self.train)

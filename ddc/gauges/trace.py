@@ -317,6 +317,16 @@ class Trace:
         """Whether parameters decide the value of a node."""
         return any(each in self.parameters for each in self.ancestors(node))
 
+    def descendants(self, node: Node) -> set[Node]:
+        """All that is computed from a node."""
+        found: set[Node] = set()
+        waiting = [node]
+        while waiting:
+            fresh = set(waiting.pop().users) - found
+            found |= fresh
+            waiting += fresh
+        return found
+
     def ancestors(self, node: Node, stop: Iterable[Node] = ()) -> set[Node]:
         """A node and all that it is computed from, up to ``stop``."""
         stop, found, waiting = set(stop), {node}, [node]
@@ -361,12 +371,7 @@ class Trace:
         None if an operation between the two is not linear.
         """
         between = self.ancestors(target, [source.node])
-        on_the_way: set[Node] = set()
-        waiting = [source.node]
-        while waiting:
-            fresh = {user for user in waiting.pop().users if user in between} - on_the_way
-            on_the_way |= fresh
-            waiting += fresh
+        on_the_way = self.descendants(source.node) & between
         for node in on_the_way:
             if operation(node) not in LINEAR_OPERATIONS or _is_active_dropout(node):
                 return None

@@ -4,15 +4,20 @@ from ddc.models.config import ModelConfig
 from ddc.models.deep_mlp import DeepMLP, DeepMLPConfig
 from ddc.models.gpt import GPT, GPTConfig
 from ddc.models.loss import cross_entropy
+from ddc.models.saved import MODELS, build_model, load_model, save_model
 from ddc.models.vit import ViTConfig, vision_transformer
 
 __all__ = [
     "GPT",
+    "MODELS",
     "DeepMLP",
     "DeepMLPConfig",
     "GPTConfig",
     "ModelConfig",
     "ViTConfig",
+    "build_model",
     "cross_entropy",
+    "load_model",
+    "save_model",
     "vision_transformer",
 ]

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ddc.data import DataConfig, ImageConfig, ModularConfig, TextConfig
 from ddc.gauges import KINDS
-from ddc.models import DeepMLPConfig, GPTConfig, ModelConfig, ViTConfig
+from ddc.models import MODELS, ModelConfig
 from ddc.optim.ddcadam import STEP_SCALES, VERTICAL_MODES
 from ddc.optim.muon import ADJUSTMENTS
 from ddc.optim.orthogonal import ORTHOGONALIZERS
@@ -112,7 +112,6 @@ class DDCMuonConfig(DDCAdamConfig):
 
 
 OPTIMIZERS = {"adamw": AdamWConfig, "ddcadam": DDCAdamConfig, "muon": MuonConfig, "ddcmuon": DDCMuonConfig}
-MODELS = {"gpt": GPTConfig, "vit": ViTConfig, "deep_mlp": DeepMLPConfig}
 #: Which data a model reads.
 DATA = {"gpt": TextConfig, "vit": ImageConfig, "deep_mlp": ModularConfig}
 

@@ -24,7 +24,6 @@ from ddc.data import (
     DataConfig,
     DataError,
     ImageConfig,
-    ImageData,
     ModularConfig,
     PairData,
     TextConfig,
@@ -36,20 +35,19 @@ from ddc.data import (
 from ddc.gauges import GaugeSet, audit, find_gauges
 from ddc.models import (
     GPT,
-    DeepMLP,
     DeepMLPConfig,
     GPTConfig,
     ModelConfig,
     ViTConfig,
+    build_model,
     cross_entropy,
-    vision_transformer,
 )
 from ddc.optim import DDCAdam, DDCMuon
 from ddc.optim.factory import make_optimizer
 from ddc.slt.observer import Observer, joined
 from ddc.training.calibration import calibration_error
 from ddc.training.checkpoint import load_checkpoint, save_checkpoint
-from ddc.training.config import Config, TrainingConfig
+from ddc.training.config import Config, TrainingConfig, restored
 from ddc.training.display import Display
 from ddc.training.lock import only_process_in
 from ddc.training.mirror import Mirror
@@ -95,13 +93,32 @@ def prepare(config: Config) -> Setup:
         check_batch(batch_size, data.train_units, config.training.accumulation)
     torch.set_num_threads(config.training.threads)
     torch.manual_seed(config.seed)
-    model = make_model(config.model, data).to(device)
+    model = build_model(config.model, **data.sizes).to(device)
     gauges = find_gauges(model, per_layer=config.gauges.chained_rescale).only(config.gauges.kinds)
     optimizer = configured_optimizer(config, model, gauges)
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
     folder = Path(config.runs) / config.name / config.run_id
     observer = make_observer(config, device, data, model, folder / "snapshots") if config.slt.readings else None
     return Setup(config, device, data, model, gauges, optimizer, batch_size, peak_lrs, observer, folder)
+
+
+def restore(folder: Path) -> Setup:
+    """What :func:`prepare` made for a run, with the weights of its last checkpoint.
+
+    Raises:
+        FileNotFoundError: the folder holds no run, or the run has no checkpoint.
+        ValueError: the run was made by a version of the code with other keys, or on data that are not here.
+    """
+    for name, remedy in (("run.json", "no run"), ("checkpoint.pt", "a run without a checkpoint: train it first")):
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"{folder} holds {remedy}")
+    config = restored(json.loads((folder / "run.json").read_text())["config"])
+    if not torch.cuda.is_available():
+        config.training.device, config.training.precision = "cpu", "float32"
+    setup = prepare(config)
+    state = torch.load(folder / "checkpoint.pt", map_location=setup.device, weights_only=True)
+    setup.model.load_state_dict(state["model"])
+    return setup
 
 
 def check_batch(batch_size: int, pairs: int, accumulation: int) -> None:
@@ -131,18 +148,6 @@ def load_data(config: DataConfig, model: ModelConfig, seed: int) -> Data:
         f"data={config.name} is not for model={model.name}: model=gpt reads text, model=vit images, "
         "model=deep_mlp data=modular"
     )
-
-
-def make_model(config: ModelConfig, data: Data) -> nn.Module:
-    """The model of a config, at its initialisation, for the classes of the data."""
-    match config, data:
-        case GPTConfig(), TextData():
-            return GPT(config, data.vocab_size)
-        case ViTConfig(), ImageData():
-            return vision_transformer(config, data.shape, data.classes)
-        case DeepMLPConfig(), PairData():
-            return DeepMLP(config, data.vocab_size, data.vocab_size)
-    raise TypeError(f"load_data() gives no {type(data).__name__} to model={config.name}")
 
 
 def make_observer(config: Config, device: torch.device, data: Data, model: nn.Module, folder: Path) -> Observer:

@@ -10,9 +10,9 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from ddc.data import Data
 from ddc.gauges import find_gauges
-from ddc.models import cross_entropy
+from ddc.models import build_model, cross_entropy
 from ddc.training.config import Config
-from ddc.training.loop import configured_optimizer, make_model
+from ddc.training.loop import configured_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ def estimate_memory(config: Config, data: Data) -> MemoryEstimate:
     """
     fake, training = FakeTensorMode(), config.training
     with fake:
-        model = make_model(config.model, data)
+        model = build_model(config.model, **data.sizes)
     gauges = find_gauges(model, per_layer=config.gauges.chained_rescale).only(config.gauges.kinds)
     precision = getattr(torch, training.precision)
     batch = data.batch(0, (training.batch_size or data.train_units) // training.accumulation, config.seed)

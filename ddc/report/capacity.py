@@ -1,0 +1,74 @@
+"""Feed-forward capacity of a run as a table and a figure, from its record alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from ddc.report.runs import COLOURS, save_figure
+
+Record = dict[str, Any]
+#: A unit is spare if its removal changes the validation loss by less than this, in nats.
+TOLERANCE = 1e-3
+REMOVALS = ("zero", "mean")
+
+
+def spare_share(capacity: Record, removal: str = "mean", tolerance: float = TOLERANCE) -> float:
+    """Share of all hidden units whose removal changes the loss by less than a tolerance."""
+    changes = np.concatenate([block[f"removal_to_{removal}"] for block in capacity["blocks"]])
+    return float((np.abs(changes) < tolerance).mean())
+
+
+def capacity_table(capacity: Record, title: str) -> Table:
+    """One row a block: spare units, ranks, norms."""
+    table = Table(title=f"{title}: hidden units of the feed-forward blocks")
+    for name in ("block", "units", "active", "spare, zero", "spare, mean", "W_up eff. rank", "stable"):
+        table.add_column(name, justify="left" if name == "block" else "right")
+    for name in ("W_down eff. rank", "stable", "norms, 5%", "median", "95%"):
+        table.add_column(name, justify="right")
+    for block in capacity["blocks"]:
+        alone = {"blocks": [block]}
+        ranks = [block[f"{kind}_rank"][side] for side in ("up", "down") for kind in ("effective", "stable")]
+        norms = np.quantile(block["unit_norms"], (0.05, 0.5, 0.95))
+        table.add_row(
+            block["where"],
+            str(block["units"]),
+            str(block["active"]),
+            *(f"{spare_share(alone, removal):.3f}" for removal in REMOVALS),
+            *(f"{rank:.1f}" for rank in ranks),
+            *(f"{norm:.3g}" for norm in norms),
+        )
+    return table
+
+
+def plot_capacity(capacity: Record, title: str, stem: Path) -> list[Path]:
+    """What units do when they go, how large they are, and what is left without the least of them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (removals, norms, pruning) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for i, block in enumerate(capacity["blocks"]):
+        style = {"color": COLOURS[i % len(COLOURS)], "label": block["where"]}
+        shares = (np.arange(block["units"]) + 1) / block["units"]
+        removals.plot(np.sort(np.abs(block["removal_to_mean"])), shares, **style)
+        norms.plot(np.sort(block["unit_norms"]), shares, **style)
+    removals.axvline(TOLERANCE, color="black", linestyle=":", label="tolerance")
+    removals.set(xlabel="|change of the validation loss| without a unit (nats)", ylabel="share of units")
+    removals.set_xscale("symlog", linthresh=1e-5)
+    norms.set(xlabel="invariant norm of a unit, ρ_P ρ_M", ylabel="share of units")
+    widths = [100 * row["keep"] for row in capacity["pruning"]]
+    for split, line in (("train", "--"), ("validation", "-")):
+        losses = [row[f"{split}_loss"] for row in capacity["pruning"]]
+        pruning.plot(widths, losses, "k" + line, marker=".", label=split)
+    pruning.set(xlabel="hidden units kept (%)", ylabel="loss (nats)", title="no training after pruning")
+    pruning.invert_xaxis()
+    for axes in (removals, norms, pruning):
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize="small")
+    figure.suptitle(title)
+    return save_figure(figure, stem)
