@@ -23,8 +23,9 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddc.report.grokking import CURVE, GROKS, Record, best_accuracy, markdown, plot_accuracy, plot_depth
+from ddc.report.grokking import CURVE, GROKS, best_accuracy, markdown, plot_accuracy, plot_depth
 from ddc.report.runs import read_lines
+from ddc.report.stages import Record
 from experiments.output import save_table
 from experiments.protocols import Experiment, Plan, command_line, product
 

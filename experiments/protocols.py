@@ -19,10 +19,10 @@ from typing import Any
 from rich.progress import track
 
 from ddc.report.runs import Run, read_lines
+from ddc.report.stages import Record
 from ddc.training.sweep import SweepRun, parse_sweep, shown
 from experiments.output import save_records
 
-Record = dict[str, Any]
 #: Runs as overrides and seeds.
 Plan = list[tuple[str, int]]
 TUNING_SEED, FINAL_SEEDS = 100, (101, 102)
@@ -111,7 +111,7 @@ class Experiment:
         """What a report needs of a run, and where it comes from."""
         curve = {key: [row[key] for row in run.rows] for key in self.curve}
         seconds = sum(row["seconds"] for row in read_lines(run.folder / "timing.jsonl"))
-        return {**run.info, "curve": curve, "seconds": seconds, "diverged": run.summary is None}
+        return {**run.info, "curve": curve, "summary": run.summary, "seconds": seconds, "diverged": run.summary is None}
 
     def ended(self, runs: str) -> dict[Path, dict[str, str]]:
         """Folders of all runs, which must have ended, with the stages that each belongs to and its setting there.

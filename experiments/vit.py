@@ -19,18 +19,16 @@ chose the number of steps:
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
-from experiments.protocols import Experiment, Record
+from ddc.report.runs import read_lines
+from ddc.report.stages import PROTOCOLS, Record
+from ddc.report.vit import CURVE, markdown, plot_losses, plot_pruning, plot_units
+from experiments.output import save_table
+from experiments.protocols import Experiment, command_line
 
-CURVE = (
-    "step",
-    "train_loss",
-    "validation_loss",
-    "train_accuracy",
-    "validation_accuracy",
-    "validation_calibration_error",
-)
 OPTIMIZERS = ("adamw", "ddcadam")
 RATES, DECAYS = (5e-4, 1e-3, 2e-3), (0.1, 1.0, 3.0)
 
@@ -56,9 +54,32 @@ EXPERIMENT = Experiment(
 )
 
 
+def capacity(folder: Path) -> Record:
+    """What ``scripts/capacity.py`` measured of a run.
+
+    Raises:
+        ValueError: it has not.
+    """
+    path = folder / "capacity.json"
+    if not path.exists():
+        raise ValueError(f"{path} is missing: python scripts/capacity.py {folder}")
+    return {"capacity": json.loads(path.read_text())}
+
+
+def collect(runs: str) -> list[Record]:
+    """Records of all runs; those of the two protocols with their capacity."""
+    compared = {folder for folder, stages in EXPERIMENT.ended(runs).items() if {*PROTOCOLS} & {*stages}}
+    return EXPERIMENT.collect(runs, lambda folder: capacity(folder) if folder in compared else {})
+
+
+def report(folder: Path) -> None:
+    """Table and figures of the records in a folder."""
+    records = read_lines(folder / "runs.jsonl")
+    save_table(folder / "table.md", markdown(records))
+    for plot in (plot_losses, plot_pruning, plot_units):
+        for path in plot(records, folder):
+            print(path)
+
+
 if __name__ == "__main__":
-    from pathlib import Path
-
-    from experiments.protocols import command_line
-
-    command_line(EXPERIMENT, str(__doc__), Path("results/vit"), EXPERIMENT.collect, print)
+    command_line(EXPERIMENT, str(__doc__), Path("results/vit"), collect, report)

@@ -58,7 +58,7 @@ def prune(setup: Setup, keep: float, output: Path) -> None:
     config = dataclasses.replace(architecture, hidden=hidden)
     small = build_model(config, **setup.data.sizes)
     small.load_state_dict({**setup.model.state_dict(), **changed})
-    about = {"run": setup.config.run_id, "data": setup.data.source, "keep": keep, **provenance()}
+    about = {"run": setup.folder.name, "data": setup.data.source, "keep": keep, **provenance()}
     save_model(output, small, config, setup.data.sizes, **about)
 
 

@@ -69,3 +69,14 @@ def test_bfloat16_autocast_trains(shakespeare) -> None:
         losses.append(float(loss.detach()))
     assert losses[0] < 3.5
     assert losses[1] == pytest.approx(losses[0], abs=0.1)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "ddcadam", "muon", "ddcmuon"])
+def test_estimate_of_a_traced_model(optimizer: str) -> None:
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        vit = resolve(compose("config", overrides=["+experiment=vit_scratch", "scale=gpu", f"optimizer={optimizer}"]))
+    assert (vit.model.layers, vit.model.width, vit.training.device) == (12, 384, "cuda")
+    estimate = estimate_memory(vit, load_data(vit.data, vit.model, 0))
+    assert estimate.parameters > 21e6
+    assert 3 * estimate.parameters < estimate.optimizer_state < 8.1 * estimate.parameters
+    assert 1e9 < estimate.peak < 22e9

@@ -23,24 +23,22 @@ def spare_share(capacity: Record, removal: str = "mean", tolerance: float = TOLE
 
 
 def capacity_table(capacity: Record, title: str) -> Table:
-    """One row a block: spare units, ranks, norms."""
+    """One row a block: spare units, ranks of W_up and W_down (effective, stable), quantiles of the unit norms."""
     table = Table(title=f"{title}: hidden units of the feed-forward blocks")
-    for name in ("block", "units", "active", "spare, zero", "spare, mean", "W_up eff. rank", "stable"):
-        table.add_column(name, justify="left" if name == "block" else "right")
-    for name in ("W_down eff. rank", "stable", "norms, 5%", "median", "95%"):
+    table.add_column("block", no_wrap=True)
+    for name in ("units (active)", "spare: zero, mean", "up rank", "down rank", "norms: 5, 50, 95%"):
         table.add_column(name, justify="right")
     for block in capacity["blocks"]:
-        alone = {"blocks": [block]}
-        ranks = [block[f"{kind}_rank"][side] for side in ("up", "down") for kind in ("effective", "stable")]
+        spare = [spare_share({"blocks": [block]}, removal) for removal in REMOVALS]
         norms = np.quantile(block["unit_norms"], (0.05, 0.5, 0.95))
         table.add_row(
             block["where"],
-            str(block["units"]),
-            str(block["active"]),
-            *(f"{spare_share(alone, removal):.3f}" for removal in REMOVALS),
-            *(f"{rank:.1f}" for rank in ranks),
-            *(f"{norm:.3g}" for norm in norms),
+            f"{block['units']} ({block['active']})",
+            " ".join(f"{share:.3f}" for share in spare),
+            *(f"{block['effective_rank'][side]:.1f} {block['stable_rank'][side]:.1f}" for side in ("up", "down")),
+            " ".join(f"{norm:.2f}" for norm in norms),
         )
+    table.caption = "spare: share of units; ranks: effective, stable"
     return table
 
 

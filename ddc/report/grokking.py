@@ -9,19 +9,17 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from ddc.report.runs import COLOURS, TITLES, save_figure
+from ddc.report.stages import PROTOCOLS, Record, is_shared, of_stage, only_setting, table
 from ddc.report.statistics import fisher_p, holm, mean_interval, share_interval
 
-Record = dict[str, Any]
 CURVE = ("step", "train_loss", "validation_loss", "train_accuracy", "validation_accuracy")
 #: A run groks if its validation accuracy is at least this at some evaluation.
 GROKS = 0.95
 LEVELS = (0.75, GROKS, 0.99)
 #: A run fits if its last training accuracy is at least this.
 FITS = 0.99
-PROTOCOLS = ("matched", "tuned")
 SUBJECT = "ddcmuon"
 
 
@@ -40,28 +38,6 @@ def step_of(record: Record, level: float = GROKS) -> int | None:
 def grokked(records: Iterable[Record], level: float = GROKS) -> int:
     """How many of the runs reach a validation accuracy."""
     return sum(step_of(record, level) is not None for record in records)
-
-
-def of_stage(records: Iterable[Record], stage: str) -> dict[str, dict[str, list[Record]]]:
-    """The runs of a stage by optimizer and setting, in order of seeds."""
-    groups: dict[str, dict[str, list[Record]]] = {}
-    for record in sorted(records, key=lambda each: each["seed"]):
-        if stage in record["stages"]:
-            settings = groups.setdefault(record["config"]["optimizer"]["name"], {})
-            settings.setdefault(record["stages"][stage], []).append(record)
-    return {name: groups[name] for name in TITLES if name in groups}
-
-
-def only_setting(settings: dict[str, list[Record]]) -> list[Record]:
-    """The runs of a stage that has one setting an optimizer."""
-    (runs,) = settings.values()
-    return runs
-
-
-def is_shared(records: Sequence[Record], name: str) -> bool:
-    """Whether the runs of an optimizer are the same in both protocols."""
-    stages = [record["stages"] for record in records if record["config"]["optimizer"]["name"] == name]
-    return any(set(PROTOCOLS) <= set(each) for each in stages)
 
 
 def setting_title(record: Record) -> str:
@@ -146,12 +122,6 @@ def markdown(records: Sequence[Record]) -> str:
         "`runs.jsonl` beside this file.",
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table whose first columns are text and whose others are numbers."""
-    align = ["---"] * left + ["---:"] * (len(header) - left)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, align, *rows))
 
 
 def protocol_groups(records: Sequence[Record]) -> list[tuple[str, str, list[Record]]]:

@@ -35,6 +35,11 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def paired_p(differences: Sequence[float]) -> float:
+    """Two-sided p-value of Student's t-test that the mean of paired differences is zero."""
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+
+
 def share_interval(successes: int, trials: int) -> tuple[float, float]:
     """95% interval of a probability from a count: Clopper and Pearson's exact one."""
     interval = stats.binomtest(successes, trials).proportion_ci(CONFIDENCE, method="exact")

@@ -113,9 +113,9 @@ def restore(folder: Path) -> Setup:
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder} holds {remedy}")
     config = restored(json.loads((folder / "run.json").read_text())["config"])
-    if not torch.cuda.is_available():
+    if config.training.device == "cuda" and not torch.cuda.is_available():  # trained elsewhere, looked at here
         config.training.device, config.training.precision = "cpu", "float32"
-    setup = prepare(config)
+    setup = dataclasses.replace(prepare(config), folder=folder)
     state = torch.load(folder / "checkpoint.pt", map_location=setup.device, weights_only=True)
     setup.model.load_state_dict(state["model"])
     return setup

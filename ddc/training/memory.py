@@ -1,11 +1,12 @@
-"""What a run will need, found without a GPU and without allocating anything."""
+"""What a run will need, found without a GPU: on the host, no more than the weights is allocated."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from ddc.data import Data
@@ -33,9 +34,11 @@ def estimate_memory(config: Config, data: Data) -> MemoryEstimate:
     That checks every shape of model, loss and optimizer step, and that the step never needs a value on the host.
     """
     fake, training = FakeTensorMode(), config.training
-    with fake:
-        model = build_model(config.model, **data.sizes)
-    gauges = find_gauges(model, per_layer=config.gauges.chained_rescale).only(config.gauges.kinds)
+    real = build_model(config.model, **data.sizes)  # what is traced must have values
+    gauges = find_gauges(real, per_layer=config.gauges.chained_rescale).only(config.gauges.kinds)
+    with FakeCopyMode(fake):
+        model = copy.deepcopy(real)
+    del real
     precision = getattr(torch, training.precision)
     batch = data.batch(0, (training.batch_size or data.train_units) // training.accumulation, config.seed)
     with fake:

@@ -1,0 +1,187 @@
+"""The vision experiment: from runs to measured capacity, smaller models, tables and figures."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddc.models import load_model
+from ddc.report.runs import read_lines
+from ddc.report.vit import (
+    HALVED,
+    LAST_LOSS,
+    SPARE,
+    capacity_verdict,
+    differences,
+    losses_verdict,
+    markdown,
+    plot_losses,
+    plot_pruning,
+    plot_units,
+)
+from ddc.training.loop import evaluation_batches, measure, restore, train
+from experiments.vit import EXPERIMENT, OPTIMIZERS, score
+from scripts import capacity, prune
+from tests.test_training import run
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS = ROOT / "results/vit/runs.jsonl"
+
+
+def command(monkeypatch: pytest.MonkeyPatch, module, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    module.main()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of small runs: a vision transformer, a GPT without biases, a deep MLP."""
+    folders = {}
+    for experiment in ("vit_scratch", "lm_overtrain", "grok_mlp"):
+        setup = run(tmp_path_factory.mktemp("runs"), f"+experiment={experiment}", "optimizer=ddcadam")
+        train(setup)
+        folders[experiment] = setup.folder
+    return folders
+
+
+@pytest.mark.parametrize("experiment", ["vit_scratch", "lm_overtrain"])
+def test_a_pruned_run_loads_and_runs(
+    experiment: str,
+    trained: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    tmp_path: Path,
+) -> None:
+    command(monkeypatch, prune, trained[experiment], "--keep", 0.25, "--output", tmp_path / "small")
+    shown = capsys.readouterr().out
+    whole, small = restore(trained[experiment]), load_model(tmp_path / "small")
+    about = json.loads((tmp_path / "small/model.json").read_text())
+    assert (about["model"]["hidden"], about["keep"], about["run"]) == (4, 0.25, whole.config.run_id)
+    assert whole.config.run_id == whole.folder.name
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (whole.model, small)]
+    assert sizes[1] < sizes[0]
+    assert f"{sizes[0]:,}" in shown
+    assert f"{sizes[1]:,}" in shown
+    before = measure(whole, evaluation_batches(whole, "validation"))
+    assert f"{before['loss']:.4f}" in shown
+    assert before["loss"] == json.loads((trained[experiment] / "summary.json").read_text())["validation_loss"]
+    whole.model = small
+    assert f"{measure(whole, evaluation_batches(whole, 'validation'))['loss']:.4f}" in shown
+
+
+def test_capacity_is_measured_once(
+    trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = trained["vit_scratch"]
+    command(monkeypatch, capacity, folder, "--examples", 8)
+    record = json.loads((folder / "capacity.json").read_text())
+    assert record["examples"] == 8
+    assert [len(block["removal_to_mean"]) for block in record["blocks"]] == [16]
+    assert [row["keep"] for row in record["pruning"]] == [1.0, 0.75, 0.5, 0.25]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert record["pruning"][0]["validation_loss"] == pytest.approx(summary["validation_loss"], rel=1e-6)
+    assert "blocks.0.mlp" in capsys.readouterr().out
+    assert (folder / "capacity.png").stat().st_size > 10_000
+    written = (folder / "capacity.json").stat().st_mtime_ns
+    command(monkeypatch, capacity, folder)
+    assert (folder / "capacity.json").stat().st_mtime_ns == written
+
+
+def test_what_cannot_be_pruned_is_refused(
+    trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for folder, options, message in (
+        (tmp_path, [], "holds no run"),
+        (trained["grok_mlp"], [], "no key model.hidden"),
+        (trained["vit_scratch"], ["--keep", 0], "keep=0"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            command(monkeypatch, prune, folder, *options)
+    with pytest.raises(SystemExit, match="no feed-forward blocks"):
+        command(monkeypatch, capacity, trained["grok_mlp"])
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(SystemExit, match="without a checkpoint"):
+        command(monkeypatch, prune, tmp_path)
+    assert not list(trained["vit_scratch"].glob("pruned*"))
+
+
+def test_both_optimizers_have_as_many_settings() -> None:
+    assert [len(set(EXPERIMENT.grid[name])) for name in OPTIMIZERS] == [9, 9]
+    assert {overrides for overrides, _ in EXPERIMENT.plan("matched", "runs")} <= {
+        setting for settings in EXPERIMENT.grid.values() for setting in settings
+    }
+
+
+def test_the_tuning_is_by_the_last_validation_loss() -> None:
+    def record(losses: list[float], diverged: bool = False) -> dict:
+        return {"curve": {"validation_loss": losses}, "diverged": diverged}
+
+    good, bad = record([3.0, 0.6]), record([0.5, 0.9])
+    assert score([good]) > score([bad]) > score([record([0.1], diverged=True)])
+    assert score([good, bad]) > score([bad, bad])
+
+
+def fake(loss: float, spare: float, rise: float) -> dict:
+    blocks = [{"removal_to_mean": [0.0 if i < 100 * spare else 1.0 for i in range(100)]}]
+    pruning = [{"keep": 1.0, "validation_loss": loss}, {"keep": 0.5, "validation_loss": loss + rise}]
+    return {"summary": {"validation_loss": loss}, "capacity": {"blocks": blocks, "pruning": pruning}}
+
+
+def fakes(adamw: tuple[float, float, float], ddcadam: tuple[float, float, float]) -> dict[str, list[dict]]:
+    noise = (0.0, 0.01, -0.01)
+    return {
+        "adamw": [fake(adamw[0] + each, *adamw[1:]) for each in noise],
+        "ddcadam": [fake(ddcadam[0] - each, *ddcadam[1:]) for each in noise],
+    }
+
+
+def test_differences_are_by_seed() -> None:
+    runs = fakes((2.0, 0.3, 0.5), (1.5, 0.5, 0.4))
+    assert differences(runs, LAST_LOSS) == pytest.approx([-0.5, -0.52, -0.48])
+    assert differences(runs, SPARE) == pytest.approx([0.2] * 3)
+    assert differences(runs, HALVED) == pytest.approx([-0.1] * 3)
+
+
+def test_verdicts_by_their_rules() -> None:
+    better, slightly, worse = (fakes((2.0, 0.3, 0.5), (loss, 0.3, 0.5)) for loss in (1.7, 1.9, 2.2))
+    assert losses_verdict(better, 0.01) == "reproduced"
+    assert losses_verdict(better, 0.06) == "not reproduced"
+    assert losses_verdict(slightly, 0.01) == "direction only"
+    assert losses_verdict(worse, 0.01) == "not reproduced"
+    both, one, none = fakes((2, 0.3, 0.5), (2, 0.5, 0.4)), fakes((2, 0.3, 0.5), (2, 0.5, 0.6)), better
+    assert capacity_verdict(both, 0.01, 0.01) == "reproduced"
+    assert capacity_verdict(both, 0.01, 0.2) == "direction only"
+    assert capacity_verdict(one, 0.01, 0.2) == "direction only"
+    assert capacity_verdict(one, 0.01, 0.01) == "not reproduced"
+    assert capacity_verdict(none, 0.2, 0.2) == "not reproduced"
+
+
+def test_the_committed_table_is_what_its_records_make() -> None:
+    assert (RECORDS.parent / "table.md").read_text() == markdown(read_lines(RECORDS))
+
+
+def test_figures_from_records(tmp_path: Path) -> None:
+    records = read_lines(RECORDS)
+    paths = [path for plot in (plot_losses, plot_pruning, plot_units) for path in plot(records, tmp_path)]
+    assert {path.stem for path in paths} == {"losses", "pruning", "units"}
+    assert all(path.stat().st_size > 10_000 for path in paths)
+
+
+def test_a_run_that_diverged_is_counted_and_left_out_with_its_partner() -> None:
+    records = copy.deepcopy(read_lines(RECORDS))
+    index = next(i for i, record in enumerate(records) if "matched" in record["stages"] and record["seed"] == 0)
+    records[index] |= {"diverged": True, "summary": None}
+    text = markdown(records)
+    assert "1 diverged" in text
+    assert "| 4 |" in text
+
+
+def test_restored_weights_are_those_of_the_run(trained: dict[str, Path]) -> None:
+    setup = restore(trained["vit_scratch"])
+    state = torch.load(setup.folder / "checkpoint.pt", weights_only=True)["model"]
+    assert all(torch.equal(value, state[name]) for name, value in setup.model.state_dict().items())
