@@ -11,6 +11,8 @@ chose the number of steps:
   initialisation and order; differences are paired by seed.
 - *matched*: rate 0.001 and decay 0.1 for both. *tuned*: each at the best of nine settings of rate and decay, by the
   mean of the last validation loss; all run on seed 100, the best two on 101 and 102.
+  Both choices turned out to lie at the edge of the grid; two settings each beyond it (``beyond``) were then run on the
+  three tuning seeds, to see what a larger grid might have chosen.
 - C3: the last validation loss. C4: the share of hidden units that can be replaced by their means, one at a time, with a
   change of the validation loss of less than 0.001 nats; and the loss after pruning to half the width. The rules of the
   verdicts are in :mod:`ddc.report.vit`.
@@ -27,10 +29,12 @@ from ddc.report.runs import read_lines
 from ddc.report.stages import PROTOCOLS, Record
 from ddc.report.vit import CURVE, markdown, plot_losses, plot_pruning, plot_units
 from experiments.output import save_table
-from experiments.protocols import Experiment, command_line
+from experiments.protocols import FINAL_SEEDS, TUNING_SEED, Experiment, Plan, command_line, product
 
 OPTIMIZERS = ("adamw", "ddcadam")
 RATES, DECAYS = (5e-4, 1e-3, 2e-3), (0.1, 1.0, 3.0)
+#: Settings beyond the grid, for both choices lay at its edge: no protocol reports them.
+BEYOND = {"adamw": ((2e-3, 10.0), (4e-3, 3.0)), "ddcadam": ((2.5e-4, 3.0), (1e-3, 2.0))}
 
 
 def setting(optimizer: str, rate: float, decay: float) -> str:
@@ -43,6 +47,12 @@ def score(records: Sequence[Record]) -> float:
     return -sum(float("inf") if each["diverged"] else each["curve"]["validation_loss"][-1] for each in records)
 
 
+def beyond(runs: str) -> Plan:
+    """Settings next to the chosen ones, outside the grid, on the seeds of the tuning."""
+    settings = [setting(name, *each) for name, more in BEYOND.items() for each in more]
+    return product(settings, [TUNING_SEED, *FINAL_SEEDS])
+
+
 EXPERIMENT = Experiment(
     overrides="+experiment=vit_scratch data=fashion_mnist",
     seeds=range(5),
@@ -50,7 +60,7 @@ EXPERIMENT = Experiment(
     grid={name: [setting(name, *each) for each in itertools.product(RATES, DECAYS)] for name in OPTIMIZERS},
     score=score,
     curve=CURVE,
-    more={},
+    more={"beyond": beyond},
 )
 
 
