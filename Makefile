@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 FASHION_MNIST := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ddc/fashion-mnist
 
-.PHONY: lm_overtrain grok fashion-mnist report slurm-test test lint architectures equivariance known_rates learning_coefficients benchmark clean
+.PHONY: lm_overtrain grok vit fashion-mnist report slurm-test test lint architectures equivariance known_rates learning_coefficients benchmark clean
 
 lm_overtrain: $(STAMP)  ## the main job: AdamW and DDCAdam side by side, one core each; tables and plots
 	@mkdir -p runs/main
@@ -31,8 +31,23 @@ $(FASHION_MNIST):
 	@set -e; folder=$$(mktemp -d); cd $$folder; chmod 755 .; apt-get download -q dataset-fashion-mnist; \
 	dpkg-deb --extract dataset-fashion-mnist_*.deb .; mkdir -p $@; cp usr/share/datasets/fashion-mnist/* $@; rm -r $$folder
 
+vit: $(STAMP) $(FASHION_MNIST)  ## claims C3 and C4: all runs, their capacity, tables, figures; two at a time, two hours; run again, it goes on
+	@mkdir -p runs/sweeps
+	@for stage in matched tuning finals tuned beyond; do \
+	    echo "stage $$stage"; \
+	    $(RUN) -m experiments.vit plan $$stage > runs/sweeps/vit-$$stage.txt && \
+	    OMP_NUM_THREADS=1 $(RUN) scripts/sweep.py run runs/sweeps/vit-$$stage.txt --jobs 2 || exit 1; \
+	done
+	@for stage in matched tuned; do \
+	    $(RUN) scripts/sweep.py folders runs/sweeps/vit-$$stage.txt | \
+	    OMP_NUM_THREADS=1 xargs -P 2 -n 1 $(RUN) scripts/capacity.py || exit 1; \
+	done
+	$(RUN) -m experiments.vit collect
+	$(RUN) -m experiments.vit report
+
 report: $(STAMP)  ## tables and figures that committed records make
 	$(RUN) -m experiments.grokking report
+	$(RUN) -m experiments.vit report
 
 slurm-test: $(STAMP)  ## a real Slurm on this machine (Debian, root): an array sweep, one task killed, resubmitted
 	DDC_PYTHON=$(abspath $(RUN)) slurm/test.sh

@@ -3,6 +3,7 @@
 python scripts/sweep.py run SWEEP_FILE --jobs 2     # on this machine; exit status 1 if a run has not ended
 python scripts/sweep.py status SWEEP_FILE           # what is complete, diverged, running, unfinished, failed, missing
 python scripts/sweep.py count SWEEP_FILE            # how many there are
+python scripts/sweep.py folders SWEEP_FILE          # where they are, for other scripts
 python scripts/sweep.py task SWEEP_FILE INDEX       # one of them, counted from 0: for array jobs (slurm/)
 """
 
@@ -20,7 +21,7 @@ def main() -> None:
     """Do what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("run", "status", "count", "task"):
+    for name in ("run", "status", "count", "folders", "task"):
         commands.add_parser(name).add_argument("file", type=Path, metavar="SWEEP_FILE")
     commands.choices["run"].add_argument("--jobs", type=int, default=1, help="runs at a time")
     commands.choices["task"].add_argument("index", type=int, metavar="INDEX")
@@ -33,6 +34,9 @@ def main() -> None:
         sys.exit(f"error: {arguments.file} has no runs: one a line, as overrides of train.py")
     if arguments.command == "count":
         print(len(runs))
+        return
+    if arguments.command == "folders":
+        print(*(run.folder for run in runs), sep="\n")
         return
     if arguments.command == "task":
         if not 0 <= arguments.index < len(runs):

@@ -59,6 +59,9 @@ HOMOGENEOUS = frozenset(["relu", "relu_", "leaky_relu", "leaky_relu_", "abs"])
 #: Linear operations: what a rotary embedding is made of.
 LINEAR_OPERATIONS = MOVES | KEEPS | frozenset(["mul", "div", "add", "sub", "neg", "cat", "stack", "getitem", "rsub"])
 
+#: At how many positions a head is looked at.
+POSITIONS = 8
+
 
 def arguments(node: Node) -> tuple[Any, ...]:
     """Positional arguments of a node; torch.fx types them too widely to read."""
@@ -366,9 +369,11 @@ class Trace:
 
     @torch.no_grad()
     def matrix(self, source: LinearMap, target: Node, at_once: int = 256) -> Tensor | None:
-        """How the outputs of a linear map, the same at every position, enter another node: (outputs, *target).
+        """How the outputs of a linear map, the same at every position, enter attention.
 
-        None if an operation between the two is not linear.
+        Returns:
+            (outputs, heads, positions, entries) in float64, of the first example and of at most :data:`POSITIONS`
+            positions, evenly spread; None if an operation between the two is not linear.
         """
         between = self.ancestors(target, [source.node])
         on_the_way = self.descendants(source.node) & between
@@ -381,6 +386,8 @@ class Trace:
             ):
                 return None
         shape = value_of(source.node).shape
+        length = value_of(target).shape[-2]
+        positions = torch.arange(min(POSITIONS, length)) * length // min(POSITIONS, length)
         fixed: dict[Node, Any] = {}
         for node in on_the_way:
             for argument in inputs(node):
@@ -388,7 +395,8 @@ class Trace:
                     self.value(argument, fixed)
 
         def enter(outputs: Tensor) -> Tensor:
-            return torch.as_tensor(self.value(target, {**fixed, source.node: outputs.broadcast_to(shape)}))
+            value = torch.as_tensor(self.value(target, {**fixed, source.node: outputs.broadcast_to(shape)}))
+            return value.reshape(-1, *value.shape[-3:])[0][:, positions]
 
         device = self.tensors[source.weight].device
         units = torch.eye(shape[-1], dtype=torch.float64, device=device)

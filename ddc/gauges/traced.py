@@ -456,13 +456,12 @@ def heads_of(matrix: Tensor, what: str) -> Heads:
     """Read heads from how the outputs of a linear map enter attention.
 
     Args:
-        matrix: (outputs, ..., heads, positions, entries), from :meth:`Trace.matrix`.
+        matrix: (outputs, heads, positions, entries), from :meth:`Trace.matrix`.
         what: for messages.
 
     Raises:
         NotProved: entries of a head that are no outputs as they are, nor pairs of them turned by position.
     """
-    matrix = matrix.reshape(len(matrix), -1, *matrix.shape[-3:])[:, 0]
     heads = Heads([], [])
     for head in range(matrix.shape[1]):
         block = matrix[:, head]  # (outputs, positions, entries)
