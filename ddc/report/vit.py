@@ -95,7 +95,7 @@ LOSSES = (
     Quantity("validation accuracy, last", from_summary("validation_accuracy"), 1),
     Quantity("calibration error, last", from_summary("validation_calibration_error"), -1),
 )
-SPARE = Quantity(f"spare units, to mean (|Δ| < {TOLERANCE:g})", lambda record: spare_share(record["capacity"]), 1)
+SPARE = Quantity(f"spare units, to mean (change < {TOLERANCE:g})", lambda record: spare_share(record["capacity"]), 1)
 HALVED = Quantity("rise of validation loss at 50% width", pruned(HALF, "validation_loss", rise=True), -1)
 CAPACITY = (
     SPARE,
@@ -240,13 +240,15 @@ def tuning_table(records: Sequence[Record]) -> str:
     """One row a setting, the chosen one in bold."""
     finals, chosen = of_stage(records, "finals"), of_stage(records, "tuned")
     rows = []
+    further = of_stage(records, "beyond")
     for name, settings in of_stage(records, "tuning").items():
-        for overrides, first in settings.items():
+        for overrides, first in {**settings, **further[name]}.items():
+            beyond = " (beyond)" if overrides in further[name] else ""
             runs = first + finals[name].get(overrides, [])
             mark = "**" if overrides in chosen[name] else ""
             losses = ", ".join("diverged" if run["diverged"] else f"{LAST_LOSS.of(run):.3f}" for run in runs)
             trained = ", ".join("–" if run["diverged"] else f"{run['summary']['train_loss']:.3f}" for run in runs)
-            rows.append([TITLES[name], f"{mark}{setting_title(runs[0])}{mark}", losses, trained])
+            rows.append([TITLES[name], f"{mark}{setting_title(runs[0])}{mark}{beyond}", losses, trained])
     return table(["optimizer", "rate, decay", "last validation loss", "last train loss"], rows, left=4)
 
 
@@ -285,7 +287,9 @@ def markdown(records: Sequence[Record]) -> str:
         seeds_table(records),
         "## Tuning",
         tuning_table(records),
-        "All settings ran on seed 100, the best two of each optimizer on 101 and 102 as well; the chosen one is bold.",
+        "All settings ran on seed 100, the best two of each optimizer on 101 and 102 as well; the chosen one is bold. Both "
+        "lay at the edge of the grid, so two settings each *beyond* it were run afterwards, on the same three seeds; no "
+        "protocol reports them.",
         f"{len(records)} runs, {diverged} diverged, {hours:.1f} hours of one core in all. Commit {commits}. Made by "
         "`make report` from `runs.jsonl` beside this file.",
     ]
