@@ -287,9 +287,9 @@ def markdown(records: Sequence[Record]) -> str:
         seeds_table(records),
         "## Tuning",
         tuning_table(records),
-        "All settings ran on seed 100, the best two of each optimizer on 101 and 102 as well; the chosen one is bold. Both "
-        "lay at the edge of the grid, so two settings each *beyond* it were run afterwards, on the same three seeds; no "
-        "protocol reports them.",
+        "All settings ran on seed 100, the best two of each optimizer on 101 and 102 as well; the chosen one is bold. "
+        "Both lay at the edge of the grid, so two settings each *beyond* it were run afterwards, on the same three "
+        "seeds; no protocol reports them.",
         f"{len(records)} runs, {diverged} diverged, {hours:.1f} hours of one core in all. Commit {commits}. Made by "
         "`make report` from `runs.jsonl` beside this file.",
     ]
@@ -376,7 +376,8 @@ def plot_units(records: Sequence[Record], folder: Path) -> list[Path]:
                     shares = (np.arange(len(numbers)) + 1) / len(numbers)
                     panel.plot(numbers, shares, label=TITLES[name] if not j else None, **style)
         row[0].axvline(TOLERANCE, color="black", linestyle=":", linewidth=0.8, label="tolerance")
-        row[0].set_xscale("log")
+        for panel in row:
+            panel.set_xscale("log")
         row[0].set(ylabel=f"{protocol}\nshare of units")
         for panel in row:
             panel.grid(alpha=0.3)
