@@ -278,6 +278,22 @@ def test_saved_models_come_back(config, sizes: dict, tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
+class Shortcut(nn.Module):
+    """The first linear map is read by the second as well as by what comes after it: its outputs are no hidden units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.third(torch.relu(h + self.second(h)))
+
+
+def test_what_another_linear_map_reads_is_no_hidden_unit() -> None:
+    assert feed_forward_blocks(Shortcut(), (torch.randn(2, 3),)) == []
+
+
 def test_layers_of_a_chain_are_no_blocks() -> None:
     pairs = torch.zeros(2, 2, dtype=torch.int64)
     assert feed_forward_blocks(DeepMLP(DeepMLPConfig(depth=4, width=4), 5, 5), (pairs,)) == []

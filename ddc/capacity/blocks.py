@@ -88,9 +88,10 @@ def _block_before(trace: Trace, reader: LinearMap) -> FeedForward | None:
             return None
         between.add(node)
     maps = [*sources, reader]
+    elementwise = between - trace.linear_maps.keys()
     if (
         reader.input in trace.linear_maps
-        or not all(user in between or user is reader.node for node in between for user in node.users)
+        or not all(user is reader.node or user in elementwise for node in between for user in node.users)
         or not all(trace.used_once(linear.weight) and _bias_is_whole(linear) for linear in maps)
     ):
         return None
