@@ -4,18 +4,19 @@ python -m experiments.vit plan STAGE      # the runs of a stage, for scripts/swe
 python -m experiments.vit collect         # records and measured capacity of all runs into results/vit/runs.jsonl
 python -m experiments.vit report          # tables and figures from there
 
-Fixed before the runs, apart from one pilot of each optimizer at the matched setting on seed 100 (1,600 steps), which
-chose the number of steps:
+Written before the runs (commit 1ca1623), apart from one pilot of each optimizer at the matched setting on seed 100
+(1,600 steps), which chose the number of steps:
 
 - AdamW and DDCAdam on the first 2,000 images of Fashion-MNIST, ``+experiment=vit_scratch``, seeds 0 to 4, which set
   initialisation and order; differences are paired by seed.
 - *matched*: rate 0.001 and decay 0.1 for both. *tuned*: each at the best of nine settings of rate and decay, by the
   mean of the last validation loss; all run on seed 100, the best two on 101 and 102.
-  Both choices turned out to lie at the edge of the grid; two settings each beyond it (``beyond``) were then run on the
-  three tuning seeds, to see what a larger grid might have chosen.
 - C3: the last validation loss. C4: the share of hidden units that can be replaced by their means, one at a time, with a
-  change of the validation loss of less than 0.001 nats; and the loss after pruning to half the width. The rules of the
-  verdicts are in :mod:`ddc.report.vit`.
+  change of the validation loss of less than 0.001 nats; and the loss after pruning to half the width.
+
+Written later: the rules of the verdicts (:mod:`ddc.report.vit`, commit 7488cac), when the matched runs and most of the
+tuning had ended, but before any capacity was measured in them; and ``beyond``, when the tuning was done: both choices
+lay at the edge of the grid, so two settings each beyond it ran on the three tuning seeds.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from ddc.capacity import (
     unit_norms,
     unit_statistics,
 )
-from ddc.gauges import named_parameters
+from ddc.gauges import find_gauges, named_parameters
 from ddc.models import cross_entropy
 from ddc.report.capacity import capacity_table, plot_capacity
 from ddc.report.runs import Run
@@ -42,15 +42,17 @@ def main() -> None:
     """Measure the run folders of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--examples", type=int, default=512, help="of validation, for the removal of units")
+    parser.add_argument("--predictions", type=int, default=512, help="of validation, for the removal of units")
     arguments = parser.parse_args()
     console = Console()
     for folder in arguments.folders:
         path = folder / "capacity.json"
         try:
-            if not path.exists():
-                write_json(path, capacity_of(restore(folder), arguments.examples, console))
             run = Run.read(folder)
+            if run.summary is None:
+                raise ValueError(f"{folder} has not ended: the same command of train.py goes on with it")
+            if not path.exists() or json.loads(path.read_text()).get("predictions") != arguments.predictions:
+                write_json(path, capacity_of(restore(folder), arguments.predictions, console))
         except (FileNotFoundError, ValueError) as error:
             sys.exit(f"error: {error}")
         record = json.loads(path.read_text())
@@ -59,20 +61,24 @@ def main() -> None:
             print(figure)
 
 
-def capacity_of(setup: Setup, examples: int, console: Console) -> dict[str, Any]:
-    """All that is measured of one trained model, as a record.
+def capacity_of(setup: Setup, predictions: int, console: Console) -> dict[str, Any]:
+    """All that is measured of one trained model, as a record; in float32 throughout but for the pruned models' losses.
+
+    The loss of the removals is over ``predictions`` images or tokens, a whole number of sequences.
 
     Raises:
         ValueError: the model has no feed-forward blocks.
     """
     began, model = time.perf_counter(), setup.model
     train, validation = (evaluation_batches(setup, split) for split in ("train", "validation"))
+    examples = max(1, predictions // setup.data.units_per_example)
     (inputs, targets), *_ = setup.data.evaluation_batches("validation", 1, examples)
     inputs, targets = inputs.to(setup.device), targets.to(setup.device)
     blocks = feed_forward_blocks(model, (inputs,))
     if not blocks:
         raise ValueError(f"model={setup.config.model.name} has no feed-forward blocks whose units are its own")
-    parameters, gauges = named_parameters(model), setup.gauges
+    parameters = named_parameters(model)
+    gauges = find_gauges(model, inputs=(inputs[:2],))  # the model's, not those that its optimizer was told of
     statistics = unit_statistics(model, blocks, [x for x, _ in train])
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("removing units", total=sum(block.units for block in blocks))
@@ -102,7 +108,8 @@ def capacity_of(setup: Setup, examples: int, console: Console) -> dict[str, Any]
         values = {f"{split}_{key}": value for split, each in measured.items() for key, value in each.items()}
         pruning.append({"keep": keep, **values})
     seconds = time.perf_counter() - began
-    return {"examples": len(inputs), "blocks": found, "pruning": pruning, "capacity_seconds": seconds, **provenance()}
+    about = {"predictions": predictions, "examples": len(inputs), "capacity_seconds": seconds, **provenance()}
+    return {"blocks": found, "pruning": pruning, **about}
 
 
 class _Pruned(torch.nn.Module):

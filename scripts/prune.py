@@ -52,6 +52,8 @@ def prune(setup: Setup, keep: float, output: Path) -> None:
         raise ValueError(f"model={architecture.name} has no feed-forward width to change (no key model.hidden)")
     batches = [x for x, _ in evaluation_batches(setup, "train")]
     blocks = feed_forward_blocks(setup.model, (batches[0],))
+    if not blocks:
+        raise ValueError(f"model={architecture.name} has no feed-forward blocks whose units are its own")
     parameters = named_parameters(setup.model)
     changed = pruned_parameters(parameters, blocks, unit_statistics(setup.model, blocks, batches), keep)
     hidden = changed[blocks[0].outward.parameter].shape[blocks[0].outward.axis]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddc.capacity import (
@@ -278,20 +279,66 @@ def test_saved_models_come_back(config, sizes: dict, tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
-class Shortcut(nn.Module):
-    """The first linear map is read by the second as well as by what comes after it: its outputs are no hidden units."""
+class Block(nn.Module):
+    """A block of 8 units and a head, in ways that make its units no units of their own, or no block that can be read."""
 
-    def __init__(self) -> None:
+    def __init__(self, how: str) -> None:
         super().__init__()
-        self.first, self.second, self.third = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.how, self.first, self.up, self.down = how, nn.Linear(4, 4), nn.Linear(4, 8), nn.Linear(8, 4)
+        self.narrow, self.back, self.head = nn.Linear(4, 1), nn.Linear(4, 4), nn.Linear(4, 4)
+        if how == "shared bias":
+            self.head.bias = self.down.bias
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x)
-        return self.third(torch.relu(h + self.second(h)))
+        match self.how:
+            case "read by a linear map":
+                return self.head(torch.relu(h + self.back(h)))
+            case "narrow gate":
+                return self.down(torch.relu(self.up(h)) * self.narrow(h))
+            case "no module":
+                return F.linear(torch.relu(self.up(h)), self.down.weight)
+            case "in place":
+                h = h.sin()
+                h += self.down(torch.relu(self.up(h)))
+                h.mul_(2)
+                return self.head(h)
+        return self.head((h + self.down(torch.relu(self.up(h)))).sin())
 
 
-def test_what_another_linear_map_reads_is_no_hidden_unit() -> None:
-    assert feed_forward_blocks(Shortcut(), (torch.randn(2, 3),)) == []
+@pytest.mark.parametrize(
+    ("how", "count"),
+    [("read by a linear map", 0), ("narrow gate", 0), ("no module", 0), ("shared bias", 0), ("in place", 1), ("", 1)],
+)
+def test_units_that_are_not_their_own_are_no_block(how: str, count: int) -> None:
+    assert len(feed_forward_blocks(Block(how), (torch.randn(2, 4),))) == count
+
+
+def test_removal_in_a_model_that_computes_in_place() -> None:
+    torch.manual_seed(0)
+    model, x = Block("in place").double(), torch.randn(5, 4, dtype=torch.float64)
+    blocks = feed_forward_blocks(model, (x,))
+    effects = removal_effects(model, blocks, unit_statistics(model, blocks, [x]), x, torch.Tensor.sum)
+    for unit in range(8):
+        less = copy.deepcopy(model)
+        with torch.no_grad():
+            less.down.weight[:, unit] = 0.0
+            expected = float(less(x).sum() - model(x).sum())
+        assert float(effects[blocks[0].where].to_zero[unit]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_measured_without_dropout_and_modes_kept() -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.5, batch_first=True)
+    model.dropout1.eval()
+    x = torch.randn(3, 4, 8)
+    blocks = feed_forward_blocks(model, (x,))
+    first, second = (unit_statistics(model, blocks, [x])[blocks[0].where] for _ in range(2))
+    assert torch.equal(first.mean, second.mean)
+    assert model.training
+    assert not model.dropout1.training
+    with pytest.raises(ValueError, match="at least one batch"):
+        unit_statistics(model, blocks, [])
 
 
 def test_layers_of_a_chain_are_no_blocks() -> None:

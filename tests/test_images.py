@@ -83,7 +83,7 @@ def test_fashion_mnist_is_read_from_its_files(tmp_path: Path, monkeypatch: pytes
     assert found.validation[1].tolist() == labels.tolist()
     assert found.classes == 10
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"no idx file"))
-    with pytest.raises(DataError, match="not an idx file"):
+    with pytest.raises(DataError, match=r"not an idx file.*install its package again"):
         idx(tmp_path / "train-images-idx3-ubyte.gz")
 
 
@@ -132,6 +132,21 @@ def test_sets_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     hub_of(monkeypatch, [*found, *pictures(["RGB"], size=(5, 5))])
     with pytest.raises(DataError, match="2 different sizes"):
         load_images(config)
+
+
+def test_classes_that_training_lacks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub_of(monkeypatch, pictures(["L"] * 4))  # each of its own class
+    config = {"name": "hub", "hub_path": "a/b", "hub_label": "fine_label"}
+    assert load_images(ImageConfig(**config)).classes == 4
+    with pytest.raises(DataError, match=r"lack classes.*larger data\.train_images"):
+        load_images(ImageConfig(**config, train_images=2))
+
+
+def test_channel_statistics_are_torchs() -> None:
+    pixels = torch.randint(256, (2500, 3, 4, 5), dtype=torch.uint8)
+    mean, std = images.channel_statistics(pixels)
+    torch.testing.assert_close(mean.flatten(), pixels.double().mean((0, 2, 3)).float())
+    torch.testing.assert_close(std.flatten(), pixels.double().std((0, 2, 3)).float())
 
 
 def test_batches_are_a_function_of_seed_and_step() -> None:

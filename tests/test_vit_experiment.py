@@ -78,7 +78,7 @@ def test_capacity_is_measured_once(
     trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     folder = trained["vit_scratch"]
-    command(monkeypatch, capacity, folder, "--examples", 8)
+    command(monkeypatch, capacity, folder, "--predictions", 8)
     record = json.loads((folder / "capacity.json").read_text())
     assert record["examples"] == 8
     assert [len(block["removal_to_mean"]) for block in record["blocks"]] == [16]
@@ -88,7 +88,7 @@ def test_capacity_is_measured_once(
     assert "blocks.0.mlp" in capsys.readouterr().out
     assert (folder / "capacity.png").stat().st_size > 10_000
     written = (folder / "capacity.json").stat().st_mtime_ns
-    command(monkeypatch, capacity, folder)
+    command(monkeypatch, capacity, folder, "--predictions", 8)
     assert (folder / "capacity.json").stat().st_mtime_ns == written
 
 

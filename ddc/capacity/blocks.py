@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import Node
 
 from ddc.gauges import Axis
-from ddc.gauges.trace import KEEPS, Inputs, LinearMap, Trace, inputs, operation, traced, value_of
+from ddc.gauges.trace import KEEPS, Inputs, LinearMap, Trace, inputs, module_path, operation, traced, value_of
 
 #: Operations on each entry by itself, which may lie between the linear maps of a block.
 ELEMENTWISE = KEEPS | frozenset(
@@ -80,9 +80,11 @@ def _block_before(trace: Trace, reader: LinearMap) -> FeedForward | None:
     waiting, width = [reader.input], value_of(reader.input).shape[-1:]
     while waiting:
         node = waiting.pop()
+        if value_of(node).shape[-1:] != width:
+            return None
         if node in trace.linear_maps:
             sources.append(trace.linear_maps[node])
-        elif operation(node) in ELEMENTWISE | VIEWS and value_of(node).shape[-1:] == width:
+        elif operation(node) in ELEMENTWISE | VIEWS:
             waiting += [each for each in inputs(node) if each not in between]
         else:
             return None
@@ -92,7 +94,9 @@ def _block_before(trace: Trace, reader: LinearMap) -> FeedForward | None:
     if (
         reader.input in trace.linear_maps
         or not all(user is reader.node or user in elementwise for node in between for user in node.users)
-        or not all(trace.used_once(linear.weight) and _bias_is_whole(linear) for linear in maps)
+        or not all(_is_alone(trace, linear) for linear in maps)
+        or module_path(reader.node)
+        != reader.weight.rpartition(".")[0]  # its module must be there to be asked for its input
     ):
         return None
     sources.sort(key=lambda linear: trace.order[linear.node])
@@ -106,8 +110,10 @@ def _block_before(trace: Trace, reader: LinearMap) -> FeedForward | None:
     return FeedForward(where, tuple(axes), Axis(reader.weight, 1 - reader.rows), reader.bias, units)
 
 
-def _bias_is_whole(linear: LinearMap) -> bool:
-    return linear.bias_node is None or linear.bias is not None
+def _is_alone(trace: Trace, linear: LinearMap) -> bool:
+    """Whether weight and bias are parameters of their own that nothing else uses."""
+    bias = linear.bias_node is None or (linear.bias is not None and trace.used_once(linear.bias))
+    return bias and trace.used_once(linear.weight)
 
 
 def common_owner(names: Sequence[str]) -> str:

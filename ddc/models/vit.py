@@ -53,7 +53,7 @@ def vision_transformer(config: ViTConfig, shape: tuple[int, int, int], classes: 
 
     Linear maps, the patch embedding among them, start as N(0, 1/fan_in), positions and class token as N(0, 1/width), at
     which a learning rate means the same for DDCAdam as for AdamW; biases start at 0, norm scales at 1. timm's own
-    start, a standard deviation of 0.02 everywhere, would make AdamW's relative steps several times larger.
+    start, a standard deviation of 0.02 for linear maps, would make AdamW's relative steps several times larger.
 
     Raises:
         ValueError: patches that do not tile the images.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.table import Table
 
 from ddc.report.runs import COLOURS, save_figure
+from ddc.report.stages import Record
 
-Record = dict[str, Any]
 #: A unit is spare if its removal changes the validation loss by less than this, in nats.
 TOLERANCE = 1e-3
 REMOVALS = ("zero", "mean")

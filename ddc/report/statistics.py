@@ -37,6 +37,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
 
 def paired_p(differences: Sequence[float]) -> float:
     """Two-sided p-value of Student's t-test that the mean of paired differences is zero."""
+    if np.ptp(differences) == 0:  # no spread: certainly zero, or certainly not
+        return float(differences[0] == 0)
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 

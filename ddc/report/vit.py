@@ -104,6 +104,7 @@ CAPACITY = (
     HALVED,
     Quantity("rise of validation loss at 25% width", pruned(0.25, "validation_loss", rise=True), -1),
     Quantity("rise of train loss at 50% width", pruned(HALF, "train_loss", rise=True), -1),
+    Quantity("rise of train loss at 25% width", pruned(0.25, "train_loss", rise=True), -1),
     Quantity("change of validation accuracy at 50% width", pruned(HALF, "validation_accuracy", rise=True), 1),
     Quantity("effective rank of W_up", mean_rank("effective", "up"), 0, ".2f"),
     Quantity("effective rank of W_down", mean_rank("effective", "down"), 0, ".2f"),
@@ -259,14 +260,17 @@ def markdown(records: Sequence[Record]) -> str:
     commits = ", ".join(sorted({str(record["commit"]) for record in records}))
     hours = sum(record["seconds"] for record in records) / 3600
     examples = next(record["capacity"]["examples"] for record in records if "capacity" in record)
+    measured = ", ".join(sorted({str(record["capacity"]["commit"]) for record in records if "capacity" in record}))
+    validation = training["evaluation_batches"] * training["batch_size"]
     diverged = sum(record["diverged"] for record in records)
     same = [TITLES[name] for name in TITLES if is_shared(records, name)]
     parts = [
         f"Vision transformer of timm: {model['layers']} layers, width {model['width']}, {model['heads']} heads, "
         f"{model['hidden']} hidden units ({model['mlp']}), patches of {model['patch']} pixels. First "
         f"{data['train_images']:,} training images of {data['name']}, no augmentation, label smoothing or mixup; batch "
-        f"{training['batch_size']}, {training['steps']} steps, cosine schedule. Losses in nats, on images of the test "
-        "split. Seeds set initialisation and order; differences are paired by seed.",
+        f"{training['batch_size']}, {training['steps']} steps, cosine schedule. Losses in nats, on {validation:,} "
+        "images spread over the test split, the same for all runs, tuning included. "
+        "Seeds set initialisation and order; differences are paired by seed.",
         "## Claims C3 and C4",
         verdict_table(records),
         "C3, reproduced: the last validation loss is lower with p < 0.05, by at least half of the paper's 19%; "
@@ -290,7 +294,8 @@ def markdown(records: Sequence[Record]) -> str:
         "All settings ran on seed 100, the best two of each optimizer on 101 and 102 as well; the chosen one is bold. "
         "Both lay at the edge of the grid, so two settings each *beyond* it were run afterwards, on the same three "
         "seeds; no protocol reports them.",
-        f"{len(records)} runs, {diverged} diverged, {hours:.1f} hours of one core in all. Commit {commits}. Made by "
+        f"{len(records)} runs, {diverged} diverged, {hours:.1f} hours of one core in all. Commit of the runs "
+        f"{commits}, of the capacity {measured}. Made by "
         "`make report` from `runs.jsonl` beside this file.",
     ]
     return "\n\n".join(parts) + "\n"

@@ -149,8 +149,8 @@ class TrainingConfig:
 
     Args:
         steps: optimizer steps.
-        batch_size: sequences or pairs a step, null for all training pairs; with ``accumulation`` > 1, taken in so many
-            equal parts.
+        batch_size: sequences, images or pairs a step, null for all training pairs; with ``accumulation`` > 1, taken in
+            so many equal parts.
         schedule: of the learning rate, after a linear warm-up over ``warmup`` of the steps: ``constant``,
             ``cosine``, or ``wsd`` (constant, then linear over the last ``decay`` of the steps). Both of the
             latter end at ``final_lr`` times the peak.

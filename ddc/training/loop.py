@@ -33,6 +33,7 @@ from ddc.data import (
     load_text,
 )
 from ddc.gauges import GaugeSet, audit, find_gauges
+from ddc.gauges.trace import in_evaluation
 from ddc.models import (
     GPT,
     DeepMLPConfig,
@@ -113,10 +114,12 @@ def restore(folder: Path) -> Setup:
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder} holds {remedy}")
     config = restored(json.loads((folder / "run.json").read_text())["config"])
-    if config.training.device == "cuda" and not torch.cuda.is_available():  # trained elsewhere, looked at here
-        config.training.device, config.training.precision = "cpu", "float32"
+    if not torch.cuda.is_available():  # trained elsewhere, looked at here
+        config.training.precision = "float32"
+        if config.training.device == "cuda":
+            config.training.device = "cpu"
     setup = dataclasses.replace(prepare(config), folder=folder)
-    state = torch.load(folder / "checkpoint.pt", map_location=setup.device, weights_only=True)
+    state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
     setup.model.load_state_dict(state["model"])
     return setup
 
@@ -303,7 +306,7 @@ def noted(folder: Path) -> Iterator[None]:
 def start_folder(setup: Setup) -> None:
     """Begin a run folder: an older run in it ends here, and what made this one is written down."""
     setup.folder.mkdir(parents=True, exist_ok=True)
-    for name in ("summary.json", "checkpoint.pt", "records.jsonl", "timing.jsonl", "readings.jsonl"):
+    for name in ("summary.json", "capacity.json", "checkpoint.pt", "records.jsonl", "timing.jsonl", "readings.jsonl"):
         (setup.folder / name).unlink(missing_ok=True)
     shutil.rmtree(setup.folder / "snapshots", ignore_errors=True)
     write_json(
@@ -402,15 +405,15 @@ def evaluate(setup: Setup, step: int, batches: dict[str, list[Batch]]) -> Row:
 def measure(setup: Setup, batches: list[Batch]) -> dict[str, float]:
     """Mean loss in nats, accuracy and calibration error over batches, the model in evaluation mode."""
     loss, confidences, hits = 0.0, [], []
-    setup.model.eval()
-    for x, y in batches:
-        with autocast(setup):
-            logits = setup.model(x)
-        loss += float(cross_entropy(logits, y)) * y.numel()
-        largest, predicted = logits.float().max(-1)
-        confidences.append((largest - logits.float().logsumexp(-1)).exp().flatten())
-        hits.append((predicted == y).flatten())
-    setup.model.train()
+    with in_evaluation(setup.model):
+        for x, y in batches:
+            with autocast(setup):
+                logits = setup.model(x)
+            loss += float(cross_entropy(logits, y)) * y.numel()
+            logits = logits.float()
+            largest, predicted = logits.max(-1)
+            confidences.append((largest - logits.logsumexp(-1)).exp().flatten())
+            hits.append((predicted == y).flatten())
     confidence, hit = torch.cat(confidences), torch.cat(hits)
     return {
         "loss": loss / len(hit),

@@ -27,7 +27,10 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "numpy", "scipy", "arviz-stats", "hydra-core", "omegaconf", "wandb", "datasets", "transformers")
+PACKAGES = (
+    *("torch", "numpy", "scipy", "arviz-stats", "hydra-core", "omegaconf", "wandb", "datasets", "transformers"),
+    *("timm", "torchvision", "mlxtend", "safetensors"),
+)
 Row = dict[str, Any]
 
 
