@@ -280,7 +280,7 @@ def test_saved_models_come_back(config, sizes: dict, tmp_path: Path) -> None:
 
 
 class Block(nn.Module):
-    """A block of 8 units and a head, in ways that make its units no units of their own, or no block that can be read."""
+    """A block of 8 units and a head, in ways of which most make its units no units of their own."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
