@@ -79,17 +79,24 @@ class Experiment:
             raise ValueError(f"Invalid stage={stage!r}: expected one of {', '.join(self.stages)}")
         return self.more[stage](runs)
 
-    def best(self, settings: Sequence[str], seeds: Sequence[int], runs: str) -> list[str]:
-        """Settings, the best first.
+    def best(
+        self,
+        settings: Sequence[str],
+        seeds: Sequence[int],
+        runs: str,
+        score: Callable[[Sequence[Record]], Any] | None = None,
+    ) -> list[str]:
+        """Settings, the best first, by :attr:`score` or by another.
 
         Raises:
             ValueError: a run that is needed has not ended.
         """
+        score = score or self.score
 
-        def score(setting: str) -> Any:
-            return self.score([self.record(ended_run(run)) for run in self.sweep(product([setting], seeds), runs)])
+        def value(setting: str) -> Any:
+            return score([self.record(ended_run(run)) for run in self.sweep(product([setting], seeds), runs)])
 
-        return sorted(settings, key=score, reverse=True)
+        return sorted(settings, key=value, reverse=True)
 
     def finalists(self, optimizer: str, runs: str) -> list[str]:
         """The settings that go on from the tuning."""

@@ -24,7 +24,8 @@ stop() {
     status=$?
     scancel --user=root 2> /dev/null || true
     for pid in "${pids[@]}"; do kill "$pid" 2> /dev/null || true; done
-    wait 2> /dev/null || true
+    for _ in $(seq 50); do kill -0 "${pids[@]}" 2> /dev/null || break; sleep 0.2; done # a daemon may hang while it stops
+    for pid in "${pids[@]}"; do kill -KILL "$pid" 2> /dev/null || true; done
     if [ $status != 0 ]; then tail -n 20 "$work"/*.log >&2 || true; fi
     rm -rf "$work"
     exit $status

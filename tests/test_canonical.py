@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
-from ddc.gauges import balance_, find_gauges, named_parameters, orbit_distance
-from ddc.models import GPTConfig
+from ddc.gauges import Rescale, RotatedAxis, Rotation, Shift, balance_, find_gauges, named_parameters, orbit_distance
+from ddc.models import GPTConfig, cross_entropy
+from ddc.optim.drift import gauge_drift
+from ddc.optim.factory import make_optimizer
 from tests.helpers import make_model, relu_mlp, relu_mlp_gauges
 
 
@@ -79,3 +82,60 @@ def test_no_end_is_an_error() -> None:
 def test_float32_balances_to_its_rounding() -> None:
     model = relu_mlp(bias=True, dtype=torch.float32)
     balance_(named_parameters(model), relu_mlp_gauges(model))
+
+
+def test_drift_is_the_move_along_the_orbit(config: GPTConfig) -> None:
+    model = make_model(config)
+    gauges = find_gauges(model)
+    now = {name: p.detach().clone() for name, p in named_parameters(model).items()}
+    assert all(drift < 1e-7 for drift in gauge_drift(now, now, gauges).values())
+    for gauge in gauges:
+        before = {name: p.clone() for name, p in now.items()}
+        if isinstance(gauge, Shift):
+            gauge.act_(now, torch.full((gauge.dimension(now),), 0.25, dtype=torch.float64))
+            assert gauge_drift(before, now, [gauge])[gauge.kind] == pytest.approx(0.25)
+        elif isinstance(gauge, Rescale):
+            element = torch.linspace(-1, 1, gauge.units(now), dtype=torch.float64)
+            gauge.act_(now, element.exp())
+            expected = (1 + gauge.degree**2) * float(element.square().mean().sqrt())
+            assert gauge_drift(before, now, [gauge])[gauge.kind] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_drift_of_a_rotation_is_its_angle(k: int) -> None:
+    rows = torch.randn(3 * k, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gauge = Rotation("value_rotation", "a", (RotatedAxis("w", 0, np.arange(3 * k).reshape(3, 1, k)),), reflections=True)
+    plane = torch.zeros(k, k, dtype=torch.float64)
+    plane[0, 1], plane[1, 0] = -1, 1
+    angles = torch.tensor([0.1, 0.2, -0.3], dtype=torch.float64)
+    moved = {"w": rows.clone()}
+    gauge.act_(moved, torch.linalg.matrix_exp(angles[:, None, None] * plane))
+    expected = float(angles.square().mean().sqrt())
+    assert gauge_drift({"w": rows}, moved, [gauge]) == {"value_rotation": pytest.approx(expected)}
+    assert gauge_drift(moved, {"w": rows}, [gauge]) == {"value_rotation": pytest.approx(expected)}
+
+
+def test_ddcadam_keeps_the_coordinates_still_and_adamw_does_not(config: GPTConfig) -> None:
+    drifts = {}
+    for name in ("adamw", "ddcadam"):
+        model = make_model(config)
+        gauges = find_gauges(model)
+        start = {key: p.detach().clone() for key, p in named_parameters(model).items()}
+        optimizer = make_optimizer(name, model, gauges, 0.0, lr=1e-2)
+        tokens = torch.arange(12).reshape(2, 6)
+        for _ in range(10):
+            optimizer.zero_grad()
+            cross_entropy(model(tokens), tokens.flip(1)).backward()
+            optimizer.step()
+        drifts[name] = gauge_drift(start, named_parameters(model), [g for g in gauges if not isinstance(g, Rotation)])
+    assert all(drift < 1e-12 for drift in drifts["ddcadam"].values())
+    assert all(drift > 1e-4 for drift in drifts["adamw"].values())
+
+
+def test_drift_leaves_out_dead_units() -> None:
+    model = relu_mlp(bias=True)
+    gauges = relu_mlp_gauges(model)[:1]
+    with torch.no_grad():
+        model[0].weight[2], model[0].bias[2] = 0, 0
+    start = named_parameters(model)
+    assert gauge_drift(start, start, gauges) == {"relu_rescale": 0.0}

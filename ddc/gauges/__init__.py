@@ -2,7 +2,7 @@
 
 from ddc.gauges.actions import Axis, Chain, Rescale, RotatedAxis, Rotation, Shift
 from ddc.gauges.base import KINDS, Gauge, Refusal, named_parameters, plain_name
-from ddc.gauges.canonical import align_, balance_, orbit_distance
+from ddc.gauges.canonical import align_, balance_, nearest_turn, orbit_distance
 from ddc.gauges.discovery import find_gauges
 from ddc.gauges.gauge_set import GaugeSet, audit, check
 from ddc.gauges.roles import HiddenMatrix, hidden_matrices
@@ -26,6 +26,7 @@ __all__ = [
     "find_gauges",
     "hidden_matrices",
     "named_parameters",
+    "nearest_turn",
     "orbit_distance",
     "plain_name",
 ]

@@ -77,16 +77,32 @@ def align_(params: Params, reference: Params, gauges: Iterable[Gauge]) -> None:
     for gauge in gauges:
         if not isinstance(gauge, Rotation):
             continue
-        units, k = gauge.shape
-        moment = torch.zeros(units, k, k, dtype=torch.float64)
-        for name, axis, indices in gauge.slots:
-            index = torch.from_numpy(indices)
-            x, y = (unit_view(p[name], axis).double().cpu()[index] for p in (params, reference))
-            moment += torch.einsum("ucid,ucjd->uij", y, x)
-        u, _, vh = torch.linalg.svd(moment)
-        if not gauge.reflections:
-            u[:, :, -1] *= torch.linalg.det(u @ vh).sign()[:, None]
-        gauge.act_(params, (u @ vh).to(params[gauge.parameters[0]]))
+        gauge.act_(params, nearest_turn(gauge, params, reference, gauge.reflections).to(params[gauge.parameters[0]]))
+
+
+@torch.no_grad()
+def nearest_turn(gauge: Rotation, params: Params, reference: Params, reflections: bool) -> Tensor:
+    """Per unit, the orthogonal matrix that turns ``params`` as close to ``reference`` as it goes.
+
+    Args:
+        gauge: whose units.
+        params: parameters by name.
+        reference: likewise.
+        reflections: whether its determinant may be -1.
+
+    Returns:
+        A float64 tensor of shape (units, k, k), on the CPU.
+    """
+    units, k = gauge.shape
+    moment = torch.zeros(units, k, k, dtype=torch.float64)
+    for name, axis, indices in gauge.slots:
+        index = torch.from_numpy(indices)
+        x, y = (unit_view(p[name], axis).double().cpu()[index] for p in (params, reference))
+        moment += torch.einsum("ucid,ucjd->uij", y, x)
+    u, _, vh = torch.linalg.svd(moment)
+    if not reflections:
+        u[:, :, -1] *= torch.linalg.det(u @ vh).sign()[:, None]
+    return u @ vh
 
 
 @torch.no_grad()

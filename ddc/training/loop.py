@@ -32,7 +32,7 @@ from ddc.data import (
     load_modular,
     load_text,
 )
-from ddc.gauges import GaugeSet, audit, find_gauges
+from ddc.gauges import GaugeSet, audit, find_gauges, named_parameters
 from ddc.gauges.trace import in_evaluation
 from ddc.models import (
     GPT,
@@ -44,6 +44,7 @@ from ddc.models import (
     cross_entropy,
 )
 from ddc.optim import DDCAdam, DDCMuon
+from ddc.optim.drift import gauge_drift
 from ddc.optim.factory import make_optimizer
 from ddc.slt.observer import Observer, joined
 from ddc.training.calibration import calibration_error
@@ -70,6 +71,7 @@ class Setup:
     data: Data
     model: nn.Module
     gauges: GaugeSet
+    start: dict[str, Tensor]
     optimizer: Optimizer
     batch_size: int
     peak_lrs: list[float]
@@ -96,11 +98,12 @@ def prepare(config: Config) -> Setup:
     torch.manual_seed(config.seed)
     model = build_model(config.model, **data.sizes).to(device)
     gauges = find_gauges(model, per_layer=config.gauges.chained_rescale).only(config.gauges.kinds)
+    start = {name: p.detach().clone() for name, p in named_parameters(model).items()}
     optimizer = configured_optimizer(config, model, gauges)
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
     folder = Path(config.runs) / config.name / config.run_id
     observer = make_observer(config, device, data, model, folder / "snapshots") if config.slt.readings else None
-    return Setup(config, device, data, model, gauges, optimizer, batch_size, peak_lrs, observer, folder)
+    return Setup(config, device, data, model, gauges, start, optimizer, batch_size, peak_lrs, observer, folder)
 
 
 def restore(folder: Path) -> Setup:
@@ -250,7 +253,11 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
                 mirror.log_reading(read[-1])
                 reading_seconds += time.perf_counter() - began
             if step in evaluations and not (rows and rows[-1]["step"] == step):
-                row = {**evaluate(setup, step, fixed), "gauge_audit": gauge_audit}
+                row = {
+                    **evaluate(setup, step, fixed),
+                    "gauge_audit": gauge_audit,
+                    "gauge_drift": gauge_drift(setup.start, named_parameters(model), setup.gauges),
+                }
                 seconds = time.perf_counter() - clock
                 units = (step - last_row_step) * setup.batch_size * setup.data.units_per_example
                 speed = {f"{setup.data.unit}s_per_second": units / (seconds - reading_seconds)}

@@ -1,0 +1,88 @@
+"""Where on their gauge orbits weights lie, in coordinates that DDCAdam keeps still, and how far they moved there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ddc.gauges import Gauge, Rescale, Rotation, Shift, nearest_turn
+from ddc.gauges.base import Params, unit_view
+from ddc.optim.plan import Role, make_plan
+
+
+@torch.no_grad()
+def gauge_coordinates(params: Mapping[str, Tensor], gauges: Iterable[Gauge]) -> dict[Gauge, Tensor]:
+    """The vertical coordinates of weights, which the loss cannot see and DDCAdam (``vertical="freeze"``) keeps still.
+
+    - rescale: per unit log rho_P - k log rho_M, of sides as DDCAdam decomposes and dresses them
+      (:mod:`ddc.optim.plan`); log rho_P where all readers are dressed;
+    - chain: each layer's log-norm less the mean over layers;
+    - shift: the mean row.
+
+    Rotations have no coordinate of this kind (:func:`gauge_drift` gives their angles).
+
+    Args:
+        params: parameters by name.
+        gauges: the gauges of the model.
+
+    Returns:
+        Float64 vectors; infinite or nan where a side has norm zero.
+    """
+    gauges = list(gauges)
+    plan = make_plan({name: p.detach().requires_grad_() for name, p in params.items()}, gauges)
+    plus_norms: dict[Rescale, Tensor] = {}
+
+    def log_norms(roles: Sequence[Role]) -> Tensor:
+        squares = []
+        for role in roles:
+            values = params[role.name].double()
+            if role.centred:
+                values = values - values.mean(0)
+            if role.dressing is not None:
+                factor = plus_norms[role.dressing.gauge] ** role.dressing.degree
+                values = factor[:, None] * values if role.dressing.axis == 0 else values * factor
+            assert role.axis is not None
+            squares.append(unit_view(values, role.axis).square().sum(1))
+        return torch.stack(squares).sum(0).log() / 2
+
+    found: dict[Gauge, Tensor] = {}
+    for each in plan.polar:  # whoever dresses comes before what it dresses
+        plus = log_norms(each.plus)
+        plus_norms[each.gauge] = plus.exp()
+        found[each.gauge] = plus - each.gauge.degree * log_norms(each.minus) if each.minus else plus
+    for chain in plan.chains:
+        logs = torch.stack([params[role.name].double().norm().log() for role in chain.layers])
+        found[chain.gauge] = logs - logs.mean()
+    for gauge in gauges:
+        if isinstance(gauge, Shift):
+            found[gauge] = torch.cat([params[name].double().mean(0).reshape(-1) for name in gauge.parameters])
+    return found
+
+
+@torch.no_grad()
+def gauge_drift(start: Params, now: Params, gauges: Iterable[Gauge]) -> dict[str, float]:
+    """How far weights have moved *along* their orbits since a start, by kind of gauge.
+
+    The root mean square, over all units of a kind, of the change of :func:`gauge_coordinates`; for a rotation, of the
+    angle in radians of the rotation without reflection that turns a unit best onto where it was (Procrustes; the root
+    of the sum of its planes' squared angles). Units with a side of norm zero are left out.
+
+    Args:
+        start: parameters by name.
+        now: likewise, of the same model.
+        gauges: the gauges of the model.
+    """
+    gauges = list(gauges)
+    before, after = gauge_coordinates(start, gauges), gauge_coordinates(now, gauges)
+    changes: dict[str, list[Tensor]] = {}
+    for gauge in gauges:
+        if isinstance(gauge, Rotation):
+            angles = torch.linalg.eigvals(nearest_turn(gauge, now, start, reflections=False)).angle()
+            change = (angles.square().sum(-1) / 2).sqrt()  # the angles of a plane come with both signs
+        else:
+            change = after[gauge] - before[gauge]
+        changes.setdefault(gauge.kind, []).append(change[change.isfinite()].cpu())
+    joined = {kind: torch.cat(each) for kind, each in changes.items()}
+    return {kind: float(each.square().mean().sqrt()) for kind, each in joined.items() if len(each)}
