@@ -5,7 +5,17 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 FASHION_MNIST := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ddc/fashion-mnist
 
-.PHONY: lm_overtrain grok vit fashion-mnist report slurm-test test lint architectures equivariance known_rates learning_coefficients benchmark clean
+# The runs of the stages of an experiment, two at a time; those that have ended are not run again.
+define sweep
+	@mkdir -p runs/sweeps
+	@for stage in $(2); do \
+	    echo "stage $$stage"; \
+	    $(RUN) -m experiments.$(1) plan $$stage > runs/sweeps/$(1)-$$stage.txt && \
+	    OMP_NUM_THREADS=1 $(RUN) scripts/sweep.py run runs/sweeps/$(1)-$$stage.txt --jobs 2 || exit 1; \
+	done
+endef
+
+.PHONY: lm_overtrain grok vit fashion-mnist report slurm-test test lint docs overtraining rates status reproduce architectures equivariance known_rates learning_coefficients benchmark memory clean
 
 lm_overtrain: $(STAMP)  ## the main job: AdamW and DDCAdam side by side, one core each; tables and plots
 	@mkdir -p runs/main
@@ -16,12 +26,7 @@ lm_overtrain: $(STAMP)  ## the main job: AdamW and DDCAdam side by side, one cor
 	@$(RUN) scripts/compare.py runs/main/lm_overtrain/*-seed0-* --output runs/main/comparison
 
 grok: $(STAMP)  ## claim C5: all runs of the grokking experiment, two at a time, about two hours; run again, it goes on
-	@mkdir -p runs/sweeps
-	@for stage in matched tuning finals tuned ablations depth; do \
-	    echo "stage $$stage"; \
-	    $(RUN) -m experiments.grokking plan $$stage > runs/sweeps/$$stage.txt && \
-	    OMP_NUM_THREADS=1 $(RUN) scripts/sweep.py run runs/sweeps/$$stage.txt --jobs 2 || exit 1; \
-	done
+	$(call sweep,grokking,matched tuning finals tuned ablations depth)
 	$(RUN) -m experiments.grokking collect
 	$(RUN) -m experiments.grokking report
 
@@ -34,12 +39,7 @@ $(FASHION_MNIST):
 
 vit: $(STAMP)  ## claims C3 and C4: all runs, their capacity, tables, figures; two at a time, two hours; run again, it goes on
 	-@$(MAKE) --no-print-directory fashion-mnist  # where it cannot, the hub is asked
-	@mkdir -p runs/sweeps
-	@for stage in matched tuning finals tuned beyond; do \
-	    echo "stage $$stage"; \
-	    $(RUN) -m experiments.vit plan $$stage > runs/sweeps/vit-$$stage.txt && \
-	    OMP_NUM_THREADS=1 $(RUN) scripts/sweep.py run runs/sweeps/vit-$$stage.txt --jobs 2 || exit 1; \
-	done
+	$(call sweep,vit,matched tuning finals tuned beyond)
 	@for stage in matched tuned; do \
 	    $(RUN) scripts/sweep.py folders runs/sweeps/vit-$$stage.txt | \
 	    OMP_NUM_THREADS=1 xargs -P 2 -n 1 $(RUN) scripts/capacity.py || exit 1; \
@@ -47,9 +47,27 @@ vit: $(STAMP)  ## claims C3 and C4: all runs, their capacity, tables, figures; t
 	$(RUN) -m experiments.vit collect
 	$(RUN) -m experiments.vit report
 
-report: $(STAMP)  ## tables and figures that committed records make
-	$(RUN) -m experiments.grokking report
-	$(RUN) -m experiments.vit report
+overtraining: $(STAMP)  ## claim C1: all runs, tables, figures; two at a time, about two hours; run again, it goes on
+	$(call sweep,overtraining,matched tuning finals tuned gauge_sets equal_loss early)
+	$(RUN) -m experiments.overtraining collect
+	$(RUN) -m experiments.overtraining report
+
+rates: $(STAMP)  ## claim C2: all runs, their cells read, tables, figures; two at a time, 40 minutes; run again, it goes on
+	$(call sweep,rates,small deep coefficients)
+	@for stage in small deep; do \
+	    $(RUN) scripts/sweep.py folders runs/sweeps/rates-$$stage.txt | \
+	    OMP_NUM_THREADS=1 xargs -P 2 -n 1 $(RUN) scripts/read_rates.py || exit 1; \
+	done
+	$(RUN) -m experiments.rates collect
+	$(RUN) -m experiments.rates report
+
+status: $(STAMP)  ## which runs the claims need, which are recorded, which are missing, and how long these take
+	@$(RUN) -m experiments status
+
+report: $(STAMP)  ## every table and figure from committed records, and results/report/index.html; a minute
+	@$(RUN) -m experiments report
+
+reproduce: overtraining rates vit grok equivariance known_rates learning_coefficients benchmark report  ## all runs anew: eight hours
 
 slurm-test: $(STAMP)  ## a real Slurm on this machine (Debian, root): an array sweep, one task killed, resubmitted
 	DDC_PYTHON=$(abspath $(RUN)) slurm/test.sh
@@ -63,6 +81,9 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+docs: $(STAMP)  ## the documentation site: build/docs/index.html
+	$(VENV)/bin/sphinx-build -q -W --keep-going docs build/docs
+
 equivariance: $(STAMP)  ## claim C6: the table of results/equivariance
 	$(RUN) -m experiments.equivariance
 
@@ -75,7 +96,10 @@ known_rates: $(STAMP)  ## analytic rates, expected and recovered: results/known_
 learning_coefficients: $(STAMP)  ## closed forms against estimates: results/learning_coefficients
 	$(RUN) -m experiments.learning_coefficients
 
-benchmark: $(STAMP)  ## times of a step, of a reading, and of SGLD beside devinterp's: results/benchmark
+memory: $(STAMP)  ## memory of a training step by model and optimizer, on fake tensors: results/benchmark/memory.md
+	$(RUN) -m benchmarks.memory
+
+benchmark: memory  ## times of a step, of a reading, and of SGLD beside devinterp's: results/benchmark
 	$(RUN) -m benchmarks.optimizer_step
 	$(RUN) -m benchmarks.probe
 	$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[benchmark]'

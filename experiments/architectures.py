@@ -15,7 +15,7 @@ from rich.progress import track
 
 from ddc import find_gauges
 from ddc.gauges import KINDS, GaugeSet, check
-from experiments.output import save_table
+from ddc.training.records import write_atomically
 from tests.zoo import ZOO, logits, make
 
 SHOWN = [kind for kind in KINDS if kind != "chained_rescale"]
@@ -59,7 +59,8 @@ change of a log-probability is {largest:.0e}. Made by `make architectures` (`exp
 `tests/zoo.py`) with transformers {version("transformers")} and timm {version("timm")}.
 
 """  # noqa: E501
-    save_table(output, text + "\n".join(lines) + "\n")
+    write_atomically(output, (text + "\n".join(lines) + "\n").encode())
+    print(output)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,10 +29,15 @@ from ddc.data import ModularConfig, PairData, TextConfig, TextData, load_modular
 from ddc.gauges import KINDS, GaugeSet
 from ddc.models import GPT, DeepMLP, DeepMLPConfig, GPTConfig, cross_entropy
 from ddc.optim.factory import make_muon
-from ddc.report.runs import TITLES
+from ddc.report import equivariance as report
+from ddc.report.book import Section
+from ddc.report.claims import Claim, Verdict, load_claims
+from ddc.report.runs import read_lines
 from ddc.training.records import provenance
-from experiments.output import save
+from experiments.output import save_document, save_records
+from experiments.protocols import CLAIMS, ROOT, Stage
 
+RESULTS, SEEDS = ROOT / "results/equivariance", (0, 1, 2)
 CONTEXT, BATCH, STEPS, LR, MUON_LR, WEIGHT_DECAY = 32, 8, 100, 3e-3, 0.02, 0.1
 SIZES: dict[str, Any] = {"context": CONTEXT, "layers": 2, "width": 32, "heads": 4, "hidden": 48}
 MODELS = {
@@ -198,41 +203,37 @@ def measure(seeds: Iterable[int]) -> list[dict[str, Any]]:
     return records
 
 
-def table(records: list[dict[str, Any]]) -> str:
-    """Markdown: the largest divergence over the seeds for each model, gauges, dtype and optimizer."""
-    columns = [(o, d) for d in ("float64", "float32") for o in (make.__name__ for make in OPTIMIZERS)]
-    rows: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
-    for r in records:
-        cell = rows.setdefault((r["model"], r["gauges"]), {})
-        column = (r["optimizer"], r["dtype"])
-        cell[column] = max(cell.get(column, 0.0), r["divergence"])
-    lines = [
-        "| model | gauges moved | " + " | ".join(f"{TITLES[o]} {d}" for o, d in columns) + " |",
-        "| --- | --- |" + " ---: |" * len(columns),
-    ]
-    for (model, gauges), cell in rows.items():
-        lines.append(f"| {model} | {gauges} | " + " | ".join(f"{cell[column]:.1e}" for column in columns) + " |")
-    seeds = sorted({r["seed"] for r in records})
-    lines += [
-        "",
-        f"Largest absolute difference of log-probabilities over {STEPS} steps from two starts on one gauge orbit, "
-        f"largest of {len(seeds)} seeds; learning rate {LR}, of hidden matrices under the two Muons {MUON_LR}, weight "
-        f"decay {WEIGHT_DECAY}, scales moved by e^±1. In float64 both Muons use the exact polar factor, in float32 "
-        "Newton-Schulz, Muon in bfloat16. "
-        f"Commit {records[0]['commit']}. Made by `make equivariance` from `records.jsonl` beside this file.",
-    ]
-    return "\n".join(lines) + "\n"
+def needed() -> int:
+    """How many cells the table has."""
+    return len(SEEDS) * len(cases()) * 2 * len(OPTIMIZERS)
+
+
+def status(runs: str) -> list[Stage]:
+    """How many cells are recorded; nothing of it is in the folder of the runs."""
+    records = read_lines(RESULTS / "records.jsonl")
+    seconds = statistics.mean(record["seconds"] for record in records) if records else None
+    return [Stage("cells", needed(), len(records), 0, seconds)]
+
+
+def verdicts(claims: Mapping[str, Claim]) -> list[Verdict]:
+    """What the records say on the claim."""
+    return report.verdicts(read_lines(RESULTS / "records.jsonl"), claims["C6"])
+
+
+def section(claims: Mapping[str, Claim]) -> Section:
+    """Table and figure of the records."""
+    records = read_lines(RESULTS / "records.jsonl")
+    document = report.markdown(records, claims["C6"])
+    save_document(RESULTS / "table.md", document)
+    return Section("Equivariance", ("C6",), "make equivariance", document, report.draw(records, RESULTS))
 
 
 def main() -> None:
-    """Measure and write the records and the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--output", type=Path, default=Path("results/equivariance"))
-    arguments = parser.parse_args()
+    """Measure, and write the records, the table and the figure."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     torch.set_num_threads(1)
-    records = measure(arguments.seeds)
-    save(arguments.output, records, table(records))
+    save_records(RESULTS / "records.jsonl", measure(SEEDS))
+    print(section(load_claims(CLAIMS)).document)
 
 
 if __name__ == "__main__":

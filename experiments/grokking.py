@@ -20,15 +20,17 @@ setting; the depth curves take the tuned settings, which were chosen at depth 24
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
-from ddc.report.grokking import CURVE, GROKS, best_accuracy, markdown, plot_accuracy, plot_depth
-from ddc.report.runs import read_lines
+from ddc.report import grokking as report
+from ddc.report.book import Section
+from ddc.report.claims import Claim, Verdict
+from ddc.report.grokking import GROKS, best_accuracy
 from ddc.report.stages import Record
-from experiments.output import save_table
-from experiments.protocols import Experiment, Plan, command_line, product
+from experiments.output import save_document, save_records
+from experiments.protocols import ROOT, Experiment, Plan, Stage, command_line, product
 
+RESULTS = ROOT / "results/grokking"
 SEEDS, FEW_SEEDS = range(11), range(3)
 DEPTHS = (4, 8, 12, 36)
 SCHEDULES = ("wsd", "cosine")
@@ -95,18 +97,33 @@ EXPERIMENT = Experiment(
     matched=[setting(*each) for each in MATCHED.items()],
     grid={optimizer: grid(optimizer) for optimizer in GRID},
     score=score,
-    curve=CURVE,
+    curve=report.CURVE,
+    results=RESULTS,
     more={"ablations": ablations, "depth": depths},
 )
 
 
-def report(folder: Path) -> None:
-    """Table and figures of the records in a folder."""
-    records = read_lines(folder / "runs.jsonl")
-    save_table(folder / "table.md", markdown(records))
-    for path in (*plot_accuracy(records, folder), *plot_depth(records, folder)):
-        print(path)
+def collect(runs: str) -> None:
+    """Records of all runs."""
+    save_records(RESULTS / "runs.jsonl", EXPERIMENT.collect(runs))
+
+
+def status(runs: str) -> list[Stage]:
+    """How far each stage is."""
+    return EXPERIMENT.status(runs)
+
+
+def verdicts(claims: Mapping[str, Claim]) -> list[Verdict]:
+    """What the records say on the claim."""
+    return report.verdicts(EXPERIMENT.committed(), claims["C5"])
+
+
+def section(claims: Mapping[str, Claim]) -> Section:
+    """Tables and figures of the records."""
+    document = report.markdown(EXPERIMENT.committed(), claims["C5"])
+    save_document(RESULTS / "table.md", document)
+    return Section("Grokking", ("C5",), "make grok", document, report.draw(EXPERIMENT.committed(), RESULTS))
 
 
 if __name__ == "__main__":
-    command_line(EXPERIMENT, str(__doc__), Path("results/grokking"), EXPERIMENT.collect, report)
+    command_line(str(__doc__), EXPERIMENT.stages, EXPERIMENT.plan_lines, collect, section)

@@ -16,7 +16,7 @@ import torch
 from ddc.slt.known_rates import known_rates
 from ddc.slt.rates import RateRule
 from ddc.training.records import provenance
-from experiments.output import save
+from experiments.output import save_document, save_records
 
 
 def measure() -> list[dict[str, Any]]:
@@ -73,7 +73,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     records = measure()
-    save(arguments.output, records, table(records))
+    save_records(arguments.output / "records.jsonl", records)
+    save_document(arguments.output / "table.md", table(records))
 
 
 if __name__ == "__main__":

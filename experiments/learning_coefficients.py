@@ -33,7 +33,7 @@ from ddc.slt.known_coefficients import (
 )
 from ddc.slt.learning_coefficient import Estimate, Settings, TemperatureFit, estimate, fit_temperatures, minibatches
 from ddc.training.records import provenance
-from experiments.output import save
+from experiments.output import save_document, save_records
 
 #: Six factors of 3.2. Below, the neglected powers of 1/τ (1/τ at k = 1, τ^-½ at k = 2) exceed the errors; above, the
 #: trajectories are too short to go along the arms of the posterior, of which the narrowest are √τ longer than wide.
@@ -235,7 +235,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     records = measure(arguments.seeds)
-    save(arguments.output, records, table(records))
+    save_records(arguments.output / "records.jsonl", records)
+    save_document(arguments.output / "table.md", table(records))
 
 
 if __name__ == "__main__":

@@ -9,25 +9,55 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from rich.progress import track
 
+from ddc.report.claims import Claim, load_claims
 from ddc.report.runs import Run, read_lines
 from ddc.report.stages import Record
 from ddc.training.sweep import SweepRun, parse_sweep, shown
-from experiments.output import save_records
+
+ROOT = Path(__file__).resolve().parents[1]
+#: The registry of the claims.
+CLAIMS = ROOT / "experiments/claims.yaml"
 
 #: Runs as overrides and seeds.
 Plan = list[tuple[str, int]]
 TUNING_SEED, FINAL_SEEDS = 100, (101, 102)
 FINALISTS = 2
 STAGES = ("matched", "tuning", "finals", "tuned")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How far a stage of an experiment is.
+
+    Attributes:
+        name: of the stage.
+        needed: runs that it consists of; None where that follows from runs that are missing.
+        recorded: how many of them have a committed record.
+        ended: how many of the others have ended in the folder of the runs.
+        seconds: that a run takes on one core; None where no record tells.
+    """
+
+    name: str
+    needed: int | None
+    recorded: int
+    ended: int
+    seconds: float | None
+
+    @property
+    def missing(self) -> int:
+        """How many are still to run."""
+        return (self.needed or 0) - self.recorded - self.ended
 
 
 @dataclass(frozen=True)
@@ -41,6 +71,8 @@ class Experiment:
         grid: the settings that the tuning tries, as many for each optimizer.
         score: what the tuning chooses by, from the records of a setting's runs; larger is better.
         curve: keys of the evaluations that a record keeps, as columns.
+        results: folder of the committed records.
+        final_seeds: on which the best settings run after the tuning seed; none: the best there is taken.
         more: further stages by name; what gives their runs may ask :meth:`tuned`.
     """
 
@@ -50,14 +82,35 @@ class Experiment:
     grid: Mapping[str, Sequence[str]]
     score: Callable[[Sequence[Record]], Any]
     curve: Sequence[str]
+    results: Path
     more: Mapping[str, Callable[[str], Plan]]
+    final_seeds: Sequence[int] = FINAL_SEEDS
 
     @property
     def stages(self) -> tuple[str, ...]:
-        return (*STAGES, *self.more)
+        """Names of all stages, in an order in which they can run."""
+        own = STAGES if self.final_seeds else [stage for stage in STAGES if stage != "finals"]
+        return (*own, *self.more)
+
+    @cached_property
+    def records(self) -> list[Record]:
+        """The committed records."""
+        return read_lines(self.results / "runs.jsonl")
+
+    def committed(self) -> list[Record]:
+        """The committed records, which there must be.
+
+        Raises:
+            FileNotFoundError: there are none.
+        """
+        if not self.records:
+            raise FileNotFoundError(
+                f"{self.results / 'runs.jsonl'} has no records: run and collect the experiment first"
+            )
+        return self.records
 
     def plan(self, stage: str, runs: str) -> Plan:
-        """The runs of a stage; those of finals and tuned follow from ended runs.
+        """The runs of a stage; those of finals and tuned follow from ended runs, or from the records of such.
 
         Args:
             stage: one of :attr:`stages`.
@@ -72,7 +125,7 @@ class Experiment:
             case "tuning":
                 return product([each for settings in self.grid.values() for each in settings], [TUNING_SEED])
             case "finals":
-                return product([each for name in self.grid for each in self.finalists(name, runs)], FINAL_SEEDS)
+                return product([each for name in self.grid for each in self.finalists(name, runs)], self.final_seeds)
             case "tuned":
                 return product([self.tuned(name, runs) for name in self.grid], self.seeds)
         if stage not in self.more:
@@ -94,9 +147,39 @@ class Experiment:
         score = score or self.score
 
         def value(setting: str) -> Any:
-            return score([self.record(ended_run(run)) for run in self.sweep(product([setting], seeds), runs)])
+            return score([self.found(setting, seed, runs) for seed in seeds])
 
         return sorted(settings, key=value, reverse=True)
+
+    def recorded(self, setting: str, seed: int) -> Record | None:
+        """The committed record of a run, if there is one."""
+        here = (each for each in self.records if each["seed"] == seed and setting in each["stages"].values())
+        return next(here, None)
+
+    def found(self, setting: str, seed: int, runs: str) -> Record:
+        """The record of a run: of the run itself where it has ended, else the committed one.
+
+        Raises:
+            ValueError: there is neither.
+        """
+        (run,) = self.sweep([(setting, seed)], runs)
+        record = None if run.ended else self.recorded(setting, seed)
+        return record or self.record(ended_run(run))
+
+    def status(self, runs: str) -> list[Stage]:
+        """How far each stage is."""
+        seconds = statistics.mean(record["seconds"] for record in self.records) if self.records else None
+        found = []
+        for name in self.stages:
+            try:
+                planned = self.plan(name, runs)
+            except ValueError:  # follows from runs that are missing
+                found.append(Stage(name, None, 0, 0, seconds))
+                continue
+            missing = [each for each in planned if self.recorded(*each) is None]
+            ended = sum(run.ended for run in self.sweep(missing, runs))
+            found.append(Stage(name, len(planned), len(planned) - len(missing), ended, seconds))
+        return found
 
     def finalists(self, optimizer: str, runs: str) -> list[str]:
         """The settings that go on from the tuning."""
@@ -104,7 +187,11 @@ class Experiment:
 
     def tuned(self, optimizer: str, runs: str) -> str:
         """The setting that the tuning chose."""
-        return self.best(self.finalists(optimizer, runs), [TUNING_SEED, *FINAL_SEEDS], runs)[0]
+        return self.best(self.finalists(optimizer, runs), [TUNING_SEED, *self.final_seeds], runs)[0]
+
+    def plan_lines(self, stage: str, runs: str) -> list[str]:
+        """The runs of a stage as the lines of a sweep file."""
+        return self.lines(self.plan(stage, runs), runs)
 
     def lines(self, planned: Plan, runs: str) -> list[str]:
         """A plan as the lines of a sweep file."""
@@ -163,37 +250,35 @@ def ended_run(run: SweepRun) -> Run:
 
 
 def command_line(
-    experiment: Experiment,
     doc: str,
-    results: Path,
-    collect: Callable[[str], list[Record]],
-    report: Callable[[Path], Any],
+    stages: Sequence[str],
+    plan: Callable[[str, str], Sequence[str]],
+    collect: Callable[[str], object],
+    section: Callable[[Mapping[str, Claim]], object],
 ) -> None:
     """``plan STAGE``, ``collect`` and ``report`` of an experiment.
 
     Args:
-        experiment: whose runs these are.
         doc: help text.
-        results: folder of the records, and of what is made from them.
-        collect: from the folder of the runs, the records that ``results/runs.jsonl`` is to hold.
-        report: makes tables and figures in a folder that holds the records.
+        stages: names of its stages.
+        plan: from a stage and the folder of the runs, the lines of a sweep file.
+        collect: from the folder of the runs, writes the records that are committed.
+        section: makes tables and figures of the committed records.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("plan").add_argument("stage", choices=experiment.stages)
+    commands.add_parser("plan").add_argument("stage", choices=stages)
     commands.add_parser("collect")
     commands.add_parser("report")
     for command in ("plan", "collect"):
         commands.choices[command].add_argument("--runs", default="runs", help="folder of the runs")
-    for command in ("collect", "report"):
-        commands.choices[command].add_argument("--output", type=Path, default=results)
     arguments = parser.parse_args()
     try:
         if arguments.command == "plan":
-            print("\n".join(experiment.lines(experiment.plan(arguments.stage, arguments.runs), arguments.runs)))
+            print("\n".join(plan(arguments.stage, arguments.runs)))
         elif arguments.command == "collect":
-            save_records(arguments.output / "runs.jsonl", collect(arguments.runs))
+            collect(arguments.runs)
         else:
-            report(arguments.output)
-    except ValueError as error:
+            section(load_claims(CLAIMS))
+    except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")

@@ -23,15 +23,17 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ddc.report.runs import read_lines
+from ddc.report import vit as report
+from ddc.report.book import Section
+from ddc.report.claims import Claim, Verdict
 from ddc.report.stages import PROTOCOLS, Record
-from ddc.report.vit import CURVE, markdown, plot_losses, plot_pruning, plot_units
-from experiments.output import save_table
-from experiments.protocols import FINAL_SEEDS, TUNING_SEED, Experiment, Plan, command_line, product
+from experiments.output import save_document, save_records
+from experiments.protocols import FINAL_SEEDS, ROOT, TUNING_SEED, Experiment, Plan, Stage, command_line, product
 
+RESULTS = ROOT / "results/vit"
 OPTIMIZERS = ("adamw", "ddcadam")
 RATES, DECAYS = (5e-4, 1e-3, 2e-3), (0.1, 1.0, 3.0)
 #: Settings beyond the grid, for both choices lay at its edge: no protocol reports them.
@@ -60,7 +62,8 @@ EXPERIMENT = Experiment(
     matched=[setting(name, 1e-3, 0.1) for name in OPTIMIZERS],
     grid={name: [setting(name, *each) for each in itertools.product(RATES, DECAYS)] for name in OPTIMIZERS},
     score=score,
-    curve=CURVE,
+    curve=report.CURVE,
+    results=RESULTS,
     more={"beyond": beyond},
 )
 
@@ -77,20 +80,30 @@ def capacity(folder: Path) -> Record:
     return {"capacity": json.loads(path.read_text())}
 
 
-def collect(runs: str) -> list[Record]:
+def collect(runs: str) -> None:
     """Records of all runs; those of the two protocols with their capacity."""
     compared = {folder for folder, stages in EXPERIMENT.ended(runs).items() if {*PROTOCOLS} & {*stages}}
-    return EXPERIMENT.collect(runs, lambda folder: capacity(folder) if folder in compared else {})
+    records = EXPERIMENT.collect(runs, lambda folder: capacity(folder) if folder in compared else {})
+    save_records(RESULTS / "runs.jsonl", records)
 
 
-def report(folder: Path) -> None:
-    """Table and figures of the records in a folder."""
-    records = read_lines(folder / "runs.jsonl")
-    save_table(folder / "table.md", markdown(records))
-    for plot in (plot_losses, plot_pruning, plot_units):
-        for path in plot(records, folder):
-            print(path)
+def status(runs: str) -> list[Stage]:
+    """How far each stage is."""
+    return EXPERIMENT.status(runs)
+
+
+def verdicts(claims: Mapping[str, Claim]) -> list[Verdict]:
+    """What the records say on the claims."""
+    return report.verdicts(EXPERIMENT.committed(), claims)
+
+
+def section(claims: Mapping[str, Claim]) -> Section:
+    """Tables and figures of the records."""
+    document = report.markdown(EXPERIMENT.committed(), claims)
+    save_document(RESULTS / "table.md", document)
+    figures = report.draw(EXPERIMENT.committed(), RESULTS)
+    return Section("A vision transformer from scratch", ("C3", "C4"), "make vit", document, figures)
 
 
 if __name__ == "__main__":
-    command_line(EXPERIMENT, str(__doc__), Path("results/vit"), collect, report)
+    command_line(str(__doc__), EXPERIMENT.stages, EXPERIMENT.plan_lines, collect, section)

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from ddc.report.grokking import delay, fit_step, grokked, markdown, step_of, verdict
+from ddc.report.claims import load_claims
+from ddc.report.grokking import delay, draw, fit_step, grokked, markdown, step_of, verdicts
 from ddc.report.runs import read_lines
 from ddc.training.records import provenance
 from ddc.training.sweep import SweepRun
 from experiments.grokking import EXPERIMENT, GRID, grid
-from experiments.protocols import FINALISTS, Experiment
+from experiments.protocols import CLAIMS, FINALISTS, Experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "results/grokking/runs.jsonl"
+CLAIM = load_claims(CLAIMS)["C5"]
 
 
 def record(name: str, accuracies: list[float], train: list[float] | None = None, **more) -> dict:
@@ -35,13 +37,27 @@ def test_steps_of_a_curve() -> None:
     assert (step_of(diverged), grokked([late, diverged])) == (None, 1)
 
 
-def test_verdict_by_its_rule() -> None:
-    yes, no = record("ddcmuon", [0.96]), record("muon", [0.5])
-    assert verdict([yes] * 10 + [no], [no] * 11, 1e-4) == "reproduced"
-    assert verdict([yes] * 10 + [no], [no] * 11, 0.05) == "not reproduced"
-    assert verdict([yes] * 7 + [no] * 4, [no] * 11, 1e-2) == "direction only"
-    assert verdict([yes] * 11, [yes] * 4 + [no] * 7, 1e-2) == "direction only"
-    assert verdict([no] * 11, [yes] * 11, 1e-4) == "not reproduced"
+@pytest.mark.parametrize(
+    ("ours", "plain", "expected"),
+    [
+        (10, 0, "reproduced"),
+        (9, 2, "reproduced"),
+        (4, 0, "not reproduced"),  # p = 0.09
+        (7, 0, "direction only"),  # less than 80%
+        (11, 4, "direction only"),  # Muon on more than 20%
+        (0, 11, "not reproduced"),
+    ],
+)
+def test_verdict_by_its_rule(ours: int, plain: int, expected: str) -> None:
+    stages = {"matched": "a", "tuned": "a"}
+    records = [
+        record(name, [0.96 if seed < groks else 0.5], seed=seed, stages=stages, diverged=False)
+        for name, groks in (("ddcmuon", ours), ("muon", plain))
+        for seed in range(11)
+    ]
+    found = verdicts(records, CLAIM)
+    assert [each.verdict for each in found] == [expected] * 2
+    assert found[0].ours.startswith(f"{ours} of 11 against {plain} of 11: {(ours - plain) / 11:+.2f}")
 
 
 def test_every_optimizer_has_as_many_settings() -> None:
@@ -90,6 +106,7 @@ def test_the_choice_is_by_runs_that_grok_then_by_accuracy(monkeypatch: pytest.Mo
 
 
 def test_a_stage_waits_for_the_one_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(Experiment, "records", [])  # none committed
     Ended(monkeypatch, tmp_path, lambda overrides, seed: None if "adamw" in overrides else 0.5)
     with pytest.raises(ValueError, match="is missing: run the stages before"):
         EXPERIMENT.plan("finals", "runs")
@@ -97,17 +114,27 @@ def test_a_stage_waits_for_the_one_before(monkeypatch: pytest.MonkeyPatch, tmp_p
         EXPERIMENT.plan("final", "runs")
 
 
+def test_a_plan_goes_on_from_committed_records() -> None:
+    stages = EXPERIMENT.status("no-such-folder")
+    assert [(each.needed, each.recorded) for each in stages] == [
+        (44, 44),
+        (48, 48),
+        (16, 16),
+        (44, 44),
+        (21, 21),
+        (24, 24),
+    ]
+    assert all(each.missing == 0 and each.seconds for each in stages)
+
+
 def test_the_committed_table_is_what_its_records_make() -> None:
-    assert (RECORDS.parent / "table.md").read_text() == markdown(read_lines(RECORDS))
+    assert (RECORDS.parent / "table.md").read_text() == markdown(read_lines(RECORDS), CLAIM)
 
 
 def test_figures_from_records(tmp_path: Path) -> None:
-    from ddc.report.grokking import plot_accuracy, plot_depth
-
-    records = read_lines(RECORDS)
-    paths = [*plot_accuracy(records, tmp_path), *plot_depth(records, tmp_path)]
-    assert {path.name for path in paths} == {"accuracy.png", "accuracy.pdf", "depth.png", "depth.pdf"}
-    assert all(path.stat().st_size > 10_000 for path in paths)
+    figures = draw(read_lines(RECORDS), tmp_path)
+    assert {path.name for path in figures} == {"accuracy.png", "depth.png"}
+    assert all(path.stat().st_size > 10_000 for png in figures for path in (png, png.with_suffix(".pdf")))
 
 
 def test_a_run_that_diverged_at_once_is_counted() -> None:
@@ -115,4 +142,4 @@ def test_a_run_that_diverged_at_once_is_counted() -> None:
     index = next(i for i, r in enumerate(records) if "matched" in r["stages"] and r["stages"].keys() == {"matched"})
     empty = {key: [] for key in records[index]["curve"]}
     changed = [*records[:index], {**records[index], "curve": empty, "diverged": True}, *records[index + 1 :]]
-    assert markdown(changed) != markdown(records)
+    assert markdown(changed, CLAIM) != markdown(records, CLAIM)

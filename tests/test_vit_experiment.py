@@ -11,18 +11,17 @@ import pytest
 import torch
 
 from ddc.models import load_model
+from ddc.report.claims import load_claims
 from ddc.report.runs import read_lines
 from ddc.report.vit import (
     HALVED,
     LAST_LOSS,
     SPARE,
-    capacity_verdict,
     differences,
-    losses_verdict,
+    draw,
     markdown,
-    plot_losses,
-    plot_pruning,
-    plot_units,
+    stage_runs,
+    verdicts,
 )
 from ddc.training.loop import evaluation_batches, measure, restore, train
 from experiments.vit import EXPERIMENT, OPTIMIZERS, score
@@ -31,6 +30,7 @@ from tests.test_training import run
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "results/vit/runs.jsonl"
+CLAIMS = load_claims(ROOT / "experiments/claims.yaml")
 
 
 def command(monkeypatch: pytest.MonkeyPatch, module, *arguments: object) -> None:
@@ -126,57 +126,75 @@ def test_the_tuning_is_by_the_last_validation_loss() -> None:
     assert score([good, bad]) > score([bad, bad])
 
 
-def fake(loss: float, spare: float, rise: float) -> dict:
+def fake(name: str, seed: int, loss: float, spare: float, rise: float) -> dict:
     blocks = [{"removal_to_mean": [0.0 if i < 100 * spare else 1.0 for i in range(100)]}]
     pruning = [{"keep": 1.0, "validation_loss": loss}, {"keep": 0.5, "validation_loss": loss + rise}]
-    return {"summary": {"validation_loss": loss}, "capacity": {"blocks": blocks, "pruning": pruning}}
-
-
-def fakes(adamw: tuple[float, float, float], ddcadam: tuple[float, float, float]) -> dict[str, list[dict]]:
-    noise = (0.0, 0.01, -0.01)
     return {
-        "adamw": [fake(adamw[0] + each, *adamw[1:]) for each in noise],
-        "ddcadam": [fake(ddcadam[0] - each, *ddcadam[1:]) for each in noise],
+        "stages": {"matched": name, "tuned": name},
+        "config": {"optimizer": {"name": name}},
+        "seed": seed,
+        "diverged": False,
+        "summary": {"validation_loss": loss},
+        "capacity": {"blocks": blocks, "pruning": pruning},
     }
 
 
+def fakes(adamw: tuple[float, float, float], ddcadam: tuple[float, float, float], spread: float = 0.01) -> list[dict]:
+    """Five seeds each; AdamW's lie ``spread`` apart, DDCAdam's the other way round."""
+    return [
+        fake(
+            name, seed, loss + sign * spread * (seed - 2), spare + 0.01 * sign * (seed - 2), rise + sign * spread * seed
+        )
+        for name, (loss, spare, rise), sign in (("adamw", adamw, 1), ("ddcadam", ddcadam, -1))
+        for seed in range(5)
+    ]
+
+
 def test_differences_are_by_seed() -> None:
-    runs = fakes((2.0, 0.3, 0.5), (1.5, 0.5, 0.4))
-    assert differences(runs, LAST_LOSS) == pytest.approx([-0.5, -0.52, -0.48])
-    assert differences(runs, SPARE) == pytest.approx([0.2] * 3)
-    assert differences(runs, HALVED) == pytest.approx([-0.1] * 3)
+    runs = stage_runs(fakes((2.0, 0.3, 0.5), (1.5, 0.5, 0.4)), "matched")
+    assert differences(runs, LAST_LOSS) == pytest.approx([-0.46, -0.48, -0.5, -0.52, -0.54])
+    assert differences(runs, SPARE) == pytest.approx([0.24, 0.22, 0.2, 0.18, 0.16])
+    assert differences(runs, HALVED) == pytest.approx([-0.1, -0.12, -0.14, -0.16, -0.18])
 
 
-def test_verdicts_by_their_rules() -> None:
-    better, slightly, worse = (fakes((2.0, 0.3, 0.5), (loss, 0.3, 0.5)) for loss in (1.7, 1.9, 2.2))
-    assert losses_verdict(better, 0.01) == "reproduced"
-    assert losses_verdict(better, 0.06) == "not reproduced"
-    assert losses_verdict(slightly, 0.01) == "direction only"
-    assert losses_verdict(worse, 0.01) == "not reproduced"
-    both, one, none = fakes((2, 0.3, 0.5), (2, 0.5, 0.4)), fakes((2, 0.3, 0.5), (2, 0.5, 0.6)), better
-    assert capacity_verdict(both, 0.01, 0.01) == "reproduced"
-    assert capacity_verdict(both, 0.01, 0.2) == "direction only"
-    assert capacity_verdict(one, 0.01, 0.2) == "direction only"
-    assert capacity_verdict(one, 0.01, 0.01) == "not reproduced"
-    assert capacity_verdict(none, 0.2, 0.2) == "not reproduced"
+SAME = (2.0, 0.3, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("ddcadam", "spread", "losses", "capacity"),
+    [
+        ((1.7, 0.5, 0.3), 0.01, "reproduced", "reproduced"),
+        ((1.9, 0.5, 0.5), 0.01, "direction only", "direction only"),  # 5% of the loss; a rise that is not tested apart
+        ((1.7, 0.5, 0.8), 0.01, "reproduced", "not reproduced"),  # more spare units, and a larger rise
+        ((2.2, 0.1, 0.8), 0.01, "not reproduced", "not reproduced"),
+        ((1.7, 0.3, 0.5), 1.0, "not reproduced", "not reproduced"),  # too much noise
+    ],
+)
+def test_verdicts_by_their_rules(
+    ddcadam: tuple[float, float, float], spread: float, losses: str, capacity: str
+) -> None:
+    found = verdicts(fakes(SAME, ddcadam, spread), CLAIMS)
+    assert [(each.claim, each.protocol) for each in found] == [
+        ("C3", "matched"), ("C3", "tuned"), ("C4", "matched"), ("C4", "tuned")
+    ]  # fmt: skip
+    assert [each.verdict for each in found] == [losses, losses, capacity, capacity]
 
 
 def test_the_committed_table_is_what_its_records_make() -> None:
-    assert (RECORDS.parent / "table.md").read_text() == markdown(read_lines(RECORDS))
+    assert (RECORDS.parent / "table.md").read_text() == markdown(read_lines(RECORDS), CLAIMS)
 
 
 def test_figures_from_records(tmp_path: Path) -> None:
-    records = read_lines(RECORDS)
-    paths = [path for plot in (plot_losses, plot_pruning, plot_units) for path in plot(records, tmp_path)]
-    assert {path.stem for path in paths} == {"losses", "pruning", "units"}
-    assert all(path.stat().st_size > 10_000 for path in paths)
+    figures = draw(read_lines(RECORDS), tmp_path)
+    assert {path.stem for path in figures} == {"losses", "pruning", "units"}
+    assert all(path.stat().st_size > 10_000 for png in figures for path in (png, png.with_suffix(".pdf")))
 
 
 def test_a_run_that_diverged_is_counted_and_left_out_with_its_partner() -> None:
     records = copy.deepcopy(read_lines(RECORDS))
     index = next(i for i, record in enumerate(records) if "matched" in record["stages"] and record["seed"] == 0)
     records[index] |= {"diverged": True, "summary": None}
-    text = markdown(records)
+    text = markdown(records, CLAIMS)
     assert "1 diverged" in text
     assert "| 4 |" in text
 

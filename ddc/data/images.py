@@ -81,11 +81,13 @@ class ImageData:
 
     Attributes:
         config: what is done to training images.
-        train, validation: images, (count, channels, height, width) uint8, and labels, (count,) int64.
+        train: images, (count, channels, height, width) uint8, and labels, (count,) int64.
+        validation: likewise.
         classes: number of different labels.
         source: what it is and under which licence, for the record.
-        mean, std: of the training pixels by channel, (channels, 1, 1), float32: what the model sees has mean 0 and
-            standard deviation 1.
+        mean: of the training pixels by channel, (channels, 1, 1), float32: what the model sees has mean 0 and standard
+            deviation 1.
+        std: their standard deviation, likewise.
     """
 
     config: ImageConfig
@@ -100,7 +102,7 @@ class ImageData:
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """What a model must know of the data, for :func:`ddc.models.build_model`: channels, height, width; classes."""
+        """What :func:`ddc.models.build_model` must know of the data; the shape is channels, height, width."""
         return {"shape": tuple(self.train[0].shape[1:]), "classes": self.classes}
 
     @property

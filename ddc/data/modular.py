@@ -51,7 +51,8 @@ class PairData:
     """Pairs of residues with their result, in two splits.
 
     Attributes:
-        train, validation: (inputs, targets) of each split: (pairs, 2) and (pairs,), int64.
+        train: (inputs, targets), of shapes (pairs, 2) and (pairs,), int64.
+        validation: likewise.
         vocab_size: the prime.
         source: what it is, for the record.
     """

@@ -66,7 +66,8 @@ class TextData:
     """Tokens of the two splits, which do not overlap.
 
     Attributes:
-        train, validation: one-dimensional arrays of token ids.
+        train: one-dimensional array of token ids.
+        validation: likewise.
         vocab_size: number of different ids.
         source: what it is and under which licence, for the record.
         context: tokens of one example.

@@ -28,7 +28,7 @@ def balance_(params: Params, gauges: Iterable[Gauge], tolerance: float = 1e-12, 
     Args:
         params: the model's parameters by name, of any floating dtype; float64 for exact invariance.
         gauges: those to balance; rotations leave the norm alone and are passed over.
-        tolerance: on the last sweep, the largest |log c| of a unit (not below the dtype's rounding).
+        tolerance: on the last sweep, the largest ``|log c|`` of a unit (not below the dtype's rounding).
         sweeps: at most so many.
 
     Raises:
@@ -71,7 +71,7 @@ def _balance_chain_(params: Params, chain: Chain) -> None:
 def align_(params: Params, reference: Params, gauges: Iterable[Gauge]) -> None:
     """Turn the units of every rotation gauge, in place, as close to ``reference`` as they go (Procrustes).
 
-    Schönemann 1966: the rotation that minimises |R x - y| over all slices x of a unit is the polar factor of
+    Schönemann 1966: the rotation that minimises ``|R x - y|`` over all slices x of a unit is the polar factor of
     Σ y xᵀ; where the group has no reflections, its smallest singular direction is flipped if need be (Kabsch).
     """
     for gauge in gauges:

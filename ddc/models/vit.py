@@ -49,7 +49,7 @@ class ViTConfig(ModelConfig):
 
 
 def vision_transformer(config: ViTConfig, shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """A ``VisionTransformer`` of timm: images (batch, *shape) to logits (batch, classes).
+    """A ``VisionTransformer`` of timm: images ``(batch, *shape)`` to logits ``(batch, classes)``.
 
     Linear maps, the patch embedding among them, start as N(0, 1/fan_in), positions and class token as N(0, 1/width), at
     which a learning rate means the same for DDCAdam as for AdamW; biases start at 0, norm scales at 1. timm's own

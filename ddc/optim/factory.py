@@ -59,8 +59,8 @@ def make_optimizer(name: str, model: nn.Module, gauges: GaugeSet, weight_decay: 
     """The optimizer of this name over the model's parameters.
 
     Raises:
-        ValueError: an unknown name, or a hyperparameter out of range.
-        TypeError: a Muon for a model whose hidden matrices are not known.
+        ValueError: an unknown name, a hyperparameter out of range, or a Muon for a model whose hidden matrices are not
+            known.
     """
     groups = decay_groups(model, weight_decay)
     match name:

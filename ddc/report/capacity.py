@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from ddc.report.runs import COLOURS, save_figure
+from ddc.report.figures import COLOURS, save_figure, subplots
 from ddc.report.stages import Record
 
 #: A unit is spare if its removal changes the validation loss by less than this, in nats.
@@ -43,12 +43,7 @@ def capacity_table(capacity: Record, title: str) -> Table:
 
 def plot_capacity(capacity: Record, title: str, stem: Path) -> list[Path]:
     """What units do when they go, how large they are, and what is left without the least of them."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (removals, norms, pruning) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, (removals, norms, pruning) = subplots(1, 3, figsize=(13, 4))
     for i, block in enumerate(capacity["blocks"]):
         style = {"color": COLOURS[i % len(COLOURS)], "label": block["where"]}
         shares = (np.arange(block["units"]) + 1) / block["units"]
@@ -65,7 +60,6 @@ def plot_capacity(capacity: Record, title: str, stem: Path) -> list[Path]:
     pruning.set(xlabel="hidden units kept (%)", ylabel="loss (nats)", title="no training after pruning")
     pruning.invert_xaxis()
     for axes in (removals, norms, pruning):
-        axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize="small")
     figure.suptitle(title)
     return save_figure(figure, stem)

@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.table import Table
 
-from ddc.report.runs import Run, save_figure
+from ddc.report.figures import save_figure, subplots
+from ddc.report.runs import Run
+from ddc.report.stages import Record
 from ddc.slt.observables import OBSERVABLES
 from ddc.slt.rates import Cell, RateRule, log_approach, noise_share, read_cells, shuffled_share
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
 
 COLUMNS = {
     "activation_sigma_min": "σ_min(X)/√N",
@@ -73,66 +79,61 @@ def by_layer(cells: Sequence[Cell]) -> dict[str, dict[str, Cell]]:
 
 def describe(cell: Cell) -> str:
     """A cell in a few characters."""
-    fit = cell.rate.fit
-    if not cell.rate.read or fit is None:
-        return cell.rate.verdict
-    return f"{fit.slope:.2f} ± {fit.high - fit.slope:.2f}"
+    return described(cell.record())
+
+
+def described(cell: Record) -> str:
+    """The record of a cell in a few characters."""
+    if cell["verdict"] != "read":
+        return str(cell["verdict"])
+    return f"{cell['slope']:.2f} ± {cell['high'] - cell['slope']:.2f}"
 
 
 def plot_cells(cells: Sequence[Cell], title: str, stem: Path) -> list[Path]:
     """The grid as a heat map of slopes; refused cells are grey and name the reason. ``stem``.png and ``stem``.pdf."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    grid = by_layer(cells)
-    slopes = np.array([[slope(row[o]) for o in OBSERVABLES] for row in grid.values()])
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.42 * len(grid)), layout="constrained")
-    axes.set_facecolor("#e4e4e4")
-    top = float(np.nanmax(slopes)) if np.isfinite(slopes).any() else 1.0
-    image = axes.imshow(np.ma.masked_invalid(slopes), cmap="cividis", vmin=0, vmax=top, aspect="auto")
-    for i, row in enumerate(grid.values()):
-        for j, observable in enumerate(OBSERVABLES):
-            dark = np.isfinite(slopes[i, j]) and slopes[i, j] < top / 2
-            axes.text(
-                j,
-                i,
-                describe(row[observable]),
-                ha="center",
-                va="center",
-                color="white" if dark else "black",
-                fontsize=8,
-            )
-    axes.set_xticks(range(len(OBSERVABLES)), [COLUMNS[o] for o in OBSERVABLES])
-    axes.set_yticks(range(len(grid)), list(grid))
+    records = [cell.record() for cell in cells]
+    figure, panel = subplots(figsize=(9, 1.2 + 0.42 * len(by_layer(cells))))
+    image = heat_map(panel, records, largest_slope(records))
     read = sum(cell.rate.read for cell in cells)
-    axes.set_title(f"{title}: {read} of {len(cells)} cells read", fontsize=10)
+    panel.set_title(f"{title}: {read} of {len(cells)} cells read", fontsize=10)
     figure.colorbar(image, label="slope, log observable against log approach")
     return save_figure(figure, stem)
 
 
-def slope(cell: Cell) -> float:
-    """The slope of a read cell, nan of a refused one."""
-    return cell.rate.fit.slope if cell.rate.read and cell.rate.fit else float("nan")
+def largest_slope(cells: Sequence[Record]) -> float:
+    """The largest slope of the cells that are read; 1 where none is."""
+    return max((cell["slope"] for cell in cells if cell["verdict"] == "read"), default=1.0)
+
+
+def heat_map(panel: Axes, cells: Sequence[Record], top: float) -> AxesImage:
+    """Draw the records of a grid's cells; colours go from slope 0 to ``top``."""
+    layers = list(dict.fromkeys(cell["layer"] for cell in cells))
+    slopes = np.full((len(layers), len(OBSERVABLES)), np.nan)
+    panel.set_facecolor("#e4e4e4")
+    panel.grid(False)
+    for cell in cells:
+        i, j = layers.index(cell["layer"]), list(OBSERVABLES).index(cell["observable"])
+        if cell["verdict"] == "read":
+            slopes[i, j] = cell["slope"]
+        dark = slopes[i, j] < top / 2  # nan is not
+        panel.text(j, i, described(cell), ha="center", va="center", color="white" if dark else "black", fontsize=7.5)
+    panel.set_xticks(range(len(OBSERVABLES)), [COLUMNS[o] for o in OBSERVABLES], fontsize=8)
+    panel.set_yticks(range(len(layers)), layers, fontsize=8)
+    return panel.imshow(np.ma.masked_invalid(slopes), cmap="cividis", vmin=0, vmax=top, aspect="auto")
 
 
 def plot_spectra(rows: Sequence[Mapping[str, Any]], title: str, stem: Path) -> list[Path]:
     """Order statistics of both second moments of every layer along training, as ``stem``.png and ``stem``.pdf."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
 
     layers = [layer["layer"] for layer in rows[0]["layers"]]
-    figure, grid = plt.subplots(
+    figure, grid = subplots(
         2,
         len(layers),
         figsize=(2.4 * len(layers) + 1, 5),
         sharex=True,
         sharey="row",
         squeeze=False,
-        layout="constrained",
     )
     steps = [row["step"] + 1 for row in rows]
     for j, layer in enumerate(layers):
@@ -143,10 +144,9 @@ def plot_spectra(rows: Sequence[Mapping[str, Any]], title: str, stem: Path) -> l
                 values = [
                     s["spectrum"][k] if k < len(s["spectrum"]) and s["spectrum"][k] > 0 else np.nan for s in spectra
                 ]
-                grid[i, j].plot(steps, values, color=plt.get_cmap("cividis")(k / max(1, size - 1)), linewidth=0.7)
+                grid[i, j].plot(steps, values, color=colormaps["cividis"](k / max(1, size - 1)), linewidth=0.7)
             grid[i, j].plot(steps, [s["floor"] for s in spectra], color="black", linestyle=":", linewidth=1)
             grid[i, j].set(xscale="log", yscale="log")
-            grid[i, j].grid(alpha=0.3)
         grid[0, j].set_title(layer, fontsize=9)
         grid[1, j].set_xlabel("step + 1")
     grid[0, 0].set_ylabel("eigenvalues of A = XᵀX/N")

@@ -6,17 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from ddc.report.figures import COLOURS, save_figure, subplots
 
 #: How optimizers are called in tables and figures.
 TITLES = {"adamw": "AdamW", "ddcadam": "DDCAdam", "muon": "Muon", "ddcmuon": "DDCMuon"}
-#: Okabe and Ito's colours, safe for the colour-blind.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 #: What a run folder holds besides checkpoints and mirrors.
 RECORD_FILES = ("run.json", "records.jsonl", "timing.jsonl", "readings.jsonl", "summary.json", "diverged.json")
 
@@ -118,12 +115,7 @@ def summary_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 def plot_curves(runs: Sequence[Run], stem: Path) -> list[Path]:
     """Loss curves against epochs, and gap against train loss, as ``stem``.png and ``stem``.pdf."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (losses, gaps) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (losses, gaps) = subplots(1, 2, figsize=(10, 4))
     for i, run in enumerate(runs):
         colour = COLOURS[i % len(COLOURS)]
         epochs = [row["epoch"] for row in run.rows]
@@ -143,17 +135,5 @@ def plot_curves(runs: Sequence[Run], stem: Path) -> list[Path]:
     gaps.set(xlabel="train loss (nats), falling", ylabel="validation - train loss (nats)")
     gaps.invert_xaxis()
     for axes in (losses, gaps):
-        axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize="small")
     return save_figure(figure, stem)
-
-
-def save_figure(figure: Figure, stem: Path) -> list[Path]:
-    """Write a figure as ``stem``.png and ``stem``.pdf, and close it."""
-    import matplotlib.pyplot as plt
-
-    paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".pdf")]
-    for path in paths:
-        figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return paths

@@ -11,9 +11,12 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import confint_proportions_2indep
 
 CONFIDENCE = 0.95
 BOOTSTRAP_FROM = 10
+#: Fewer seeds than this are shown, and never tested.
+TESTED_FROM = 5
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -35,8 +38,26 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def paired_p(differences: Sequence[float]) -> float:
-    """Two-sided p-value of Student's t-test that the mean of paired differences is zero."""
+def interquartile_mean(values: Sequence[float]) -> float:
+    """Mean of what is left when a quarter of the values (rounded down) goes at each end."""
+    return float(stats.trim_mean(values, 0.25))
+
+
+def effect_size(differences: Sequence[float]) -> float | None:
+    """Mean of paired differences over their standard deviation, with Hedges' correction for few of them.
+
+    Hedges 1981: times 1 - 3 / (4 (n - 1) - 1). None below three values, and where they do not differ.
+    """
+    if len(differences) < 3 or np.ptp(differences) == 0:
+        return None
+    correction = 1 - 3 / (4 * (len(differences) - 1) - 1)
+    return float(correction * np.mean(differences) / np.std(differences, ddof=1))
+
+
+def paired_p(differences: Sequence[float]) -> float | None:
+    """Two-sided p-value of Student's t-test that the mean of paired differences is zero; None below five of them."""
+    if len(differences) < TESTED_FROM:
+        return None
     if np.ptp(differences) == 0:  # no spread: certainly zero, or certainly not
         return float(differences[0] == 0)
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
@@ -54,6 +75,15 @@ def fisher_p(successes: tuple[int, int], trials: tuple[int, int]) -> float:
     return float(stats.fisher_exact(table).pvalue)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values adjusted for several comparisons by Holm's method, in the order given."""
-    return [float(p) for p in multipletests(p_values, method="holm")[1]]
+def share_difference_interval(successes: tuple[int, int], trials: tuple[int, int]) -> tuple[float, float]:
+    """95% interval of the difference of two probabilities, the first less the second, from counts: Newcombe's."""
+    (a, b), (n, m) = successes, trials
+    low, high = confint_proportions_2indep(a, n, b, m, method="newcomb", compare="diff", alpha=1 - CONFIDENCE)
+    return float(low), float(high)
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """P-values adjusted for several comparisons by Holm's method, in the order given; None stays None."""
+    tested = [p for p in p_values if p is not None]
+    adjusted = iter(multipletests(tested, method="holm")[1] if tested else ())
+    return [None if p is None else float(next(adjusted)) for p in p_values]

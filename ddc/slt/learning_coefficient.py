@@ -117,7 +117,9 @@ class Estimate:
         step_size: ε.
         acceptance: mean acceptance probability of HMC; None for SGLD.
         bias: bound on the relative excess of λ̂ from step size and minibatch noise; 0 for HMC.
-        n, beta, gamma: number of samples, inverse temperature and localisation.
+        n: number of samples.
+        beta: inverse temperature.
+        gamma: localisation.
         seconds: of sampling and calibration.
         trace: Lₙ(w) - Lₙ(w*) of each draw, on the draw's own batch: shape (chains, draws), on the CPU.
     """

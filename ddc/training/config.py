@@ -251,7 +251,7 @@ class Config:
 
     @property
     def run_id(self) -> str:
-        """Stable name of the run: optimizer, seed, and a hash of :attr:`identity`."""
+        """Stable name of the run, of its optimizer, its seed, and a hash of :attr:`identity`."""
         digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
         return f"{self.optimizer.name}-seed{self.seed}-{digest[:8]}"
 

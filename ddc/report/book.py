@@ -1,0 +1,75 @@
+"""The report: sections in Markdown, and from them LaTeX tables and one HTML page, by pandoc."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ddc.report.figures import Figures
+
+PANDOC_FORMAT = "gfm"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report.
+
+    Attributes:
+        title: of the section.
+        claims: ids of the claims that it answers; may be empty.
+        command: that makes its records.
+        document: its tables as Markdown, with headings from level 2 on.
+        figures: PNG files with captions.
+    """
+
+    title: str
+    claims: tuple[str, ...]
+    command: str
+    document: str
+    figures: Figures
+
+
+def latex(markdown: str) -> str:
+    """Markdown as LaTeX: tables are ``longtable`` with booktabs' rules. Compile with xelatex or lualatex."""
+    import pypandoc
+
+    return str(pypandoc.convert_text(markdown, "latex", format=PANDOC_FORMAT, extra_args=["--columns=10000"]))
+
+
+def page(sections: Iterable[Section], summary: str, root: Path) -> str:
+    """The report as one Markdown document; figures by their paths from ``root``.
+
+    Args:
+        sections: in the order of the paper.
+        summary: the main table, with what is said before it.
+        root: folder that paths of figures are relative to.
+    """
+    parts = [summary]
+    for section in sections:
+        answers = f" Answers {', '.join(section.claims)}." if section.claims else ""
+        parts.append(f"# {section.title}")
+        parts.append(
+            f"Records made by `{section.command}`; what is below, from these records, by `make report`.{answers}"
+        )
+        for path, caption in section.figures.items():
+            parts.append(f"![{caption}]({path.relative_to(root).as_posix()})")
+        parts.append(section.document.rstrip("\n"))
+    return "\n\n".join(parts) + "\n"
+
+
+def html(markdown: str, title: str, root: Path, style: Path) -> str:
+    """A Markdown document as one HTML file with everything in it: it is viewed without a network."""
+    import pypandoc
+
+    return str(
+        pypandoc.convert_text(
+            markdown,
+            "html5",
+            format=f"{PANDOC_FORMAT}+implicit_figures",
+            extra_args=[
+                "--standalone", "--embed-resources", "--toc", "--toc-depth=2", "--columns=10000",
+                f"--resource-path={root}", f"--css={style}", "--metadata", f"title={title}", "--metadata", "lang=en",
+            ],
+        )
+    )  # fmt: skip

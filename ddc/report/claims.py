@@ -1,0 +1,155 @@
+"""The claims of the paper as data, and the one rule by which effects become a verdict."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ddc.report.stages import table
+from ddc.report.statistics import TESTED_FROM
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper, and what counts as reproducing it.
+
+    Attributes:
+        id: C1 to C6.
+        title: in words.
+        paper: the paper's figures, as text.
+        values: the same as numbers, by optimizer.
+        where: where they stand.
+        experiment: the module of ``experiments`` that tests it.
+        command: that makes its runs, tables and figures.
+        metric: what is measured.
+        comparison: what is compared with what.
+        protocols: by name, in words.
+        reproduced: rule for this verdict.
+        direction_only: likewise; whatever is neither is not reproduced.
+        level: p-values below it count.
+        enough: share of the paper's effect that *reproduced* needs.
+        fixed: when this rule was written, relative to the runs.
+    """
+
+    id: str
+    title: str
+    paper: str
+    values: dict[str, float]
+    where: str
+    experiment: str
+    command: str
+    metric: str
+    comparison: str
+    protocols: dict[str, str]
+    reproduced: str
+    direction_only: str
+    level: float
+    enough: float
+    fixed: str
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What an experiment found on one quantity.
+
+    Attributes:
+        direction: 1 if it is shown in the paper's direction, -1 in the other, 0 if neither is shown.
+        enough: whether it is as large as *reproduced* asks for.
+    """
+
+    direction: int
+    enough: bool = True
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A row of the main table.
+
+    Attributes:
+        claim: its id.
+        protocol: matched or tuned, or what else the claim has.
+        ours: our figures, as text, with a 95% interval.
+        p: adjusted p-value or values, as text.
+        seeds: how many.
+        scale: model and data in a few words.
+        verdict: reproduced, direction only, or not reproduced.
+    """
+
+    claim: str
+    protocol: str
+    ours: str
+    p: str
+    seeds: str
+    scale: str
+    verdict: str
+
+
+def load_claims(path: Path) -> dict[str, Claim]:
+    """The claims by id, in the file's order.
+
+    Raises:
+        ValueError: a claim that lacks a key, has an unknown one, or a value of another type.
+    """
+    claims = {}
+    entries: Any = OmegaConf.load(path)
+    for name, entry in entries.items():
+        try:
+            merged = OmegaConf.merge(OmegaConf.structured(Claim), entry, {"id": name})
+            claims[name] = cast(Claim, OmegaConf.to_object(merged))
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{path}, {name}: {str(error).splitlines()[0]}") from error
+    return claims
+
+
+def effect(advantages: Sequence[float], p: float | None, level: float, enough: bool = True) -> Effect:
+    """What paired differences show.
+
+    From :data:`~ddc.report.statistics.TESTED_FROM` seeds on, a direction is shown if p < ``level``. Below, nothing is
+    tested: a direction is shown only if every seed agrees, and it is never enough for *reproduced*.
+
+    Args:
+        advantages: by seed, positive in the paper's direction.
+        p: of their mean, adjusted; None where it was not tested.
+        level: p-values below it count.
+        enough: whether the mean is as large as *reproduced* asks for.
+    """
+    if p is None or len(advantages) < TESTED_FROM:
+        agree = [sign for sign in (1, -1) if advantages and all(sign * each > 0 for each in advantages)]
+        return Effect(agree[0] if agree else 0, enough=False)
+    mean = statistics.mean(advantages)
+    return Effect(0 if p >= level or mean == 0 else 1 if mean > 0 else -1, enough)
+
+
+def verdict(effects: Sequence[Effect]) -> str:
+    """Reproduced: all effects shown in the paper's direction, and enough. Direction only: some, and none against it."""
+    directions = [each.direction for each in effects]
+    if not directions or min(directions) < 0 or max(directions) <= 0:
+        return "not reproduced"
+    return "reproduced" if all(each.direction > 0 and each.enough for each in effects) else "direction only"
+
+
+def verdict_table(claims: Mapping[str, Claim], verdicts: Iterable[Verdict]) -> str:
+    """The paper's figures beside ours, in the order of the claims."""
+    verdicts = list(verdicts)
+    header = ["claim", "paper", "protocol", "ours (95%)", "p (Holm)", "seeds", "scale", "verdict"]
+    rows = [
+        [f"{claim.id}: {claim.title}", claim.paper, v.protocol, v.ours, v.p, v.seeds, v.scale, f"**{v.verdict}**"]
+        for claim in claims.values()
+        for v in verdicts
+        if v.claim == claim.id
+    ]
+    return table(header, rows, left=len(header))
+
+
+def rule(claim: Claim) -> str:
+    """The rule of a claim's verdict in a sentence."""
+    return (
+        f"{claim.id}, *reproduced*: {claim.reproduced}; *direction only*: {claim.direction_only}; else not reproduced. "
+        f"Rule written {claim.fixed}."
+    )

@@ -1,0 +1,45 @@
+"""Loss curves of two optimizers, a line a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ddc.report.figures import nth_style, save_figure, subplots
+from ddc.report.paired import Runs
+from ddc.report.runs import TITLES
+from ddc.report.stages import Record
+
+LEAST_LOSS = 1e-4
+
+
+def plot_losses(runs: Mapping[str, Runs], setting: Callable[[Record], str], stem: Path) -> list[Path]:
+    """Validation and train loss against steps, and the gap against the train loss.
+
+    Args:
+        runs: a row of panels each, by the name of their stage.
+        setting: of a run, in words.
+        stem: of the paths of the figure.
+    """
+    figure, axes = subplots(len(runs), 3, figsize=(13, 3.5 * len(runs)), sharex="col", sharey="col", squeeze=False)
+    for row, (stage, optimizers) in zip(axes, runs.items(), strict=True):
+        for i, (name, records) in enumerate(optimizers.items()):
+            label = f"{TITLES[name]} ({setting(records[0])}), {len(records)} seeds"
+            for j, run in enumerate(records):
+                curve = {key: np.array(column) for key, column in run["curve"].items() if key != "gauge_drift"}
+                train = np.maximum(curve["train_loss"], LEAST_LOSS)
+                gap = curve["validation_loss"] - curve["train_loss"]
+                style = nth_style(i) | {"linewidth": 1, "label": None if j else label}
+                row[0].plot(curve["step"], curve["validation_loss"], **style)
+                row[1].plot(curve["step"], train, **style)
+                row[2].plot(train[1:], gap[1:], **style)
+        row[0].set(ylabel=f"{stage.replace('_', ' ')}\nvalidation loss (nats)")
+        row[1].set(ylabel="train loss (nats)", yscale="log")
+        row[2].set(ylabel="validation - train loss (nats)", xscale="log")
+        row[0].legend(frameon=False, fontsize="small")
+    axes[0][2].invert_xaxis()
+    for panel, label in zip(axes[-1], ("step", "step", "train loss (nats), falling"), strict=True):
+        panel.set_xlabel(label)
+    return save_figure(figure, stem)

@@ -1,0 +1,53 @@
+"""One style for all figures: colours safe for the colour-blind; lines and markers that tell apart in grey."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: PNG files with their captions; each has a PDF beside it.
+Figures = dict[Path, str]
+
+#: Okabe and Ito's colours, safe for the colour-blind.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", "--", "-.", ":", (0, (3, 1, 1, 1, 1, 1)), (0, (5, 1)), (0, (1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.titlesize": "medium",
+    "pdf.fonttype": 42,
+    "savefig.dpi": 150,
+}
+
+
+def subplots(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
+    """A figure in the common style, and its axes; ``options`` are those of ``Figure.subplots``."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=figsize, layout="constrained")
+        return figure, figure.subplots(rows, columns, **options)
+
+
+def nth_style(i: int, marker: bool = False) -> dict[str, Any]:
+    """Colour and line of the i-th of several things, and with ``marker`` its marker."""
+    style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}
+    return style | {"marker": MARKERS[i % len(MARKERS)]} if marker else style
+
+
+def save_figure(figure: Figure, stem: Path) -> list[Path]:
+    """Write a figure as ``stem``.png and ``stem``.pdf: the same bytes for the same figure, whenever it is made."""
+    from matplotlib import rc_context
+
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".pdf")]
+    with rc_context(STYLE):
+        figure.savefig(paths[0])
+        figure.savefig(paths[1], metadata={"CreationDate": None})
+    return paths

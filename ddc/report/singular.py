@@ -1,0 +1,262 @@
+"""Singular structure of the runs of both optimizers side by side: cells, refusals, fits, learning coefficients.
+
+From records alone: the folder of each run with its readings, and in it the ``rates.json`` that
+``scripts/read_rates.py`` made.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddc.report.claims import Claim, Verdict, effect, rule, verdict, verdict_table
+from ddc.report.figures import COLOURS, Figures, nth_style, save_figure, subplots
+from ddc.report.paired import BASELINE, SUBJECT, interval, p_cell
+from ddc.report.rates import APPROACH_TITLES, COLUMNS, heat_map, largest_slope, settings
+from ddc.report.rates import markdown as cells_table
+from ddc.report.runs import TITLES, Run
+from ddc.report.stages import Record
+from ddc.report.statistics import holm, paired_p
+from ddc.slt.rates import log_approach, log_observables
+
+OPTIMIZERS = (BASELINE, SUBJECT)
+FITS_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A run with what was read of it."""
+
+    run: Run
+    rates: Record
+
+    @property
+    def optimizer(self) -> str:
+        """Name of its optimizer."""
+        return str(self.run.info["config"]["optimizer"]["name"])
+
+    @property
+    def seed(self) -> int:
+        """Its seed."""
+        return int(self.run.info["seed"])
+
+    @property
+    def primary(self) -> Record:
+        """What was found against the approach parameter that was fixed before the run."""
+        return self.rates["approaches"][self.rates["primary"]]
+
+    @property
+    def read(self) -> int:
+        """How many cells are read against it."""
+        return int(self.primary["counts"].get("read", 0))
+
+
+def load(folder: Path) -> list[Reading]:
+    """All readings in a folder, by number of cells, seed and optimizer."""
+    found = [
+        Reading(Run.read(path.parent), json.loads(path.read_text())) for path in sorted(folder.glob("*/rates.json"))
+    ]
+    return sorted(found, key=lambda each: (each.primary["total"], each.seed, each.optimizer))
+
+
+def grids(readings: Sequence[Reading]) -> dict[str, dict[int, dict[str, Reading]]]:
+    """Readings by grid (``5 × 5``), seed and optimizer."""
+    found: dict[str, dict[int, dict[str, Reading]]] = {}
+    for each in readings:
+        columns = len(COLUMNS)
+        grid = found.setdefault(f"{each.primary['total'] // columns} × {columns}", {})
+        grid.setdefault(each.seed, {})[each.optimizer] = each
+    return found
+
+
+def verdicts(readings: Sequence[Reading], claim: Claim) -> list[Verdict]:
+    """Claim C2 by grid: cells read, DDCAdam - AdamW, paired by seed; p-values adjusted over the grids."""
+    found, by_grid = [], grids(readings)
+    gains = {
+        name: [float(pair[SUBJECT].read - pair[BASELINE].read) for pair in seeds.values()]
+        for name, seeds in by_grid.items()
+    }
+    p_values = dict(zip(gains, holm([paired_p(each) for each in gains.values()]), strict=True))
+    for name, seeds in by_grid.items():
+        counts = {o: [pair[o].read for pair in seeds.values()] for o in OPTIMIZERS}
+        means = {o: statistics.mean(each) for o, each in counts.items()}
+        factor = claim.values[SUBJECT] / claim.values[BASELINE]
+        enough = means[SUBJECT] >= claim.enough * factor * means[BASELINE]
+        config = next(iter(seeds.values()))[SUBJECT].run.info["config"]
+        ours = "; ".join(f"{TITLES[o]} {', '.join(map(str, counts[o]))}" for o in reversed(OPTIMIZERS))
+        found.append(
+            Verdict(
+                claim.id,
+                f"matched, {name} cells",
+                f"{ours}: {interval(gains[name], '.1f')}",
+                p_cell(p_values[name]),
+                str(len(seeds)),
+                f"GPT, {config['model']['layers']} layers, width {config['model']['width']}, 40 kB of text",
+                verdict([effect(gains[name], p_values[name], claim.level, enough)]),
+            )
+        )
+    return found
+
+
+def markdown(readings: Sequence[Reading], claim: Claim) -> str:
+    """All tables."""
+    parts = [
+        "A *cell* is one layer by one observable. It is read, or refused for a reason, by one rule for all runs "
+        "(docs/measurement.md).",
+        "## Claim C2",
+        verdict_table({claim.id: claim}, verdicts(readings, claim)),
+        rule(claim),
+    ]
+    for name, seeds in grids(readings).items():
+        reports = [pair[optimizer].rates for optimizer in OPTIMIZERS for pair in seeds.values()]
+        commits = sorted({str(report["run_commit"]) for report in reports})
+        readers = sorted({str(report["commit"]) for report in reports})
+        parts += [
+            f"## Cells of the {name} grid",
+            cells_table(reports).rstrip("\n"),
+            f"Commit of the runs {', '.join(commits)}, of the readings {', '.join(readers)}.",
+        ]
+    parts.append("Made by `make report` from the runs' folders beside this file.")
+    return "\n\n".join(parts) + "\n"
+
+
+def draw(readings: Sequence[Reading], estimated: Sequence[Run], folder: Path) -> Figures:
+    """All figures of the experiment, with their captions.
+
+    Args:
+        readings: what :func:`load` found.
+        estimated: runs with estimates of the learning coefficient.
+        folder: of the figures.
+    """
+    figures: Figures = {}
+    for name, seeds in grids(readings).items():
+        cells, *_ = plot_grids(seeds, folder / f"cells-{name.replace(' × ', 'x')}")
+        figures[cells] = (
+            f"Cells of the {name} grid, AdamW left, DDCAdam right, a row a seed ({len(seeds)} seeds). Numbers are "
+            "slopes with half their interval; a word is the reason of a refusal."
+        )
+    refusals, *_ = plot_refusals(readings, folder / "refusals")
+    fits, *_ = plot_fits(readings, folder / "fits")
+    arc, *_ = plot_arc_length(readings, folder / "arc_length")
+    coefficient, *_ = plot_coefficients(estimated, folder / "learning_coefficient")
+    return figures | {
+        refusals: "Cells read and refused by reason, each run; and the share of cells that the same rule reads in null "
+        "controls, against excess loss.",
+        fits: "Single cells that are read, of both optimizers, first seed: the observable against excess loss, the "
+        "points of the window filled, the fitted power as a line.",
+        arc: "Distance travelled across gauge orbits: arc length in the invariant metric since the start, a line a "
+        "run. A function of orbits, unlike the drift along them.",
+        coefficient: "Estimates of the learning coefficient over training, with intervals over chains, one setting for "
+        "all; one seed.",
+    }
+
+
+def plot_grids(seeds: Mapping[int, Mapping[str, Reading]], stem: Path) -> list[Path]:
+    """Heat maps of slopes: a row a seed, a column an optimizer."""
+    pairs = [pair[optimizer] for pair in seeds.values() for optimizer in OPTIMIZERS]
+    layers = pairs[0].primary["total"] // len(COLUMNS)
+    top = max(largest_slope(each.primary["cells"]) for each in pairs)
+    size = (15, len(seeds) * (0.9 + 0.32 * layers))
+    figure, axes = subplots(len(seeds), 2, figsize=size, squeeze=False, sharey=True)
+    for panel, each in zip(axes.flat, pairs, strict=True):
+        image = heat_map(panel, each.primary["cells"], top)
+        title = f"{each.run.label}, against {APPROACH_TITLES[each.rates['primary']]}"
+        panel.set_title(f"{title}: {each.read} of {each.primary['total']} read", fontsize=9)
+    figure.colorbar(image, ax=axes, label="slope, log observable against log approach")
+    return save_figure(figure, stem)
+
+
+def plot_refusals(readings: Sequence[Reading], stem: Path) -> list[Path]:
+    """Verdicts of each run as stacked bars, null controls beside them."""
+    words = list(dict.fromkeys(word for each in readings for word in each.primary["counts"]))
+    words = ["read", *(word for word in words if word != "read")]
+    titles = [f"{each.run.label}, {each.primary['total']} cells" for each in readings]
+    figure, (bars, controls) = subplots(1, 2, figsize=(13, 0.35 * len(readings) + 1.8), sharey=True)
+    left = np.zeros(len(readings))
+    hatches = ("", "//", "..", "xx", "--", "\\\\", "oo")
+    for i, word in enumerate(words):
+        shares = np.array([each.primary["counts"].get(word, 0) / each.primary["total"] for each in readings])
+        style = {"color": COLOURS[i % len(COLOURS)], "hatch": hatches[i % len(hatches)], "edgecolor": "white"}
+        bars.barh(range(len(readings)), 100 * shares, left=100 * left, label=word, linewidth=0.5, **style)
+        left += shares
+    bars.set_yticks(range(len(readings)), titles, fontsize=8)
+    bars.invert_yaxis()
+    bars.set(xlabel="cells (%)")
+    bars.legend(frameon=False, fontsize="small", ncols=len(words), loc="lower center", bbox_to_anchor=(0.5, 1))
+    for i, name in enumerate(readings[0].primary["null_controls"]):
+        controlled = [100 * each.primary["null_controls"][name] for each in readings]
+        style = nth_style(i, marker=True) | {"linestyle": "none"}
+        controls.plot(controlled, range(len(readings)), label=name, **style)
+    read = [100 * each.read / each.primary["total"] for each in readings]
+    controls.plot(read, range(len(readings)), "k*", label="the run itself")
+    controls.set(xlabel="cells read (%)")
+    controls.legend(frameon=False, fontsize="small", ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
+    return save_figure(figure, stem)
+
+
+def plot_fits(readings: Sequence[Reading], stem: Path) -> list[Path]:
+    """Single read cells of the first seed of the smallest grid: a row an optimizer."""
+    pair = next(iter(next(iter(grids(readings).values())).values()))
+    figure, axes = subplots(len(OPTIMIZERS), FITS_SHOWN, figsize=(14, 6), squeeze=False)
+    for row, optimizer in zip(axes, OPTIMIZERS, strict=True):
+        each = pair[optimizer]
+        _, approach, loss_floor = settings(each.run)
+        x = log_approach(each.run.readings, approach, loss_floor) / np.log(10)
+        series = log_observables(each.run.readings)
+        shown = [cell for cell in each.primary["cells"] if cell["verdict"] == "read"][:FITS_SHOWN]
+        for panel, cell in zip(row, shown, strict=False):
+            y = series[cell["layer"], cell["observable"]] / np.log(10)
+            there = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
+            window = there[np.argsort(x[there])][: cell["checkpoints"]]
+            style = {"color": COLOURS[OPTIMIZERS.index(optimizer)], "marker": "o", "linestyle": "none", "markersize": 4}
+            panel.plot(x[there], y[there], fillstyle="none", **style)
+            panel.plot(x[window], y[window], **style)
+            line = cell["slope"] * (x[window] - x[window].mean()) + y[window].mean()
+            panel.plot(x[window], line, "k-", linewidth=1)
+            slope = f"{cell['slope']:.2f} ({cell['low']:.2f} to {cell['high']:.2f})"
+            title = f"{each.run.label}: {cell['layer']}, {COLUMNS[cell['observable']]}"
+            panel.set_title(f"{title}\n{slope}, R² {cell['r2']:.2f}", fontsize=8)
+            panel.set(xlabel="log10 excess loss", ylabel="log10 observable")
+        for panel in row[len(shown) :]:
+            panel.set_axis_off()
+    return save_figure(figure, stem)
+
+
+def plot_arc_length(readings: Sequence[Reading], stem: Path) -> list[Path]:
+    """Arc length since the start against steps, a panel a grid."""
+    by_grid = grids(readings)
+    figure, axes = subplots(1, len(by_grid), figsize=(5.5 * len(by_grid), 3.6), squeeze=False)
+    for panel, (name, seeds) in zip(axes[0], by_grid.items(), strict=True):
+        for i, optimizer in enumerate(OPTIMIZERS):
+            for j, pair in enumerate(seeds.values()):
+                rows = pair[optimizer].run.readings
+                label = None if j else f"{TITLES[optimizer]}, {len(seeds)} seeds"
+                steps, lengths = ([row[key] for row in rows] for key in ("step", "arc_length"))
+                panel.plot(steps, lengths, label=label, **nth_style(i))
+        panel.set(title=f"runs of the {name} grid", xlabel="step", ylabel="arc length across orbits")
+        panel.legend(frameon=False, fontsize="small")
+    return save_figure(figure, stem)
+
+
+def coefficients(run: Run) -> list[tuple[int, dict[str, Any]]]:
+    """(step, estimate) of the readings that have one."""
+    return [(row["step"], row["learning_coefficient"]) for row in run.readings if row.get("learning_coefficient")]
+
+
+def plot_coefficients(runs: Sequence[Run], stem: Path) -> list[Path]:
+    """Estimates with intervals against steps, a line a run."""
+    figure, panel = subplots(figsize=(6, 4))
+    for i, run in enumerate(runs):
+        found = [(step, each) for step, each in coefficients(run) if "value" in each]
+        values, low, high = (np.array([each[key] for _, each in found]) for key in ("value", "low", "high"))
+        style = nth_style(i, marker=True) | {"capsize": 3, "label": run.label}
+        panel.errorbar([step for step, _ in found], values, (values - low, high - values), **style)
+    panel.set(xscale="log", yscale="log", xlabel="step", ylabel="estimate of the learning coefficient")
+    panel.legend(frameon=False, fontsize="small")
+    return save_figure(figure, stem)
