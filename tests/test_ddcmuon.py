@@ -495,6 +495,21 @@ def test_a_copied_optimizer_routes_and_refuses_anothers_state() -> None:
         baseline.load_state_dict(optimizer.state_dict())
 
 
+def test_state_of_both_parts_can_be_read_and_is_left_as_it_is() -> None:
+    model = deep_mlp()
+    baseline = muon(model, GaugeSet())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    baseline.step()
+    hidden = sum(p.numel() for p in model.layers.parameters())
+    rest = sum(p.numel() for p in model.parameters()) - hidden
+    tensors = [v for p in model.parameters() for v in baseline.state[p].values() if v.ndim]
+    assert sum(v.numel() for v in tensors) == hidden + 2 * rest
+    assert baseline.state_dict()["parts"][0]["state"].keys() == set(range(len(list(model.layers.parameters()))))
+    with pytest.raises(KeyError):
+        baseline.state[torch.zeros(1)]
+
+
 # ---------------------------------------------------------------------------------------------- gauges
 
 

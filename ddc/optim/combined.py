@@ -12,6 +12,16 @@ from torch.optim import Optimizer
 from ddc.optim.closure import loss_of
 
 
+class JoinedState(ChainMap[Any, Any]):
+    """States of several optimizers as one; they are defaultdicts, which must not make an entry when they are asked."""
+
+    def __getitem__(self, key: Any) -> Any:
+        for state in self.maps:
+            if key in state:
+                return state[key]
+        raise KeyError(key)
+
+
 class CombinedOptimizer(Optimizer):
     """Steps several optimizers over disjoint parameters; groups and state are theirs, one after the other.
 
@@ -27,7 +37,7 @@ class CombinedOptimizer(Optimizer):
     def _join(self) -> None:
         """Groups and state as those of the parts have them now."""
         self.param_groups = [group for part in self.parts for group in part.param_groups]
-        self.state = ChainMap(*(part.state for part in self.parts))  # type: ignore[assignment]
+        self.state = JoinedState(*(part.state for part in self.parts))  # type: ignore[assignment]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
