@@ -111,7 +111,7 @@ def effect(advantages: Sequence[float], p: float | None, level: float, enough: b
     """What paired differences show.
 
     From :data:`~ddc.report.statistics.TESTED_FROM` seeds on, a direction is shown if p < ``level``. Below, nothing is
-    tested: a direction is shown only if every seed agrees, and it is never enough for *reproduced*.
+    tested: a direction is shown only if three seeds or more all agree, and it is never enough for *reproduced*.
 
     Args:
         advantages: by seed, positive in the paper's direction.
@@ -120,7 +120,7 @@ def effect(advantages: Sequence[float], p: float | None, level: float, enough: b
         enough: whether the mean is as large as *reproduced* asks for.
     """
     if p is None or len(advantages) < TESTED_FROM:
-        agree = [sign for sign in (1, -1) if advantages and all(sign * each > 0 for each in advantages)]
+        agree = [sign for sign in (1, -1) if len(advantages) >= 3 and all(sign * each > 0 for each in advantages)]
         return Effect(agree[0] if agree else 0, enough=False)
     mean = statistics.mean(advantages)
     return Effect(0 if p >= level or mean == 0 else 1 if mean > 0 else -1, enough)

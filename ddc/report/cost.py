@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ddc.report.figures import COLOURS, Figures, save_figure, subplots
+from ddc.report.figures import COLOURS, HATCHES, Figures, save_figure, subplots
 from ddc.report.runs import TITLES
 from ddc.report.stages import Record, table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 GIB = 2**30
 
@@ -43,32 +48,30 @@ def draw(steps: Record, memory: Record, folder: Path) -> Figures:
 
 def plot(steps: Record, memory: Record, stem: Path) -> list[Path]:
     """Times relative to AdamW's, state a parameter, peak memory."""
-    figure, axes = subplots(1, 4, figsize=(15, 3.6))
+    figure, axes = subplots(1, 4, figsize=(16, 4))
+    models = list(steps["results"])
     for panel, kind, title in ((axes[0], "step", "optimizer's step"), (axes[1], "whole", "whole training step")):
-        models = list(steps["results"])
         names = list(steps["results"][models[0]][kind])
-        for i, name in enumerate(names):
-            values = [steps["results"][model][kind][name]["ratio to AdamW fused"] for model in models]
-            places = [j + 0.2 * (i - (len(names) - 1) / 2) for j in range(len(models))]
-            bars = panel.bar(places, values, 0.18, color=COLOURS[i], edgecolor="black", linewidth=0.5, label=name)
-            panel.bar_label(bars, fmt="%.2f", fontsize=7)
-        panel.set_xticks(range(len(models)), models)
+        ratios = {n: [steps["results"][m][kind][n]["ratio to AdamW fused"] for m in models] for n in names}
+        grouped_bars(panel, models, ratios)
         panel.set(ylabel="time / fused AdamW's", title=title)
-    axes[0].legend(frameon=False, fontsize="small")
-    models = list(dict.fromkeys(row["model"] for row in memory["rows"]))
-    for panel, title, value in (
-        (axes[2], "optimizer state (bytes a parameter)", lambda row: row["optimizer_state"] / row["parameters"]),
-        (axes[3], "peak of a training step (GiB)", lambda row: row["peak"] / GIB),
-    ):
-        for i, name in enumerate(TITLES):
-            rows = [row for row in memory["rows"] if row["optimizer"] == name]
-            places = [models.index(row["model"]) + 0.2 * (i - 1.5) for row in rows]
-            heights = [value(row) for row in rows]
-            bars = panel.bar(places, heights, 0.18, color=COLOURS[i], edgecolor="black", linewidth=0.5)
-            panel.bar_label(bars, labels=[f"{h:.2g}" for h in heights], fontsize=7)
-            bars.set_label(TITLES[name])
-        panel.set_xticks(range(len(models)), models, fontsize=8)
-        panel.set(title=title)
-    axes[3].set_yscale("log")
-    axes[2].legend(frameon=False, fontsize="small", loc="lower right")
+    rows = {(row["model"], row["optimizer"]): row for row in memory["rows"]}
+    models = list(dict.fromkeys(model for model, _ in rows))
+    state = {TITLES[n]: [rows[m, n]["optimizer_state"] / rows[m, n]["parameters"] for m in models] for n in TITLES}
+    peak = {TITLES[n]: [rows[m, n]["peak"] / rows[m, "adamw"]["peak"] for m in models] for n in TITLES}
+    grouped_bars(axes[2], models, state)
+    grouped_bars(axes[3], models, peak)
+    axes[2].set(title="optimizer state", ylabel="bytes a parameter")
+    axes[3].set(title="peak memory of a training step", ylabel="memory / AdamW's")
     return save_figure(figure, stem)
+
+
+def grouped_bars(panel: Axes, groups: Sequence[str], bars: Mapping[str, Sequence[float]]) -> None:
+    """Bars side by side in each group, each with its number."""
+    width = 0.8 / len(bars)
+    for i, (name, heights) in enumerate(bars.items()):
+        places = [j + width * (i - (len(bars) - 1) / 2) for j in range(len(groups))]
+        style = {"color": COLOURS[i], "hatch": HATCHES[i], "edgecolor": "white", "linewidth": 0.5}
+        panel.bar_label(panel.bar(places, heights, width, label=name, **style), fmt="%.2f", fontsize=7)
+    panel.set_xticks(range(len(groups)), groups, fontsize=8)
+    panel.legend(frameon=False, fontsize="small", ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.08))

@@ -14,6 +14,7 @@ Figures = dict[Path, str]
 #: Okabe and Ito's colours, safe for the colour-blind.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":", (0, (3, 1, 1, 1, 1, 1)), (0, (5, 1)), (0, (1, 1)))
+HATCHES = ("", "//", "..", "xx", "--", "\\\\", "oo")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLE = {
     "axes.axisbelow": True,

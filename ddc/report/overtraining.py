@@ -122,15 +122,13 @@ def tuning_table(records: Sequence[Record]) -> str:
         for name, settings in of_stage(records, stage).items()
         for setting in settings
     }
-    finals = of_stage(records, "finals")
     shown = (TRAIN, LAST, BEST, EQUAL)
     rows = []
     for name, settings in of_stage(records, "tuning").items():
-        for setting, runs in settings.items():
-            runs = runs + finals[name].get(setting, [])
+        for setting, (run,) in settings.items():
             mark = "**" if (name, setting) in chosen else ""
-            columns = [", ".join(cell(number(run, quantity)) for run in runs) for quantity in shown]
-            rows.append([TITLES[name], f"{mark}{setting_title(runs[0])}{mark}", *columns])
+            columns = [cell(number(run, quantity)) for quantity in shown]
+            rows.append([TITLES[name], f"{mark}{setting_title(run)}{mark}", *columns])
     return table(["optimizer", "setting", *(quantity.title for quantity in shown)], rows, left=2)
 
 
@@ -189,7 +187,7 @@ def markdown(records: Sequence[Record], claim: Claim) -> str:
         seeds_table(stages, (TRAIN, LAST, BEST, EQUAL), setting_title),
         "## The grid: radial rate × decay for DDCAdam, rate × decay for AdamW",
         tuning_table(records),
-        "Seed 100; where there are three numbers, seeds 100, 101, 102. Bold: chosen by one of the three questions.",
+        "Seed 100. Bold: chosen by one of the three questions.",
         "## Gauge sets",
         gauge_set_table(records),
         "DDCAdam told of part of the gauges; rate 0.001, decay 0.1, seed 100. One seed: description, no test.",
@@ -265,7 +263,7 @@ def plot_frontier(records: Sequence[Record], stem: Path) -> list[Path]:
                 style = nth_style(i, marker=True) | {"linestyle": "none", "fillstyle": fill}
                 panel.plot(x, y, label=f"{TITLES[name]}, {label} ({len(runs)} runs)", **style)
             panel.set(xlabel="train loss at the end (nats)", ylabel=f"{quantity.title} (nats)")
-    axes[0].legend(frameon=False, fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     return save_figure(figure, stem)
 
 
@@ -273,7 +271,7 @@ def plot_gauge_sets(records: Sequence[Record], stem: Path) -> list[Path]:
     """A row a set of gauges, a marker a radial rate."""
     found = list(gauge_sets(records))
     titles = list(dict.fromkeys(title for title, _, _ in found))
-    figure, axes = subplots(1, 3, figsize=(12, 0.4 * len(titles) + 1.5), sharey=True)
+    figure, axes = subplots(1, 3, figsize=(12, 0.55 * len(titles) + 1.5), sharey=True)
     for panel, quantity in zip(axes, (EQUAL, LAST, BEST), strict=True):
         for i, radial in enumerate((None, 0.0, 1.0)):
             rows = [(t, run) for t, r, run in found if (r != r if radial is None else r == radial)]
@@ -282,7 +280,7 @@ def plot_gauge_sets(records: Sequence[Record], stem: Path) -> list[Path]:
             there = [(value, titles.index(t)) for t, run in rows if (value := number(run, quantity)) is not None]
             panel.plot([x for x, _ in there], [y for _, y in there], label=label, **style)
         panel.set(xlabel=f"{quantity.title} (nats)")
-    axes[0].set_yticks(range(len(titles)), titles)
+    axes[0].set_yticks(range(len(titles)), [title.replace(" + ", " +\n") for title in titles])
     axes[0].invert_yaxis()
     axes[2].legend(frameon=False, fontsize="small")
     return save_figure(figure, stem)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ddc.report.claims import Claim, Verdict, effect, rule, verdict, verdict_table
-from ddc.report.figures import COLOURS, Figures, nth_style, save_figure, subplots
+from ddc.report.figures import COLOURS, HATCHES, Figures, nth_style, save_figure, subplots
 from ddc.report.paired import BASELINE, SUBJECT, interval, p_cell
 from ddc.report.rates import APPROACH_TITLES, COLUMNS, heat_map, largest_slope, settings
 from ddc.report.rates import markdown as cells_table
@@ -179,10 +179,9 @@ def plot_refusals(readings: Sequence[Reading], stem: Path) -> list[Path]:
     titles = [f"{each.run.label}, {each.primary['total']} cells" for each in readings]
     figure, (bars, controls) = subplots(1, 2, figsize=(13, 0.35 * len(readings) + 1.8), sharey=True)
     left = np.zeros(len(readings))
-    hatches = ("", "//", "..", "xx", "--", "\\\\", "oo")
     for i, word in enumerate(words):
         shares = np.array([each.primary["counts"].get(word, 0) / each.primary["total"] for each in readings])
-        style = {"color": COLOURS[i % len(COLOURS)], "hatch": hatches[i % len(hatches)], "edgecolor": "white"}
+        style = {"color": COLOURS[i % len(COLOURS)], "hatch": HATCHES[i % len(HATCHES)], "edgecolor": "white"}
         bars.barh(range(len(readings)), 100 * shares, left=100 * left, label=word, linewidth=0.5, **style)
         left += shares
     bars.set_yticks(range(len(readings)), titles, fontsize=8)

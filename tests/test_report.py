@@ -1,0 +1,261 @@
+"""Claims, verdicts, statistics of pairs, and the report made from committed records alone."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+from scipy.special import gammaln
+
+from ddc.report import cost, equivariance, overtraining, singular
+from ddc.report.book import Section, latex, page
+from ddc.report.claims import Effect, effect, load_claims, verdict
+from ddc.report.figures import save_figure, subplots
+from ddc.report.paired import interval, quantity_table, seeds_table, stage_runs
+from ddc.report.runs import read_lines
+from ddc.report.stages import table
+from ddc.report.statistics import (
+    effect_size,
+    holm,
+    interquartile_mean,
+    paired_p,
+    share_difference_interval,
+)
+from experiments import vit
+from experiments.protocols import CLAIMS, ROOT
+
+CLAIM = load_claims(CLAIMS)
+
+
+# ---------------------------------------------------------------------------------------------- registry
+
+
+def test_every_claim_names_a_module_that_can_report_it() -> None:
+    assert list(CLAIM) == ["C1", "C2", "C3", "C4", "C5", "C6"]
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for claim in CLAIM.values():
+        module = importlib.import_module(f"experiments.{claim.experiment}")
+        assert all(callable(getattr(module, name)) for name in ("status", "verdicts", "section"))
+        assert claim.command.removeprefix("make ") in targets
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("level: 0.05", "level: low"), ("metric:", "measure:")],
+)
+def test_a_broken_registry_names_the_claim(change: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "claims.yaml"
+    path.write_text(CLAIMS.read_text().replace(change, message, 1))
+    with pytest.raises(ValueError, match=r"claims\.yaml, C1"):
+        load_claims(path)
+
+
+def test_a_claim_without_a_rule_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "claims.yaml"
+    path.write_text(re.sub(r"\n  reproduced: .*", "", CLAIMS.read_text(), count=1))
+    with pytest.raises(ValueError, match=r"C1.*reproduced"):
+        load_claims(path)
+
+
+# ---------------------------------------------------------------------------------------------- verdicts
+
+
+@pytest.mark.parametrize(
+    ("effects", "expected"),
+    [
+        ([Effect(1)], "reproduced"),
+        ([Effect(1, enough=False)], "direction only"),
+        ([Effect(1), Effect(0)], "direction only"),
+        ([Effect(1), Effect(1)], "reproduced"),
+        ([Effect(1), Effect(-1)], "not reproduced"),
+        ([Effect(0)], "not reproduced"),
+        ([Effect(-1)], "not reproduced"),
+        ([], "not reproduced"),
+    ],
+)
+def test_verdict_of_effects(effects: list[Effect], expected: str) -> None:
+    assert verdict(effects) == expected
+
+
+def test_three_seeds_show_a_direction_at_most_and_only_if_they_agree() -> None:
+    assert effect([1.0, 2.0, 3.0], None, 0.05) == Effect(1, enough=False)
+    assert effect([-1.0, -2.0, -3.0], None, 0.05) == Effect(-1, enough=False)
+    assert effect([1.0, 2.0, -0.1], None, 0.05) == Effect(0, enough=False)
+    assert effect([5.0, 5.0], None, 0.05) == effect([5.0], None, 0.05) == Effect(0, enough=False)  # two show nothing
+    assert effect([1.0] * 5, 0.01, 0.05) == Effect(1, enough=True)
+    assert effect([-1.0] * 5, 0.01, 0.05) == Effect(-1, enough=True)
+    assert effect([1.0] * 5, 0.05, 0.05) == Effect(0, enough=True)
+
+
+def test_equivariance_fails_by_one_row() -> None:
+    records = read_lines(ROOT / "results/equivariance/records.jsonl")
+    assert {each.verdict for each in equivariance.verdicts(records, CLAIM["C6"])} == {"reproduced"}
+    broken = next(i for i, r in enumerate(records) if r["optimizer"] == "ddcadam" and r["dtype"] == "float64")
+    changed = [*records[:broken], {**records[broken], "divergence": 1e-6}, *records[broken + 1 :]]
+    assert [v.verdict for v in equivariance.verdicts(changed, CLAIM["C6"])] == ["direction only", "reproduced"]
+
+
+# ---------------------------------------------------------------------------------------------- statistics
+
+
+def test_statistics_of_differences_agree_with_scipy() -> None:
+    values = np.random.default_rng(0).normal(0.3, 1.0, 8)
+    assert paired_p(values) == pytest.approx(stats.ttest_rel(values, np.zeros(8)).pvalue)
+    assert paired_p(values[:4]) is None
+    assert interquartile_mean(values) == pytest.approx(np.sort(values)[2:6].mean())
+    df = 7  # Hedges' correction is exactly a ratio of gamma functions; the usual formula approximates it
+    exact = np.sqrt(2 / df) * np.exp(gammaln(df / 2) - gammaln((df - 1) / 2))
+    assert effect_size(values) == pytest.approx(exact * values.mean() / values.std(ddof=1), rel=2e-3)
+    assert effect_size([1.0, 2.0]) is None
+    assert effect_size([1.0, 1.0, 1.0]) is None
+
+
+def test_difference_of_shares() -> None:
+    low, high = share_difference_interval((56, 48), (70, 80))
+    assert (low, high) == (pytest.approx(0.0524, abs=1e-4), pytest.approx(0.3339, abs=1e-4))  # Newcombe 1998, method 10
+
+
+def test_what_was_not_tested_stays_untested() -> None:
+    assert holm([0.01, None, 0.04]) == pytest.approx([0.02, None, 0.04])
+    assert holm([None]) == [None]
+
+
+def made_up(losses: dict[str, list[float]]) -> list[dict]:
+    """Records of a matched stage; one value of the last and the best validation loss a seed."""
+    return [
+        {
+            "stages": {"matched": name, "tuned": name},
+            "config": {"optimizer": {"name": name, "lr": 1e-3, "weight_decay": 0.1}},
+            "seed": seed,
+            "diverged": False,
+            "summary": {"gap": 3.0, "gap_at_train_loss": {"0.5": value}},
+        }
+        for name, values in losses.items()
+        for seed, value in enumerate(values)
+    ]
+
+
+def test_pairs_are_by_seed_and_every_seed_is_shown() -> None:
+    runs = stage_runs(made_up({"adamw": [3.0, 4.0, 5.0], "ddcadam": [2.5, 3.4, 4.3]}), "matched")
+    text = quantity_table(runs, [overtraining.EQUAL])
+    low, high = stats.t.interval(0.95, 2, -0.6, stats.sem([0.5, 0.6, 0.7]))
+    assert f"-0.600 ({low:.3f} to {high:.3f})" in text
+    assert text.endswith("| – | 3 |")  # not tested; three seeds
+    shown = seeds_table({"matched": runs}, [overtraining.EQUAL], lambda record: "x")
+    assert "3.000, 4.000, 5.000" in shown
+    assert "2.500, 3.400, 4.300" in shown
+    assert interval([0.5], ".1f") == "+0.5 (one seed)"
+
+
+@pytest.mark.parametrize(
+    ("ddcadam", "expected"),
+    [
+        ([1.0, 1.15, 1.2, 1.35, 1.4], "reproduced"),
+        ([2.5, 2.6, 2.7, 2.8, 2.9], "direction only"),
+        ([2.9, 3.2, 3.1, 3.2, 3.5], "not reproduced"),
+        ([4.0, 4.15, 4.2, 4.35, 4.4], "not reproduced"),
+    ],
+)
+def test_verdict_of_the_gap(ddcadam: list[float], expected: str) -> None:
+    found = overtraining.verdicts(made_up({"adamw": [3.0, 3.1, 3.2, 3.3, 3.4], "ddcadam": ddcadam}), CLAIM["C1"])
+    assert [each.verdict for each in found] == [expected] * 2
+
+
+def test_a_gap_that_was_never_reached_counts_as_no_seed() -> None:
+    records = made_up({"adamw": [3.0, 3.1, 3.2, 3.3, 3.4], "ddcadam": [1.0, 1.1, 1.2, 1.3, 1.4]})
+    records[-1]["summary"]["gap_at_train_loss"]["0.5"] = None
+    found = overtraining.verdicts(records, CLAIM["C1"])
+    assert [(each.seeds, each.verdict) for each in found] == [("4", "direction only")] * 2  # four are not tested
+
+
+def test_cells_are_compared_grid_by_grid() -> None:
+    readings = singular.load(ROOT / "results/rates")
+    found = {each.protocol: each for each in singular.verdicts(readings, CLAIM["C2"])}
+    small = found["matched, 5 × 5 cells"]
+    assert (small.seeds, small.p, small.verdict) == ("3", "–", "direction only")
+    assert small.ours.startswith("DDCAdam 5, 4, 4; AdamW 1, 2, 1: +3.0")
+
+
+# ---------------------------------------------------------------------------------------------- documents
+
+
+def test_tables_as_latex() -> None:
+    text = latex(table(["name_1", "50%"], [["a & b", "1.5"], ["ρ_P", "– 2"]]))
+    assert text.count(r"\\") >= 3
+    assert all(each in text for each in (r"\toprule", r"\bottomrule", r"name\_1", r"50\%", r"a \& b"))
+
+
+def test_a_figure_has_the_same_bytes_each_time(tmp_path: Path) -> None:
+    made = []
+    for name in ("a", "b"):
+        figure, axes = subplots(figsize=(3, 2))
+        axes.plot([1, 2, 3])
+        made.append([path.read_bytes() for path in save_figure(figure, tmp_path / name / "figure")])
+    assert made[0] == made[1]
+
+
+def test_missing_records_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(type(vit.EXPERIMENT), "records", [])
+    with pytest.raises(FileNotFoundError, match=r"results/vit/runs\.jsonl has no records"):
+        vit.section(CLAIM)
+
+
+def test_the_page_shows_every_figure_with_its_caption() -> None:
+    section = Section("T", ("C1",), "make x", "table\n", {ROOT / "results/vit/losses.png": "caption"})
+    text = page([section], "main\n", ROOT)
+    assert "![caption](results/vit/losses.png)" in text
+    assert "`make x`" in text
+
+
+def test_cost_is_drawn_from_its_records(tmp_path: Path) -> None:
+    steps, memory = (
+        json.loads((ROOT / f"results/benchmark/{name}.json").read_text()) for name in ("optimizer_step", "memory")
+    )
+    assert [path.name for path in cost.draw(steps, memory, tmp_path)] == ["cost.png"]
+    assert (ROOT / "results/benchmark/memory.md").read_text() == cost.memory_table(memory)
+    state = {(row["model"], row["optimizer"]): row["optimizer_state"] for row in memory["rows"]}
+    for model in {row["model"] for row in memory["rows"]}:  # no more state than AdamW's
+        assert all(state[model, name] <= state[model, "adamw"] for name in ("ddcadam", "muon", "ddcmuon"))
+
+
+@pytest.mark.slow
+def test_the_report_follows_from_committed_records(tmp_path: Path) -> None:
+    """What the report makes is removed, made again, and the same; and the page needs nothing but itself."""
+    for name in ("ddc", "experiments", "results", "benchmarks"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    made = [
+        path
+        for name in ("overtraining", "rates", "vit", "grokking", "equivariance", "report")
+        for path in (tmp_path / "results" / name).iterdir()
+        if path.suffix in (".md", ".tex", ".png", ".pdf", ".html")
+    ]
+    assert len(made) > 40
+    for path in made:
+        path.unlink()
+    run = subprocess.run(
+        [sys.executable, "-m", "experiments", "report"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    for path in made:
+        assert path.exists(), path
+        if path.suffix in (".md", ".tex"):
+            assert path.read_text() == (ROOT / path.relative_to(tmp_path)).read_text(), path
+    html = (tmp_path / "results/report/index.html").read_text()
+    assert html.count("<img") >= 15
+    assert not re.findall(r'(?:src|href)="(?!#|data:|https://arxiv)[^"]*"', html)
+    assert all(f"{name}:" in html for name in CLAIM)
