@@ -12,7 +12,7 @@ import itertools
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -98,14 +98,15 @@ class Experiment:
         return read_lines(self.results / "runs.jsonl")
 
     def committed(self) -> list[Record]:
-        """The committed records, which there must be.
+        """The committed records, of which there must be some for every stage.
 
         Raises:
-            FileNotFoundError: there are none.
+            ValueError: there are none for a stage.
         """
-        if not self.records:
-            raise FileNotFoundError(
-                f"{self.results / 'runs.jsonl'} has no records: run and collect the experiment first"
+        missing = [stage for stage in self.stages if not any(stage in each["stages"] for each in self.records)]
+        if missing:
+            raise ValueError(
+                f"{self.results}/runs.jsonl has no runs of {', '.join(missing)}: run and collect them first"
             )
         return self.records
 
@@ -207,30 +208,45 @@ class Experiment:
         seconds = sum(row["seconds"] for row in read_lines(run.folder / "timing.jsonl"))
         return {**run.info, "curve": curve, "summary": run.summary, "seconds": seconds, "diverged": run.summary is None}
 
-    def ended(self, runs: str) -> dict[Path, dict[str, str]]:
-        """Folders of all runs, which must have ended, with the stages that each belongs to and its setting there.
-
-        Raises:
-            ValueError: a run has not ended.
-        """
-        stages: dict[Path, dict[str, str]] = defaultdict(dict)
-        for stage in self.stages:
-            planned = self.plan(stage, runs)
-            for (setting, _), run in zip(planned, self.sweep(planned, runs), strict=True):
-                ended_run(run)
-                stages[run.folder][stage] = setting
-        return stages
-
-    def collect(self, runs: str, more: Callable[[Path], Record] = lambda folder: {}) -> list[Record]:
+    def collect(
+        self, runs: str, more: Callable[[Path, Collection[str]], Record] = lambda folder, stages: {}
+    ) -> list[Record]:
         """One record a run: its setting in each stage that it belongs to, configuration, origin, curve, and ``more``.
 
+        Of runs that have not ended here, the committed records stay; what has neither is missing, and said so. So an
+        experiment can be run on several machines, or in several goes.
+
+        Args:
+            runs: the folder of the runs.
+            more: what else the record of a run holds, from its folder and stages.
+
         Raises:
-            ValueError: a run has not ended.
+            ValueError: no run has ended.
         """
-        return [
-            {"stages": stages, **self.record(Run.read(folder)), **more(folder)}
-            for folder, stages in track(self.ended(runs).items(), "collecting")
-        ]
+        here: dict[Path, dict[str, str]] = defaultdict(dict)
+        kept: dict[str, Record] = {}
+        for stage in self.stages:
+            try:
+                planned = self.plan(stage, runs)
+            except ValueError as error:
+                print(f"{stage}: {error}")
+                continue
+            missing = 0
+            for (setting, seed), run in zip(planned, self.sweep(planned, runs), strict=True):
+                record = self.recorded(setting, seed)
+                if run.ended:
+                    here[run.folder][stage] = setting
+                elif record:
+                    kept.setdefault(record["id"], {**record, "stages": {}})["stages"][stage] = setting
+                else:
+                    missing += 1
+            if missing:
+                print(f"{stage}: {missing} of {len(planned)} runs are missing")
+        if not here and not kept:
+            raise ValueError(f"no run of {self.overrides!r} has ended in {runs}")
+        fresh = track(here.items(), "collecting")
+        collected = [{"stages": s, **self.record(Run.read(f)), **more(f, s)} for f, s in fresh]
+        return [*collected, *kept.values()]
 
 
 def product(settings: Iterable[str], seeds: Iterable[int]) -> Plan:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from ddc.report import vit as report
@@ -68,12 +68,14 @@ EXPERIMENT = Experiment(
 )
 
 
-def capacity(folder: Path) -> Record:
-    """What ``scripts/capacity.py`` measured of a run.
+def capacity(folder: Path, stages: Collection[str]) -> Record:
+    """What ``scripts/capacity.py`` measured of a run of the two protocols.
 
     Raises:
         ValueError: it has not.
     """
+    if not {*PROTOCOLS} & {*stages}:
+        return {}
     path = folder / "capacity.json"
     if not path.exists():
         raise ValueError(f"{path} is missing: python scripts/capacity.py {folder}")
@@ -82,9 +84,7 @@ def capacity(folder: Path) -> Record:
 
 def collect(runs: str) -> None:
     """Records of all runs; those of the two protocols with their capacity."""
-    compared = {folder for folder, stages in EXPERIMENT.ended(runs).items() if {*PROTOCOLS} & {*stages}}
-    records = EXPERIMENT.collect(runs, lambda folder: capacity(folder) if folder in compared else {})
-    save_records(RESULTS / "runs.jsonl", records)
+    save_records(RESULTS / "runs.jsonl", EXPERIMENT.collect(runs, capacity))
 
 
 def status(runs: str) -> list[Stage]:

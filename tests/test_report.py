@@ -205,7 +205,9 @@ def test_a_figure_has_the_same_bytes_each_time(tmp_path: Path) -> None:
 
 def test_missing_records_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(type(vit.EXPERIMENT), "records", [])
-    with pytest.raises(FileNotFoundError, match=r"results/vit/runs\.jsonl has no records"):
+    with pytest.raises(
+        ValueError, match=r"results/vit/runs\.jsonl has no runs of matched, tuning, finals, tuned, beyond"
+    ):
         vit.section(CLAIM)
 
 

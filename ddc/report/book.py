@@ -30,11 +30,27 @@ class Section:
     figures: Figures
 
 
+#: Characters of our tables that pdflatex's fonts lack.
+MATHEMATICS = {
+    "×": r"\times", "±": r"\pm", "≥": r"\ge", "²": "^2", "⁺": "^+", "√": r"\surd", "·": r"\cdot",
+    "β": r"\beta", "γ": r"\gamma", "λ": r"\lambda", "ρ": r"\rho", "σ": r"\sigma", "τ": r"\tau",
+}  # fmt: skip
+
+
 def latex(markdown: str) -> str:
-    """Markdown as LaTeX: tables are ``longtable`` with booktabs' rules. Compile with xelatex or lualatex."""
+    r"""Markdown as LaTeX, in ASCII; for ``\usepackage{array,booktabs,calc,longtable}``.
+
+    Raises:
+        ValueError: a character for which there is no LaTeX here.
+    """
     import pypandoc
 
-    return str(pypandoc.convert_text(markdown, "latex", format=PANDOC_FORMAT, extra_args=["--columns=10000"]))
+    text = str(pypandoc.convert_text(markdown, "latex", format=PANDOC_FORMAT))
+    for character, command in MATHEMATICS.items():
+        text = text.replace(character, rf"\({command}\)")
+    if not text.isascii():
+        raise ValueError(f"no LaTeX for {', '.join(sorted({c for c in text if not c.isascii()}))}: add to MATHEMATICS")
+    return text
 
 
 def page(sections: Iterable[Section], summary: str, root: Path) -> str:

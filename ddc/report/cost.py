@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ddc.report.figures import COLOURS, HATCHES, Figures, save_figure, subplots
 from ddc.report.runs import TITLES
@@ -71,7 +71,7 @@ def grouped_bars(panel: Axes, groups: Sequence[str], bars: Mapping[str, Sequence
     width = 0.8 / len(bars)
     for i, (name, heights) in enumerate(bars.items()):
         places = [j + width * (i - (len(bars) - 1) / 2) for j in range(len(groups))]
-        style = {"color": COLOURS[i], "hatch": HATCHES[i], "edgecolor": "white", "linewidth": 0.5}
+        style: dict[str, Any] = {"color": COLOURS[i], "hatch": HATCHES[i], "edgecolor": "white", "linewidth": 0.5}
         panel.bar_label(panel.bar(places, heights, width, label=name, **style), fmt="%.2f", fontsize=7)
     panel.set_xticks(range(len(groups)), groups, fontsize=8)
     panel.legend(frameon=False, fontsize="small", ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.08))

@@ -37,6 +37,12 @@ def is_shared(records: Sequence[Record], name: str) -> bool:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table whose first columns are text and whose others are numbers."""
-    align = ["---"] * left + ["---:"] * (len(header) - left)
+    """A Markdown table whose first columns are text and whose others are numbers.
+
+    The dashes under the header are as long as the column is wide, up to 40: where a table is too wide for a page,
+    converters share out the page by them.
+    """
+    rows = [*rows]
+    widths = [min(40, max(3, *map(len, column))) for column in zip(header, *rows, strict=True)]
+    align = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, align, *rows))
