@@ -120,14 +120,14 @@ def status(runs: str) -> list[Stage]:
 
 def verdicts(claims: Mapping[str, Claim]) -> list[Verdict]:
     """What the records say on the claim."""
-    return report.verdicts(EXPERIMENT.committed(), claims["C1"])
+    return report.verdicts(EXPERIMENT.records, claims["C1"])
 
 
 def section(claims: Mapping[str, Claim]) -> Section:
     """Tables and figures of the records."""
-    document = report.markdown(EXPERIMENT.committed(), claims["C1"])
+    document = report.markdown(EXPERIMENT.records, claims["C1"])
     save_document(RESULTS / "table.md", document)
-    figures = report.draw(EXPERIMENT.committed(), RESULTS)
+    figures = report.draw(EXPERIMENT.records, RESULTS)
     return Section("A language model past the point of fit", ("C1",), "make overtraining", document, figures)
 
 

@@ -74,13 +74,22 @@ def setting_title(record: Record) -> str:
     return f"{first}, decay {optimizer['weight_decay']:g}"
 
 
+def decisive_stages(records: Sequence[Record]) -> dict[str, Runs]:
+    """The stages that compare the optimizers, of those that have runs."""
+    return {stage: runs for stage in STAGE_TITLES if (runs := stage_runs(records, stage))}
+
+
+def unfinished(records: Sequence[Record]) -> list[str]:
+    """The stages that have no runs yet."""
+    return [stage for stage in (*STAGE_TITLES, "tuning", "gauge_sets") if not of_stage(records, stage)]
+
+
 def verdicts(records: Sequence[Record], claim: Claim) -> list[Verdict]:
     """Claim C1 by protocol, p-values adjusted over both: the gap where the train loss first falls to 0.5."""
-    runs = {protocol: stage_runs(records, protocol) for protocol in PROTOCOLS}
-    p_values = holm([paired_p(differences(runs[protocol], EQUAL)) for protocol in PROTOCOLS])
+    runs = {protocol: each for protocol, each in decisive_stages(records).items() if protocol in PROTOCOLS}
+    p_values = holm([paired_p(differences(each, EQUAL)) for each in runs.values()])
     found = []
-    for protocol, p in zip(PROTOCOLS, p_values, strict=True):
-        mine = runs[protocol]
+    for (protocol, mine), p in zip(runs.items(), p_values, strict=True):
         enough = reduction(mine, EQUAL) >= claim.enough * (1 - claim.values[SUBJECT] / claim.values[BASELINE])
         shown = effect(advantages(mine, EQUAL), p, claim.level, enough)
         ends = [statistics.mean(record["summary"]["gap"] for record in mine[name]) for name in (SUBJECT, BASELINE)]
@@ -104,9 +113,9 @@ def grid(records: Sequence[Record], name: str) -> dict[tuple[float, float], Reco
     return cells
 
 
-def number(record: Record, quantity: Quantity) -> float | None:
-    """A quantity of a run; None where it diverged or never got there."""
-    return None if record["diverged"] else quantity.of(record)
+def number(record: Record | None, quantity: Quantity) -> float | None:
+    """A quantity of a run; None where there is no run yet, it diverged or never got there."""
+    return None if record is None or record["diverged"] else quantity.of(record)
 
 
 def cell(value: float | None) -> str:
@@ -168,7 +177,7 @@ def markdown(records: Sequence[Record], claim: Claim) -> str:
     commits = ", ".join(sorted({str(record["commit"]) for record in records}))
     hours = sum(record["seconds"] for record in records) / 3600
     diverged = sum(record["diverged"] for record in records)
-    stages = {stage: stage_runs(records, stage) for stage in STAGE_TITLES}
+    stages, later = decisive_stages(records), unfinished(records)
     parts = [
         f"GPT with {model['layers']} layers, width {model['width']}, RMSNorm, SwiGLU, RoPE; the first "
         f"{data['train_tokens']:,} bytes of Shakespeare, batch {training['batch_size']} × {model['context']}, "
@@ -177,20 +186,25 @@ def markdown(records: Sequence[Record], claim: Claim) -> str:
         "## Claim C1",
         verdict_table({claim.id: claim}, verdicts(records, claim)),
         rule(claim),
+        *([f"Not complete: no runs yet of {', '.join(later)}."] if later else []),
     ]
-    for stage, title in STAGE_TITLES.items():
-        settings = "; ".join(f"{TITLES[name]}: {setting_title(runs[0])}" for name, runs in stages[stage].items())
-        parts += [f"## {title}", f"{settings}.", quantity_table(stages[stage], QUANTITIES)]
+    for stage, runs in stages.items():
+        settings = "; ".join(f"{TITLES[name]}: {setting_title(each[0])}" for name, each in runs.items())
+        parts += [f"## {STAGE_TITLES[stage]}", f"{settings}.", quantity_table(runs, QUANTITIES)]
+    parts += [QUANTITY_NOTE, "## Every seed", seeds_table(stages, (TRAIN, LAST, BEST, EQUAL), setting_title)]
+    if "tuning" not in later:
+        parts += [
+            "## The grid: radial rate × decay for DDCAdam, rate × decay for AdamW",
+            tuning_table(records),
+            "Seed 100. Bold: chosen by one of the three questions.",
+        ]
+    if "gauge_sets" not in later:
+        parts += [
+            "## Gauge sets",
+            gauge_set_table(records),
+            "DDCAdam told of part of the gauges; rate 0.001, decay 0.1, seed 100. One seed: description, no test.",
+        ]
     parts += [
-        QUANTITY_NOTE,
-        "## Every seed",
-        seeds_table(stages, (TRAIN, LAST, BEST, EQUAL), setting_title),
-        "## The grid: radial rate × decay for DDCAdam, rate × decay for AdamW",
-        tuning_table(records),
-        "Seed 100. Bold: chosen by one of the three questions.",
-        "## Gauge sets",
-        gauge_set_table(records),
-        "DDCAdam told of part of the gauges; rate 0.001, decay 0.1, seed 100. One seed: description, no test.",
         f"{len(records)} runs, {diverged} diverged, {hours:.1f} hours of one core in all. Commit {commits}. Made by "
         "`make report` from `runs.jsonl` beside this file.",
     ]
@@ -198,26 +212,37 @@ def markdown(records: Sequence[Record], claim: Claim) -> str:
 
 
 def draw(records: Sequence[Record], folder: Path) -> Figures:
-    """All figures of the experiment, with their captions."""
-    runs = {stage: stage_runs(records, stage) for stage in STAGE_TITLES}
-    losses, *_ = plot_losses({name: runs[name] for name in PROTOCOLS}, setting_title, folder / "losses")
-    cells, *_ = plot_grid(records, folder / "grid")
-    frontier, *_ = plot_frontier(records, folder / "frontier")
-    sets, *_ = plot_gauge_sets(records, folder / "gauge_sets")
-    drift, *_ = plot_drift(runs["matched"], folder / "drift")
-    return {
+    """All figures that the records allow, with their captions."""
+    stages, later = decisive_stages(records), unfinished(records)
+    losses, *_ = plot_losses(
+        {name: runs for name, runs in stages.items() if name in PROTOCOLS}, setting_title, folder / "losses"
+    )
+    figures = {
         losses: "Language model: losses against steps, and the gap against the train loss: on one vertical the train "
-        "loss is equal. A line a seed.",
-        cells: "Language model: the grid, seed 100. Above DDCAdam, radial rate × decay; below AdamW, rate × decay. "
-        "Grey: never reached. Darker is better.",
-        frontier: "Language model: where each setting of the grid ends (seed 100), and the decisive settings on their "
-        "own seeds. The validation loss at the end, and the best one, against the train loss at the end.",
-        sets: "Language model: DDCAdam told of part of the gauges, at radial rates 0 and 1 (rate 0.001, decay 0.1, "
-        "seed 100). Without gauges it is AdamW.",
-        drift: "Language model, matched: how far the weights have moved along their gauge orbits, where no loss sees "
-        "them. Root mean square over units, a line a seed. Of rescales the change of log ρ_P - log ρ_M; DDCAdam holds "
-        "it still, but for decay, which acts on matrices and not on vectors (norm scale); rotations it does not hold.",
+        "loss is equal. A line a seed."
     }
+    if "tuning" not in later:
+        cells, *_ = plot_grid(records, folder / "grid")
+        frontier, *_ = plot_frontier(records, folder / "frontier")
+        figures |= {
+            cells: "Language model: the grid, seed 100. Above DDCAdam, radial rate × decay; below AdamW, rate × decay. "
+            "–: never reached. Darker is better.",
+            frontier: "Language model: where each setting of the grid ends (seed 100), and the decisive settings on "
+            "their own seeds. The validation loss at the end, and the best one, against the train loss at the end.",
+        }
+    if "gauge_sets" not in later:
+        sets, *_ = plot_gauge_sets(records, folder / "gauge_sets")
+        figures[sets] = (
+            "Language model: DDCAdam told of part of the gauges, at radial rates 0 and 1 (rate 0.001, decay 0.1, seed "
+            "100). Without gauges it is AdamW."
+        )
+    drift, *_ = plot_drift(stages["matched"], folder / "drift")
+    figures[drift] = (
+        "Language model, matched: how far the weights have moved along their gauge orbits, where no loss sees them. "
+        "Root mean square over units, a line a seed. Of rescales the change of log ρ_P - log ρ_M; DDCAdam holds it "
+        "still, but for decay, which acts on matrices and not on vectors (norm scale); rotations it does not hold."
+    )
+    return figures
 
 
 def plot_grid(records: Sequence[Record], stem: Path) -> list[Path]:
@@ -230,7 +255,7 @@ def plot_grid(records: Sequence[Record], stem: Path) -> list[Path]:
         low, high = min(v for v in there if v is not None), max(v for v in there if v is not None)
         for panel, (name, cells) in zip(column, grids.items(), strict=True):
             rates, decays = (sorted({key[i] for key in cells}) for i in (0, 1))
-            found = [[number(cells[rate, decay], quantity) for decay in decays] for rate in rates]
+            found = [[number(cells.get((rate, decay)), quantity) for decay in decays] for rate in rates]
             values = np.array([[np.nan if v is None else v for v in row] for row in found])
             panel.set_facecolor("#e4e4e4")
             panel.grid(False)
@@ -252,11 +277,8 @@ def plot_frontier(records: Sequence[Record], stem: Path) -> list[Path]:
     figure, axes = subplots(1, 2, figsize=(11, 4.5), sharex=True)
     for i, name in enumerate((BASELINE, SUBJECT)):
         tried = [run for run in grid(records, name).values() if not run["diverged"]]
-        decisive = {
-            (run["stages"][stage], run["seed"]): run
-            for stage in STAGE_TITLES
-            for run in stage_runs(records, stage)[name]
-        }
+        chosen = [(stage, run) for stage, runs in decisive_stages(records).items() for run in runs[name]]
+        decisive = {(run["stages"][stage], run["seed"]): run for stage, run in chosen}
         for panel, quantity in zip(axes, (LAST, BEST), strict=True):
             for runs, fill, label in ((tried, "none", "grid"), (list(decisive.values()), "full", "decisive settings")):
                 x, y = ([each.of(run) for run in runs] for each in (TRAIN, quantity))

@@ -43,10 +43,14 @@ def gap_at(level: str) -> Callable[[Record], float | None]:
 
 
 def stage_runs(records: Sequence[Record], stage: str) -> Runs:
-    """The runs of a stage by optimizer, in order of seeds, those that diverged left out with their partners."""
+    """The runs of a stage by optimizer, in order of seeds: of the seeds on which all of them ran and none diverged.
+
+    Empty where there is no such seed.
+    """
     runs = {name: only_setting(settings) for name, settings in of_stage(records, stage).items()}
-    gone = {record["seed"] for each in runs.values() for record in each if record["diverged"]}
-    return {name: [record for record in each if record["seed"] not in gone] for name, each in runs.items()}
+    ended = [{record["seed"] for record in each if not record["diverged"]} for each in runs.values()]
+    shared = set.intersection(*ended) if len(ended) > 1 else set()
+    return {name: [record for record in each if record["seed"] in shared] for name, each in runs.items() if shared}
 
 
 def values(records: Sequence[Record], quantity: Quantity) -> list[float | None]:
