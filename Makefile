@@ -5,13 +5,20 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 FASHION_MNIST := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ddc/fashion-mnist
 
-# The runs of the stages of an experiment, two at a time; those that have ended are not run again.
+# The runs of all stages of an experiment, two at a time; those that have ended are not run again.
 define sweep
 	@mkdir -p runs/sweeps
-	@for stage in $(2); do \
+	@for stage in $$($(RUN) -m experiments.$(1) stages); do \
 	    echo "stage $$stage"; \
 	    $(RUN) -m experiments.$(1) plan $$stage > runs/sweeps/$(1)-$$stage.txt && \
 	    OMP_NUM_THREADS=1 $(RUN) scripts/sweep.py run runs/sweeps/$(1)-$$stage.txt --jobs 2 || exit 1; \
+	done
+endef
+# A script on the runs of some stages, two at a time; it leaves a file in each folder.
+define measure
+	@for stage in $(2); do \
+	    $(RUN) scripts/sweep.py folders runs/sweeps/$(1)-$$stage.txt > runs/sweeps/folders.txt || exit 1; \
+	    OMP_NUM_THREADS=1 xargs -P 2 -n 1 $(RUN) $(3) < runs/sweeps/folders.txt || exit 1; \
 	done
 endef
 
@@ -26,7 +33,7 @@ lm_overtrain: $(STAMP)  ## the main job: AdamW and DDCAdam side by side, one cor
 	@$(RUN) scripts/compare.py runs/main/lm_overtrain/*-seed0-* --output runs/main/comparison
 
 grok: $(STAMP)  ## claim C5: all runs of the grokking experiment, two at a time, about two hours; run again, it goes on
-	$(call sweep,grokking,matched tuning finals tuned ablations depth)
+	$(call sweep,grokking)
 	$(RUN) -m experiments.grokking collect
 	$(RUN) -m experiments.grokking report
 
@@ -39,25 +46,19 @@ $(FASHION_MNIST):
 
 vit: $(STAMP)  ## claims C3 and C4: all runs, their capacity, tables, figures; two at a time, two hours; run again, it goes on
 	-@$(MAKE) --no-print-directory fashion-mnist  # where it cannot, the hub is asked
-	$(call sweep,vit,matched tuning finals tuned beyond)
-	@for stage in matched tuned; do \
-	    $(RUN) scripts/sweep.py folders runs/sweeps/vit-$$stage.txt | \
-	    OMP_NUM_THREADS=1 xargs -P 2 -n 1 $(RUN) scripts/capacity.py || exit 1; \
-	done
+	$(call sweep,vit)
+	$(call measure,vit,matched tuned,scripts/capacity.py)
 	$(RUN) -m experiments.vit collect
 	$(RUN) -m experiments.vit report
 
 overtraining: $(STAMP)  ## claim C1: all runs, tables, figures; two at a time, about two hours; run again, it goes on
-	$(call sweep,overtraining,matched tuning finals tuned gauge_sets equal_loss early)
+	$(call sweep,overtraining)
 	$(RUN) -m experiments.overtraining collect
 	$(RUN) -m experiments.overtraining report
 
 rates: $(STAMP)  ## claim C2: all runs, their cells read, tables, figures; two at a time, 40 minutes; run again, it goes on
-	$(call sweep,rates,small deep coefficients)
-	@for stage in small deep; do \
-	    $(RUN) scripts/sweep.py folders runs/sweeps/rates-$$stage.txt | \
-	    OMP_NUM_THREADS=1 xargs -P 2 -n 1 $(RUN) scripts/read_rates.py || exit 1; \
-	done
+	$(call sweep,rates)
+	$(call measure,rates,small deep,scripts/read_rates.py)
 	$(RUN) -m experiments.rates collect
 	$(RUN) -m experiments.rates report
 
@@ -67,7 +68,10 @@ status: $(STAMP)  ## which runs the claims need, which are recorded, which are m
 report: $(STAMP)  ## every table and figure from committed records, and results/report/index.html; a minute
 	@$(RUN) -m experiments report
 
-reproduce: overtraining rates vit grok equivariance known_rates learning_coefficients benchmark report  ## all runs anew: eight hours
+reproduce:  ## all runs anew, one experiment after the other, about eight hours on two cores
+	@for target in overtraining rates vit grok equivariance known_rates learning_coefficients benchmark report; do \
+	    $(MAKE) --no-print-directory $$target || exit 1; \
+	done
 
 slurm-test: $(STAMP)  ## a real Slurm on this machine (Debian, root): an array sweep, one task killed, resubmitted
 	DDC_PYTHON=$(abspath $(RUN)) slurm/test.sh

@@ -225,7 +225,7 @@ def section(claims: Mapping[str, Claim]) -> Section:
     records = read_lines(RESULTS / "records.jsonl")
     document = report.markdown(records, claims["C6"])
     save_document(RESULTS / "table.md", document)
-    return Section("Equivariance", ("C6",), "make equivariance", document, report.draw(records, RESULTS))
+    return Section("Equivariance", ("C6",), "make equivariance", document, report.draw(records, claims["C6"], RESULTS))
 
 
 def main() -> None:

@@ -79,13 +79,13 @@ def score(records: Sequence[Record]) -> tuple[int, float]:
     return sum(accuracy >= GROKS for accuracy in accuracies), sum(accuracies)
 
 
-def ablations(runs: str) -> Plan:
+def ablations(runs: str | None) -> Plan:
     """One change each to DDCMuon's matched setting."""
     base = setting("ddcmuon", MATCHED["ddcmuon"])
     return product([f"{base} {change}" for change in ABLATIONS], FEW_SEEDS)
 
 
-def depths(runs: str) -> Plan:
+def depths(runs: str | None) -> Plan:
     """The tuned settings of both Muons at other depths."""
     both = [EXPERIMENT.tuned(optimizer, runs) for optimizer in ("ddcmuon", "muon")]
     return product([f"{each} model.depth={depth}" for depth in DEPTHS for each in both], FEW_SEEDS)

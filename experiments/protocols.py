@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import statistics
 import sys
 from collections import defaultdict
@@ -83,7 +84,7 @@ class Experiment:
     score: Callable[[Sequence[Record]], Any]
     curve: Sequence[str]
     results: Path
-    more: Mapping[str, Callable[[str], Plan]]
+    more: Mapping[str, Callable[[str | None], Plan]]
     final_seeds: Sequence[int] = FINAL_SEEDS
 
     @property
@@ -98,24 +99,27 @@ class Experiment:
         return read_lines(self.results / "runs.jsonl")
 
     def committed(self) -> list[Record]:
-        """The committed records, of which there must be some for every stage.
+        """The committed records, which must be those of all planned runs.
 
         Raises:
-            ValueError: there are none for a stage.
+            ValueError: some are missing.
         """
-        missing = [stage for stage in self.stages if not any(stage in each["stages"] for each in self.records)]
-        if missing:
-            raise ValueError(
-                f"{self.results}/runs.jsonl has no runs of {', '.join(missing)}: run and collect them first"
-            )
+        for stage in self.stages:
+            planned = self.plan(stage, None)
+            missing = sum(self.recorded(*each) is None for each in planned)
+            if missing:
+                path = self.results / "runs.jsonl"
+                raise ValueError(
+                    f"{path} lacks {missing} of {len(planned)} runs of {stage}: run and collect them first"
+                )
         return self.records
 
-    def plan(self, stage: str, runs: str) -> Plan:
+    def plan(self, stage: str, runs: str | None) -> Plan:
         """The runs of a stage; those of finals and tuned follow from ended runs, or from the records of such.
 
         Args:
             stage: one of :attr:`stages`.
-            runs: the folder of the runs.
+            runs: the folder of the runs; None for the committed records alone.
 
         Raises:
             ValueError: an unknown stage, or one that follows from runs that have not ended.
@@ -137,56 +141,64 @@ class Experiment:
         self,
         settings: Sequence[str],
         seeds: Sequence[int],
-        runs: str,
+        runs: str | None,
         score: Callable[[Sequence[Record]], Any] | None = None,
     ) -> list[str]:
         """Settings, the best first, by :attr:`score` or by another.
 
         Raises:
-            ValueError: a run that is needed has not ended.
+            ValueError: a run that is needed has not ended, or no setting scores more than minus infinity.
         """
         score = score or self.score
-
-        def value(setting: str) -> Any:
-            return score([self.found(setting, seed, runs) for seed in seeds])
-
-        return sorted(settings, key=value, reverse=True)
+        values = {each: score([self.found(each, seed, runs) for seed in seeds]) for each in settings}
+        ranked = sorted(settings, key=values.__getitem__, reverse=True)
+        if values[ranked[0]] == -math.inf:
+            raise ValueError(f"none of {len(ranked)} settings qualifies, the first of them {ranked[0]!r}")
+        return ranked
 
     def recorded(self, setting: str, seed: int) -> Record | None:
         """The committed record of a run, if there is one."""
         here = (each for each in self.records if each["seed"] == seed and setting in each["stages"].values())
         return next(here, None)
 
-    def found(self, setting: str, seed: int, runs: str) -> Record:
+    def found(self, setting: str, seed: int, runs: str | None) -> Record:
         """The record of a run: of the run itself where it has ended, else the committed one.
 
         Raises:
             ValueError: there is neither.
         """
+        record = self.recorded(setting, seed)
+        if runs is None:
+            if record is None:
+                raise ValueError(
+                    f"{self.results}/runs.jsonl lacks seed {seed} of {setting!r}: run and collect it first"
+                )
+            return record
         (run,) = self.sweep([(setting, seed)], runs)
-        record = None if run.ended else self.recorded(setting, seed)
-        return record or self.record(ended_run(run))
+        return record if record and not run.ended else self.record(ended_run(run))
 
     def status(self, runs: str) -> list[Stage]:
-        """How far each stage is."""
+        """How far each stage is; a run that two stages share is missing in the first alone."""
         seconds = statistics.mean(record["seconds"] for record in self.records) if self.records else None
-        found = []
+        found: list[Stage] = []
+        counted: set[tuple[str, int]] = set()
         for name in self.stages:
             try:
                 planned = self.plan(name, runs)
             except ValueError:  # follows from runs that are missing
                 found.append(Stage(name, None, 0, 0, seconds))
                 continue
-            missing = [each for each in planned if self.recorded(*each) is None]
+            missing = [each for each in planned if self.recorded(*each) is None and each not in counted]
+            counted |= {*missing}
             ended = sum(run.ended for run in self.sweep(missing, runs))
             found.append(Stage(name, len(planned), len(planned) - len(missing), ended, seconds))
         return found
 
-    def finalists(self, optimizer: str, runs: str) -> list[str]:
+    def finalists(self, optimizer: str, runs: str | None) -> list[str]:
         """The settings that go on from the tuning."""
         return self.best(self.grid[optimizer], [TUNING_SEED], runs)[:FINALISTS]
 
-    def tuned(self, optimizer: str, runs: str) -> str:
+    def tuned(self, optimizer: str, runs: str | None) -> str:
         """The setting that the tuning chose."""
         return self.best(self.finalists(optimizer, runs), [TUNING_SEED, *self.final_seeds], runs)[0]
 
@@ -272,7 +284,7 @@ def command_line(
     collect: Callable[[str], object],
     section: Callable[[Mapping[str, Claim]], object],
 ) -> None:
-    """``plan STAGE``, ``collect`` and ``report`` of an experiment.
+    """``stages``, ``plan STAGE``, ``collect`` and ``report`` of an experiment.
 
     Args:
         doc: help text.
@@ -283,6 +295,7 @@ def command_line(
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("stages")
     commands.add_parser("plan").add_argument("stage", choices=stages)
     commands.add_parser("collect")
     commands.add_parser("report")
@@ -290,7 +303,9 @@ def command_line(
         commands.choices[command].add_argument("--runs", default="runs", help="folder of the runs")
     arguments = parser.parse_args()
     try:
-        if arguments.command == "plan":
+        if arguments.command == "stages":
+            print(*stages)
+        elif arguments.command == "plan":
             print("\n".join(plan(arguments.stage, arguments.runs)))
         elif arguments.command == "collect":
             collect(arguments.runs)

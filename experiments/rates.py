@@ -1,7 +1,7 @@
 """Claim C2: in how many cells a dead-direction rate is read (``make rates``).
 
 python -m experiments.rates plan STAGE      # the runs of a stage, for scripts/sweep.py
-python -m experiments.rates collect         # records of all runs, and what was read of them, into results/rates
+python -m experiments.rates collect         # records of the ended runs, and what was read of them, into results/rates
 python -m experiments.rates report          # tables and figures from there
 
 AdamW and DDCAdam at one setting (rate 0.001, decay 0.1) on ``+experiment=lm_overtrain slt=cells``, whose configuration
@@ -12,6 +12,7 @@ the paper's 13 × 5 cells, seed 0; ``coefficients``, estimates of the learning c
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 import statistics
 from collections.abc import Mapping
@@ -23,88 +24,93 @@ from ddc.report.claims import Claim, Verdict
 from ddc.report.runs import RECORD_FILES, Run
 from ddc.training.sweep import SweepRun, parse_sweep
 from experiments.output import save_document
-from experiments.protocols import ROOT, Stage, command_line, ended_run
+from experiments.protocols import ROOT, Stage, command_line
 
 RESULTS = ROOT / "results/rates"
 OPTIMIZERS = ("adamw", "ddcadam")
-#: Overrides and seeds of each stage, and the folder of its records.
+#: Overrides and seeds of each stage.
 STAGES = {
-    "small": ("slt=cells", range(3), RESULTS),
-    "deep": ("slt=cells model.layers=12", range(1), RESULTS),
-    "coefficients": ("slt=full", range(1), ROOT / "results/lm_overtrain_full"),
+    "small": ("slt=cells", range(3)),
+    "deep": ("slt=cells model.layers=12", range(1)),
+    "coefficients": ("slt=full", range(1)),
 }
+#: The stages whose cells are read.
+READ = ("small", "deep")
 
 
 def plan(stage: str, runs: str) -> list[str]:
     """The runs of a stage as the lines of a sweep file."""
-    overrides, seeds, _ = STAGES[stage]
+    overrides, seeds = STAGES[stage]
     return [
         f"+experiment=lm_overtrain wandb=disabled runs={runs} seed={seed} optimizer={optimizer} {overrides}"
         for seed, optimizer in itertools.product(seeds, OPTIMIZERS)
     ]
 
 
-def recorded(run: SweepRun, folder: Path) -> bool:
-    """Whether a folder of records has a run of this optimizer, seed and depth."""
-    return any(described(Run.read(path.parent)) == planned(run) for path in folder.glob("*/summary.json"))
-
-
-def described(run: Run) -> tuple[str, str, str]:
-    """Optimizer, seed and depth of a recorded run."""
-    config = run.info["config"]
-    return config["optimizer"]["name"], str(config["seed"]), str(config["model"]["layers"])
-
-
-def planned(run: SweepRun) -> tuple[str, str, str]:
-    """Optimizer, seed and depth of a planned run."""
-    values = dict(each.split("=", 1) for each in run.overrides)
-    return values["optimizer"], values["seed"], values.get("model.layers", "4")
+def sweep(stage: str, runs: str) -> dict[Path, SweepRun]:
+    """The runs of a stage, by the folder of their records."""
+    _, seeds = STAGES[stage]
+    kept = [RESULTS / stage / f"{name}-seed{seed}" for seed, name in itertools.product(seeds, OPTIMIZERS)]
+    return dict(zip(kept, parse_sweep(plan(stage, runs)), strict=True))
 
 
 def status(runs: str) -> list[Stage]:
     """How far each stage is."""
     found = []
-    for name, (_, _, folder) in STAGES.items():
-        sweep = parse_sweep(plan(name, runs))
-        missing = [run for run in sweep if not recorded(run, folder)]
-        seconds = [
-            run.summary["seconds"] for path in folder.glob("*/summary.json") if (run := Run.read(path.parent)).summary
-        ]
-        ended = sum(run.ended for run in missing)
+    for stage in STAGES:
+        planned = sweep(stage, runs)
+        missing = [run for kept, run in planned.items() if not (kept / "run.json").exists()]
+        seconds = [json.loads(path.read_text())["seconds"] for path in (RESULTS / stage).glob("*/summary.json")]
         mean = statistics.mean(seconds) if seconds else None
-        found.append(Stage(name, len(sweep), len(sweep) - len(missing), ended, mean))
+        ended = sum(run.ended for run in missing)
+        found.append(Stage(stage, len(planned), len(planned) - len(missing), ended, mean))
     return found
 
 
 def collect(runs: str) -> None:
-    """Keep the records of the runs of all stages, and what ``scripts/read_rates.py`` read of them.
+    """Keep the records of the ended runs, and what ``scripts/read_rates.py`` read of them; those of others stay.
 
     Raises:
-        ValueError: a run has not ended, or was not read.
+        ValueError: a run was not read.
     """
-    for name, (_, _, folder) in STAGES.items():
-        for run in parse_sweep(plan(name, runs)):
-            ended_run(run)
-            if name != "coefficients" and not (run.folder / "rates.json").exists():
+    for stage in STAGES:
+        for kept, run in sweep(stage, runs).items():
+            if not run.ended:
+                print(f"{stage}: {kept.name} {'stays as recorded' if kept.exists() else 'is missing'}")
+                continue
+            if stage in READ and run.state == "complete" and not (run.folder / "rates.json").exists():
                 raise ValueError(f"{run.folder} is not read: python scripts/read_rates.py {run.folder}")
-            (folder / run.folder.name).mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(kept, ignore_errors=True)
+            kept.mkdir(parents=True)
             for pattern in (*RECORD_FILES, "rates.json", "rates.p*", "rates-spectra.p*"):
                 for path in run.folder.glob(pattern):
-                    shutil.copyfile(path, folder / run.folder.name / path.name)
+                    shutil.copyfile(path, kept / path.name)
+
+
+def readings() -> list[report.Reading]:
+    """The committed readings of both grids.
+
+    Raises:
+        ValueError: a stage has none.
+    """
+    missing = [stage.name for stage in status("runs") if stage.recorded < (stage.needed or 0)]
+    if missing:
+        raise ValueError(f"{RESULTS} lacks runs of {', '.join(missing)}: run and collect them first")
+    return [each for stage in READ for each in report.load(RESULTS / stage)]
 
 
 def verdicts(claims: Mapping[str, Claim]) -> list[Verdict]:
     """What the records say on the claim."""
-    return report.verdicts(report.load(RESULTS), claims["C2"])
+    return report.verdicts(readings(), claims["C2"])
 
 
 def section(claims: Mapping[str, Claim]) -> Section:
     """Tables and figures of the records."""
-    readings = report.load(RESULTS)
-    document = report.markdown(readings, claims["C2"])
+    found = readings()
+    document = report.markdown(found, claims["C2"])
     save_document(RESULTS / "table.md", document)
-    estimated = [Run.read(path.parent) for path in sorted(STAGES["coefficients"][2].glob("*/run.json"))]
-    figures = report.draw(readings, estimated, RESULTS)
+    estimated = [Run.read(path.parent) for path in sorted((RESULTS / "coefficients").glob("*/run.json"))]
+    figures = report.draw(found, estimated, RESULTS)
     return Section("Dead-direction rates and learning coefficients", ("C2",), "make rates", document, figures)
 
 

@@ -50,7 +50,7 @@ def score(records: Sequence[Record]) -> float:
     return -sum(float("inf") if each["diverged"] else each["curve"]["validation_loss"][-1] for each in records)
 
 
-def beyond(runs: str) -> Plan:
+def beyond(runs: str | None) -> Plan:
     """Settings next to the chosen ones, outside the grid, on the seeds of the tuning."""
     settings = [setting(name, *each) for name, more in BEYOND.items() for each in more]
     return product(settings, [TUNING_SEED, *FINAL_SEEDS])

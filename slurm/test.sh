@@ -27,7 +27,7 @@ stop() {
     for _ in $(seq 50); do kill -0 "${pids[@]}" 2> /dev/null || break; sleep 0.2; done # a daemon may hang while it stops
     for pid in "${pids[@]}"; do kill -KILL "$pid" 2> /dev/null || true; done
     if [ $status != 0 ]; then tail -n 20 "$work"/*.log >&2 || true; fi
-    rm -rf "$work"
+    rm -rf "$work" || true
     exit $status
 }
 trap stop EXIT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from ddc.gauges import Rescale, RotatedAxis, Rotation, Shift, balance_, find_gauges, named_parameters, orbit_distance
 from ddc.models import GPTConfig, cross_entropy
-from ddc.optim.drift import gauge_drift
+from ddc.optim.drift import gauge_coordinates, gauge_drift
 from ddc.optim.factory import make_optimizer
 from tests.helpers import make_model, relu_mlp, relu_mlp_gauges
 
@@ -84,21 +85,36 @@ def test_float32_balances_to_its_rounding() -> None:
     balance_(named_parameters(model), relu_mlp_gauges(model))
 
 
-def test_drift_is_the_move_along_the_orbit(config: GPTConfig) -> None:
+def test_coordinates_are_those_of_the_group_and_independent(config: GPTConfig) -> None:
+    """One gauge moves, among all: its coordinates by 2 log c, or by the shift; no rescale's but its own."""
     model = make_model(config)
     gauges = find_gauges(model)
     now = {name: p.detach().clone() for name, p in named_parameters(model).items()}
-    assert all(drift < 1e-7 for drift in gauge_drift(now, now, gauges).values())
-    for gauge in gauges:
-        before = {name: p.clone() for name, p in now.items()}
-        if isinstance(gauge, Shift):
-            gauge.act_(now, torch.full((gauge.dimension(now),), 0.25, dtype=torch.float64))
-            assert gauge_drift(before, now, [gauge])[gauge.kind] == pytest.approx(0.25)
-        elif isinstance(gauge, Rescale):
-            element = torch.linspace(-1, 1, gauge.units(now), dtype=torch.float64)
-            gauge.act_(now, element.exp())
-            expected = (1 + gauge.degree**2) * float(element.square().mean().sqrt())
-            assert gauge_drift(before, now, [gauge])[gauge.kind] == pytest.approx(expected)
+    for moved in gauges:
+        before = gauge_coordinates(now, gauges)
+        if isinstance(moved, Shift):
+            moved.act_(now, torch.full((moved.dimension(now),), 0.25, dtype=torch.float64))
+            expected = torch.full_like(before[moved], 0.25)
+        elif isinstance(moved, Rescale):
+            expected = torch.linspace(-1, 1, moved.units(now), dtype=torch.float64)
+            moved.act_(now, (expected / 2).exp())
+        else:
+            continue
+        for gauge, after in gauge_coordinates(now, gauges).items():
+            if gauge is moved:
+                torch.testing.assert_close(after - before[gauge], expected, rtol=0, atol=1e-12)
+            elif isinstance(gauge, Rescale):
+                torch.testing.assert_close(after, before[gauge], rtol=0, atol=1e-12)
+
+
+def test_drift_is_the_mean_over_units() -> None:
+    model = relu_mlp(bias=True)
+    gauges = relu_mlp_gauges(model)
+    before = {name: p.detach().clone() for name, p in named_parameters(model).items()}
+    gauges[0].act_(named_parameters(model), torch.full((gauges[0].units(before),), 2.0, dtype=torch.float64))
+    units = [gauge.units(before) for gauge in gauges]
+    expected = 2 * math.log(2) * math.sqrt(units[0] / sum(units))
+    assert gauge_drift(before, named_parameters(model), gauges) == {"relu_rescale": pytest.approx(expected)}
 
 
 @pytest.mark.parametrize("k", [2, 4])

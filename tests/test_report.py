@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import re
@@ -30,7 +31,7 @@ from ddc.report.statistics import (
     paired_p,
     share_difference_interval,
 )
-from experiments import vit
+from experiments import rates, vit
 from experiments.protocols import CLAIMS, ROOT
 
 CLAIM = load_claims(CLAIMS)
@@ -79,7 +80,8 @@ def test_a_claim_without_a_rule_is_refused(tmp_path: Path) -> None:
         ([Effect(1), Effect(-1)], "not reproduced"),
         ([Effect(0)], "not reproduced"),
         ([Effect(-1)], "not reproduced"),
-        ([], "not reproduced"),
+        ([Effect(1), Effect(None)], "not tested"),
+        ([], "not tested"),
     ],
 )
 def test_verdict_of_effects(effects: list[Effect], expected: str) -> None:
@@ -90,7 +92,7 @@ def test_three_seeds_show_a_direction_at_most_and_only_if_they_agree() -> None:
     assert effect([1.0, 2.0, 3.0], None, 0.05) == Effect(1, enough=False)
     assert effect([-1.0, -2.0, -3.0], None, 0.05) == Effect(-1, enough=False)
     assert effect([1.0, 2.0, -0.1], None, 0.05) == Effect(0, enough=False)
-    assert effect([5.0, 5.0], None, 0.05) == effect([5.0], None, 0.05) == Effect(0, enough=False)  # two show nothing
+    assert effect([5.0, 5.0], None, 0.05) == effect([], None, 0.05) == Effect(None, enough=False)  # two show nothing
     assert effect([1.0] * 5, 0.01, 0.05) == Effect(1, enough=True)
     assert effect([-1.0] * 5, 0.01, 0.05) == Effect(-1, enough=True)
     assert effect([1.0] * 5, 0.05, 0.05) == Effect(0, enough=True)
@@ -111,6 +113,12 @@ def test_statistics_of_differences_agree_with_scipy() -> None:
     values = np.random.default_rng(0).normal(0.3, 1.0, 8)
     assert paired_p(values) == pytest.approx(stats.ttest_rel(values, np.zeros(8)).pvalue)
     assert paired_p(values[:4]) is None
+    assert paired_p([3.0] * 6) == pytest.approx(stats.binomtest(6, 6).pvalue)  # counts may all be one number
+    assert paired_p([0.0] * 6) == 1.0
+    many = np.random.default_rng(1).normal(0.3, 1.0, 11)
+    signs = np.array(list(itertools.product((1, -1), repeat=11)))
+    means = np.abs((signs * many).mean(1))
+    assert paired_p(many) == pytest.approx((means >= abs(many.mean()) - 1e-12).mean())
     assert interquartile_mean(values) == pytest.approx(np.sort(values)[2:6].mean())
     df = 7  # Hedges' correction is exactly a ratio of gamma functions; the usual formula approximates it
     exact = np.sqrt(2 / df) * np.exp(gammaln(df / 2) - gammaln((df - 1) / 2))
@@ -130,7 +138,7 @@ def test_what_was_not_tested_stays_untested() -> None:
 
 
 def made_up(losses: dict[str, list[float]]) -> list[dict]:
-    """Records of a matched stage; one value of the last and the best validation loss a seed."""
+    """Records of both protocols; one gap at train loss 0.5 a seed."""
     return [
         {
             "stages": {"matched": name, "tuned": name},
@@ -174,11 +182,16 @@ def test_a_gap_that_was_never_reached_counts_as_no_seed() -> None:
     records = made_up({"adamw": [3.0, 3.1, 3.2, 3.3, 3.4], "ddcadam": [1.0, 1.1, 1.2, 1.3, 1.4]})
     records[-1]["summary"]["gap_at_train_loss"]["0.5"] = None
     found = overtraining.verdicts(records, CLAIM["C1"])
-    assert [(each.seeds, each.verdict) for each in found] == [("4", "direction only")] * 2  # four are not tested
+    assert [(each.seeds, each.verdict) for each in found] == [("4 of 5", "direction only")] * 2  # four are not tested
+    records = made_up({"adamw": [3.0, 3.1, 3.2, 3.3, 3.4, 3.5], "ddcadam": [1.0, 1.15, 1.2, 1.35, 1.4, 1.5]})
+    assert {each.verdict for each in overtraining.verdicts(records, CLAIM["C1"])} == {"reproduced"}
+    records[-1] |= {"diverged": True}  # no less than half of the gap, but not on every seed
+    found = overtraining.verdicts(records, CLAIM["C1"])
+    assert [(each.seeds, each.verdict) for each in found] == [("5 of 6", "direction only")] * 2
 
 
 def test_cells_are_compared_grid_by_grid() -> None:
-    readings = singular.load(ROOT / "results/rates")
+    readings = singular.load(ROOT / "results/rates/small")
     found = {each.protocol: each for each in singular.verdicts(readings, CLAIM["C2"])}
     small = found["matched, 5 × 5 cells"]
     assert (small.seeds, small.p, small.verdict) == ("3", "–", "direction only")
@@ -189,7 +202,10 @@ def test_cells_are_compared_grid_by_grid() -> None:
 
 
 def test_tables_as_latex() -> None:
+    with pytest.raises(ValueError, match="no LaTeX for ☃: add to MATHEMATICS"):
+        latex("☃")
     text = latex(table(["name_1", "50%"], [["a & b", "1.5"], ["ρ_P", "– 2"]]))
+    assert text.isascii()
     assert text.count(r"\\") >= 3
     assert all(each in text for each in (r"\toprule", r"\bottomrule", r"name\_1", r"50\%", r"a \& b"))
 
@@ -203,12 +219,41 @@ def test_a_figure_has_the_same_bytes_each_time(tmp_path: Path) -> None:
     assert made[0] == made[1]
 
 
-def test_missing_records_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(type(vit.EXPERIMENT), "records", [])
-    with pytest.raises(
-        ValueError, match=r"results/vit/runs\.jsonl has no runs of matched, tuning, finals, tuned, beyond"
+def test_missing_records_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    records = vit.EXPERIMENT.records
+    for kept, message in (
+        ([], r"vit/runs\.jsonl lacks 10 of 10 runs of matched"),
+        ([r for r in records if r["stages"].keys() != {"beyond"}], "lacks 12 of 12 runs of beyond"),
+        ([r for r in records if r["seed"] != 100], "lacks 18 of 18 runs of tuning"),
     ):
-        vit.section(CLAIM)
+        monkeypatch.setitem(vit.EXPERIMENT.__dict__, "records", kept)
+        with pytest.raises(ValueError, match=message):
+            vit.section(CLAIM)
+
+
+def test_what_was_collected_stays_where_a_run_is_not_here(tmp_path: Path) -> None:
+    collected = vit.EXPERIMENT.collect(str(tmp_path))
+    assert sorted(collected, key=lambda r: r["id"]) == sorted(vit.EXPERIMENT.records, key=lambda r: r["id"])
+
+
+def test_the_readings_of_a_new_run_replace_those_of_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "RESULTS", tmp_path / "results")
+    for kept, run in rates.sweep("small", str(tmp_path / "runs")).items():
+        source = ROOT / "results/rates/small" / kept.name
+        shutil.copytree(source, run.folder)
+        shutil.copytree(source, kept)
+        (kept / "old").touch()
+        break
+    rates.collect(str(tmp_path / "runs"))
+    assert {path.name for path in kept.iterdir()} == {path.name for path in source.iterdir()}
+    assert [(stage.name, stage.recorded, stage.needed) for stage in rates.status(str(tmp_path / "runs"))] == [
+        ("small", 1, 6), ("deep", 0, 2), ("coefficients", 0, 2)
+    ]  # fmt: skip
+    (run.folder / "rates.json").unlink()
+    with pytest.raises(ValueError, match="is not read: python scripts/read_rates.py"):
+        rates.collect(str(tmp_path / "runs"))
+    with pytest.raises(ValueError, match="lacks runs of small, deep, coefficients"):
+        rates.section(CLAIM)
 
 
 def test_the_page_shows_every_figure_with_its_caption() -> None:

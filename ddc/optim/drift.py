@@ -16,10 +16,11 @@ from ddc.optim.plan import Role, make_plan
 def gauge_coordinates(params: Mapping[str, Tensor], gauges: Iterable[Gauge]) -> dict[Gauge, Tensor]:
     """The vertical coordinates of weights, which the loss cannot see and DDCAdam (``vertical="freeze"``) keeps still.
 
-    - rescale: per unit log rho_P - k log rho_M, of sides as DDCAdam decomposes and dresses them
-      (:mod:`ddc.optim.plan`); log rho_P where all readers are dressed;
-    - chain: each layer's log-norm less the mean over layers;
-    - shift: the mean row.
+    - rescale: per unit 2 (log rho_P - k log rho_M) / (1 + k²), of sides as DDCAdam decomposes and dresses them
+      (:mod:`ddc.optim.plan`), and 2 log rho_P where all readers are dressed. The group element c moves it by 2 log c;
+      for k = 1 it is log(rho_P / rho_M);
+    - chain: twice each layer's log-norm less the mean over layers;
+    - shift: the mean row, in the unit of the weights: a norm scale on the head moves it as well.
 
     Rotations have no coordinate of this kind (:func:`gauge_drift` gives their angles).
 
@@ -51,10 +52,11 @@ def gauge_coordinates(params: Mapping[str, Tensor], gauges: Iterable[Gauge]) -> 
     for each in plan.polar:  # whoever dresses comes before what it dresses
         plus = log_norms(each.plus)
         plus_norms[each.gauge] = plus.exp()
-        found[each.gauge] = plus - each.gauge.degree * log_norms(each.minus) if each.minus else plus
+        k = each.gauge.degree
+        found[each.gauge] = 2 * (plus - k * log_norms(each.minus)) / (1 + k**2) if each.minus else 2 * plus
     for chain in plan.chains:
         logs = torch.stack([params[role.name].double().norm().log() for role in chain.layers])
-        found[chain.gauge] = logs - logs.mean()
+        found[chain.gauge] = 2 * (logs - logs.mean())
     for gauge in gauges:
         if isinstance(gauge, Shift):
             found[gauge] = torch.cat([params[name].double().mean(0).reshape(-1) for name in gauge.parameters])
@@ -82,7 +84,7 @@ def gauge_drift(start: Params, now: Params, gauges: Iterable[Gauge]) -> dict[str
             angles = torch.linalg.eigvals(nearest_turn(gauge, now, start, reflections=False)).angle()
             change = (angles.square().sum(-1) / 2).sqrt()  # the angles of a plane come with both signs
         else:
-            change = after[gauge] - before[gauge]
-        changes.setdefault(gauge.kind, []).append(change[change.isfinite()].cpu())
+            change = after[gauge].cpu() - before[gauge].cpu()
+        changes.setdefault(gauge.kind, []).append(change[change.isfinite()])
     joined = {kind: torch.cat(each) for kind, each in changes.items()}
     return {kind: float(each.square().mean().sqrt()) for kind, each in joined.items() if len(each)}

@@ -65,9 +65,7 @@ def page(sections: Iterable[Section], summary: str, root: Path) -> str:
     for section in sections:
         answers = f" Answers {', '.join(section.claims)}." if section.claims else ""
         parts.append(f"# {section.title}")
-        parts.append(
-            f"Records made by `{section.command}`; what is below, from these records, by `make report`.{answers}"
-        )
+        parts.append(f"Records made by `{section.command}`.{answers}")
         for path, caption in section.figures.items():
             parts.append(f"![{caption}]({path.relative_to(root).as_posix()})")
         parts.append(section.document.rstrip("\n"))

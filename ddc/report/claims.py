@@ -14,6 +14,13 @@ from omegaconf.errors import OmegaConfBaseException
 from ddc.report.stages import table
 from ddc.report.statistics import TESTED_FROM
 
+#: Fewer seeds than this show nothing.
+SHOWN_FROM = 3
+FEW_SEEDS = (
+    "Below five paired seeds nothing is tested: three or four that all agree are *direction only* at most, fewer are "
+    "*not tested*."
+)
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -33,8 +40,8 @@ class Claim:
         reproduced: rule for this verdict.
         direction_only: likewise; whatever is neither is not reproduced.
         level: p-values below it count.
-        enough: share of the paper's effect that *reproduced* needs.
         fixed: when this rule was written, relative to the runs.
+        enough: share of the paper's effect that *reproduced* needs; 0 where the rule has no such number.
     """
 
     id: str
@@ -50,8 +57,8 @@ class Claim:
     reproduced: str
     direction_only: str
     level: float
-    enough: float
     fixed: str
+    enough: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -59,11 +66,12 @@ class Effect:
     """What an experiment found on one quantity.
 
     Attributes:
-        direction: 1 if it is shown in the paper's direction, -1 in the other, 0 if neither is shown.
+        direction: 1 if it is shown in the paper's direction, -1 in the other, 0 if neither is shown; None if there are
+            too few seeds to show anything.
         enough: whether it is as large as *reproduced* asks for.
     """
 
-    direction: int
+    direction: int | None
     enough: bool = True
 
 
@@ -78,7 +86,7 @@ class Verdict:
         p: adjusted p-value or values, as text.
         seeds: how many.
         scale: model and data in a few words.
-        verdict: reproduced, direction only, or not reproduced.
+        verdict: reproduced, direction only, not reproduced, or not tested.
     """
 
     claim: str
@@ -111,7 +119,8 @@ def effect(advantages: Sequence[float], p: float | None, level: float, enough: b
     """What paired differences show.
 
     From :data:`~ddc.report.statistics.TESTED_FROM` seeds on, a direction is shown if p < ``level``. Below, nothing is
-    tested: a direction is shown only if three seeds or more all agree, and it is never enough for *reproduced*.
+    tested: a direction is shown only if three or four seeds all agree, and it is never enough for *reproduced*. One
+    or two seeds show nothing. :data:`FEW_SEEDS` says so beside every verdict.
 
     Args:
         advantages: by seed, positive in the paper's direction.
@@ -119,8 +128,10 @@ def effect(advantages: Sequence[float], p: float | None, level: float, enough: b
         level: p-values below it count.
         enough: whether the mean is as large as *reproduced* asks for.
     """
+    if len(advantages) < SHOWN_FROM:
+        return Effect(None, enough=False)
     if p is None or len(advantages) < TESTED_FROM:
-        agree = [sign for sign in (1, -1) if len(advantages) >= 3 and all(sign * each > 0 for each in advantages)]
+        agree = [sign for sign in (1, -1) if all(sign * each > 0 for each in advantages)]
         return Effect(agree[0] if agree else 0, enough=False)
     mean = statistics.mean(advantages)
     return Effect(0 if p >= level or mean == 0 else 1 if mean > 0 else -1, enough)
@@ -128,10 +139,12 @@ def effect(advantages: Sequence[float], p: float | None, level: float, enough: b
 
 def verdict(effects: Sequence[Effect]) -> str:
     """Reproduced: all effects shown in the paper's direction, and enough. Direction only: some, and none against it."""
-    directions = [each.direction for each in effects]
-    if not directions or min(directions) < 0 or max(directions) <= 0:
+    directions = [each.direction for each in effects if each.direction is not None]
+    if not directions or len(directions) < len(effects):
+        return "not tested"
+    if min(directions) < 0 or max(directions) <= 0:
         return "not reproduced"
-    return "reproduced" if all(each.direction > 0 and each.enough for each in effects) else "direction only"
+    return "reproduced" if min(directions) > 0 and all(each.enough for each in effects) else "direction only"
 
 
 def verdict_table(claims: Mapping[str, Claim], verdicts: Iterable[Verdict]) -> str:
@@ -150,6 +163,6 @@ def verdict_table(claims: Mapping[str, Claim], verdicts: Iterable[Verdict]) -> s
 def rule(claim: Claim) -> str:
     """The rule of a claim's verdict in a sentence."""
     return (
-        f"{claim.id}, *reproduced*: {claim.reproduced}; *direction only*: {claim.direction_only}; else not reproduced. "
-        f"Rule written {claim.fixed}."
+        f"{claim.id}: {claim.metric}; {claim.comparison}. *Reproduced*: {claim.reproduced}. *Direction only*: "
+        f"{claim.direction_only}. Else not reproduced. Rule written {claim.fixed}."
     )

@@ -12,7 +12,8 @@ from ddc.report.paired import Runs
 from ddc.report.runs import TITLES
 from ddc.report.stages import Record
 
-LEAST_LOSS = 1e-4
+#: What is drawn of a curve.
+CURVE = ("step", "train_loss", "validation_loss")
 
 
 def plot_losses(runs: Mapping[str, Runs], setting: Callable[[Record], str], stem: Path) -> list[Path]:
@@ -28,13 +29,11 @@ def plot_losses(runs: Mapping[str, Runs], setting: Callable[[Record], str], stem
         for i, (name, records) in enumerate(optimizers.items()):
             label = f"{TITLES[name]} ({setting(records[0])}), {len(records)} seeds"
             for j, run in enumerate(records):
-                curve = {key: np.array(column) for key, column in run["curve"].items() if key != "gauge_drift"}
-                train = np.maximum(curve["train_loss"], LEAST_LOSS)
-                gap = curve["validation_loss"] - curve["train_loss"]
+                steps, train, validation = (np.array(run["curve"][key]) for key in CURVE)
                 style = nth_style(i) | {"linewidth": 1, "label": None if j else label}
-                row[0].plot(curve["step"], curve["validation_loss"], **style)
-                row[1].plot(curve["step"], train, **style)
-                row[2].plot(train[1:], gap[1:], **style)
+                row[0].plot(steps, validation, **style)
+                row[1].plot(steps, train, **style)
+                row[2].plot(train[1:], (validation - train)[1:], **style)
         row[0].set(ylabel=f"{stage.replace('_', ' ')}\nvalidation loss (nats)")
         row[1].set(ylabel="train loss (nats)", yscale="log")
         row[2].set(ylabel="validation - train loss (nats)", xscale="log")

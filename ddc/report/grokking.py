@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ddc.report.claims import Claim, Effect, Verdict, rule, verdict, verdict_table
-from ddc.report.figures import COLOURS, Figures, save_figure, subplots
+from ddc.report.figures import COLOURS, MARKERS, Figures, save_figure, subplots
 from ddc.report.runs import TITLES
 from ddc.report.stages import PROTOCOLS, Record, is_shared, of_stage, only_setting, table
 from ddc.report.statistics import fisher_p, holm, mean_interval, share_difference_interval, share_interval
@@ -200,7 +200,7 @@ def verdicts(records: Sequence[Record], claim: Claim) -> list[Verdict]:
                 f"{p:.2g}",
                 str(len(ours)),
                 "ReLU network, depth 24, width 96, addition modulo 53",
-                verdict([Effect(shown, enough=a >= claim.enough and b <= 1 - claim.enough)]),
+                verdict([Effect(shown, enough=a >= claim.enough and 1 - b >= claim.enough)]),
             )
         )
     return found
@@ -304,8 +304,9 @@ def plot_accuracy(records: Sequence[Record], stem: Path) -> list[Path]:
 def plot_depth(records: Sequence[Record], stem: Path) -> list[Path]:
     """Share of runs that grok, and best validation accuracy of each, against depth."""
     figure, (shares, accuracies) = subplots(1, 2, figsize=(9, 3.6))
-    for i, (name, depths) in enumerate(by_depth(records).items()):
-        style = {"color": COLOURS[i], "marker": "os"[i], "label": TITLES[name]}
+    for name, depths in by_depth(records).items():
+        i = list(TITLES).index(name)
+        style = {"color": COLOURS[i], "marker": MARKERS[i], "label": TITLES[name]}
         shares.plot(list(depths), [grokked(runs) / len(runs) for runs in depths.values()], **style)
         medians = [statistics.median(map(best_accuracy, runs)) for runs in depths.values()]
         accuracies.plot(list(depths), medians, **style)

@@ -29,6 +29,7 @@ from ddc.report.paired import (
     p_cell,
     quantity_table,
     reduction,
+    seeds_cell,
     seeds_table,
     stage_runs,
 )
@@ -50,8 +51,10 @@ QUANTITIES = (
     Quantity("gap at train loss 1.0", gap_at("1.0"), -1),
     EQUAL,
 )
-#: The three questions, each with the stage whose settings were chosen by it.
-QUESTIONS = {"tuned": LAST, "equal_loss": EQUAL, "early": BEST}
+#: A run fits if its last train loss is at most this; the level of :data:`EQUAL`.
+FIT = 0.5
+#: The stages whose settings were chosen on the grid, one a question.
+QUESTIONS = ("tuned", "equal_loss", "early")
 STAGE_TITLES = {
     "matched": "Matched",
     "tuned": "Tuned by the last validation loss, of settings that fit",
@@ -74,23 +77,16 @@ def setting_title(record: Record) -> str:
     return f"{first}, decay {optimizer['weight_decay']:g}"
 
 
-def decisive_stages(records: Sequence[Record]) -> dict[str, Runs]:
-    """The stages that compare the optimizers, of those that have runs."""
-    return {stage: runs for stage in STAGE_TITLES if (runs := stage_runs(records, stage))}
-
-
-def unfinished(records: Sequence[Record]) -> list[str]:
-    """The stages that have no runs yet."""
-    return [stage for stage in (*STAGE_TITLES, "tuning", "gauge_sets") if not of_stage(records, stage)]
-
-
 def verdicts(records: Sequence[Record], claim: Claim) -> list[Verdict]:
     """Claim C1 by protocol, p-values adjusted over both: the gap where the train loss first falls to 0.5."""
-    runs = {protocol: each for protocol, each in decisive_stages(records).items() if protocol in PROTOCOLS}
-    p_values = holm([paired_p(differences(each, EQUAL)) for each in runs.values()])
+    runs = {protocol: stage_runs(records, protocol) for protocol in PROTOCOLS}
+    p_values = holm([paired_p(differences(runs[protocol], EQUAL)) for protocol in PROTOCOLS])
     found = []
-    for (protocol, mine), p in zip(runs.items(), p_values, strict=True):
-        enough = reduction(mine, EQUAL) >= claim.enough * (1 - claim.values[SUBJECT] / claim.values[BASELINE])
+    for protocol, p in zip(PROTOCOLS, p_values, strict=True):
+        mine = runs[protocol]
+        found_on, seeds = len(differences(mine, EQUAL)), seeds_cell(records, protocol, len(differences(mine, EQUAL)))
+        large = reduction(mine, EQUAL) >= claim.enough * (1 - claim.values[SUBJECT] / claim.values[BASELINE])
+        enough = large and seeds == str(found_on)
         shown = effect(advantages(mine, EQUAL), p, claim.level, enough)
         ends = [statistics.mean(record["summary"]["gap"] for record in mine[name]) for name in (SUBJECT, BASELINE)]
         ours = (
@@ -98,7 +94,6 @@ def verdicts(records: Sequence[Record], claim: Claim) -> list[Verdict]:
             f"against {ends[1]:.2f}"
         )
         scale = "GPT, 0.8M parameters, 40 kB of text"
-        seeds = str(len(differences(mine, EQUAL)))
         found.append(Verdict(claim.id, protocol, ours, p_cell(p), seeds, scale, verdict([shown])))
     return found
 
@@ -113,9 +108,9 @@ def grid(records: Sequence[Record], name: str) -> dict[tuple[float, float], Reco
     return cells
 
 
-def number(record: Record | None, quantity: Quantity) -> float | None:
-    """A quantity of a run; None where there is no run yet, it diverged or never got there."""
-    return None if record is None or record["diverged"] else quantity.of(record)
+def number(record: Record, quantity: Quantity) -> float | None:
+    """A quantity of a run; None where it diverged or never got there."""
+    return None if record["diverged"] else quantity.of(record)
 
 
 def cell(value: float | None) -> str:
@@ -177,7 +172,7 @@ def markdown(records: Sequence[Record], claim: Claim) -> str:
     commits = ", ".join(sorted({str(record["commit"]) for record in records}))
     hours = sum(record["seconds"] for record in records) / 3600
     diverged = sum(record["diverged"] for record in records)
-    stages, later = decisive_stages(records), unfinished(records)
+    stages = {stage: stage_runs(records, stage) for stage in STAGE_TITLES}
     parts = [
         f"GPT with {model['layers']} layers, width {model['width']}, RMSNorm, SwiGLU, RoPE; the first "
         f"{data['train_tokens']:,} bytes of Shakespeare, batch {training['batch_size']} × {model['context']}, "
@@ -186,25 +181,20 @@ def markdown(records: Sequence[Record], claim: Claim) -> str:
         "## Claim C1",
         verdict_table({claim.id: claim}, verdicts(records, claim)),
         rule(claim),
-        *([f"Not complete: no runs yet of {', '.join(later)}."] if later else []),
     ]
-    for stage, runs in stages.items():
-        settings = "; ".join(f"{TITLES[name]}: {setting_title(each[0])}" for name, each in runs.items())
-        parts += [f"## {STAGE_TITLES[stage]}", f"{settings}.", quantity_table(runs, QUANTITIES)]
-    parts += [QUANTITY_NOTE, "## Every seed", seeds_table(stages, (TRAIN, LAST, BEST, EQUAL), setting_title)]
-    if "tuning" not in later:
-        parts += [
-            "## The grid: radial rate × decay for DDCAdam, rate × decay for AdamW",
-            tuning_table(records),
-            "Seed 100. Bold: chosen by one of the three questions.",
-        ]
-    if "gauge_sets" not in later:
-        parts += [
-            "## Gauge sets",
-            gauge_set_table(records),
-            "DDCAdam told of part of the gauges; rate 0.001, decay 0.1, seed 100. One seed: description, no test.",
-        ]
+    for stage, title in STAGE_TITLES.items():
+        settings = "; ".join(f"{TITLES[name]}: {setting_title(runs[0])}" for name, runs in stages[stage].items())
+        parts += [f"## {title}", f"{settings}.", quantity_table(stages[stage], QUANTITIES)]
     parts += [
+        QUANTITY_NOTE,
+        "## Every seed",
+        seeds_table(stages, (TRAIN, LAST, BEST, EQUAL), setting_title),
+        "## The grid: radial rate × decay for DDCAdam, rate × decay for AdamW",
+        tuning_table(records),
+        "Seed 100. Bold: chosen by one of the three questions.",
+        "## Gauge sets",
+        gauge_set_table(records),
+        "DDCAdam told of part of the gauges; rate 0.001, decay 0.1, seed 100. One seed: description, no test.",
         f"{len(records)} runs, {diverged} diverged, {hours:.1f} hours of one core in all. Commit {commits}. Made by "
         "`make report` from `runs.jsonl` beside this file.",
     ]
@@ -212,58 +202,56 @@ def markdown(records: Sequence[Record], claim: Claim) -> str:
 
 
 def draw(records: Sequence[Record], folder: Path) -> Figures:
-    """All figures that the records allow, with their captions."""
-    stages, later = decisive_stages(records), unfinished(records)
-    losses, *_ = plot_losses(
-        {name: runs for name, runs in stages.items() if name in PROTOCOLS}, setting_title, folder / "losses"
-    )
-    figures = {
+    """All figures of the experiment, with their captions."""
+    runs = {stage: stage_runs(records, stage) for stage in STAGE_TITLES}
+    losses, *_ = plot_losses({name: runs[name] for name in PROTOCOLS}, setting_title, folder / "losses")
+    cells, *_ = plot_grid(records, folder / "grid")
+    frontier, *_ = plot_frontier(records, folder / "frontier")
+    sets, *_ = plot_gauge_sets(records, folder / "gauge_sets")
+    drift, *_ = plot_drift(runs["matched"], folder / "drift")
+    return {
         losses: "Language model: losses against steps, and the gap against the train loss: on one vertical the train "
-        "loss is equal. A line a seed."
+        "loss is equal. A line a seed.",
+        cells: "Language model: the grid, seed 100. Above DDCAdam, radial rate × decay; below AdamW, rate × decay. "
+        "Small: the train loss at the end, for a low validation loss may be one of a model that does not fit. Grey: "
+        "never reached. Framed: chosen by this question; the middle one among settings that fit (train loss at most "
+        "0.5).",
+        frontier: "Language model: where each setting of the grid ends (seed 100), and the decisive settings on their "
+        "own seeds. The validation loss at the end, and the best one, against the train loss at the end.",
+        sets: "Language model: DDCAdam told of part of the gauges, at radial rates 0 and 1 (rate 0.001, decay 0.1, "
+        "seed 100). Without gauges it is AdamW.",
+        drift: "Language model, matched: how far the weights have moved along their gauge orbits, where no loss sees "
+        "them. Root mean square over units, a line a seed. Of rescales the change of log ρ_P - log ρ_M; DDCAdam holds "
+        "it still, but for decay, which acts on matrices and not on vectors (norm scale); rotations it does not hold.",
     }
-    if "tuning" not in later:
-        cells, *_ = plot_grid(records, folder / "grid")
-        frontier, *_ = plot_frontier(records, folder / "frontier")
-        figures |= {
-            cells: "Language model: the grid, seed 100. Above DDCAdam, radial rate × decay; below AdamW, rate × decay. "
-            "–: never reached. Darker is better.",
-            frontier: "Language model: where each setting of the grid ends (seed 100), and the decisive settings on "
-            "their own seeds. The validation loss at the end, and the best one, against the train loss at the end.",
-        }
-    if "gauge_sets" not in later:
-        sets, *_ = plot_gauge_sets(records, folder / "gauge_sets")
-        figures[sets] = (
-            "Language model: DDCAdam told of part of the gauges, at radial rates 0 and 1 (rate 0.001, decay 0.1, seed "
-            "100). Without gauges it is AdamW."
-        )
-    drift, *_ = plot_drift(stages["matched"], folder / "drift")
-    figures[drift] = (
-        "Language model, matched: how far the weights have moved along their gauge orbits, where no loss sees them. "
-        "Root mean square over units, a line a seed. Of rescales the change of log ρ_P - log ρ_M; DDCAdam holds it "
-        "still, but for decay, which acts on matrices and not on vectors (norm scale); rotations it does not hold."
-    )
-    return figures
 
 
 def plot_grid(records: Sequence[Record], stem: Path) -> list[Path]:
     """Three heat maps an optimizer."""
-    shown = (EQUAL, LAST, BEST)
+    from matplotlib.patches import Rectangle
+
+    shown = {"equal_loss": EQUAL, "tuned": LAST, "early": BEST}
     figure, axes = subplots(2, 3, figsize=(12, 6.5))
     grids = {name: grid(records, name) for name in (SUBJECT, BASELINE)}
-    for column, quantity in zip(axes.T, shown, strict=True):
+    for column, (stage, quantity) in zip(axes.T, shown.items(), strict=True):
         there = [number(run, quantity) for cells in grids.values() for run in cells.values()]
         low, high = min(v for v in there if v is not None), max(v for v in there if v is not None)
         for panel, (name, cells) in zip(column, grids.items(), strict=True):
             rates, decays = (sorted({key[i] for key in cells}) for i in (0, 1))
-            found = [[number(cells.get((rate, decay)), quantity) for decay in decays] for rate in rates]
+            found = [[number(cells[rate, decay], quantity) for decay in decays] for rate in rates]
             values = np.array([[np.nan if v is None else v for v in row] for row in found])
             panel.set_facecolor("#e4e4e4")
             panel.grid(False)
             image = panel.imshow(np.ma.masked_invalid(values), cmap="cividis", vmin=low, vmax=high, aspect="auto")
             for i, j in np.ndindex(values.shape):
                 dark = np.isfinite(values[i, j]) and values[i, j] < (low + high) / 2
-                style = {"ha": "center", "va": "center", "color": "white" if dark else "black", "fontsize": 9}
-                panel.text(j, i, cell(found[i][j]), **style)
+                style = {"ha": "center", "color": "white" if dark else "black"}
+                run = cells[rates[i], decays[j]]
+                panel.text(j, i, cell(found[i][j]), va="bottom", fontsize=9, **style)
+                panel.text(j, i + 0.1, cell(number(run, TRAIN)), va="top", fontsize=7, **style)
+                if run["stages"]["tuning"] in of_stage(records, stage)[name]:
+                    corner = (j - 0.48, i - 0.48)
+                    panel.add_patch(Rectangle(corner, 0.96, 0.96, fill=False, edgecolor="black", linewidth=3))
             panel.set_xticks(range(len(decays)), [f"{each:g}" for each in decays])
             panel.set_yticks(range(len(rates)), [f"{each:g}" for each in rates])
             panel.set(xlabel="decay", ylabel="radial rate" if name == SUBJECT else "learning rate")
@@ -277,8 +265,11 @@ def plot_frontier(records: Sequence[Record], stem: Path) -> list[Path]:
     figure, axes = subplots(1, 2, figsize=(11, 4.5), sharex=True)
     for i, name in enumerate((BASELINE, SUBJECT)):
         tried = [run for run in grid(records, name).values() if not run["diverged"]]
-        chosen = [(stage, run) for stage, runs in decisive_stages(records).items() for run in runs[name]]
-        decisive = {(run["stages"][stage], run["seed"]): run for stage, run in chosen}
+        decisive = {
+            (run["stages"][stage], run["seed"]): run
+            for stage in STAGE_TITLES
+            for run in stage_runs(records, stage)[name]
+        }
         for panel, quantity in zip(axes, (LAST, BEST), strict=True):
             for runs, fill, label in ((tried, "none", "grid"), (list(decisive.values()), "full", "decisive settings")):
                 x, y = ([each.of(run) for run in runs] for each in (TRAIN, quantity))

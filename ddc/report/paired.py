@@ -58,10 +58,15 @@ def values(records: Sequence[Record], quantity: Quantity) -> list[float | None]:
     return [quantity.of(record) for record in records]
 
 
+def pairs(runs: Runs, quantity: Quantity) -> list[tuple[float, float]]:
+    """(AdamW's, DDCAdam's) number by seed, where both have one."""
+    both = zip(values(runs[BASELINE], quantity), values(runs[SUBJECT], quantity), strict=True)
+    return [(a, b) for a, b in both if a is not None and b is not None]
+
+
 def differences(runs: Runs, quantity: Quantity) -> list[float]:
     """DDCAdam - AdamW by seed, where both have the number."""
-    pairs = zip(values(runs[SUBJECT], quantity), values(runs[BASELINE], quantity), strict=True)
-    return [a - b for a, b in pairs if a is not None and b is not None]
+    return [ours - baseline for baseline, ours in pairs(runs, quantity)]
 
 
 def advantages(runs: Runs, quantity: Quantity) -> list[float]:
@@ -71,9 +76,14 @@ def advantages(runs: Runs, quantity: Quantity) -> list[float]:
 
 def reduction(runs: Runs, quantity: Quantity) -> float:
     """Mean advantage relative to AdamW's mean, on the seeds where both have the number."""
-    pairs = zip(values(runs[SUBJECT], quantity), values(runs[BASELINE], quantity), strict=True)
-    baseline = [b for a, b in pairs if a is not None and b is not None]
+    baseline = [each for each, _ in pairs(runs, quantity)]
     return statistics.mean(advantages(runs, quantity)) / statistics.mean(baseline) if baseline else 0.0
+
+
+def seeds_cell(records: Sequence[Record], stage: str, shown: int) -> str:
+    """How many seeds are shown, and of how many that ran: those that diverged, or never got there, are missing."""
+    ran = {record["seed"] for record in records if stage in record["stages"]}
+    return str(shown) if shown == len(ran) else f"{shown} of {len(ran)}"
 
 
 def interval(differences: Sequence[float], form: str) -> str:
@@ -84,13 +94,12 @@ def interval(differences: Sequence[float], form: str) -> str:
     return f"{statistics.mean(differences):+{form}} ({low:+{form}} to {high:+{form}})"
 
 
-def mean_cell(numbers: Sequence[float | None], form: str) -> str:
-    """Mean, and in brackets interquartile mean, of the numbers that there are."""
-    there = [number for number in numbers if number is not None]
-    if not there:
+def mean_cell(numbers: Sequence[float], form: str) -> str:
+    """Mean, and in brackets interquartile mean."""
+    if not numbers:
         return "never reached"
-    cell = f"{statistics.mean(there):{form}}"
-    return f"{cell} ({interquartile_mean(there):{form}})" if len(there) > 1 else cell
+    cell = f"{statistics.mean(numbers):{form}}"
+    return f"{cell} ({interquartile_mean(numbers):{form}})" if len(numbers) > 1 else cell
 
 
 def p_cell(p: float | None) -> str:
@@ -102,12 +111,12 @@ def quantity_table(runs: Runs, quantities: Sequence[Quantity]) -> str:
     """One row a quantity: means of both optimizers, paired difference with its interval, effect size, p, seeds."""
     rows = []
     for quantity in quantities:
-        found = differences(runs, quantity)
+        both, found = pairs(runs, quantity), differences(runs, quantity)
         size = effect_size(found)
         rows.append(
             [
                 quantity.title,
-                *(mean_cell(values(runs[name], quantity), quantity.form) for name in (BASELINE, SUBJECT)),
+                *(mean_cell([pair[i] for pair in both], quantity.form) for i in range(2)),
                 interval(found, quantity.form),
                 "–" if size is None else f"{size:+.2f}",
                 p_cell(paired_p(found)),
@@ -120,9 +129,9 @@ def quantity_table(runs: Runs, quantities: Sequence[Quantity]) -> str:
 
 #: What :func:`quantity_table` shows, for the text beside it.
 QUANTITY_NOTE = (
-    "Means over seeds, in brackets the interquartile mean; differences are paired by seed, their intervals Student's t "
-    "below ten seeds. Effect size: mean difference over its standard deviation, with Hedges' correction. p: Student's "
-    "t-test, from five seeds on, not adjusted: many rows, so read them as description."
+    "Means over the seeds on which both have the number, in brackets the interquartile mean; differences are paired by "
+    "seed, their intervals Student's t below ten seeds. Effect size: mean difference over its standard deviation, with "
+    "Hedges' correction. p: Student's t-test, from five seeds on, not adjusted: many rows, so read them as description."
 )
 
 

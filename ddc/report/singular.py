@@ -58,21 +58,23 @@ class Reading:
 
 
 def load(folder: Path) -> list[Reading]:
-    """All readings in a folder, by number of cells, seed and optimizer."""
-    found = [
-        Reading(Run.read(path.parent), json.loads(path.read_text())) for path in sorted(folder.glob("*/rates.json"))
-    ]
-    return sorted(found, key=lambda each: (each.primary["total"], each.seed, each.optimizer))
+    """All readings in a folder, by seed and optimizer; runs that diverged have none."""
+    paths = sorted(folder.glob("*/rates.json"))
+    found = [Reading(Run.read(path.parent), json.loads(path.read_text())) for path in paths]
+    return sorted(found, key=lambda each: (each.seed, each.optimizer))
 
 
 def grids(readings: Sequence[Reading]) -> dict[str, dict[int, dict[str, Reading]]]:
-    """Readings by grid (``5 × 5``), seed and optimizer."""
+    """Readings by grid (``5 × 5``), seed and optimizer, of the seeds that both optimizers have."""
     found: dict[str, dict[int, dict[str, Reading]]] = {}
     for each in readings:
         columns = len(COLUMNS)
         grid = found.setdefault(f"{each.primary['total'] // columns} × {columns}", {})
         grid.setdefault(each.seed, {})[each.optimizer] = each
-    return found
+    return {
+        name: {seed: pair for seed, pair in seeds.items() if pair.keys() == {*OPTIMIZERS}}
+        for name, seeds in found.items()
+    }
 
 
 def verdicts(readings: Sequence[Reading], claim: Claim) -> list[Verdict]:
@@ -148,8 +150,8 @@ def draw(readings: Sequence[Reading], estimated: Sequence[Run], folder: Path) ->
     return figures | {
         refusals: "Cells read and refused by reason, each run; and the share of cells that the same rule reads in null "
         "controls, against excess loss.",
-        fits: "Single cells that are read, of both optimizers, first seed: the observable against excess loss, the "
-        "points of the window filled, the fitted power as a line.",
+        fits: "Single cells that are read, at most the first four of each optimizer, first seed: the observable "
+        "against excess loss, the points of the window filled, the fitted power as a line.",
         arc: "Distance travelled across gauge orbits: arc length in the invariant metric since the start, a line a "
         "run. A function of orbits, unlike the drift along them.",
         coefficient: "Estimates of the learning coefficient over training, with intervals over chains, one setting for "
@@ -181,7 +183,11 @@ def plot_refusals(readings: Sequence[Reading], stem: Path) -> list[Path]:
     left = np.zeros(len(readings))
     for i, word in enumerate(words):
         shares = np.array([each.primary["counts"].get(word, 0) / each.primary["total"] for each in readings])
-        style = {"color": COLOURS[i % len(COLOURS)], "hatch": HATCHES[i % len(HATCHES)], "edgecolor": "white"}
+        style = {
+            "color": COLOURS[i % len(COLOURS)],
+            "hatch": HATCHES[(i + i // len(COLOURS)) % len(HATCHES)],
+            "edgecolor": "white",
+        }
         bars.barh(range(len(readings)), 100 * shares, left=100 * left, label=word, linewidth=0.5, **style)
         left += shares
     bars.set_yticks(range(len(readings)), titles, fontsize=8)

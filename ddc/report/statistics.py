@@ -55,12 +55,19 @@ def effect_size(differences: Sequence[float]) -> float | None:
 
 
 def paired_p(differences: Sequence[float]) -> float | None:
-    """Two-sided p-value of Student's t-test that the mean of paired differences is zero; None below five of them."""
+    """Two-sided p-value that the mean of paired differences is zero; None below five of them.
+
+    Student's t-test below ten; from ten on, as the interval is a bootstrap's, the exact test that flips signs (up to
+    20,000 flips). Where all differences are one number, which counts may be, the exact sign test: 2^(1 - n).
+    """
     if len(differences) < TESTED_FROM:
         return None
-    if np.ptp(differences) == 0:  # no spread: certainly zero, or certainly not
-        return float(differences[0] == 0)
-    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+    if np.ptp(differences) == 0:
+        return 1.0 if differences[0] == 0 else 2.0 ** (1 - len(differences))
+    if len(differences) < BOOTSTRAP_FROM:
+        return float(stats.ttest_1samp(differences, 0.0).pvalue)
+    flips = {"permutation_type": "samples", "n_resamples": 20_000, "rng": np.random.default_rng(0)}
+    return float(stats.permutation_test((differences,), np.mean, **flips).pvalue)
 
 
 def share_interval(successes: int, trials: int) -> tuple[float, float]:

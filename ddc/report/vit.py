@@ -33,6 +33,7 @@ from ddc.report.paired import (
     p_cell,
     quantity_table,
     reduction,
+    seeds_cell,
     seeds_table,
     stage_runs,
 )
@@ -117,16 +118,18 @@ def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Ver
     found = []
     for protocol in PROTOCOLS:
         mine, paper = runs[protocol], claims["C3"].values
-        enough = reduction(mine, LAST_LOSS) >= claims["C3"].enough * (1 - paper[SUBJECT] / paper[BASELINE])
+        large = reduction(mine, LAST_LOSS) >= claims["C3"].enough * (1 - paper[SUBJECT] / paper[BASELINE])
+        seeds = seeds_cell(records, protocol, len(mine[SUBJECT]))
+        whole = seeds == str(len(mine[SUBJECT]))
         p_loss, p_spare, p_half = (p[protocol, quantity.title] for quantity in (LAST_LOSS, SPARE, HALVED))
-        seeds, scale = str(len(mine[SUBJECT])), "ViT, 0.2M parameters, 2,000 images of Fashion-MNIST"
+        scale = "ViT, 0.2M parameters, 2,000 images of Fashion-MNIST"
         means = [statistics.mean(r["summary"]["validation_loss"] for r in mine[name]) for name in (SUBJECT, BASELINE)]
         ours = f"{means[0]:.3f} against {means[1]:.3f}: {interval(differences(mine, LAST_LOSS), LAST_LOSS.form)}"
-        loss = effect(advantages(mine, LAST_LOSS), p_loss, claims["C3"].level, enough)
+        loss = effect(advantages(mine, LAST_LOSS), p_loss, claims["C3"].level, large and whole)
         found.append(Verdict("C3", protocol, ours, p_cell(p_loss), seeds, scale, verdict([loss])))
         spare, half = (interval(differences(mine, quantity), quantity.form) for quantity in (SPARE, HALVED))
         both = [
-            effect(advantages(mine, quantity), each, claims["C4"].level)
+            effect(advantages(mine, quantity), each, claims["C4"].level, whole)
             for quantity, each in ((SPARE, p_spare), (HALVED, p_half))
         ]
         ours = f"spare units {spare}; rise of the loss at half width {half}"

@@ -98,7 +98,7 @@ def prepare(config: Config) -> Setup:
     torch.manual_seed(config.seed)
     model = build_model(config.model, **data.sizes).to(device)
     gauges = find_gauges(model, per_layer=config.gauges.chained_rescale).only(config.gauges.kinds)
-    start = {name: p.detach().clone() for name, p in named_parameters(model).items()}
+    start = {name: p.detach().to("cpu", copy=True) for name, p in named_parameters(model).items()}
     optimizer = configured_optimizer(config, model, gauges)
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
     folder = Path(config.runs) / config.name / config.run_id
