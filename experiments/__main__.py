@@ -84,6 +84,7 @@ def cost_section() -> Section:
     """What a step costs, from the records of the benchmarks."""
     folder = ROOT / "results/benchmark"
     steps, memory = (json.loads((folder / f"{name}.json").read_text()) for name in ("optimizer_step", "memory"))
+    save_document(folder / "memory.md", cost.memory_table(memory))
     document = "\n".join((folder / f"{name}.md").read_text() for name in ("optimizer_step", "memory"))
     return Section("Cost", (), "make benchmark", document, cost.draw(steps, memory, folder))
 

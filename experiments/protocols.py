@@ -15,7 +15,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +212,7 @@ class Experiment:
 
     def sweep(self, planned: Plan, runs: str) -> list[SweepRun]:
         """A plan as runs, in its order."""
-        return parse_sweep(self.lines(planned, runs))
+        return [resolved(line) for line in self.lines(planned, runs)]
 
     def record(self, run: Run) -> Record:
         """What a report needs of a run, and where it comes from."""
@@ -259,6 +259,13 @@ class Experiment:
         fresh = track(here.items(), "collecting")
         collected = [{"stages": s, **self.record(Run.read(f)), **more(f, s)} for f, s in fresh]
         return [*collected, *kept.values()]
+
+
+@cache
+def resolved(line: str) -> SweepRun:
+    """The run of one line of a sweep file; plans ask for the same runs again and again."""
+    (run,) = parse_sweep([line])
+    return run
 
 
 def product(settings: Iterable[str], seeds: Iterable[int]) -> Plan:

@@ -126,6 +126,7 @@ def test_a_stage_waits_for_the_one_before(monkeypatch: pytest.MonkeyPatch, tmp_p
         EXPERIMENT.plan("final", "runs")
 
 
+@pytest.mark.slow
 def test_a_plan_goes_on_from_committed_records() -> None:
     stages = EXPERIMENT.status("no-such-folder")
     assert [(each.needed, each.recorded) for each in stages] == [

@@ -168,7 +168,7 @@ def test_pairs_are_by_seed_and_every_seed_is_shown() -> None:
     ("ddcadam", "expected"),
     [
         ([1.0, 1.15, 1.2, 1.35, 1.4], "reproduced"),
-        ([2.5, 2.6, 2.7, 2.8, 2.9], "direction only"),
+        ([2.5, 2.65, 2.7, 2.85, 2.9], "direction only"),
         ([2.9, 3.2, 3.1, 3.2, 3.5], "not reproduced"),
         ([4.0, 4.15, 4.2, 4.35, 4.4], "not reproduced"),
     ],
@@ -231,6 +231,7 @@ def test_missing_records_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
             vit.section(CLAIM)
 
 
+@pytest.mark.slow
 def test_what_was_collected_stays_where_a_run_is_not_here(tmp_path: Path) -> None:
     collected = vit.EXPERIMENT.collect(str(tmp_path))
     assert sorted(collected, key=lambda r: r["id"]) == sorted(vit.EXPERIMENT.records, key=lambda r: r["id"])
@@ -250,7 +251,7 @@ def test_the_readings_of_a_new_run_replace_those_of_the_old(tmp_path: Path, monk
         ("small", 1, 6), ("deep", 0, 2), ("coefficients", 0, 2)
     ]  # fmt: skip
     (run.folder / "rates.json").unlink()
-    with pytest.raises(ValueError, match="is not read: python scripts/read_rates.py"):
+    with pytest.raises(ValueError, match=r"is not read: python scripts/read_rates\.py"):
         rates.collect(str(tmp_path / "runs"))
     with pytest.raises(ValueError, match="lacks runs of small, deep, coefficients"):
         rates.section(CLAIM)
