@@ -99,12 +99,13 @@ def verdicts(records: Sequence[Record], claim: Claim) -> list[Verdict]:
 
 
 def grid(records: Sequence[Record], name: str) -> dict[tuple[float, float], Record]:
-    """The runs of the tuning seed, by (rate or radial rate, decay)."""
+    """The runs of the tuning seed, by (rate or radial rate, decay): the grid, and what ran without decay."""
     key = "radial_rate" if name == SUBJECT else "lr"
     cells = {}
-    for (record,) in of_stage(records, "tuning")[name].values():
-        optimizer = record["config"]["optimizer"]
-        cells[optimizer[key], optimizer["weight_decay"]] = record
+    for stage in ("tuning", "no_decay"):
+        for (record,) in of_stage(records, stage).get(name, {}).values():
+            optimizer = record["config"]["optimizer"]
+            cells[optimizer[key], optimizer["weight_decay"]] = record
     return cells
 
 
@@ -128,8 +129,9 @@ def tuning_table(records: Sequence[Record]) -> str:
     }
     shown = (TRAIN, LAST, BEST, EQUAL)
     rows = []
-    for name, settings in of_stage(records, "tuning").items():
-        for setting, (run,) in settings.items():
+    for name in (BASELINE, SUBJECT):
+        for run in grid(records, name).values():
+            setting = run["stages"].get("tuning", "")
             mark = "**" if (name, setting) in chosen else ""
             columns = [cell(number(run, quantity)) for quantity in shown]
             rows.append([TITLES[name], f"{mark}{setting_title(run)}{mark}", *columns])
@@ -191,7 +193,7 @@ def markdown(records: Sequence[Record], claim: Claim) -> str:
         seeds_table(stages, (TRAIN, LAST, BEST, EQUAL), setting_title),
         "## The grid: radial rate × decay for DDCAdam, rate × decay for AdamW",
         tuning_table(records),
-        "Seed 100. Bold: chosen by one of the three questions.",
+        "Seed 100. Bold: chosen by one of the three questions. The settings without decay were no part of the choice.",
         "## Gauge sets",
         gauge_set_table(records),
         "DDCAdam told of part of the gauges; rate 0.001, decay 0.1, seed 100. One seed: description, no test.",
@@ -249,7 +251,7 @@ def plot_grid(records: Sequence[Record], stem: Path) -> list[Path]:
                 run = cells[rates[i], decays[j]]
                 panel.text(j, i, cell(found[i][j]), va="bottom", fontsize=9, **style)
                 panel.text(j, i + 0.1, cell(number(run, TRAIN)), va="top", fontsize=7, **style)
-                if run["stages"]["tuning"] in of_stage(records, stage)[name]:
+                if run["stages"].get("tuning") in of_stage(records, stage)[name]:
                     corner = (j - 0.48, i - 0.48)
                     panel.add_patch(Rectangle(corner, 0.96, 0.96, fill=False, edgecolor="black", linewidth=3))
             panel.set_xticks(range(len(decays)), [f"{each:g}" for each in decays])
