@@ -20,6 +20,7 @@ def save_records(path: Path, records: Sequence[dict[str, Any]]) -> None:
 
 def save_document(path: Path, markdown: str) -> None:
     """Write a document of tables as Markdown to a ``.md`` path, and as LaTeX beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, markdown.encode())
     write_atomically(path.with_suffix(".tex"), latex(markdown).encode())
     print(path)

@@ -10,8 +10,8 @@ Written before the runs:
   paired by seed. *Fit* is a train loss of at most 0.5 at the end.
 - *matched*: rate 0.001 and decay 0.1 for both, radial rate 1. *tuned*: each at the best of sixteen settings, on seed
   100, by the last validation loss among those that fit. AdamW: rates by decays. DDCAdam: radial rates by the same
-  decays, at one learning rate. (Until commit 9460f41 the best two were to run on two more seeds. That was given up for time,
-  before the tuning began.)
+  decays, at one learning rate. (Until commit 9460f41 the best two were to run on two more seeds. That was given up
+  for time, before the tuning began.)
 - ``equal_loss`` and ``early``: each at the best of the same sixteen on seed 100 by two other questions, the lowest gap
   at train loss 0.5, and the lowest best validation loss; reported on seeds 0 to 2.
 - ``gauge_sets``: DDCAdam with part of the gauges, at radial rates 0 and 1, seed 100. ``no_decay``: its radial rates
