@@ -77,8 +77,8 @@ slurm-test: $(STAMP)  ## a real Slurm on this machine (Debian, root): an array s
 	DDC_PYTHON=$(abspath $(RUN)) slurm/test.sh
 
 test: $(STAMP)  ## all tests, fast ones first
-	$(RUN) -m pytest -q -m "not slow"
-	$(RUN) -m pytest -q -m slow
+	$(RUN) -m pytest -q -n auto --dist worksteal -m "not slow"
+	$(RUN) -m pytest -q -n auto --dist worksteal -m slow
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
