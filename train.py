@@ -12,6 +12,7 @@ from rich.console import Console
 
 from ddc.report.rates import draw_readings
 from ddc.report.runs import Run, plot_curves, summary_table
+from ddc.training.checkpoint import CheckpointError
 from ddc.training.config import register_schemas, resolve
 from ddc.training.lock import BusyError
 from ddc.training.loop import DivergedError, prepare, train
@@ -29,7 +30,7 @@ def main(composed: DictConfig) -> None:
     drawn = functools.cache(draw)  # for the mirror and for the list below
     try:
         summary = train(setup, drawn)
-    except (DivergedError, BusyError, KeyboardInterrupt) as error:
+    except (DivergedError, BusyError, CheckpointError, OSError, KeyboardInterrupt) as error:
         sys.exit(f"stopped: {error}")
     if summary.get("already_complete"):
         print(f"This run was complete already; training.resume=never runs it again. Folder: {setup.folder}")

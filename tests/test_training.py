@@ -19,7 +19,7 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 
 from ddc.training import loop
-from ddc.training.checkpoint import load_checkpoint
+from ddc.training.checkpoint import load_checkpoint, read_checkpoint
 from ddc.training.config import Config, TrainingConfig, register_schemas, resolve
 from ddc.training.loop import DivergedError, learning_rate_factor, prepare, train
 from ddc.training.mirror import Mirror
@@ -125,7 +125,7 @@ def test_the_run_id_knows_what_decides_the_numbers() -> None:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+    return read_checkpoint(folder, "cpu")["model"]
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -215,7 +215,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path, number: int) 
     assert "stopped after step" in output
     assert "Traceback" not in output
     folder = run_folder(tmp_path)
-    saved = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
+    saved = read_checkpoint(folder, "cpu")["step"]
     assert saved == int(output.split("stopped after step ")[1].split(";")[0])
     assert saved >= Records(folder / "records.jsonl").read()[-1]["step"]
     second = train_py(*LONG, f"runs={tmp_path}")
@@ -228,7 +228,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path, number: int) 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     setup = run(tmp_path, "optimizer=adamw", "optimizer.lr=1e30", "training.warmup=1.0", "training.decay=0.0",
                 "training.max_grad_norm=null", "training.evaluations=12")  # fmt: skip
-    with pytest.raises(DivergedError, match=r"checkpoint.pt; a smaller optimizer.lr"):
+    with pytest.raises(DivergedError, match=r"checkpoint-\d+-[0-9a-f]+\.pt; a smaller optimizer\.lr"):
         train(setup)
     assert all(torch.isfinite(value).all() for value in weights(setup.folder).values())
     rows = Records(setup.folder / "records.jsonl").read()
@@ -242,9 +242,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None
     setup, other = run(tmp_path), run(tmp_path, "model.width=32")
     train(setup)
     with pytest.raises(ValueError, match=r"(?s)does not fit this run .* training.resume=never"):
-        load_checkpoint(
-            setup.folder / "checkpoint.pt", other.model, other.optimizer, torch.amp.GradScaler("cpu"), other.device
-        )
+        load_checkpoint(setup.folder, other.model, other.optimizer, torch.amp.GradScaler("cpu"), other.device)
 
 
 @pytest.mark.parametrize(

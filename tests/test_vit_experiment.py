@@ -23,6 +23,7 @@ from ddc.report.vit import (
     stage_runs,
     verdicts,
 )
+from ddc.training.checkpoint import read_checkpoint
 from ddc.training.loop import evaluation_batches, measure, restore, train
 from experiments.vit import EXPERIMENT, OPTIMIZERS, score
 from scripts import capacity, prune
@@ -201,5 +202,5 @@ def test_a_run_that_diverged_is_counted_and_left_out_with_its_partner() -> None:
 
 def test_restored_weights_are_those_of_the_run(trained: dict[str, Path]) -> None:
     setup = restore(trained["vit_scratch"])
-    state = torch.load(setup.folder / "checkpoint.pt", weights_only=True)["model"]
+    state = read_checkpoint(setup.folder, "cpu")["model"]
     assert all(torch.equal(value, state[name]) for name, value in setup.model.state_dict().items())

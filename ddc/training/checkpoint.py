@@ -1,8 +1,16 @@
-"""Checkpoints that are whole or absent, and hold all that a run needs to go on bit for bit."""
+"""Checkpoints that are whole or absent, and hold all that a run needs to go on bit for bit.
+
+A file is named by its step and the SHA-256 of its bytes, so that a damaged one is known by its name; the one before is
+kept, to go on from. Nothing in a file is executed when it is read (``weights_only``).
+"""
 
 from __future__ import annotations
 
+import hashlib
 import io
+import logging
+import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +21,29 @@ from torch.optim import Optimizer
 
 from ddc.training.records import write_atomically
 
+#: How many are kept: the last, and the one before.
+KEPT = 2
+NAME = re.compile(r"checkpoint-(\d{9})-([0-9a-f]{64})\.pt")
 
-def save_checkpoint(path: Path, step: int, model: nn.Module, optimizer: Optimizer, scaler: GradScaler) -> None:
-    """Write weights, optimizer, scaler and random state after ``step`` steps, atomically.
+log = logging.getLogger(__name__)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be gone on from: damaged, of another run, or hostile."""
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, the last one first."""
+    return sorted((path for path in folder.glob("checkpoint-*.pt") if NAME.fullmatch(path.name)), reverse=True)
+
+
+def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, scaler: GradScaler) -> None:
+    """Write weights, optimizer, scaler and random state after ``step`` steps, atomically; older ones go but for one.
 
     The position in the data is the step: batches are a function of it.
+
+    Raises:
+        OSError: it cannot be written (a full disk, say); those before are left as they are.
     """
     state = {
         "step": step,
@@ -28,23 +54,66 @@ def save_checkpoint(path: Path, step: int, model: nn.Module, optimizer: Optimize
     }
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write_atomically(path, buffer.getvalue())
+    content = buffer.getvalue()
+    path = folder / f"checkpoint-{step:09d}-{hashlib.sha256(content).hexdigest()}.pt"
+    write_atomically(path, content)
+    others = [each for each in checkpoints(folder) if each != path]
+    for each in others[KEPT - 1 :]:
+        each.unlink()
+
+
+def read_checkpoint(folder: Path, device: torch.device | str) -> dict[str, Any] | None:
+    """The last checkpoint that is whole; None if there is none at all.
+
+    One that is damaged is reported, and the one before is taken.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all are damaged.
+    """
+    paths = checkpoints(folder)
+    for path in paths:
+        content = path.read_bytes()
+        if path.stem.endswith(hashlib.sha256(content).hexdigest()):
+            return unpacked(path, content, device)
+        log.warning("%s is damaged: its bytes are not those that were written. Trying the one before", path)
+    if paths:
+        raise CheckpointError(
+            f"all {len(paths)} checkpoints in {folder} are damaged; start over with training.resume=never"
+        )
+    return None
+
+
+def unpacked(path: Path, content: bytes, device: torch.device | str) -> dict[str, Any]:
+    """What a checkpoint holds.
+
+    Raises:
+        CheckpointError: it holds more than tensors, numbers and text, and reading it would execute something.
+    """
+    try:
+        state: dict[str, Any] = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} is no checkpoint of a run, and may be hostile: it is not loaded") from error
+    return state
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: Optimizer, scaler: GradScaler, device: torch.device
-) -> int:
-    """Restore what :func:`save_checkpoint` wrote and return its step.
+    folder: Path, model: nn.Module, optimizer: Optimizer, scaler: GradScaler, device: torch.device
+) -> int | None:
+    """Restore what :func:`save_checkpoint` wrote and return its step; None where nothing was written.
 
     Raises:
-        ValueError: the checkpoint does not fit the model or the optimizer.
+        CheckpointError: the checkpoint does not fit the model or the optimizer, is hostile, or none is whole.
     """
-    state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    state = read_checkpoint(folder, device)
+    if state is None:
+        return None
     try:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} does not fit this run ({error}); start over with training.resume=never") from error
+        raise CheckpointError(
+            f"{folder} does not fit this run ({error}); start over with training.resume=never"
+        ) from error
     scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["rng"]["cpu"].cpu())
     if len(state["rng"]["cuda"]) == torch.cuda.device_count():

@@ -48,7 +48,7 @@ from ddc.optim.drift import gauge_drift
 from ddc.optim.factory import make_optimizer
 from ddc.slt.observer import Observer, joined
 from ddc.training.calibration import calibration_error
-from ddc.training.checkpoint import load_checkpoint, save_checkpoint
+from ddc.training.checkpoint import checkpoints, load_checkpoint, read_checkpoint, save_checkpoint
 from ddc.training.config import Config, TrainingConfig, restored
 from ddc.training.display import Display
 from ddc.training.lock import only_process_in
@@ -111,18 +111,20 @@ def restore(folder: Path) -> Setup:
 
     Raises:
         FileNotFoundError: the folder holds no run, or the run has no checkpoint.
-        ValueError: the run was made by a version of the code with other keys, or on data that are not here.
+        ValueError: the run was made by a version of the code with other keys, or on data that are not here; or its
+            checkpoints are damaged.
     """
-    for name, remedy in (("run.json", "no run"), ("checkpoint.pt", "a run without a checkpoint: train it first")):
-        if not (folder / name).exists():
-            raise FileNotFoundError(f"{folder} holds {remedy}")
+    if not (folder / "run.json").exists():
+        raise FileNotFoundError(f"{folder} holds no run")
+    state = read_checkpoint(folder, "cpu")
+    if state is None:
+        raise FileNotFoundError(f"{folder} holds a run without a checkpoint: train it first")
     config = restored(json.loads((folder / "run.json").read_text())["config"])
     if not torch.cuda.is_available():  # trained elsewhere, looked at here
         config.training.precision = "float32"
         if config.training.device == "cuda":
             config.training.device = "cpu"
     setup = dataclasses.replace(prepare(config), folder=folder)
-    state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
     setup.model.load_state_dict(state["model"])
     return setup
 
@@ -225,14 +227,13 @@ def train(setup: Setup, draw: Callable[[Path], Sequence[Path]] = no_figures) -> 
 def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
     config, training, folder = setup.config, setup.config.training, setup.folder
     model, optimizer = setup.model, setup.optimizer
-    summary_path, checkpoint = folder / "summary.json", folder / "checkpoint.pt"
+    summary_path = folder / "summary.json"
     scaler = GradScaler(setup.device.type, enabled=training.precision == "float16")
     records, timing, readings = (Records(folder / f"{name}.jsonl") for name in ("records", "timing", "readings"))
-    start = 0
-    if training.resume == "auto" and checkpoint.exists():
-        start = load_checkpoint(checkpoint, model, optimizer, scaler, setup.device)
-    else:
+    start = load_checkpoint(folder, model, optimizer, scaler, setup.device) if training.resume == "auto" else None
+    if start is None:
         start_folder(setup)
+        start = 0
     for table in (records, timing, readings):
         table.truncate(start)
     rows, read = records.read(), readings.read()
@@ -270,7 +271,7 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
                         **speed,
                     }
                 )
-                save_checkpoint(checkpoint, step, model, optimizer, scaler)
+                save_checkpoint(folder, step, model, optimizer, scaler)
                 if observer:
                     observer.forget()
                 rows.append(row)
@@ -282,7 +283,7 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
                 break
             if stop.requested:
                 check_finite(setup)
-                save_checkpoint(checkpoint, step, model, optimizer, scaler)
+                save_checkpoint(folder, step, model, optimizer, scaler)
                 raise KeyboardInterrupt(f"stopped after step {step}; the same command goes on from there")
             gauge_audit = train_step(setup, step, scaler, audited=step + 1 in evaluations)
             display.advance()
@@ -313,8 +314,10 @@ def noted(folder: Path) -> Iterator[None]:
 def start_folder(setup: Setup) -> None:
     """Begin a run folder: an older run in it ends here, and what made this one is written down."""
     setup.folder.mkdir(parents=True, exist_ok=True)
-    for name in ("summary.json", "capacity.json", "checkpoint.pt", "records.jsonl", "timing.jsonl", "readings.jsonl"):
+    for name in ("summary.json", "capacity.json", "records.jsonl", "timing.jsonl", "readings.jsonl"):
         (setup.folder / name).unlink(missing_ok=True)
+    for path in checkpoints(setup.folder):
+        path.unlink()
     shutil.rmtree(setup.folder / "snapshots", ignore_errors=True)
     write_json(
         setup.folder / "run.json",
@@ -442,8 +445,9 @@ def check_finite(setup: Setup) -> None:
 
 
 def where_to_go_on(folder: Path) -> str:
-    checkpoint = folder / "checkpoint.pt"
-    return f"The last good checkpoint is {checkpoint}; a smaller optimizer.lr or training.max_grad_norm may help"
+    last = next(iter(checkpoints(folder)), None)
+    good = f"The last good checkpoint is {last}; a" if last else "There is no checkpoint yet; a"
+    return f"{good} smaller optimizer.lr or training.max_grad_norm may help"
 
 
 class StopSignal:

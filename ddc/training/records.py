@@ -8,7 +8,7 @@ A run folder holds
 - ``timing.jsonl``: seconds and tokens per second at the same steps, and the seconds that readings took of them;
 - ``readings.jsonl``: one row a reading of singular structure (:mod:`ddc.slt`), where there are any;
 - ``snapshots/``: the weights at each reading;
-- ``checkpoint.pt``: the last good checkpoint;
+- ``checkpoint-STEP-SHA256.pt``: the last checkpoint, and the one before;
 - ``summary.json``: written when the run is complete, and the mark that it is;
 - ``diverged.json``: instead of a summary, where the loss became infinite or undefined.
 """
@@ -37,11 +37,15 @@ Row = dict[str, Any]
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace a file so that at any moment it is either the old one or the new one, whole."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:  # a full disk: what was written of it must not fill the disk further
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: object) -> None:

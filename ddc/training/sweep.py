@@ -22,6 +22,7 @@ from joblib import Parallel, delayed
 from omegaconf.errors import OmegaConfBaseException
 from rich.progress import Progress
 
+from ddc.training.checkpoint import checkpoints
 from ddc.training.config import register_schemas, resolve
 from ddc.training.lock import is_held
 
@@ -45,10 +46,9 @@ class SweepRun:
                 return state
         if is_held(self.folder):
             return "running"
-        for state, mark in (("unfinished", "checkpoint.pt"), ("failed", "output.log")):
-            if (self.folder / mark).exists():
-                return state
-        return "missing"
+        if checkpoints(self.folder):
+            return "unfinished"
+        return "failed" if (self.folder / "output.log").exists() else "missing"
 
     @property
     def ended(self) -> bool:

@@ -1,0 +1,151 @@
+"""Checkpoints when things break: damaged, hostile, a full disk."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddc.training import loop
+from ddc.training.checkpoint import KEPT, CheckpointError, checkpoints, read_checkpoint
+from ddc.training.loop import restore, train
+from ddc.training.records import Records
+from tests.test_training import assert_same_run, run, run_folder, train_py
+
+
+def broken_off(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, at: int = 9) -> Path:
+    """The folder of a run that was killed after the checkpoint of a step."""
+
+    class Killed(BaseException):
+        pass
+
+    original = loop.save_checkpoint
+
+    def save_then_die(folder: Path, step: int, *arguments: object) -> None:
+        original(folder, step, *arguments)
+        if step == at:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_checkpoint", save_then_die)
+        setup = run(tmp_path / name)
+        with pytest.raises(Killed):
+            train(setup)
+    return setup.folder
+
+
+def flip(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+DAMAGE = {
+    "one bit": flip,
+    "truncated": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "zeros": lambda content: bytes(len(content)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_known_and_the_one_before_is_taken(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = run(tmp_path / "whole")
+    train(whole)
+    folder = broken_off(tmp_path, "broken", monkeypatch)
+    assert len(checkpoints(folder)) == KEPT
+    last = checkpoints(folder)[0]
+    last.write_bytes(DAMAGE[damage](last.read_bytes()))
+    with caplog.at_level(logging.WARNING):
+        train(run(tmp_path / "broken"))
+    assert f"{last} is damaged" in caplog.text
+    assert_same_run(whole.folder, folder)
+    steps = [row["step"] for row in Records(folder / "records.jsonl").read()]
+    assert steps == [0, 3, 6, 9, 12]
+
+
+def test_nothing_whole_is_an_error_that_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = broken_off(tmp_path, "broken", monkeypatch)
+    for path in checkpoints(folder):
+        path.write_bytes(b"")
+    before = (folder / "records.jsonl").read_bytes()
+    with pytest.raises(
+        CheckpointError, match=r"all 2 checkpoints .* are damaged; start over with training\.resume=never"
+    ):
+        train(run(tmp_path / "broken"))
+    assert (folder / "records.jsonl").read_bytes() == before
+    with pytest.raises(CheckpointError):
+        restore(folder)
+    train(run(tmp_path / "broken", "training.resume=never"))
+    assert read_checkpoint(folder, "cpu")["step"] == 12
+
+
+class Hostile:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def test_a_hostile_checkpoint_executes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = broken_off(tmp_path, "broken", monkeypatch)
+    proof = tmp_path / "executed"
+    buffer = io.BytesIO()
+    torch.save({"step": Hostile(proof)}, buffer)
+    content = buffer.getvalue()
+    for path in checkpoints(folder):
+        path.unlink()
+    (folder / f"checkpoint-{9:09d}-{hashlib.sha256(content).hexdigest()}.pt").write_bytes(content)
+    for attempt in (lambda: train(run(tmp_path / "broken")), lambda: restore(folder)):
+        with pytest.raises(ValueError, match="may be hostile: it is not loaded"):
+            attempt()
+        assert not proof.exists()
+    torch.load(io.BytesIO(content), weights_only=False)  # the file is dangerous indeed
+    assert proof.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a tmpfs")
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(tmp_path / "whole")
+    train(whole)
+    size = sum(path.stat().st_size for path in whole.folder.iterdir())
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    kilobytes = size // 1024 + 48  # two checkpoints fit, a third beside them does not
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(disk)], check=True)
+    try:
+        with pytest.raises(OSError, match="No space left on device"):
+            train(run(disk))
+        folder = next(disk.glob("gpt/*"))
+        assert not list(folder.glob("*.tmp"))
+        assert read_checkpoint(folder, "cpu") is not None
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        train(run(disk))
+        assert_same_run(whole.folder, folder)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_the_command_line_says_in_one_line_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = train_py(f"runs={tmp_path}", "training.steps=12")
+    process.communicate(timeout=120)
+    folder = run_folder(tmp_path)
+    (folder / "summary.json").unlink()
+    for path in checkpoints(folder):
+        path.write_bytes(b"")
+    process = train_py(f"runs={tmp_path}", "training.steps=12")
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 1
+    assert "stopped: all 2 checkpoints" in output
+    assert "Traceback" not in output
