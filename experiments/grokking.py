@@ -120,9 +120,10 @@ def verdicts(claims: Mapping[str, Claim]) -> list[Verdict]:
 
 def section(claims: Mapping[str, Claim]) -> Section:
     """Tables and figures of the records."""
-    document = report.markdown(EXPERIMENT.committed(), claims["C5"])
+    records = EXPERIMENT.committed()
+    document = report.markdown(records, claims["C5"])
     save_document(RESULTS / "table.md", document)
-    return Section("Grokking", ("C5",), "make grok", document, report.draw(EXPERIMENT.committed(), RESULTS))
+    return Section("Grokking", ("C5",), "make grok", document, report.draw(records, RESULTS))
 
 
 if __name__ == "__main__":

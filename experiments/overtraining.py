@@ -141,9 +141,10 @@ def verdicts(claims: Mapping[str, Claim]) -> list[Verdict]:
 
 def section(claims: Mapping[str, Claim]) -> Section:
     """Tables and figures of the records."""
-    document = report.markdown(EXPERIMENT.committed(), claims["C1"])
+    records = EXPERIMENT.committed()
+    document = report.markdown(records, claims["C1"])
     save_document(RESULTS / "table.md", document)
-    figures = report.draw(EXPERIMENT.committed(), RESULTS)
+    figures = report.draw(records, RESULTS)
     return Section("A language model past the point of fit", ("C1",), "make overtraining", document, figures)
 
 

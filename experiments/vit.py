@@ -99,9 +99,10 @@ def verdicts(claims: Mapping[str, Claim]) -> list[Verdict]:
 
 def section(claims: Mapping[str, Claim]) -> Section:
     """Tables and figures of the records."""
-    document = report.markdown(EXPERIMENT.committed(), claims)
+    records = EXPERIMENT.committed()
+    document = report.markdown(records, claims)
     save_document(RESULTS / "table.md", document)
-    figures = report.draw(EXPERIMENT.committed(), RESULTS)
+    figures = report.draw(records, RESULTS)
     return Section("A vision transformer from scratch", ("C3", "C4"), "make vit", document, figures)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from ddc.report.claims import Claim, Effect, Verdict, rule, verdict, verdict_table
 from ddc.report.figures import COLOURS, MARKERS, Figures, save_figure, subplots
 from ddc.report.runs import TITLES
-from ddc.report.stages import PROTOCOLS, Record, is_shared, of_stage, only_setting, table
+from ddc.report.stages import PROTOCOLS, Record, commits, is_shared, of_stage, only_setting, table
 from ddc.report.statistics import fisher_p, holm, mean_interval, share_difference_interval, share_interval
 
 CURVE = ("step", "train_loss", "validation_loss", "train_accuracy", "validation_accuracy")
@@ -88,7 +88,6 @@ def markdown(records: Sequence[Record], claim: Claim) -> str:
     """All tables: protocols, tuning, ablations, depth."""
     config = records[0]["config"]
     data, model, training = config["data"], config["model"], config["training"]
-    commits = ", ".join(sorted({str(record["commit"]) for record in records}))
     hours = sum(record["seconds"] for record in records) / 3600
     same = [TITLES[name] for name in TITLES if is_shared(records, name)]
     parts = [
@@ -119,8 +118,8 @@ def markdown(records: Sequence[Record], claim: Claim) -> str:
         ablation_table(records),
         "## Depth, tuned settings",
         depth_table(records),
-        f"{len(records)} runs, {hours:.1f} hours of one core in all. Commit {commits}. Made by `make report` from "
-        "`runs.jsonl` beside this file.",
+        f"{len(records)} runs, {hours:.1f} hours of one core in all. Commit {commits(records)}. Made by `make report` "
+        "from `runs.jsonl` beside this file.",
     ]
     return "\n\n".join(parts) + "\n"
 

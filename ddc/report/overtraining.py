@@ -26,15 +26,16 @@ from ddc.report.paired import (
     from_summary,
     gap_at,
     interval,
+    is_enough,
     p_cell,
     quantity_table,
-    reduction,
     seeds_cell,
     seeds_table,
+    seeds_that_ran,
     stage_runs,
 )
 from ddc.report.runs import TITLES
-from ddc.report.stages import PROTOCOLS, Record, of_stage, table
+from ddc.report.stages import PROTOCOLS, Record, commits, of_stage, table
 from ddc.report.statistics import holm, paired_p
 
 EQUAL = Quantity("gap at train loss 0.5", gap_at("0.5"), -1)
@@ -83,17 +84,16 @@ def verdicts(records: Sequence[Record], claim: Claim) -> list[Verdict]:
     p_values = holm([paired_p(differences(runs[protocol], EQUAL)) for protocol in PROTOCOLS])
     found = []
     for protocol, p in zip(PROTOCOLS, p_values, strict=True):
-        mine = runs[protocol]
-        found_on, seeds = len(differences(mine, EQUAL)), seeds_cell(records, protocol, len(differences(mine, EQUAL)))
-        large = reduction(mine, EQUAL) >= claim.enough * (1 - claim.values[SUBJECT] / claim.values[BASELINE])
-        enough = large and seeds == str(found_on)
+        mine, ran = runs[protocol], seeds_that_ran(records, protocol)
+        found_on = differences(mine, EQUAL)
+        enough = is_enough(claim, mine, EQUAL) and len(found_on) == ran
         shown = effect(advantages(mine, EQUAL), p, claim.level, enough)
         ends = [statistics.mean(record["summary"]["gap"] for record in mine[name]) for name in (SUBJECT, BASELINE)]
         ours = (
-            f"gap at equal train loss {interval(differences(mine, EQUAL), EQUAL.form)}; at the end {ends[0]:.2f} "
-            f"against {ends[1]:.2f}"
+            f"gap at equal train loss {interval(found_on, EQUAL.form)}; at the end {ends[0]:.2f} against {ends[1]:.2f}"
         )
         scale = "GPT, 0.8M parameters, 40 kB of text"
+        seeds = seeds_cell(len(found_on), ran)
         found.append(Verdict(claim.id, protocol, ours, p_cell(p), seeds, scale, verdict([shown])))
     return found
 
@@ -171,7 +171,6 @@ def markdown(records: Sequence[Record], claim: Claim) -> str:
     """All tables."""
     config = records[0]["config"]
     model, data, training = config["model"], config["data"], config["training"]
-    commits = ", ".join(sorted({str(record["commit"]) for record in records}))
     hours = sum(record["seconds"] for record in records) / 3600
     diverged = sum(record["diverged"] for record in records)
     stages = {stage: stage_runs(records, stage) for stage in STAGE_TITLES}
@@ -197,8 +196,8 @@ def markdown(records: Sequence[Record], claim: Claim) -> str:
         "## Gauge sets",
         gauge_set_table(records),
         "DDCAdam told of part of the gauges; rate 0.001, decay 0.1, seed 100. One seed: description, no test.",
-        f"{len(records)} runs, {diverged} diverged, {hours:.1f} hours of one core in all. Commit {commits}. Made by "
-        "`make report` from `runs.jsonl` beside this file.",
+        f"{len(records)} runs, {diverged} diverged, {hours:.1f} hours of one core in all. Commit {commits(records)}. "
+        "Made by `make report` from `runs.jsonl` beside this file.",
     ]
     return "\n\n".join(parts) + "\n"
 

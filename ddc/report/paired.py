@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ddc.report.claims import Claim
 from ddc.report.runs import TITLES
 from ddc.report.stages import Record, of_stage, only_setting, table
 from ddc.report.statistics import effect_size, interquartile_mean, mean_interval, paired_p
@@ -80,10 +81,19 @@ def reduction(runs: Runs, quantity: Quantity) -> float:
     return statistics.mean(advantages(runs, quantity)) / statistics.mean(baseline) if baseline else 0.0
 
 
-def seeds_cell(records: Sequence[Record], stage: str, shown: int) -> str:
-    """How many seeds are shown, and of how many that ran: those that diverged, or never got there, are missing."""
-    ran = {record["seed"] for record in records if stage in record["stages"]}
-    return str(shown) if shown == len(ran) else f"{shown} of {len(ran)}"
+def is_enough(claim: Claim, runs: Runs, quantity: Quantity) -> bool:
+    """Whether AdamW's mean is reduced by the share of the paper's relative reduction that *reproduced* asks for."""
+    return reduction(runs, quantity) >= claim.enough * (1 - claim.values[SUBJECT] / claim.values[BASELINE])
+
+
+def seeds_that_ran(records: Sequence[Record], stage: str) -> int:
+    """How many seeds a stage has, those with runs that diverged, or never got there, included."""
+    return len({record["seed"] for record in records if stage in record["stages"]})
+
+
+def seeds_cell(shown: int, ran: int) -> str:
+    """How many seeds are shown, and of how many, where some are missing."""
+    return str(shown) if shown == ran else f"{shown} of {ran}"
 
 
 def interval(differences: Sequence[float], form: str) -> str:

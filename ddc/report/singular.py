@@ -21,7 +21,7 @@ from ddc.report.paired import BASELINE, SUBJECT, interval, p_cell
 from ddc.report.rates import APPROACH_TITLES, COLUMNS, heat_map, largest_slope, settings
 from ddc.report.rates import markdown as cells_table
 from ddc.report.runs import TITLES, Run
-from ddc.report.stages import Record
+from ddc.report.stages import Record, commits
 from ddc.report.statistics import holm, paired_p
 from ddc.slt.rates import log_approach, log_observables
 
@@ -117,12 +117,10 @@ def markdown(readings: Sequence[Reading], claim: Claim) -> str:
     ]
     for name, seeds in grids(readings).items():
         reports = [pair[optimizer].rates for optimizer in OPTIMIZERS for pair in seeds.values()]
-        commits = sorted({str(report["run_commit"]) for report in reports})
-        readers = sorted({str(report["commit"]) for report in reports})
         parts += [
             f"## Cells of the {name} grid",
             cells_table(reports).rstrip("\n"),
-            f"Commit of the runs {', '.join(commits)}, of the readings {', '.join(readers)}.",
+            f"Commit of the runs {commits(reports, 'run_commit')}, of the readings {commits(reports)}.",
         ]
     parts.append("Made by `make report` from the runs' folders beside this file.")
     return "\n\n".join(parts) + "\n"

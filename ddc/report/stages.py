@@ -36,6 +36,11 @@ def is_shared(records: Sequence[Record], name: str) -> bool:
     return any(set(PROTOCOLS) <= set(each) for each in stages)
 
 
+def commits(records: Iterable[Record], key: str = "commit") -> str:
+    """The commits that made the records, each once."""
+    return ", ".join(sorted({str(record[key]) for record in records}))
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
     """A Markdown table whose first columns are text and whose others are numbers.
 

@@ -30,15 +30,16 @@ from ddc.report.paired import (
     from_summary,
     gap_at,
     interval,
+    is_enough,
     p_cell,
     quantity_table,
-    reduction,
     seeds_cell,
     seeds_table,
+    seeds_that_ran,
     stage_runs,
 )
 from ddc.report.runs import TITLES
-from ddc.report.stages import PROTOCOLS, Record, is_shared, of_stage, table
+from ddc.report.stages import PROTOCOLS, Record, commits, is_shared, of_stage, table
 from ddc.report.statistics import holm, paired_p
 
 CURVE = (
@@ -117,10 +118,9 @@ def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Ver
     p = {(protocol, quantity.title): each for (protocol, quantity), each in zip(tested, adjusted, strict=True)}
     found = []
     for protocol in PROTOCOLS:
-        mine, paper = runs[protocol], claims["C3"].values
-        large = reduction(mine, LAST_LOSS) >= claims["C3"].enough * (1 - paper[SUBJECT] / paper[BASELINE])
-        seeds = seeds_cell(records, protocol, len(mine[SUBJECT]))
-        whole = seeds == str(len(mine[SUBJECT]))
+        mine, ran = runs[protocol], seeds_that_ran(records, protocol)
+        seeds, whole = seeds_cell(len(mine[SUBJECT]), ran), len(mine[SUBJECT]) == ran
+        large = is_enough(claims["C3"], mine, LAST_LOSS)
         p_loss, p_spare, p_half = (p[protocol, quantity.title] for quantity in (LAST_LOSS, SPARE, HALVED))
         scale = "ViT, 0.2M parameters, 2,000 images of Fashion-MNIST"
         means = [statistics.mean(r["summary"]["validation_loss"] for r in mine[name]) for name in (SUBJECT, BASELINE)]
@@ -164,10 +164,9 @@ def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
     """All tables."""
     config = records[0]["config"]
     model, data, training = config["model"], config["data"], config["training"]
-    commits = ", ".join(sorted({str(record["commit"]) for record in records}))
     hours = sum(record["seconds"] for record in records) / 3600
     examples = next(record["capacity"]["examples"] for record in records if "capacity" in record)
-    measured = ", ".join(sorted({str(record["capacity"]["commit"]) for record in records if "capacity" in record}))
+    measured = commits(record["capacity"] for record in records if "capacity" in record)
     validation = training["evaluation_batches"] * training["batch_size"]
     diverged = sum(record["diverged"] for record in records)
     same = [TITLES[name] for name in TITLES if is_shared(records, name)]
@@ -201,7 +200,7 @@ def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
         "Both lay at the edge of the grid, so two settings each *beyond* it were run afterwards, on the same three "
         "seeds; no protocol reports them.",
         f"{len(records)} runs, {diverged} diverged, {hours:.1f} hours of one core in all. Commit of the runs "
-        f"{commits}, of the capacity {measured}. Made by "
+        f"{commits(records)}, of the capacity {measured}. Made by "
         "`make report` from `runs.jsonl` beside this file.",
     ]
     return "\n\n".join(parts) + "\n"
