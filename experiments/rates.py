@@ -21,7 +21,7 @@ from pathlib import Path
 from ddc.report import singular as report
 from ddc.report.book import Section
 from ddc.report.claims import Claim, Verdict
-from ddc.report.runs import RECORD_FILES, Run
+from ddc.report.runs import RECORD_FILES, Run, markdown_table, plot_curves
 from ddc.training.sweep import SweepRun, parse_sweep
 from experiments.output import save_document
 from experiments.protocols import ROOT, Stage, command_line
@@ -111,6 +111,10 @@ def section(claims: Mapping[str, Claim]) -> Section:
     save_document(RESULTS / "table.md", document)
     estimated = [Run.read(path.parent) for path in sorted((RESULTS / "coefficients").glob("*/run.json"))]
     figures = report.draw(found, estimated, RESULTS)
+    small = sorted((each.run for each in report.load(RESULTS / "small")), key=lambda run: run.info["id"])
+    save_document(RESULTS / "comparison.md", markdown_table(small))
+    comparison, *_ = plot_curves(small, RESULTS / "comparison")
+    figures[comparison] = "The runs of the 5 × 5 grid: loss curves, and the gap against the train loss, a line a run."
     return Section("Dead-direction rates and learning coefficients", ("C2",), "make rates", document, figures)
 
 
