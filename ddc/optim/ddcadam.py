@@ -14,6 +14,7 @@ from ddc.gauges import Gauge, Rescale, plain_name
 from ddc.optim.closure import loss_of
 from ddc.optim.hidden import HiddenMatrices
 from ddc.optim.plan import ChainPlan, Plan, PolarPlan, Role, make_plan
+from ddc.optim.sharding import restore_, shards_of
 from ddc.optim.stacks import ChainStack, Context, Dresser, FreeStack, PolarStack, StackedParameter
 
 VERTICAL_MODES = ("freeze", "adam", "balance")
@@ -198,7 +199,7 @@ class DDCAdam(Optimizer):
                     "vertical mode or another optimizer"
                 )
             for key, value in own[param].items():
-                value.copy_(torch.as_tensor(saved[key]))
+                restore_(value, torch.as_tensor(saved[key]))
 
     def __getstate__(self) -> dict[str, Any]:
         own = {key: value for key, value in vars(self).items() if key in ("_gauges", "_hidden")}
@@ -276,7 +277,10 @@ class Builder:
         for plan in plans:
             if plan.layers:
                 group = self.groups[self.group_of[plan.layers[0].name]]
-                layers = [self.stack((role,)) for role in plan.layers]
+                alike: dict[object, list[Role]] = {}
+                for role in plan.layers:
+                    alike.setdefault(self._role_key(role), []).append(role)
+                layers = [self.stack(tuple(roles)) for roles in alike.values()]
                 stacks.append(ChainStack(layers, plan.still, vertical=group["vertical"] == "adam"))
         return stacks
 
@@ -298,11 +302,14 @@ class Builder:
             dressed_by = (sources[0][0], layers)
         return StackedParameter(roles[0], names, params, [self.group_of[name] for name in names], dressed_by)
 
+    def _kind(self, name: str) -> tuple[object, ...]:
+        param = self.params[name]
+        return tuple(param.shape), param.dtype, param.device, shards_of(param).layout, self.group_of[name]
+
     def _role_key(self, role: Role) -> object:
-        param = self.params[role.name]
         dressing = role.dressing and (id(self.place[role.dressing.gauge][0]), role.dressing.axis, role.dressing.degree)
         averaging = role.averaging and role.averaging.signature
-        kind = (tuple(param.shape), param.dtype, param.device, self.group_of[role.name])
+        kind = self._kind(role.name)
         return kind, role.axis, role.centred, averaging, dressing
 
     def _polar_key(self, plan: PolarPlan) -> object:

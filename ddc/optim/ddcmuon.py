@@ -13,6 +13,7 @@ from ddc.optim.ddcadam import Builder, DDCAdam, Stack
 from ddc.optim.hidden import Factor, FrameStack, HiddenMatrices, HiddenStack, Member
 from ddc.optim.orthogonal import ORTHOGONALIZERS
 from ddc.optim.plan import Dressing, InnerPlan, Plan, make_plan
+from ddc.optim.sharding import check_split_alike, shards_of, whole
 from ddc.optim.stacks import PolarStack
 
 
@@ -163,7 +164,7 @@ def check_hidden(hidden: Mapping[str, HiddenMatrix], params: Mapping[str, Tensor
             raise ValueError(f"hidden matrix {name!r} has shape {tuple(param.shape)}: expected a matrix")
         if param.shape[matrix.axis] % matrix.heads:
             raise ValueError(f"hidden matrix {name!r}: {matrix.heads} heads do not divide {param.shape[matrix.axis]}")
-        if not is_fake(param) and not bool(param.detach().any()):
+        if not is_fake(param) and not bool(whole(param.detach().any())):
             raise ValueError(
                 f"hidden matrix {name!r} is zero: its norm moves by multiplication, so it would stay zero. "
                 "Initialise it at random, or leave it out of hidden"
@@ -193,9 +194,8 @@ class MuonBuilder(Builder):
         frames = self.frames(plan)
         alike: dict[object, list[str]] = {}
         for name in plan.hidden:
-            param, matrix = self.params[name], self.matrices[name]
-            key = (tuple(param.shape), param.dtype, param.device, self.group_of[name], matrix.heads, matrix.axis)
-            alike.setdefault(key, []).append(name)
+            matrix = self.matrices[name]
+            alike.setdefault((self._kind(name), matrix.heads, matrix.axis), []).append(name)
         stacks = [
             HiddenStack(
                 [self.matrices[name] for name in names],
@@ -221,7 +221,9 @@ class MuonBuilder(Builder):
             alike: dict[object, list[InnerPlan]] = {}
             for inner in plan.inner:
                 if inner.level == level:
-                    shapes = tuple(tuple(self.params[a.parameter].shape) for a in inner.plus + inner.minus)
+                    params = {axis.parameter: self.params[axis.parameter] for axis in inner.plus + inner.minus}
+                    check_split_alike(params.items())
+                    shapes = tuple((tuple(param.shape), shards_of(param).group) for param in params.values())
                     alike.setdefault((inner.gauge.degree, shapes, len(inner.plus)), []).append(inner)
             for members in alike.values():
                 frame = FrameStack(members[0].gauge.degree, [], [])

@@ -1,10 +1,12 @@
 """The arithmetic of hidden matrices: frames of inner gauges, and Muon's step in dressed coordinates.
 
 Shapes: G inner gauges in a frame, U units; L matrices in a stack, B blocks (heads, or whole matrices) of all of them.
+Matrices may be split over ranks (:mod:`ddc.optim.sharding`); only the orthogonaliser has to see whole ones.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ from torch import Tensor
 from ddc.gauges.roles import HiddenMatrix
 from ddc.optim.orthogonal import ORTHOGONALIZERS
 from ddc.optim.plan import compute_dtype
+from ddc.optim.sharding import shards_of
 from ddc.optim.stacks import Bias, Context, Group, PolarStack, adam_, safe_power
 
 
@@ -58,27 +61,28 @@ class FrameStack:
 
     def sweep_forward(self, context: Context) -> None:
         """Forward norms, given those of earlier levels."""
-        self.log_forward = torch.stack([self._log_norm(members, context, forward=True) for members in self.plus])
+        self.log_forward = self._log_norms(self.plus, context, forward=True)
         forward = self.log_forward.exp()
         context.norms[self] = (forward, forward)
 
     def sweep_backward(self, context: Context) -> None:
         """Backward norms, given those of later levels; and the frame."""
-        self.log_backward = torch.stack([self._log_norm(members, context, forward=False) for members in self.minus])
+        self.log_backward = self._log_norms(self.minus, context, forward=False)
         f, b, k = self.log_forward, self.log_backward, self.degree
         one_sided = torch.where(f.isfinite(), f, torch.where(b.isfinite(), -b / k, 0.0))
         self.log_frame = torch.where(f.isfinite() & b.isfinite(), (f - b) / (1 + k), one_sided)
 
     @staticmethod
-    def _log_norm(members: list[Member], context: Context, forward: bool) -> Tensor:
-        """Logarithm of the norms of the members' units together, (U,)."""
-        logs = []
-        for param, axis, other in members:
-            weight = param.detach().to(compute_dtype(param))
+    def _log_norms(side: list[list[Member]], context: Context, forward: bool) -> Tensor:
+        """Logarithm of the norms of each unit's members together, (G, U)."""
+        squares, shifts = [], []
+        for param, axis, other in itertools.chain.from_iterable(side):
+            shards = shards_of(param)
+            weight = shards.local(param).to(compute_dtype(param))
             rows = weight if axis == 0 else weight.mT
             shift = rows.new_zeros(())
             if other is None:
-                squares = rows.square().sum(1)
+                square = rows.square().sum(1)
             else:
                 if isinstance(other.source, FrameStack):
                     log = other.source.log_forward if forward else other.source.log_backward
@@ -87,9 +91,12 @@ class FrameStack:
                 else:
                     factor = other.log_norm(context) * other.degree
                 shift = factor.max().nan_to_num(neginf=0.0)
-                squares = rows.square() @ (2 * (factor - shift)).exp()
-            logs.append(squares.log() / 2 + shift)
-        return torch.logsumexp(2 * torch.stack(logs), 0) / 2 if len(logs) > 1 else logs[0]
+                square = rows.square() @ shards.part((2 * (factor - shift)).exp(), 0, other.axis)
+            squares.append(shards.placed(square, 0, axis))
+            shifts.append(shift)
+        (summed,) = shards.reduced(torch.stack(squares))
+        logs = (summed.log() / 2 + torch.stack(shifts)[:, None]).unflatten(0, (len(side), -1))
+        return torch.logsumexp(2 * logs, 1) / 2 if logs.shape[1] > 1 else logs[:, 0]
 
 
 #: Logarithms of what stacked matrices are multiplied by: along rows, (L, rows, 1), and columns, (L, 1, columns).
@@ -98,7 +105,7 @@ LogFactors = tuple[Tensor, Tensor]
 
 @dataclass
 class Read:
-    """Dressed weights and gradients of a stack, as blocks of shape (B, rows, columns), with what they sum to."""
+    """Dressed weights and gradients of a stack, (L, rows, columns), with what they sum to for each block, (B,)."""
 
     weight: Tensor
     grad: Tensor
@@ -117,7 +124,8 @@ class HiddenStack:
         self.names = [matrix.parameter for matrix in matrices]
         self.heads, self.axis = matrices[0].heads, matrices[0].axis
         self.dtype = compute_dtype(params[0])
-        shape = (len(params), *params[0].shape)
+        self.shards = shards_of(params[0])
+        shape = (len(params), *self.shards.local(params[0]).shape)
         self.momentum_buffer = torch.zeros(shape, dtype=self.dtype, device=params[0].device)
 
     @property
@@ -138,6 +146,33 @@ class HiddenStack:
         apart = blocks.unflatten(0, (-1, self.heads)).movedim(1, 1 + self.axis)
         return apart.flatten(1 + self.axis, 2 + self.axis)
 
+    def sums(self, *stacked: Tensor) -> Sequence[Tensor]:
+        """The sum of each block, (B,), of stacked tensors."""
+        return self.shards.reduced(*map(self._block_sums, stacked))
+
+    def _block_sums(self, stacked: Tensor) -> Tensor:
+        if self.heads == 1:
+            return stacked.sum((1, 2))
+        lines = self.shards.placed(stacked.sum(2 - self.axis), 1, self.axis)
+        return lines.unflatten(1, (self.heads, -1)).sum(2).flatten()
+
+    def spread(self, per_block: Tensor) -> Tensor:
+        """Shape (B,) to what broadcasts against a stacked tensor."""
+        if self.heads == 1:
+            return per_block[:, None, None]
+        size = self.params[0].shape[self.axis] // self.heads
+        lines = per_block.view(-1, self.heads, 1).expand(-1, -1, size).flatten(1)
+        return self.shards.part(lines, 1, self.axis).unsqueeze(2 - self.axis)
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a block."""
+        return self.params[0].shape[0] // (self.heads if self.axis == 0 else 1)
+
+    def local(self) -> list[Tensor]:
+        """The weights themselves, as far as they are on this rank."""
+        return [self.shards.local(param) for param in self.params]
+
     def log_factors(self, context: Context, after: bool, inner: bool = False) -> LogFactors | None:
         """What dresses the matrices, before or after it has moved; with ``inner``, the frames' part of it alone."""
         if not any(self.factors):
@@ -149,46 +184,47 @@ class HiddenStack:
             for factors in self.factors:
                 mine = [f for f in factors if f.axis == axis and not (inner and isinstance(f.source, PolarStack))]
                 logs.append(mine[0].degree * mine[0].log_norm(context, after) if mine else none)
-            return torch.stack(logs).unsqueeze(2 - axis)
+            return self.shards.part(torch.stack(logs), 1, axis).unsqueeze(2 - axis)
 
         return along(0), along(1)
 
     def read(self, context: Context) -> Read:
         """Weights and gradients in dressed coordinates; a missing gradient is zero."""
-        weight = torch.stack(self.params).to(self.dtype)
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+        weight = torch.stack(self.local()).to(self.dtype)
+        grads = [self.shards.local(torch.zeros_like(p) if p.grad is None else p.grad) for p in self.params]
         grad = torch.stack(grads).to(self.dtype)
         log_factors = self.log_factors(context, after=False)
         for factor in map(torch.exp, log_factors or ()):
             weight.mul_(factor)
             grad.mul_(safe_power(factor, -1))
-        weight, grad = self.blocked(weight), self.blocked(grad)
-        norm = weight.norm(dim=(1, 2))
-        return Read(weight, grad, log_factors, norm, (weight * grad).sum((1, 2)))
+        squares, log_norm_grad = self.sums(weight.square(), weight * grad)
+        return Read(weight, grad, log_factors, squares.sqrt(), log_norm_grad)
 
     def move(self, read: Read, log_change: Tensor, group: Group, context: Context) -> None:
         """Turn the directions by the angle lr, multiply the norms by exp(log_change), decay, undress and store."""
-        norm = read.norm[:, None, None]
-        inverse = safe_power(norm, -1)
-        direction = read.weight * inverse
-        x = norm * read.grad - read.log_norm_grad[:, None, None] * direction
-        momentum = self.blocked(self.momentum_buffer).lerp(x, 1 - group["momentum"])
+        direction = read.weight * self.spread(safe_power(read.norm, -1))
+        x = self.spread(read.norm) * read.grad - self.spread(read.log_norm_grad) * direction
+        momentum = self.momentum_buffer.lerp(x, 1 - group["momentum"])
         mixed = x.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        # the angle of a step does not depend on the size of the gradient, as long as that is a normal number
-        size = mixed.abs().amax((1, 2), keepdim=True)
-        size = torch.where(size >= torch.finfo(size.dtype).tiny, size, 0.0)
-        o = ORTHOGONALIZERS[group["orthogonalizer"]](mixed * safe_power(size, -1))
-        o = o - (o * direction).sum((1, 2), keepdim=True) * direction
-        turned = direction - group["lr"] * o * safe_power(o.norm(dim=(1, 2), keepdim=True), -1)
-        growth = log_change.exp()[:, None, None] * norm * safe_power(turned.norm(dim=(1, 2), keepdim=True), -1)
-        growth = growth * (1 - group["lr"] * group["weight_decay"])
-        weight, self_momentum = self.joined(turned * growth), self.joined(momentum)
+        o = self.shards.on_whole(lambda matrices: self._orthogonal(matrices, group["orthogonalizer"]), mixed)
+        o = o - self.spread(self.sums(o * direction)[0]) * direction
+        turned = direction - group["lr"] * o * self.spread(safe_power(self.sums(o.square())[0].sqrt(), -1))
+        growth = log_change.exp() * read.norm * safe_power(self.sums(turned.square())[0].sqrt(), -1)
+        weight = turned * self.spread(growth * (1 - group["lr"] * group["weight_decay"]))
         if read.log_factors is not None:
             weight = self._undressed(weight, read.log_factors, group, context)
-        for i, param in enumerate(self.params):
+        for i, (param, local) in enumerate(zip(self.params, self.local(), strict=True)):
             if param.grad is not None:
-                self.momentum_buffer[i].copy_(self_momentum[i])
-                param.copy_(weight[i])
+                self.momentum_buffer[i].copy_(momentum[i])
+                local.copy_(weight[i])
+
+    def _orthogonal(self, matrices: Tensor, orthogonalizer: str) -> Tensor:
+        """Stacked whole matrices, orthogonalised block by block."""
+        blocks = self.blocked(matrices)
+        # the angle of a step does not depend on the size of the gradient, as long as that is a normal number
+        size = blocks.abs().amax((1, 2), keepdim=True)
+        size = torch.where(size >= torch.finfo(size.dtype).tiny, size, 0.0)
+        return self.joined(ORTHOGONALIZERS[orthogonalizer](blocks * safe_power(size, -1)))
 
     def _undressed(self, weight: Tensor, before: LogFactors, group: Group, context: Context) -> Tensor:
         """Weights as they are stored; in ``balance``, with their frames relaxed towards 1."""
@@ -201,7 +237,7 @@ class HiddenStack:
                 weight = weight * (relaxation(group) * log).exp()
         # what a dead factor dresses has no effect, and stays as it is
         alive = before[0].isfinite() & before[1].isfinite()
-        return torch.where(alive, weight, torch.stack(self.params).to(self.dtype))
+        return torch.where(alive, weight, torch.stack(self.local()).to(self.dtype))
 
 
 def relaxation(group: Group) -> Any:
@@ -248,7 +284,7 @@ class HiddenMatrices:
     def states(self) -> dict[Tensor, dict[str, Tensor]]:
         """State by parameter; that of the radial modes is with the first."""
         states = {
-            param: {"momentum_buffer": stack.momentum_buffer[i]}
+            param: {"momentum_buffer": stack.shards.state(stack.momentum_buffer[i], param.shape)}
             for stack in self.stacks
             for i, param in enumerate(stack.params)
         }
@@ -262,8 +298,8 @@ class HiddenMatrices:
         terms = []
         for stack in self.stacks:
             read = stack.read(context)
-            scale = read.norm.square() / read.weight.shape[1]
-            terms.append((read.grad.square().sum((1, 2)) * scale).sum())
+            (squares,) = stack.sums(read.grad.square())
+            terms.append((squares * read.norm.square() / stack.block_rows).sum())
         return torch.stack(terms).sum()
 
     def step(self, context: Context) -> None:

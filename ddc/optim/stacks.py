@@ -2,6 +2,8 @@
 
 Shapes in this file: L layers in a stack, U units of a gauge. A stacked parameter is (L, *shape), a quantity
 per unit is (L, U). There are loops over stacks and over the sides of a gauge, never over layers or units.
+Where parameters are split over ranks (:mod:`ddc.optim.sharding`), a stacked parameter is this rank's part of it, and a
+quantity per unit is whole.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from ddc.optim.averaging import Averaging
 from ddc.optim.plan import Role, compute_dtype
+from ddc.optim.sharding import CutAveraging, check_split_alike, shards_of
 
 Group = dict[str, Any]
 #: Hyperparameters in which all parameters under one gauge must agree; weight decay is each one's own.
@@ -47,7 +50,7 @@ def adam_(
     bias: Bias,
     betas: tuple[float, float],
     eps: float,
-    averaging: Averaging | None = None,
+    averaging: Averaging | CutAveraging | None = None,
 ) -> Tensor:
     """Take x into the moments in place and return Adam's direction but for a factor of √(1 - beta2^t) / (1 - beta1^t).
 
@@ -91,11 +94,13 @@ class StackedParameter:
 
     def __post_init__(self) -> None:
         self.dtype = compute_dtype(self.params[0])
+        self.shards = shards_of(self.params[0])
+        self.averaging = self.shards.averaging(self.role.averaging)
 
     def allocate(self) -> None:
         """Make the moments."""
-        shape = (len(self.params), *self.params[0].shape)
-        reduced = shape if self.role.averaging is None else self.role.averaging.reduced_shape(shape)
+        shape = (len(self.params), *self.shards.local(self.params[0]).shape)
+        reduced = shape if self.averaging is None else self.averaging.reduced_shape(shape)
         device = self.params[0].device
         self.exp_avg = torch.zeros(shape, dtype=self.dtype, device=device)
         self.exp_avg_sq = torch.zeros(reduced, dtype=self.dtype, device=device)
@@ -104,30 +109,45 @@ class StackedParameter:
         """Views of one layer's moments."""
         if self.exp_avg is None or self.exp_avg_sq is None:
             return {}
-        return {"exp_avg": self.exp_avg[layer], "exp_avg_sq": self.exp_avg_sq[layer]}
+        shape = self.params[0].shape
+        reduced = shape if self.role.averaging is None else self.role.averaging.reduced_shape((1, *shape))[1:]
+        return {
+            "exp_avg": self.shards.state(self.exp_avg[layer], shape),
+            "exp_avg_sq": self.shards.state(self.exp_avg_sq[layer], reduced),
+        }
+
+    def local(self, rows: slice) -> list[Tensor]:
+        """The weights themselves, as far as they are on this rank."""
+        return [self.shards.local(param) for param in self.params[rows]]
 
     def stack(self, rows: slice) -> Tensor:
         """A new stacked tensor of the weights."""
-        return torch.stack(self.params[rows]).to(self.dtype)
+        return torch.stack(self.local(rows)).to(self.dtype)
 
     def stack_grads(self, rows: slice) -> Tensor:
         """A new stacked tensor of the gradients; a missing one is zero."""
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params[rows]]
+        grads = [self.shards.local(torch.zeros_like(p) if p.grad is None else p.grad) for p in self.params[rows]]
         return torch.stack(grads).to(self.dtype)
+
+    def centre(self, stacked: Tensor) -> Tensor:
+        """Take the mean over the rows (the vocabulary) from a stacked tensor."""
+        return stacked - self.shards.row_mean(stacked)
 
     def spread(self, per_unit: Tensor) -> Tensor:
         """Shape (L, U) to what broadcasts against the stacked parameter."""
         if self.role.axis is None:
             return per_layer(per_unit, self.params[0].unsqueeze(0))
+        per_unit = self.shards.part(per_unit, 1, self.role.axis)
         if self.params[0].ndim == 1:
             return per_unit
         return per_unit.unsqueeze(2 if self.role.axis == 0 else 1)
 
     def unit_sum(self, stacked: Tensor) -> Tensor:
-        """Sum over the entries of each unit, (L, U)."""
+        """Sum over the entries of each unit, (L, U), as far as they are on this rank."""
         if self.role.axis is None:
             return stacked.flatten(1).sum(1, keepdim=True)
-        return stacked if stacked.ndim == 2 else stacked.sum(2 if self.role.axis == 0 else 1)
+        sums = stacked if stacked.ndim == 2 else stacked.sum(2 if self.role.axis == 0 else 1)
+        return self.shards.placed(sums, 1, self.role.axis)
 
     def dressing(self, rows: slice, context: Context, after: bool) -> Tensor | None:
         """What this parameter is multiplied by to dress it, before or after what dresses it has moved."""
@@ -139,6 +159,7 @@ class StackedParameter:
     def along_dressing(self, factor: Tensor) -> Tensor:
         """Shape (L, U) of what dresses to what broadcasts against the stacked parameter."""
         assert self.role.dressing is not None
+        factor = self.shards.part(factor, 1, self.role.dressing.axis)
         if self.params[0].ndim == 1:
             return factor
         return factor.unsqueeze(2 if self.role.dressing.axis == 0 else 1)
@@ -152,6 +173,16 @@ class StackedParameter:
     def unit_size(self) -> int:
         """Entries that one unit has in this parameter."""
         return self.params[0].numel() // self.units
+
+
+#: A per-unit sum of one parameter, the i-th of those that hold a side: :meth:`StackedParameter.unit_sum` of something.
+Term = Callable[[StackedParameter, int], Tensor]
+
+
+def unit_sums(parameters: Sequence[StackedParameter], *terms: Term) -> Sequence[Tensor]:
+    """Each term summed over the parameters, and over all ranks that have parts of them, (L, U)."""
+    sums = (functools.reduce(operator.add, (term(p, i) for i, p in enumerate(parameters))) for term in terms)
+    return parameters[0].shards.reduced(*sums)
 
 
 @dataclass
@@ -211,13 +242,13 @@ class FreeStack:
 
     def grad_norm_squared(self, context: Context) -> Tensor:
         """|g|², of the centred or dressed gradient where the role says so."""
-        return self._gradient(slice(None), context).square().sum()
+        return self.parameter.shards.reduced(self._gradient(slice(None), context).square().sum())[0]
 
     def _gradient(self, rows: slice, context: Context) -> Tensor:
         gradient = self.parameter.stack_grads(rows)
         if (factor := self.parameter.dressing(rows, context, after=False)) is not None:
             gradient.mul_(safe_power(factor, -1))
-        return centre(gradient) if self.parameter.role.centred else gradient
+        return self.parameter.centre(gradient) if self.parameter.role.centred else gradient
 
     def step(self, context: Context) -> None:
         params = self.parameter.params
@@ -233,15 +264,15 @@ class FreeStack:
         self.step_count[rows] += 1
         gradient = self._gradient(rows, context)
         bias = Bias.at(self.step_count[rows], group["betas"], p.dtype)
-        u = adam_(gradient, p.exp_avg[rows], p.exp_avg_sq[rows], bias, group["betas"], group["eps"], p.role.averaging)
+        u = adam_(gradient, p.exp_avg[rows], p.exp_avg_sq[rows], bias, group["betas"], group["eps"], p.averaging)
         if p.role.centred:
-            u = centre(u)
+            u = p.centre(u)
         u.mul_(per_layer(-lr * bias.root_second / bias.first, u))
         if (factor := p.dressing(rows, context, after=True)) is not None:
             u.mul_(safe_power(factor, -1))
-        params = p.params[rows]
+        params = p.local(rows)
         if p.role.centred:  # the mean row is gauge: decay leaves it
-            u.add_(p.stack(rows).mean(1, keepdim=True) * (1 - decay))
+            u.add_(p.shards.row_mean(p.stack(rows)) * (1 - decay))
         relaxed = self._relaxed(rows, context)
         if params[0].dtype == p.dtype and relaxed is None:
             torch._foreach_mul_(params, decay)
@@ -257,11 +288,6 @@ class FreeStack:
             return None
         stack, layers = p.dressed_by
         return p.along_dressing(context.relaxed[stack][layers[rows]] ** -p.role.dressing.degree)
-
-
-def centre(stacked: Tensor) -> Tensor:
-    """Take the mean over the rows (the vocabulary) from a stacked tensor."""
-    return stacked - stacked.mean(1, keepdim=True)
 
 
 @dataclass
@@ -280,9 +306,9 @@ class Side:
             for p in self.parameters:
                 p.allocate()
 
-    def sum(self, term: Callable[[StackedParameter, int], Tensor]) -> Tensor:
-        """Sum of a per-unit term over the tensors that hold the side, (L, U)."""
-        return functools.reduce(operator.add, (term(p, i) for i, p in enumerate(self.parameters)))
+    def sums(self, *terms: Term) -> Sequence[Tensor]:
+        """Sums of per-unit terms over the tensors that hold the side, each (L, U)."""
+        return unit_sums(self.parameters, *terms)
 
     def rounded_norm(self, rows: slice, context: Context) -> Tensor:
         """Norms of the weights as they were rounded to a lower precision, decay apart, (L, U).
@@ -293,11 +319,11 @@ class Side:
         def square(p: StackedParameter, i: int) -> Tensor:
             weight = p.stack(rows) / context.decay(p)
             if p.role.centred:
-                weight = centre(weight)
+                weight = p.centre(weight)
             factor = p.dressing(rows, context, after=True)
             return p.unit_sum((weight if factor is None else weight * factor).square())
 
-        return self.sum(square).sqrt_()
+        return self.sums(square)[0].sqrt()
 
     def read(self, rows: slice, context: Context) -> Block:
         """Weights and gradients in the coordinates in which the side is decomposed."""
@@ -305,18 +331,19 @@ class Side:
         for p in self.parameters:
             weight, grad, mean = p.stack(rows), p.stack_grads(rows), None
             if p.role.centred:
-                mean = weight.mean(1, keepdim=True)
+                mean = p.shards.row_mean(weight)
                 weight.sub_(mean)
-                grad.sub_(grad.mean(1, keepdim=True))
+                grad.sub_(p.shards.row_mean(grad))
             if (factor := p.dressing(rows, context, after=False)) is not None:
                 weight.mul_(factor)
                 grad.mul_(safe_power(factor, -1))
             weights.append(weight)
             grads.append(grad)
             means.append(mean)
-        norm = self.sum(lambda p, i: p.unit_sum(weights[i].square())).sqrt_()
-        log_norm_grad = self.sum(lambda p, i: p.unit_sum(weights[i] * grads[i]))
-        return Block(self, weights, grads, means, norm, log_norm_grad)
+        squares, log_norm_grad = self.sums(
+            lambda p, i: p.unit_sum(weights[i].square()), lambda p, i: p.unit_sum(weights[i] * grads[i])
+        )
+        return Block(self, weights, grads, means, squares.sqrt(), log_norm_grad)
 
 
 @dataclass
@@ -332,8 +359,8 @@ class Block:
 
     def grad_norm_squared(self, step_scale: str) -> Tensor:
         """Σ over units of s² |g|², which is |g|² at the 1/√fan_in initialisation and invariant always."""
-        squared = self.side.sum(lambda p, i: p.unit_sum(self.grads[i].square()))
-        return (squared * self.scale(self.norm, step_scale).square()).sum()
+        squares = self.side.sums(lambda p, i: p.unit_sum(self.grads[i].square()))[0]
+        return (squares * self.scale(self.norm, step_scale).square()).sum()
 
     def scale(self, norm: Tensor, step_scale: str) -> Tensor:
         """The step scale s per unit."""
@@ -357,13 +384,14 @@ class Block:
             assert p.exp_avg is not None
             assert p.exp_avg_sq is not None
             x = grad.mul_(p.spread(norm)).addcmul_(weight, p.spread(self.log_norm_grad * inverse), value=-1)
-            u = adam_(x, p.exp_avg[rows], p.exp_avg_sq[rows], bias, group["betas"], group["eps"], p.role.averaging)
-            directions.append(centre(u) if p.role.centred else u)
+            u = adam_(x, p.exp_avg[rows], p.exp_avg_sq[rows], bias, group["betas"], group["eps"], p.averaging)
+            directions.append(p.centre(u) if p.role.centred else u)
         scale = (bias.root_second / bias.first)[:, None]
-        along = scale * inverse * side.sum(lambda p, i: p.unit_sum(directions[i] * self.weights[i]))
-        along = along * alive
-        across_squared = scale.square() * side.sum(lambda p, i: p.unit_sum(directions[i].square())) - along.square()
-        across_squared.clamp_(min=0)
+        products, squares = side.sums(
+            lambda p, i: p.unit_sum(directions[i] * self.weights[i]), lambda p, i: p.unit_sum(directions[i].square())
+        )
+        along = scale * inverse * products * alive
+        across_squared = (scale.square() * squares - along.square()).clamp_(min=0)
         stride = group["lr"] * self.scale(norm, group["step_scale"])
         angle = stride * inverse
         stretch = (1 + angle.square() * across_squared).sqrt()
@@ -385,7 +413,7 @@ class Block:
             mean = self.means[i]
             if mean is not None:
                 weight.add_(mean)
-            torch._foreach_copy_(p.params[rows], weight.unbind())
+            torch._foreach_copy_(p.local(rows), weight.unbind())
 
 
 class PolarStack:
@@ -403,6 +431,7 @@ class PolarStack:
     ) -> None:
         self.degree, self.dressed = degree, dressed
         self.plus, self.minus = Side(plus), Side(minus) if minus else None
+        check_split_alike((p.names[0], p.params[0]) for p in (*plus, *minus, *dressed))
         first = plus[0]
         self.layers = len(first.params)
         options: dict[str, Any] = {"device": first.params[0].device}
@@ -492,8 +521,11 @@ class PolarStack:
 
         # What the plus side dresses is undressed by its new norms, so it does not feel the plus side's move.
         plus_grad = plus.log_norm_grad
-        for p in self.dressed:
-            plus_grad = plus_grad - k * p.unit_sum(p.stack(rows).mul_(p.stack_grads(rows)))
+        if self.dressed:
+            plus_grad = (
+                plus_grad
+                - k * unit_sums(self.dressed, lambda p, _: p.unit_sum(p.stack(rows).mul_(p.stack_grads(rows))))[0]
+            )
         radial = mode_step("radial", (k * plus_grad + minus.log_norm_grad) / size)
         if group["vertical"] == "freeze":
             return radial * (k / size), radial / size
@@ -506,7 +538,7 @@ class PolarStack:
 
 
 class ChainStack:
-    """A chain of layers, each a block as a whole; the total log-norm steps, shared equally.
+    """A chain of layers, each a block as a whole, alike ones stacked; the total log-norm steps, shared equally.
 
     Where other layers of the chain are hidden, and step elsewhere, the norms of these keep still.
     """
@@ -519,7 +551,8 @@ class ChainStack:
         first = layers[0]
         options: dict[str, Any] = {"device": first.params[0].device}
         self.step_count = torch.zeros(1, **options)
-        sizes = {} if still else {"radial": 1} | ({"vertical": len(layers)} if vertical else {})
+        self.layers = [len(layer.params) for layer in layers]
+        sizes = {} if still else {"radial": 1} | ({"vertical": sum(self.layers)} if vertical else {})
         self.modes = {
             f"{mode}_{moment}": torch.zeros(size, dtype=first.dtype, **options)
             for mode, size in sizes.items()
@@ -532,7 +565,11 @@ class ChainStack:
 
     def states(self) -> dict[Tensor, dict[str, Tensor]]:
         """State by parameter; that of the chain's modes is with the first layer."""
-        states = {p.params[0]: {"step": self.step_count[0], **p.state(0)} for p in self.parameters}
+        states = {
+            param: {"step": self.step_count[0], **p.state(i)}
+            for p in self.parameters
+            for i, param in enumerate(p.params)
+        }
         states[self.parameters[0].params[0]] |= self.modes
         return states
 
@@ -547,13 +584,13 @@ class ChainStack:
 
     def step(self, context: Context) -> None:
         """Move all layers, if any has a gradient."""
-        if all(p.params[0].grad is None for p in self.parameters):
+        if all(param.grad is None for p in self.parameters for param in p.params):
             return
         group, rows = self._group(context), slice(None)
         self.step_count += 1
         bias = Bias.at(self.step_count, group["betas"], self.parameters[0].dtype)
         blocks = [side.read(rows, context) for side in self.sides]
-        changes = self._radial(blocks, bias, group).view(-1, 1, 1)
+        changes = self._radial(blocks, bias, group).unsqueeze(1).split(self.layers)
         for block, change in zip(blocks, changes, strict=True):
             block.write(*block.turn(block.norm, change, rows, bias, group)[:3], rows, context)
 
@@ -562,7 +599,7 @@ class ChainStack:
         log_norm_grads = torch.cat([block.log_norm_grad.flatten() for block in blocks])
         if self.still:
             return torch.zeros_like(log_norm_grads)
-        rate, size = group["lr"] * group["radial_rate"], math.sqrt(len(blocks))
+        rate, size = group["lr"] * group["radial_rate"], math.sqrt(sum(self.layers))
 
         def mode_step(mode: str, gradient: Tensor) -> Tensor:
             exp_avg, exp_avg_sq = self.modes[f"{mode}_exp_avg"], self.modes[f"{mode}_exp_avg_sq"]
@@ -571,7 +608,7 @@ class ChainStack:
 
         shared = mode_step("radial", log_norm_grads.sum(0, keepdim=True) / size) / size
         if group["vertical"] == "freeze":
-            return shared.expand(len(blocks))
+            return shared.expand(sum(self.layers))
         if group["vertical"] == "adam":
             vertical = mode_step("vertical", log_norm_grads - log_norm_grads.mean())
             return shared + vertical - vertical.mean()
