@@ -85,6 +85,7 @@ class DDCAdam(Optimizer):
         vertical: str = "freeze",
         step_scale: str = "init",
         retract: bool = True,
+        compiled: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -99,6 +100,7 @@ class DDCAdam(Optimizer):
         self._stacks: list[Stack] = []
         self._built: list[tuple[Sequence[int], list[Gauge]]] = []
         self._ready = False
+        self._compiled = compiled
         super().__init__(params, defaults)
         self._build(range(len(self.param_groups)), gauges)
         self._ready = True
@@ -151,7 +153,7 @@ class DDCAdam(Optimizer):
         """One optimization step; returns the loss of ``closure`` where there is one."""
         loss = loss_of(closure)
         self._check_groups()
-        context = Context(self.param_groups)
+        context = Context(self.param_groups, compiled=self._compiled)
         for stack in self._stacks:
             stack.step(context)
         return loss
@@ -202,7 +204,7 @@ class DDCAdam(Optimizer):
                 restore_(value, torch.as_tensor(saved[key]))
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: value for key, value in vars(self).items() if key in ("_gauges", "_hidden")}
+        own = {key: value for key, value in vars(self).items() if key in ("_gauges", "_hidden", "_compiled")}
         return {**super().__getstate__(), "_stacks": self._stacks, "_built": self._built, "_ready": True, **own}
 
     def _check_groups(self) -> None:
@@ -298,8 +300,9 @@ class Builder:
         dressed_by = None
         sources = [self.place[role.dressing.gauge] for role in roles if role.dressing is not None]
         if sources:
-            layers = torch.tensor([layer for _, layer in sources], device=params[0].device)
-            dressed_by = (sources[0][0], layers)
+            layers = [layer for _, layer in sources]
+            index = None if layers == [*range(len(layers))] else torch.tensor(layers, device=params[0].device)
+            dressed_by = (sources[0][0], index)
         return StackedParameter(roles[0], names, params, [self.group_of[name] for name in names], dressed_by)
 
     def _kind(self, name: str) -> tuple[object, ...]:

@@ -328,7 +328,7 @@ class HiddenMatrices:
         self.step_count += 1
         bias = Bias.at(self.step_count, group["betas"], log_norm_grads.dtype)
         moments = self.radial["exp_avg"], self.radial["exp_avg_sq"]
-        u = adam_(log_norm_grads @ self.basis, *moments, bias, group["betas"], group["eps"])
+        u = adam_(log_norm_grads @ self.basis, moments, bias, group["betas"], group["eps"])
         change = self.basis @ (u * (bias.root_second / bias.first))
         parts = change.split([stack.blocks for stack in self.stacks])
         groups = [context.groups[stack.groups[0]] for stack in self.stacks]
