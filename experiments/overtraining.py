@@ -22,7 +22,7 @@ Written before the runs:
 
 The grid was enlarged once, when 22 of its first 24 runs had ended and before any run of the tuned stages: DDCAdam's had
 decays 0, 0.1 and 0.3, and two of the three questions pointed at its edge, 0.3; AdamW's had rates from 0.001. So DDCAdam
-got decays 1 and 3 (and decay 0 became a stage of its own), AdamW rate 0.0005: sixteen settings each, at the same decays.
+got decays 1 and 3 (decay 0 became a stage of its own), AdamW rate 0.0005: sixteen settings each, at the same decays.
 
 The range of rates and decays follows the prototype's runs. At the matched setting the outcome on seeds 0 to 2 was known
 before, from runs of the same configuration (results/lm_overtrain, results/rates): only seeds 3 and 4 are new there.
