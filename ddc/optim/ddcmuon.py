@@ -50,6 +50,7 @@ class DDCMuon(DDCAdam):
         betas, eps, radial_rate, vertical: as for :class:`DDCAdam`; on hidden matrices they are those of the norms.
             ``vertical="adam"`` steps on the norms' gauge coordinates, ``"balance"`` relaxes the frames to 1.
         weight_decay, step_scale, retract: as for :class:`DDCAdam`.
+        compiled: as for :class:`DDCAdam`, of the steps of all other parameters.
 
     The state of a hidden matrix is its ``momentum_buffer``, half of AdamW's.
 
@@ -76,6 +77,7 @@ class DDCMuon(DDCAdam):
         vertical: str = "freeze",
         step_scale: str = "init",
         retract: bool = True,
+        compiled: bool = False,
     ) -> None:
         if not 0 <= momentum < 1:
             raise ValueError(f"Invalid momentum={momentum}: expected a number in [0, 1)")
@@ -94,6 +96,7 @@ class DDCMuon(DDCAdam):
             vertical=vertical,
             step_scale=step_scale,
             retract=retract,
+            compiled=compiled,
         )
 
     def routing(self) -> str:

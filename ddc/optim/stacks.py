@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ddc.optim.averaging import Averaging
 from ddc.optim.plan import Role, compute_dtype
-from ddc.optim.sharding import CutAveraging, check_split_alike, shards_of
+from ddc.optim.sharding import WHOLE, CutAveraging, check_split_alike, shards_of
 
 Group = dict[str, Any]
 #: Hyperparameters in which all parameters under one gauge must agree; weight decay is each one's own.
@@ -271,7 +271,7 @@ class Context:
             while at_once > 1 and (at_once * size > CPU_CHUNK or layers % at_once):  # equal chunks compile once
                 at_once -= 1
         chunks = [slice(i, i + at_once) for i in range(0, layers, at_once) if not single or has_gradient[i]]
-        return chunks, self.compiled and not single
+        return chunks, self.compiled and not single and parameters[0].shards is WHOLE
 
 
 class Hyper(NamedTuple):
@@ -297,19 +297,22 @@ class Arithmetic:
     Each stack has one of its own, for it is compiled for the stack's roles and shapes.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
+        self.function, self.device = function, device
         self.compiled: Callable[..., Any] | None = None
 
     def __call__(self, compiled: bool, *arguments: Any) -> Any:
         if not compiled:
             return self.function(*arguments)
         if self.compiled is None:
-            self.compiled = torch.compile(self.function, fullgraph=True, dynamic=False, options=CPU_OPTIONS)
+            options = CPU_OPTIONS if self.device.type == "cpu" else {}
+            self.compiled = torch.compile(  # type: ignore[call-overload]
+                self.function, fullgraph=True, dynamic=False, options=options, isolate_recompiles=True
+            )
         return self.compiled(*arguments)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"function": self.function, "compiled": None}
+        return {**vars(self), "compiled": None}
 
 
 class FreeStack:
@@ -321,7 +324,7 @@ class FreeStack:
         self.parameter = parameter
         parameter.allocate()
         self.step_count = torch.zeros(len(parameter.params), device=parameter.params[0].device)
-        self.arithmetic = Arithmetic(FreeStack._moved)
+        self.arithmetic = Arithmetic(FreeStack._moved, parameter.params[0].device)
 
     @property
     def parameters(self) -> list[StackedParameter]:
@@ -534,7 +537,7 @@ class PolarStack:
             for mode in modes
             for moment in ("exp_avg", "exp_avg_sq")
         }
-        self.arithmetic = Arithmetic(PolarStack._moved)
+        self.arithmetic = Arithmetic(PolarStack._moved, first.params[0].device)
 
     @property
     def parameters(self) -> list[StackedParameter]:
@@ -675,7 +678,7 @@ class ChainStack:
         options: dict[str, Any] = {"device": first.params[0].device}
         self.step_count = torch.zeros(1, **options)
         self.layers = [len(layer.params) for layer in layers]
-        self.arithmetic = Arithmetic(ChainStack._moved)
+        self.arithmetic = Arithmetic(ChainStack._moved, first.params[0].device)
         sizes = {} if still else {"radial": 1} | ({"vertical": sum(self.layers)} if vertical else {})
         self.modes = {
             f"{mode}_{moment}": torch.zeros(size, dtype=first.dtype, **options)
@@ -713,7 +716,8 @@ class ChainStack:
         self.step_count += 1
         stacked = [side.gather(slice(None), context) for side in self.sides]
         hyper = context.hyper(self.parameters[0])
-        moved = self.arithmetic(context.compiled, self, stacked, self.modes, self.step_count, hyper)
+        compiled = context.compiled and self.parameters[0].shards is WHOLE
+        moved = self.arithmetic(compiled, self, stacked, self.modes, self.step_count, hyper)
         for side, weights in zip(self.sides, moved, strict=True):
             side.scatter(slice(None), weights)
 
