@@ -52,11 +52,13 @@ class FrameStack:
     its minus side dressed by what comes after; along a chain :math:`f^2` and :math:`b^2` sum the squared products of
     weights over all paths to and from the unit. The frame :math:`(f / b)^{1 / (1 + k)}` divides the plus side and
     multiplies (to the power k) the minus side, after which both have path norms in balance. A unit that is dead on one
-    side goes by the other, one that is dead on both has frame 1.
+    side goes by the other, one that is dead on both has frame 1. ``params`` are all that the gauges scale, biases too.
     """
 
-    def __init__(self, degree: float, plus: list[list[Member]], minus: list[list[Member]]) -> None:
-        self.degree, self.plus, self.minus = degree, plus, minus
+    def __init__(
+        self, degree: float, plus: list[list[Member]], minus: list[list[Member]], params: list[Tensor]
+    ) -> None:
+        self.degree, self.plus, self.minus, self.params = degree, plus, minus, params
         self.log_forward = self.log_backward = self.log_frame = torch.empty(0)
 
     def sweep_forward(self, context: Context) -> None:
@@ -232,7 +234,7 @@ class HiddenStack:
         assert after is not None
         for log in after:
             weight = weight * (-log).exp()
-        if group["vertical"] == "balance":
+        if context.relaxed:
             for log in self.log_factors(context, after=True, inner=True) or ():
                 weight = weight * (relaxation(group) * log).exp()
         # what a dead factor dresses has no effect, and stays as it is
@@ -307,14 +309,15 @@ class HiddenMatrices:
         if all(param.grad is None for stack in self.stacks for param in stack.params):
             return
         self._sweep(context)
+        group = context.groups[self.stacks[0].groups[0]]
+        # what shares a side with a hidden matrix goes with it; and all of it or nothing, or the function would change
+        if group["vertical"] == "balance" and all(p.grad is not None for frame in self.frames for p in frame.params):
+            for frame in self.frames:
+                context.relaxed[frame] = (-relaxation(group) * frame.log_frame).exp()
         reads = [stack.read(context) for stack in self.stacks]
         changes = self._radial(torch.cat([read.log_norm_grad for read in reads]), context)
         for stack, read, change in zip(self.stacks, reads, changes, strict=True):
             stack.move(read, change, context.groups[stack.groups[0]], context)
-        group = context.groups[self.stacks[0].groups[0]]
-        if group["vertical"] == "balance":  # what shares a side with a hidden matrix goes with it
-            for frame in self.frames:
-                context.relaxed[frame] = (-relaxation(group) * frame.log_frame).exp()
 
     def _sweep(self, context: Context) -> None:
         for frame in self.frames:
@@ -328,11 +331,16 @@ class HiddenMatrices:
         self.step_count += 1
         bias = Bias.at(self.step_count, group["betas"], log_norm_grads.dtype)
         moments = self.radial["exp_avg"], self.radial["exp_avg_sq"]
-        u = adam_(log_norm_grads @ self.basis, moments, bias, group["betas"], group["eps"])
-        change = self.basis @ (u * (bias.root_second / bias.first))
+        u = adam_(mode_sums(self.basis.mT, log_norm_grads), moments, bias, group["betas"], group["eps"])
+        change = mode_sums(self.basis, u * (bias.root_second / bias.first))
         parts = change.split([stack.blocks for stack in self.stacks])
         groups = [context.groups[stack.groups[0]] for stack in self.stacks]
         return [part * (-g["lr"] * g["radial_rate"]) for part, g in zip(parts, groups, strict=True)]
+
+
+def mode_sums(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Their product; but what is not finite stays within its modes, where 0 · nan would make all of them nan."""
+    return torch.where(matrix == 0, 0.0, matrix * vector).sum(1)
 
 
 def modes_of(total: int, linked: Sequence[tuple[int, int, float]], vertical: bool) -> tuple[Tensor, int]:

@@ -67,7 +67,8 @@ def adam_(
     if averaging is None:
         exp_avg_sq.mul_(betas[1]).addcmul_(x, x, value=1 - betas[1])
     else:
-        exp_avg_sq.lerp_(averaging.mean(x.square()), 1 - betas[1])
+        # no lerp_, which makes nan of what has overflowed to inf
+        exp_avg_sq.mul_(betas[1]).add_(averaging.mean(x.square()), alpha=1 - betas[1])
     denominator = exp_avg_sq.sqrt().add_(per_layer(eps * bias.root_second, x))
     if averaging is None:
         return torch.div(exp_avg, denominator, out=denominator)
@@ -495,7 +496,8 @@ class Block:
                 weight.addcmul_(turn.directions[i], p.spread(turn.turn * stacked.decay), value=-1)
             if (factor := p.factor(stacked.after)) is not None:
                 # what a dead factor dresses has no effect, and stays as it is
-                weight = torch.where(factor > 0, weight.div_(factor), stacked.weight)
+                undress = safe_power(factor, -1)
+                weight = torch.where(undress > 0, scaled(weight, undress), stacked.weight)
             mean = self.means[i]
             moved.append(weight if mean is None else weight + mean)
         return moved
@@ -756,5 +758,7 @@ class ChainStack:
 
 
 def safe_power(x: Tensor, exponent: float) -> Tensor:
-    """x^exponent for x > 0, and 0 at x = 0."""
-    return torch.where(x > 0, x.reciprocal() if exponent == -1 else x.pow(exponent), 0.0)
+    """x^exponent for a negative exponent; 0 where x is 0, or so near to it that this would not be a finite number."""
+    limits = torch.finfo(x.dtype)
+    smallest = max(limits.tiny, limits.max ** (1 / exponent))
+    return torch.where(x >= smallest, x.reciprocal() if exponent == -1 else x.pow(exponent), 0.0)

@@ -56,6 +56,8 @@ from ddc.training.mirror import Mirror
 from ddc.training.records import Records, Row, provenance, summarize, write_json
 
 Batch = tuple[Tensor, Tensor]
+#: Below it, steps in float16 are skipped for ever; it is that of fairseq (``min_loss_scale``).
+SMALLEST_LOSS_SCALE = 1e-4
 
 
 class DivergedError(RuntimeError):
@@ -258,7 +260,9 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
                     **evaluate(setup, step, fixed),
                     "gauge_audit": gauge_audit,
                     "gauge_drift": gauge_drift(setup.start, named_parameters(model), setup.gauges),
+                    **({"loss_scale": scaler.get_scale()} if scaler.is_enabled() else {}),
                 }
+                check_finite(setup)  # an entry that the fixed batches do not read may be nan beside a good loss
                 seconds = time.perf_counter() - clock
                 units = (step - last_row_step) * setup.batch_size * setup.data.units_per_example
                 speed = {f"{setup.data.unit}s_per_second": units / (seconds - reading_seconds)}
@@ -336,8 +340,12 @@ def start_folder(setup: Setup) -> None:
 def train_step(setup: Setup, step: int, scaler: GradScaler, audited: bool) -> float | None:
     """One optimizer step; where ``audited``, returns the largest reading of the gauges' audit.
 
+    A gradient that is not finite beside a finite loss: in float16 the scaler skips the step and halves its scale; else
+    the weights take it, and the next loss, evaluation or checkpoint finds it there.
+
     Raises:
-        DivergedError: a loss that is not finite. Weights are as before the step.
+        DivergedError: a loss that is not finite, or gradients that overflow at every loss scale. Weights are as before
+            the step.
     """
     training, model, optimizer = setup.config.training, setup.model, setup.optimizer
     factor = learning_rate_factor(training, step)
@@ -359,6 +367,11 @@ def train_step(setup: Setup, step: int, scaler: GradScaler, audited: bool) -> fl
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), training.max_grad_norm, grad_norm(model, optimizer))
     scaler.step(optimizer)
     scaler.update()
+    if scaler.is_enabled() and (scale := scaler.get_scale()) < SMALLEST_LOSS_SCALE:
+        raise DivergedError(
+            f"the gradients of step {step} and those before overflow, down to a loss scale of {scale:.0e}. "
+            + where_to_go_on(setup.folder)
+        )
     return reading
 
 
