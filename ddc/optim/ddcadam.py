@@ -254,12 +254,14 @@ def check_hyperparameters(group: Mapping[str, Any]) -> None:
 
 def check_frozen(stack: PolarStack | ChainStack) -> None:
     """Raise ValueError where a parameter is frozen, and others that a gauge ties it to are not."""
-    for layer, params in enumerate(zip(*(p.params for p in stack.parameters), strict=True)):
-        if any(param.grad is not None for param in params):
-            for p, param in zip(stack.parameters, params, strict=True):
+    named = [list(zip(p.names, p.params, strict=True)) for p in stack.parameters]
+    tied = zip(*named, strict=True) if isinstance(stack, PolarStack) else [list(chain.from_iterable(named))]
+    for layer in tied:
+        if any(param.grad is not None for _, param in layer):
+            for name, param in layer:
                 if param.grad is None and not param.requires_grad:
                     raise ValueError(
-                        f"{p.names[layer]!r} was frozen after the optimizer was made, but would move with what shares "
+                        f"{name!r} was frozen after the optimizer was made, but would move with what shares "
                         "its gauge. Freeze that too, or make the optimizer anew without the gauge"
                     )
 
