@@ -7,7 +7,7 @@ Matrices may be split over ranks (:mod:`ddc.optim.sharding`); only the orthogona
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,8 +18,8 @@ from torch import Tensor
 from ddc.gauges.roles import HiddenMatrix
 from ddc.optim.orthogonal import ORTHOGONALIZERS
 from ddc.optim.plan import compute_dtype
-from ddc.optim.sharding import shards_of
-from ddc.optim.stacks import Bias, Context, Group, PolarStack, adam_, safe_power
+from ddc.optim.sharding import WHOLE, shards_of
+from ddc.optim.stacks import CPU_CHUNK, Bias, Context, Group, PolarStack, adam_, safe_power
 
 
 class Factor(NamedTuple):
@@ -107,13 +107,19 @@ LogFactors = tuple[Tensor, Tensor]
 
 @dataclass
 class Read:
-    """Dressed weights and gradients of a stack, (L, rows, columns), with what they sum to for each block, (B,)."""
+    """What dresses a stack, and what its dressed weights and gradients sum to for each block, (B,)."""
 
-    weight: Tensor
-    grad: Tensor
     log_factors: LogFactors | None
     norm: Tensor
     log_norm_grad: Tensor
+
+
+class Undressing(NamedTuple):
+    """What undresses stacked matrices along rows and columns, and which entries nothing dead dresses."""
+
+    rows: Tensor
+    columns: Tensor
+    alive: Tensor
 
 
 class HiddenStack:
@@ -171,9 +177,9 @@ class HiddenStack:
         """Rows of a block."""
         return self.params[0].shape[0] // (self.heads if self.axis == 0 else 1)
 
-    def local(self) -> list[Tensor]:
+    def local(self, rows: slice) -> list[Tensor]:
         """The weights themselves, as far as they are on this rank."""
-        return [self.shards.local(param) for param in self.params]
+        return [self.shards.local(param) for param in self.params[rows]]
 
     def log_factors(self, context: Context, after: bool, inner: bool = False) -> LogFactors | None:
         """What dresses the matrices, before or after it has moved; with ``inner``, the frames' part of it alone."""
@@ -190,35 +196,68 @@ class HiddenStack:
 
         return along(0), along(1)
 
-    def read(self, context: Context) -> Read:
-        """Weights and gradients in dressed coordinates; a missing gradient is zero."""
-        weight = torch.stack(self.local()).to(self.dtype)
-        grads = [self.shards.local(torch.zeros_like(p) if p.grad is None else p.grad) for p in self.params]
+    def dressed(self, rows: slice, log_factors: LogFactors | None) -> tuple[Tensor, Tensor]:
+        """Copies of weights and gradients in dressed coordinates; a missing gradient is zero."""
+        weight = torch.stack(self.local(rows)).to(self.dtype)
+        grads = [self.shards.local(torch.zeros_like(p) if p.grad is None else p.grad) for p in self.params[rows]]
         grad = torch.stack(grads).to(self.dtype)
-        log_factors = self.log_factors(context, after=False)
-        for factor in map(torch.exp, log_factors or ()):
+        for log in log_factors or ():
+            factor = log[rows].exp()
             weight.mul_(factor)
             grad.mul_(safe_power(factor, -1))
-        squares, log_norm_grad = self.sums(weight.square(), weight * grad)
-        return Read(weight, grad, log_factors, squares.sqrt(), log_norm_grad)
+        return weight, grad
+
+    def chunks(self) -> list[slice]:
+        """Slices of the layers, each to be taken at once: on a CPU as many as fit, elsewhere all."""
+        layers, at_once = len(self.params), len(self.params)
+        if self.momentum_buffer.device.type == "cpu" and self.shards is WHOLE:
+            at_once = max(1, CPU_CHUNK // self.params[0].numel())
+        return [slice(i, min(i + at_once, layers)) for i in range(0, layers, at_once)]
+
+    def dressed_sums(
+        self, log_factors: LogFactors | None, *terms: Callable[[Tensor, Tensor], Tensor]
+    ) -> Sequence[Tensor]:
+        """The sum of each block, (B,), of functions of dressed weights and gradients."""
+        parts = []
+        for rows in self.chunks():
+            weight, grad = self.dressed(rows, log_factors)
+            parts.append(self.sums(*(term(weight, grad) for term in terms)))
+        return [torch.cat(each) for each in zip(*parts, strict=True)]
+
+    def read(self, context: Context) -> Read:
+        """Norms of the blocks, and the gradients of their logarithms."""
+        log_factors = self.log_factors(context, after=False)
+        squares, log_norm_grad = self.dressed_sums(log_factors, lambda w, _: w.square(), lambda w, g: w * g)
+        return Read(log_factors, squares.sqrt(), log_norm_grad)
 
     def move(self, read: Read, log_change: Tensor, group: Group, context: Context) -> None:
         """Turn the directions by the angle lr, multiply the norms by exp(log_change), decay, undress and store."""
-        direction = read.weight * self.spread(safe_power(read.norm, -1))
-        x = self.spread(read.norm) * read.grad - self.spread(read.log_norm_grad) * direction
-        momentum = self.momentum_buffer.lerp(x, 1 - group["momentum"])
-        mixed = x.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+        undress = None if read.log_factors is None else self._undressing(read.log_factors, group, context)
+        for rows in self.chunks():
+            self._move(rows, read, log_change, undress, group)
+
+    def _move(self, rows: slice, read: Read, log_change: Tensor, undress: Undressing | None, group: Group) -> None:
+        blocks = slice(rows.start * self.heads, rows.stop * self.heads)
+        norm = read.norm[blocks]
+        weight, grad = self.dressed(rows, read.log_factors)
+        direction = weight.mul_(self.spread(safe_power(norm, -1)))
+        x = grad.mul_(self.spread(norm)).addcmul_(direction, self.spread(read.log_norm_grad[blocks]), value=-1)
+        momentum = self.momentum_buffer[rows].lerp(x, 1 - group["momentum"])
+        mixed = x.lerp_(momentum, group["momentum"]) if group["nesterov"] else momentum
         o = self.shards.on_whole(lambda matrices: self._orthogonal(matrices, group["orthogonalizer"]), mixed)
-        o = o - self.spread(self.sums(o * direction)[0]) * direction
-        turned = direction - group["lr"] * o * self.spread(safe_power(self.sums(o.square())[0].sqrt(), -1))
-        growth = log_change.exp() * read.norm * safe_power(self.sums(turned.square())[0].sqrt(), -1)
-        weight = turned * self.spread(growth * (1 - group["lr"] * group["weight_decay"]))
-        if read.log_factors is not None:
-            weight = self._undressed(weight, read.log_factors, group, context)
-        for i, (param, local) in enumerate(zip(self.params, self.local(), strict=True)):
+        o = o.addcmul_(direction, self.spread(self.sums(o * direction)[0]), value=-1)
+        inverse = safe_power(self.sums(o.square())[0].sqrt(), -1)
+        turned = direction.addcmul_(o, self.spread(group["lr"] * inverse), value=-1)
+        growth = log_change[blocks].exp() * norm * safe_power(self.sums(turned.square())[0].sqrt(), -1)
+        moved = turned.mul_(self.spread(growth * (1 - group["lr"] * group["weight_decay"])))
+        if undress is not None:
+            moved.mul_(undress.rows[rows]).mul_(undress.columns[rows])
+            # what a dead factor dresses has no effect, and stays as it is
+            moved = torch.where(undress.alive[rows], moved, torch.stack(self.local(rows)).to(self.dtype))
+        for i, (param, local) in enumerate(zip(self.params[rows], self.local(rows), strict=True)):
             if param.grad is not None:
-                self.momentum_buffer[i].copy_(momentum[i])
-                local.copy_(weight[i])
+                self.momentum_buffer[rows][i].copy_(momentum[i])
+                local.copy_(moved[i])
 
     def _orthogonal(self, matrices: Tensor, orthogonalizer: str) -> Tensor:
         """Stacked whole matrices, orthogonalised block by block."""
@@ -228,18 +267,14 @@ class HiddenStack:
         size = torch.where(size >= torch.finfo(size.dtype).tiny, size, 0.0)
         return self.joined(ORTHOGONALIZERS[orthogonalizer](blocks * safe_power(size, -1)))
 
-    def _undressed(self, weight: Tensor, before: LogFactors, group: Group, context: Context) -> Tensor:
-        """Weights as they are stored; in ``balance``, with their frames relaxed towards 1."""
+    def _undressing(self, before: LogFactors, group: Group, context: Context) -> Undressing:
+        """What undresses the moved matrices; in ``balance``, with their frames relaxed towards 1."""
         after = self.log_factors(context, after=True)
         assert after is not None
-        for log in after:
-            weight = weight * (-log).exp()
-        if context.relaxed:
-            for log in self.log_factors(context, after=True, inner=True) or ():
-                weight = weight * (relaxation(group) * log).exp()
-        # what a dead factor dresses has no effect, and stays as it is
-        alive = before[0].isfinite() & before[1].isfinite()
-        return torch.where(alive, weight, torch.stack(self.local()).to(self.dtype))
+        rows, columns = ((-log).exp() for log in after)
+        if context.relaxed and (inner := self.log_factors(context, after=True, inner=True)) is not None:
+            rows, columns = (f * (relaxation(group) * log).exp() for f, log in zip((rows, columns), inner, strict=True))
+        return Undressing(rows, columns, before[0].isfinite() & before[1].isfinite())
 
 
 def relaxation(group: Group) -> Any:
@@ -299,9 +334,9 @@ class HiddenMatrices:
         self._sweep(context)
         terms = []
         for stack in self.stacks:
-            read = stack.read(context)
-            (squares,) = stack.sums(read.grad.square())
-            terms.append((squares * read.norm.square() / stack.block_rows).sum())
+            log_factors = stack.log_factors(context, after=False)
+            squares, grads = stack.dressed_sums(log_factors, lambda w, _: w.square(), lambda _, g: g.square())
+            terms.append((grads * squares / stack.block_rows).sum())
         return torch.stack(terms).sum()
 
     def step(self, context: Context) -> None:
