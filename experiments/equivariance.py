@@ -71,8 +71,9 @@ def orthogonalizer(model: nn.Module, single: str) -> str:
 def muon(model: nn.Module, gauges: GaugeSet) -> Optimizer:
     """The baseline of DDCMuon: Muon for hidden matrices, AdamW for the rest."""
     return make_muon(
-        model, WEIGHT_DECAY, lr=MUON_LR, adam_lr=LR, momentum=0.95, nesterov=True, adjust_lr_fn="original",
-        orthogonalizer=orthogonalizer(model, "newton_schulz_bfloat16"), betas=(0.9, 0.999), eps=1e-8,
+        model, hidden_matrices(model), WEIGHT_DECAY, lr=MUON_LR, adam_lr=LR, momentum=0.95, nesterov=True,
+        adjust_lr_fn="original", orthogonalizer=orthogonalizer(model, "newton_schulz_bfloat16"), betas=(0.9, 0.999),
+        eps=1e-8,
     )  # fmt: skip
 
 

@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ddc.gauges import Gauge, HiddenMatrix, plain_name
+from ddc.gauges import Gauge, HiddenMatrix, plain_name, whole
 from ddc.optim.ddcadam import Builder, DDCAdam, Stack
 from ddc.optim.hidden import Factor, FrameStack, HiddenMatrices, HiddenStack, Member
 from ddc.optim.orthogonal import ORTHOGONALIZERS
 from ddc.optim.plan import Dressing, InnerPlan, Plan, make_plan
-from ddc.optim.sharding import check_split_alike, shards_of, whole
+from ddc.optim.sharding import check_split_alike, shards_of
 from ddc.optim.stacks import PolarStack
 
 
