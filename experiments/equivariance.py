@@ -72,8 +72,8 @@ def muon(model: nn.Module, gauges: GaugeSet, **options: Any) -> Optimizer:
     """The baseline of DDCMuon: Muon for hidden matrices, AdamW for the rest."""
     options = {"orthogonalizer": orthogonalizer(model, "newton_schulz_bfloat16"), **options}
     return make_muon(
-        model, WEIGHT_DECAY, lr=MUON_LR, adam_lr=LR, momentum=0.95, nesterov=True, adjust_lr_fn="original",
-        betas=(0.9, 0.999), eps=1e-8, **options,
+        model, hidden_matrices(model), WEIGHT_DECAY, lr=MUON_LR, adam_lr=LR, momentum=0.95, nesterov=True,
+        adjust_lr_fn="original", betas=(0.9, 0.999), eps=1e-8, **options,
     )  # fmt: skip
 
 

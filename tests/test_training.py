@@ -23,6 +23,7 @@ from ddc.training.checkpoint import load_checkpoint, read_checkpoint
 from ddc.training.config import Config, TrainingConfig, register_schemas, resolve
 from ddc.training.loop import DivergedError, learning_rate_factor, prepare, train
 from ddc.training.mirror import Mirror
+from ddc.training.ranks import ALONE
 from ddc.training.records import Records, gap_at, summarize
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,7 +126,7 @@ def test_the_run_id_knows_what_decides_the_numbers() -> None:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return read_checkpoint(folder, "cpu")["model"]
+    return read_checkpoint(folder)["model"]
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -215,7 +216,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path, number: int) 
     assert "stopped after step" in output
     assert "Traceback" not in output
     folder = run_folder(tmp_path)
-    saved = read_checkpoint(folder, "cpu")["step"]
+    saved = read_checkpoint(folder)["step"]
     assert saved == int(output.split("stopped after step ")[1].split(";")[0])
     assert saved >= Records(folder / "records.jsonl").read()[-1]["step"]
     second = train_py(*LONG, f"runs={tmp_path}")
@@ -293,7 +294,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None
     setup, other = run(tmp_path), run(tmp_path, "model.width=32")
     train(setup)
     with pytest.raises(ValueError, match=r"(?s)does not fit this run .* training.resume=never"):
-        load_checkpoint(setup.folder, other.model, other.optimizer, torch.amp.GradScaler("cpu"), other.device)
+        load_checkpoint(setup.folder, other.model, other.optimizer, torch.amp.GradScaler("cpu"), ALONE)
 
 
 @pytest.mark.parametrize(

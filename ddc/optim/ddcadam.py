@@ -11,11 +11,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
-from ddc.gauges import Gauge, Rescale, plain_name
+from ddc.gauges import Gauge, Rescale, plain_name, whole
 from ddc.optim.closure import loss_of
 from ddc.optim.hidden import HiddenMatrices
 from ddc.optim.plan import ChainPlan, Plan, PolarPlan, Role, make_plan
-from ddc.optim.sharding import restore_, shards_of, whole
+from ddc.optim.sharding import restore_, shards_of
 from ddc.optim.stacks import ChainStack, Context, Dresser, FreeStack, PolarStack, StackedParameter
 
 VERTICAL_MODES = ("freeze", "adam", "balance")

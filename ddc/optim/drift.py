@@ -7,10 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ddc.gauges import Gauge, Rescale, Rotation, Shift, nearest_turn
+from ddc.gauges import Gauge, Rescale, Rotation, Shift, nearest_turn, whole
 from ddc.gauges.base import Params, unit_view
 from ddc.optim.plan import Role, make_plan
-from ddc.optim.sharding import whole
 
 
 @torch.no_grad()

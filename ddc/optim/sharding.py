@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
+from ddc.gauges import whole
 from ddc.optim.averaging import Averaging
 
 
@@ -75,8 +76,7 @@ class Shards(Whole):
 
     def local(self, tensor: Tensor) -> Tensor:
         """Of a parameter or its gradient, the part that is on this rank."""
-        assert isinstance(tensor, DTensor)
-        return tensor.to_local()
+        return local_part(tensor)
 
     def part(self, values: Tensor, dim: int, axis: int) -> Tensor:
         """Of values along an axis of the parameter, which are dimension ``dim`` of a tensor, those that are here."""
@@ -215,16 +215,20 @@ def chunk(size: int, ranks: int, rank: int) -> tuple[int, int]:
     return min(rank * most, size), min((rank + 1) * most, size)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, wherever its parts are; for a DTensor all ranks must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank has of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def split_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor, whole on all ranks or split in any way, split as another is."""
+    if not isinstance(like, DTensor):
+        return whole(tensor)
+    if not isinstance(tensor, DTensor):
+        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return tensor.redistribute(placements=like.placements)
 
 
 def restore_(state: Tensor, saved: Tensor) -> None:
     """Copy a saved tensor into a state, whichever of the two is split, and how."""
-    if isinstance(state, DTensor):
-        if not isinstance(saved, DTensor):
-            saved = distribute_tensor(saved.to(state.device), state.device_mesh, state.placements, src_data_rank=None)
-        state.to_local().copy_(saved.redistribute(placements=state.placements).to_local())
-    else:
-        state.copy_(whole(saved))
+    local_part(state).copy_(local_part(split_like(saved, state)))
