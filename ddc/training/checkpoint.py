@@ -40,6 +40,8 @@ def checkpoints(folder: Path) -> list[Path]:
 def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, scaler: GradScaler) -> None:
     """Write weights, optimizer, scaler and random state after ``step`` steps, atomically; older ones go but for one.
 
+    What a killed process left of one that it wrote goes first.
+
     The position in the data is the step: batches are a function of it.
 
     Raises:
@@ -56,6 +58,8 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimi
     torch.save(state, buffer)
     content = buffer.getvalue()
     path = folder / f"checkpoint-{step:09d}-{hashlib.sha256(content).hexdigest()}.pt"
+    for each in folder.glob("checkpoint-*.tmp"):
+        each.unlink()
     write_atomically(path, content)
     others = [each for each in checkpoints(folder) if each != path]
     for each in others[KEPT - 1 :]:

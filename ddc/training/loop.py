@@ -243,7 +243,7 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
     fixed = {split: evaluation_batches(setup, split) for split in ("train", "validation")}
     mirror, stop = Mirror(config, folder), StopSignal()
 
-    with Display(training.steps, start, f"{config.name}/{config.run_id}") as display, stop, noted(folder):
+    with Display(training.steps, start, f"{config.name}/{config.run_id}") as display, stop, mirror, noted(folder):
         clock, last_row_step, gauge_audit, reading_seconds = time.perf_counter(), start, None, 0.0
         for step in range(start, training.steps + 1):
             if observer and step in reading_steps and not (read and read[-1]["step"] == step):
@@ -295,7 +295,7 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     write_json(summary_path, summary)
-    mirror.finish(summary, draw(folder))
+    mirror.finish(summary, lambda: draw(folder))
     return summary
 
 
@@ -314,10 +314,13 @@ def noted(folder: Path) -> Iterator[None]:
 def start_folder(setup: Setup) -> None:
     """Begin a run folder: an older run in it ends here, and what made this one is written down."""
     setup.folder.mkdir(parents=True, exist_ok=True)
-    for name in ("summary.json", "capacity.json", "records.jsonl", "timing.jsonl", "readings.jsonl"):
-        (setup.folder / name).unlink(missing_ok=True)
-    for path in checkpoints(setup.folder):
-        path.unlink()
+    # killed in between, a run goes on only from a checkpoint whose records are all there
+    for path in (
+        *(setup.folder / name for name in ("summary.json", "capacity.json")),
+        *checkpoints(setup.folder),
+        *(setup.folder / name for name in ("records.jsonl", "timing.jsonl", "readings.jsonl")),
+    ):
+        path.unlink(missing_ok=True)
     shutil.rmtree(setup.folder / "snapshots", ignore_errors=True)
     write_json(
         setup.folder / "run.json",
