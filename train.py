@@ -1,6 +1,9 @@
 """Train one model: ``python train.py +experiment=lm_overtrain optimizer=ddcadam``.
 
 By several processes: ``torchrun --nproc-per-node=2 train.py launcher=torchrun +experiment=lm_overtrain``.
+
+The exit status is 0 when the run is complete, 75 (try again) when Ctrl-C or SIGTERM stopped it: a checkpoint is saved,
+and the same command goes on. It is 1 when something is wrong.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ import contextlib
 import functools
 import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,7 +23,7 @@ from rich.console import Console
 from ddc.report.rates import draw_readings
 from ddc.report.runs import Run, plot_curves, summary_table
 from ddc.training.checkpoint import CheckpointError
-from ddc.training.config import register_schemas, resolve
+from ddc.training.config import Config, register_schemas, resolve
 from ddc.training.lock import BusyError
 from ddc.training.loop import DivergedError, prepare, train
 from ddc.training.ranks import joined
@@ -31,23 +35,39 @@ register_schemas()
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
 def main(composed: DictConfig) -> None:
     """Run what the composed configuration says, and show what came of it."""
+    try:
+        config = resolve(composed)
+    except ValueError as error:
+        fail(f"error: {error}")
+    drawn = functools.cache(draw)  # for W&B and for the list below
+    folder, summary = run(config, drawn)
+    if speaks():
+        show(folder, summary, drawn(folder))
+
+
+def run(config: Config, draw: Callable[[Path], Sequence[Path]]) -> tuple[Path, Row]:
+    """Train; the folder of the run and its summary. ``draw`` as for :func:`ddc.training.loop.train`.
+
+    Raises:
+        SystemExit: the run stopped or cannot begin: one line that says why, and the exit status.
+    """
     with contextlib.ExitStack() as stack:
         try:
-            config = resolve(composed)
             ranks = stack.enter_context(joined(config.launcher))
             setup = prepare(config, ranks)
         except ValueError as error:
             fail(f"error: {error}")
-        drawn = functools.cache(draw)  # for the mirror and for the list below
         try:
-            summary = train(setup, drawn)
-        except (DivergedError, BusyError, CheckpointError, OSError, KeyboardInterrupt) as error:
+            return setup.folder, train(setup, draw)
+        except KeyboardInterrupt as stop:
+            if speaks():
+                print(str(stop) or "stopped", file=sys.stderr)
+            sys.exit(os.EX_TEMPFAIL)
+        except (DivergedError, BusyError, CheckpointError, OSError) as error:
             fail(f"stopped: {error}")
-        if ranks.first:
-            show(setup.folder, summary, drawn(setup.folder))
 
 
-def show(folder: Path, summary: Row, figures: list[Path]) -> None:
+def show(folder: Path, summary: Row, figures: Sequence[Path]) -> None:
     """Print the summary of a run, and where its files are."""
     if summary.get("already_complete"):
         print(f"This run was complete already; training.resume=never runs it again. Folder: {folder}")
@@ -56,9 +76,14 @@ def show(folder: Path, summary: Row, figures: list[Path]) -> None:
         print(path)
 
 
+def speaks() -> bool:
+    """Whether this process prints: one of several is enough."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def fail(message: str) -> NoReturn:
-    """End with a message, of which one process of several is enough."""
-    sys.exit(message if os.environ.get("RANK", "0") == "0" else 1)
+    """End with a message and exit status 1."""
+    sys.exit(message if speaks() else 1)
 
 
 def draw(folder: Path) -> list[Path]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import itertools
 import logging
 import os
+import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -114,16 +118,24 @@ def test_a_hostile_checkpoint_executes_nothing(tmp_path: Path, monkeypatch: pyte
     assert proof.exists()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a tmpfs")
-def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextlib.contextmanager
+def small_disk(folder: Path, kilobytes: int) -> Iterator[Path]:
+    if os.geteuid() != 0:
+        pytest.skip("mounts a tmpfs")
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole")
     train(whole)
     size = sum(path.stat().st_size for path in whole.folder.iterdir())
-    disk = tmp_path / "disk"
-    disk.mkdir()
     kilobytes = size // 1024 + 48  # two checkpoints fit, a third beside them does not
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(disk)], check=True)
-    try:
+    with small_disk(tmp_path / "disk", kilobytes) as disk:
         with pytest.raises(OSError, match="No space left on device"):
             train(run(disk))
         folder = next(disk.glob("gpt/*"))
@@ -132,8 +144,69 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         train(run(disk))
         assert_same_run(whole.folder, folder)
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_is_full_within_a_record_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    often = "training.evaluations=12"
+    whole = run(tmp_path / "whole", often)
+    train(whole)
+    page = os.sysconf("SC_PAGE_SIZE")
+    with small_disk(tmp_path / "disk", 8192) as disk:
+        filler, original = disk / "filler", loop.save_checkpoint
+
+        def save_then_fill_the_disk(folder: Path, *arguments: object) -> None:
+            original(folder, *arguments)
+            rows = (folder / "records.jsonl").read_bytes().splitlines(keepends=True)
+            if len(rows) > 2 and sum(map(len, rows)) % page + len(rows[-1]) > page:  # a part of the next one fits
+                with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                    while True:
+                        file.write(bytes(page))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "save_checkpoint", save_then_fill_the_disk)
+            with pytest.raises(OSError, match="No space left on device"):
+                train(run(disk, often))
+        folder = next(disk.glob("gpt/*"))
+        cut = (folder / "records.jsonl").read_bytes()
+        assert not cut.endswith(b"\n")  # it was the record that did not fit
+        with pytest.raises(OSError, match="No space left on device"):
+            train(run(disk, often))
+        assert (folder / "records.jsonl").read_bytes() == cut
+        filler.unlink()
+        train(run(disk, often))
+        assert_same_run(whole.folder, folder)
+
+
+def test_starting_over_may_be_killed_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of the old run is gone on from without a gap, or not at all."""
+    whole = run(tmp_path / "whole")
+    train(whole)
+
+    class Killed(BaseException):
+        pass
+
+    unlink, deaths = Path.unlink, 0
+    for allowed in itertools.count():
+        shutil.copytree(tmp_path / "whole", tmp_path / str(allowed))
+        left = allowed
+
+        def unlink_then_die(path: Path, **options: bool) -> None:
+            nonlocal left
+            if path.exists():
+                if not left:
+                    raise Killed
+                left -= 1
+            unlink(path, **options)
+
+        again = run(tmp_path / str(allowed), "training.resume=never")
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            patch.setattr(Path, "unlink", unlink_then_die)
+            loop.start_folder(again)
+            break
+        deaths += 1
+        train(run(tmp_path / str(allowed)))
+        assert_same_run(whole.folder, again.folder)
+    assert deaths == 5  # summary, two checkpoints, records, timing
 
 
 @pytest.mark.slow

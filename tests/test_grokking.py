@@ -10,6 +10,7 @@ import pytest
 from ddc.report.claims import load_claims
 from ddc.report.grokking import delay, draw, fit_step, grokked, markdown, step_of, verdicts
 from ddc.report.runs import read_lines
+from ddc.training.config import Config
 from ddc.training.records import provenance
 from ddc.training.sweep import SweepRun
 from experiments.grokking import EXPERIMENT, GRID, grid
@@ -83,7 +84,7 @@ class Ended:
         def read(self, planned, runs: str) -> list[SweepRun]:
             found = []
             for overrides, seed in planned:
-                run = SweepRun((overrides,), folder / f"{abs(hash((overrides, seed)))}")
+                run = SweepRun((overrides,), folder / f"{abs(hash((overrides, seed)))}", Config())
                 value = accuracy(overrides, seed)
                 if value is not None:
                     run.folder.mkdir(exist_ok=True)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from ddc.training.checkpoint import checkpoints
 from ddc.training.lock import BusyError, only_process_in
 from ddc.training.loop import prepare, train
-from ddc.training.sweep import read_sweep, summary
+from ddc.training.records import Records
+from ddc.training.sweep import read_sweep, run_missing, summary
 from tests.test_training import ROOT, TINY_GROK, composed
 
 
@@ -45,6 +51,61 @@ def test_a_crash_stops_nothing_and_the_summary_says_what_is_missing(tmp_path: Pa
     assert again.returncode == 0
     assert "3 runs: 3 complete" in again.stdout
     assert stamps == {p: p.stat().st_mtime_ns for p in tmp_path.glob("grok_mlp/*/records.jsonl")}
+
+
+#: Ways to crash: what the line of the run adds, the signal that kills it or None, and what its output says in the end.
+CRASHES = (
+    ("training.steps=100", signal.SIGKILL, "100 steps, from step"),  # as the system does it when memory is out
+    ("training.steps=100", signal.SIGSEGV, "100 steps, from step"),  # as an extension does it that is wrong
+    ("training.batch_size=1000", None, "error: Invalid training.batch_size=1000"),
+    ("model.width=10000000", None, "memory"),
+)
+
+
+@pytest.mark.slow
+def test_a_tenth_of_200_runs_crash(tmp_path: Path) -> None:
+    crashes = {seed: CRASHES[seed // 10 % len(CRASHES)] for seed in range(7, 200, 10)}
+    runs = read_sweep(sweep_file(tmp_path, *(
+        f"optimizer={('adamw', 'muon')[seed // 2 % 2]} seed={seed} {crashes.get(seed, [''])[0]}" for seed in range(200)
+    )))  # fmt: skip
+    victims = {runs[seed].folder.name: (runs[seed].folder, crash[1]) for seed, crash in crashes.items() if crash[1]}
+    assert (len(runs), len(crashes), len(victims)) == (200, 20, 10)
+
+    def kill_them() -> None:
+        """Each once, after its second checkpoint."""
+        waiting = dict(victims)
+        while not all_ended.wait(0.01):
+            for process in multiprocessing.active_children():
+                if process.name in waiting and len(checkpoints(waiting[process.name][0])) > 1:
+                    os.kill(process.pid, waiting.pop(process.name)[1])
+
+    all_ended = threading.Event()
+    killer = threading.Thread(target=kill_them)
+    killer.start()
+    try:
+        run_missing(runs, jobs=2)
+    finally:
+        all_ended.set()
+        killer.join()
+    first, *others = summary(runs).splitlines()
+    assert first == "200 runs: 180 complete, 10 unfinished, 10 failed"
+    assert len(others) == 20
+    for (seed, (_, number, _)), line in zip(crashes.items(), others, strict=True):
+        assert line.split()[0] == ("unfinished" if number else "failed")
+        assert line.endswith(f"in {runs[seed].folder}")
+    for seed in set(range(200)) - set(crashes):
+        assert [row["step"] for row in Records(runs[seed].folder / "records.jsonl").read()] == [0, 3, 6, 9, 12]
+    outputs = [(run.folder / "output.log").read_text() for run in runs]
+
+    run_missing(runs, jobs=2)
+    assert summary(runs).startswith("200 runs: 190 complete, 10 failed\n")
+    for seed, (run, before) in enumerate(zip(runs, outputs, strict=True)):
+        added = (run.folder / "output.log").read_text().removeprefix(before)
+        assert crashes[seed][2] in added if seed in crashes else not added
+    for run in (runs[seed] for seed in (0, 7, 17, 199)):  # two of which were killed
+        alone = prepare(dataclasses.replace(run.config, runs=str(tmp_path / "alone")))
+        train(alone)
+        assert (run.folder / "records.jsonl").read_bytes() == (alone.folder / "records.jsonl").read_bytes()
 
 
 @pytest.mark.slow

@@ -212,7 +212,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path, number: int) 
     process = start_and_wait_for_rows(tmp_path, 4)
     process.send_signal(number)
     output = process.communicate(timeout=60)[0]
-    assert process.returncode != 0
+    assert process.returncode == os.EX_TEMPFAIL
     assert "stopped after step" in output
     assert "Traceback" not in output
     folder = run_folder(tmp_path)
@@ -410,6 +410,20 @@ def test_a_wandb_error_in_the_middle_is_survived(tmp_path: Path, caplog: pytest.
     mirror.log({"step": 1})
     mirror.finish({})
     assert caplog.text.count("no space left on device") == 1
+
+
+def test_wandb_gets_what_was_held_back_when_a_run_stops(tmp_path: Path) -> None:
+    statuses: list[int] = []
+
+    class Recorder:
+        def finish(self, exit_code: int) -> None:
+            statuses.append(exit_code)
+
+    mirror = Mirror(composed("wandb=disabled"), tmp_path)
+    mirror._run = Recorder()
+    with pytest.raises(KeyboardInterrupt), mirror:
+        raise KeyboardInterrupt
+    assert statuses == [1]
 
 
 @pytest.mark.slow

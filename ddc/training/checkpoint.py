@@ -47,7 +47,8 @@ def save_checkpoint(
 ) -> None:
     """Write weights, optimizer, scaler and random state after ``step`` steps, atomically; older ones go but for one.
 
-    All ranks must call; the first writes. The position in the data is the step: batches are a function of it.
+    All ranks must call; the first writes. What a killed process left of one that it wrote goes first. The position in
+    the data is the step: batches are a function of it.
 
     Raises:
         OSError: it cannot be written (a full disk, say); those before are left as they are.
@@ -80,6 +81,8 @@ def write_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
     torch.save(state, buffer)
     content = buffer.getvalue()
     path = folder / f"checkpoint-{step:09d}-{hashlib.sha256(content).hexdigest()}.pt"
+    for each in folder.glob("checkpoint-*.tmp"):
+        each.unlink()
     write_atomically(path, content)
     others = [each for each in checkpoints(folder) if each != path]
     for each in others[KEPT - 1 :]:

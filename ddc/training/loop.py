@@ -290,7 +290,7 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
     mirror, stop = Mirror(config, folder), StopSignal()
     display = Display(training.steps, start, f"{config.name}/{config.run_id}", quiet=not ranks.first)
 
-    with display, stop, noted(folder, ranks):
+    with display, stop, mirror, noted(folder, ranks):
         clock, last_row_step, gauge_audit, reading_seconds = time.perf_counter(), start, None, 0.0
         for step in range(start, training.steps + 1):
             if observer and step in reading_steps and not (read and read[-1]["step"] == step):
@@ -338,7 +338,7 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
     }
     ranks.on_first(lambda: write_json(folder / "summary.json", summary))
     if ranks.first:
-        mirror.finish(summary, draw(folder))
+        mirror.finish(summary, lambda: draw(folder))
     return summary
 
 
@@ -375,10 +375,13 @@ def noted(folder: Path, ranks: Ranks) -> Iterator[None]:
 def start_folder(setup: Setup) -> None:
     """Begin a run folder: an older run in it ends here, and what made this one is written down."""
     setup.folder.mkdir(parents=True, exist_ok=True)
-    for name in ("summary.json", "capacity.json", "records.jsonl", "timing.jsonl", "readings.jsonl"):
-        (setup.folder / name).unlink(missing_ok=True)
-    for path in checkpoints(setup.folder):
-        path.unlink()
+    # killed in between, a run goes on only from a checkpoint whose records are all there
+    for path in (
+        *(setup.folder / name for name in ("summary.json", "capacity.json")),
+        *checkpoints(setup.folder),
+        *(setup.folder / name for name in ("records.jsonl", "timing.jsonl", "readings.jsonl")),
+    ):
+        path.unlink(missing_ok=True)
     shutil.rmtree(setup.folder / "snapshots", ignore_errors=True)
     write_json(
         setup.folder / "run.json",

@@ -51,6 +51,14 @@ class Mirror:
                 wandb.teardown()  # the failed attempt still holds the run's id
         return wandb.init(mode="offline", settings=settings, **arguments)
 
+    def __enter__(self) -> Mirror:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        """Send what is still held back if the run stopped; a run that is complete comes to :meth:`finish`."""
+        if kind is not None:
+            self._send(lambda run: run.finish(exit_code=1))
+
     def log(self, row: dict[str, Any]) -> None:
         self._send(lambda run: run.log(row, step=row["step"]))
 
@@ -73,7 +81,10 @@ class Mirror:
 
         self._send(send)
 
-    def finish(self, summary: dict[str, Any], figures: Sequence[Path] = ()) -> None:
+    def finish(self, summary: dict[str, Any], draw: Callable[[], Sequence[Path]] = tuple) -> None:
+        """Send the summary and the figures of ``draw``, which is not called where nobody is there to send them to."""
+        figures = draw() if self._run is not None else ()
+
         def send(run: Any) -> None:
             import wandb
 

@@ -7,13 +7,15 @@ result too, and is not run again; one that a process is at work on is left to it
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -23,20 +25,23 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.progress import Progress
 
 from ddc.training.checkpoint import checkpoints
-from ddc.training.config import register_schemas, resolve
+from ddc.training.config import Config, register_schemas, resolve
 from ddc.training.lock import is_held
 
 ROOT = Path(__file__).resolve().parents[2]
 #: What a run may be. A failed one has ended without a checkpoint; its output says why.
 STATES = ("complete", "diverged", "running", "unfinished", "failed", "missing")
+#: What ``train.py`` needs and torch imports late: seconds, once a sweep instead of once a run.
+IMPORTS = ["ddc.report.rates", "ddc.report.runs", "ddc.training.loop", "ddc.training.sweep", "torch._dynamo"]
 
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One run of a sweep: its overrides, and the folder that they resolve to."""
+    """One run of a sweep: its overrides, the folder and the configuration that they resolve to."""
 
     overrides: tuple[str, ...]
     folder: Path
+    config: Config
 
     @property
     def state(self) -> str:
@@ -87,25 +92,23 @@ def parse_sweep(lines: Sequence[str]) -> list[SweepRun]:
             folder = ROOT / config.runs / config.name / config.run_id
             if folder in runs:
                 raise ValueError(f"line {number}: the same run as line {runs[folder][0]}")
-            runs[folder] = (number, SweepRun(overrides, folder))
+            runs[folder] = (number, SweepRun(overrides, folder, config))
     return [run for _, run in runs.values()]
 
 
 def run_missing(runs: list[SweepRun], jobs: int) -> None:
     """Run, or resume, what has not ended, ``jobs`` at a time; a run that fails does not stop the others.
 
-    The output of each goes to ``output.log`` in its folder. SIGTERM ends the runs, which save a checkpoint, and starts
-    no others.
+    SIGTERM ends the runs, which save a checkpoint, and starts no others.
     """
     waiting = [run for run in runs if not run.ended and run.state != "running"]
-    started: list[subprocess.Popen[bytes]] = []
+    started: list[BaseProcess] = []
     stopping = threading.Event()
 
     def stop(number: int, frame: object) -> None:
         stopping.set()
         for process in started:
-            if process.poll() is None:
-                process.terminate()
+            process.terminate()
 
     before = signal.signal(signal.SIGTERM, stop)
     with Progress() as progress:
@@ -114,15 +117,41 @@ def run_missing(runs: list[SweepRun], jobs: int) -> None:
         def one(run: SweepRun) -> None:
             if stopping.is_set():
                 return
-            run.folder.mkdir(parents=True, exist_ok=True)
-            with (run.folder / "output.log").open("a") as log:
-                process = subprocess.Popen(run.command(), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-                started.append(process)
-                process.wait()
+            process = start(run)
+            started.append(process)
+            if stopping.is_set():  # asked while it started
+                process.terminate()
+            process.join()
             progress.advance(task)
 
         Parallel(n_jobs=jobs, prefer="threads")(delayed(one)(run) for run in waiting)
     signal.signal(signal.SIGTERM, before)
+
+
+def start(run: SweepRun) -> BaseProcess:
+    """Begin a run, or go on with it, in a process of its own; its output goes to ``output.log`` in its folder.
+
+    The process is forked from one that has made the imports and does nothing else. So a run begins within
+    milliseconds, and whatever kills it, the others do not notice.
+    """
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(IMPORTS)
+    process = server.Process(target=in_own_process, args=(run,), name=run.folder.name)
+    process.start()
+    return process
+
+
+def in_own_process(run: SweepRun) -> None:
+    """What ``train.py`` does, but for the table and the figures that it shows."""
+    os.chdir(ROOT)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with (run.folder / "output.log").open("a") as log:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(log.fileno(), stream.fileno())
+    sys.path.insert(0, str(ROOT))
+    import train
+
+    train.run(run.config, train.draw)
 
 
 def summary(runs: list[SweepRun]) -> str:
