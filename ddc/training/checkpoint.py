@@ -19,6 +19,7 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from ddc.models import check_fit
 from ddc.training.records import write_atomically
 
 #: How many are kept: the last, and the one before.
@@ -108,9 +109,10 @@ def load_checkpoint(
     if state is None:
         return None
     try:
+        check_fit(model.state_dict(), state["model"], "the checkpoint")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{folder} does not fit this run ({error}); start over with training.resume=never"
         ) from error
