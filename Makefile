@@ -22,7 +22,7 @@ define measure
 	done
 endef
 
-.PHONY: lm_overtrain grok vit fashion-mnist report slurm-test test lint docs overtraining rates status reproduce architectures equivariance precision known_rates learning_coefficients benchmark memory clean
+.PHONY: lm_overtrain grok vit fashion-mnist report slurm-test test lint docs overtraining rates status reproduce architectures refused equivariance precision known_rates learning_coefficients benchmark memory clean
 
 lm_overtrain: $(STAMP)  ## the main job: AdamW and DDCAdam side by side, one core each; tables and plots
 	@mkdir -p runs/main
@@ -96,6 +96,9 @@ precision: $(STAMP)  ## float32, mixed and bfloat16 training against float64: re
 
 architectures: $(STAMP)  ## which gauges are found in models of timm and transformers: docs/architectures.md
 	$(RUN) -m experiments.architectures
+
+refused: $(STAMP)  ## which configurations are refused, and what is said of them: docs/refused.md
+	$(RUN) -m experiments.refused
 
 known_rates: $(STAMP)  ## analytic rates, expected and recovered: results/known_rates
 	$(RUN) -m experiments.known_rates

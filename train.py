@@ -17,18 +17,23 @@ from pathlib import Path
 from typing import NoReturn
 
 import hydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from ddc.report.rates import draw_readings
 from ddc.report.runs import Run, plot_curves, summary_table
 from ddc.training.checkpoint import CheckpointError
-from ddc.training.config import Config, register_schemas, resolve
+from ddc.training.config import Config, check_choices, register_schemas, resolve
+from ddc.training.errors import explained
 from ddc.training.lock import BusyError
 from ddc.training.loop import DivergedError, prepare, train
 from ddc.training.ranks import joined
 from ddc.training.records import Row
 
+#: What ends a run before its time, and is no bug.
+STOPS = (DivergedError, BusyError, CheckpointError, MemoryError, OSError)
 register_schemas()
 
 
@@ -55,7 +60,7 @@ def run(config: Config, draw: Callable[[Path], Sequence[Path]]) -> tuple[Path, R
         try:
             ranks = stack.enter_context(joined(config.launcher))
             setup = prepare(config, ranks)
-        except ValueError as error:
+        except (ValueError, MemoryError) as error:
             fail(f"error: {error}")
         try:
             return setup.folder, train(setup, draw)
@@ -63,7 +68,7 @@ def run(config: Config, draw: Callable[[Path], Sequence[Path]]) -> tuple[Path, R
             if speaks():
                 print(str(stop) or "stopped", file=sys.stderr)
             sys.exit(os.EX_TEMPFAIL)
-        except (DivergedError, BusyError, CheckpointError, OSError) as error:
+        except STOPS as error:
             fail(f"stopped: {error}")
 
 
@@ -93,4 +98,9 @@ def draw(folder: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    main()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's errors come here, to be said in one line
+    try:
+        check_choices(sys.argv[1:])
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(f"error: {explained(error)}")

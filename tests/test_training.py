@@ -227,7 +227,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path, number: int) 
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
-    setup = run(tmp_path, "optimizer=adamw", "optimizer.lr=1e30", "training.warmup=1.0", "training.decay=0.0",
+    setup = run(tmp_path, "optimizer=adamw", "optimizer.lr=1e15", "training.warmup=1.0", "training.decay=0.0",
                 "training.max_grad_norm=null", "training.evaluations=12")  # fmt: skip
     with pytest.raises(DivergedError, match=r"checkpoint-\d+-[0-9a-f]+\.pt; a smaller optimizer\.lr"):
         train(setup)

@@ -25,7 +25,7 @@ class ModularConfig(DataConfig):
 
     Args:
         operation: ``addition``, ``subtraction``, ``multiplication`` or ``squares`` (a² + b²), modulo the prime.
-        prime: modulus, and number of tokens and of classes.
+        prime: modulus, and number of tokens and of classes; below 1000, for all pairs are taken at once.
         train_fraction: share of the pairs in the training split.
 
     Raises:
@@ -38,10 +38,12 @@ class ModularConfig(DataConfig):
     train_fraction: float = 0.75
 
     def __post_init__(self) -> None:
+        if self.name != "modular":
+            raise ValueError(f"Invalid data.name={self.name!r}: expected modular; data=NAME chooses other data")
         if self.operation not in OPERATIONS:
             raise ValueError(f"Invalid data.operation={self.operation!r}: expected one of {', '.join(OPERATIONS)}")
-        if self.prime < 3 or any(self.prime % d == 0 for d in range(2, int(self.prime**0.5) + 1)):
-            raise ValueError(f"Invalid data.prime={self.prime}: expected a prime number, 3 or more")
+        if not 3 <= self.prime < 1000 or any(self.prime % d == 0 for d in range(2, int(self.prime**0.5) + 1)):
+            raise ValueError(f"Invalid data.prime={self.prime}: expected a prime number from 3 to 997")
         if not 0 < self.train_fraction < 1:
             raise ValueError(f"Invalid data.train_fraction={self.train_fraction}: expected a number in (0, 1)")
 

@@ -172,7 +172,10 @@ def _file(config: TextConfig, context: int) -> TextData:
     path = Path(config.path)
     if not path.is_file():
         raise DataError(f"data.path={config.path}: there is no such file")
-    text = path.read_bytes()
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"data.path={config.path}: the file cannot be read ({error})") from error
     if not text.strip():
         raise DataError(f"data.path={config.path}: the file is empty")
     return _tokenize(config, text, f"local file {path.name}", context)

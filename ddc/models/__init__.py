@@ -4,7 +4,7 @@ from ddc.models.config import ModelConfig
 from ddc.models.deep_mlp import DeepMLP, DeepMLPConfig
 from ddc.models.gpt import GPT, GPTConfig
 from ddc.models.loss import cross_entropy
-from ddc.models.saved import MODELS, build_model, load_model, save_model
+from ddc.models.saved import MODELS, build_model, check_fit, load_model, save_model
 from ddc.models.vit import ViTConfig, vision_transformer
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "ModelConfig",
     "ViTConfig",
     "build_model",
+    "check_fit",
     "cross_entropy",
     "load_model",
     "save_model",

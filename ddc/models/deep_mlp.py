@@ -29,11 +29,20 @@ class DeepMLPConfig(ModelConfig):
     residual: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for key in ("depth", "width"):
             if (value := getattr(self, key)) < 1:
                 raise ValueError(f"Invalid model.{key}={value}: expected a positive integer")
         if self.residual and self.depth % 2:
             raise ValueError(f"Invalid model.depth={self.depth}: model.residual=true needs an even number of layers")
+
+    @property
+    def absent_gauges(self) -> dict[str, str]:
+        absent = dict.fromkeys(("value_rotation", "qk_rotation"), "it has no attention")
+        absent |= {"gated_rescale": "it has no gates", "norm_scale": "it has no norms"}
+        if self.residual:
+            absent["chained_rescale"] = "with model.residual=true its layers are no chain"
+        return absent
 
 
 class DeepMLP(nn.Module):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ddc.models.config import ModelConfig
+from ddc.models.config import NO_CHAIN, QK_NORM, ModelConfig
 
 NORMS = ("rms", "layer")
 MLPS = ("swiglu", "relu", "relu2", "gelu")
@@ -39,6 +39,7 @@ class GPTConfig(ModelConfig):
     qk_norm: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for key, choices in (("norm", NORMS), ("mlp", MLPS), ("positions", POSITIONS)):
             if (value := getattr(self, key)) not in choices:
                 raise ValueError(f"Invalid model.{key}={value!r}: expected one of {', '.join(choices)}")
@@ -53,9 +54,23 @@ class GPTConfig(ModelConfig):
             raise ValueError(f"Invalid model.heads={self.heads}: heads of width 1 cannot turn; take fewer")
         if self.rotated_width % 2:
             raise ValueError(
-                f"Invalid model.heads={self.heads}: model.positions={self.positions} turns "
-                f"{self.rotated_width} of {self.head_width} entries of a head, which must be an even number"
+                f"Invalid model.heads={self.heads}: model.positions={self.positions} turns {self.rotated_width} of "
+                f"{self.head_width} entries of a head (model.width / model.heads), which must be an even number; "
+                "model.positions=learned turns none"
             )
+
+    @property
+    def absent_gauges(self) -> dict[str, str]:
+        absent = {"chained_rescale": NO_CHAIN}
+        if self.mlp not in ("relu", "relu2"):
+            absent["relu_rescale"] = f"model.mlp={self.mlp} is not relu or relu2"
+        if self.mlp != "swiglu":
+            absent["gated_rescale"] = f"model.mlp={self.mlp} is not swiglu"
+        if self.tied_head:
+            absent["logit_shift"] = "model.tied_head=true ties the head to the embedding"
+        if self.qk_norm:
+            absent["qk_rotation"] = QK_NORM
+        return absent
 
     @property
     def head_width(self) -> int:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from torch import nn
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from ddc.models.config import ModelConfig
 from ddc.models.deep_mlp import DeepMLP, DeepMLPConfig
@@ -61,14 +65,39 @@ def load_model(folder: Path | str) -> nn.Module:
 
     Raises:
         FileNotFoundError: the folder holds no model.
-        ValueError: its weights do not fit its configuration.
+        ValueError: its configuration is none, or its weights do not fit it.
     """
     folder = Path(folder)
-    about = json.loads((folder / CONFIG).read_text())
-    config = MODELS[about["model"]["name"]](**about["model"])
-    model = build_model(config, **about["sizes"])
+    text = (folder / CONFIG).read_text()
+    try:
+        about = json.loads(text)
+        schema = OmegaConf.structured(MODELS[about["model"]["name"]])
+        config = OmegaConf.to_object(OmegaConf.merge(schema, about["model"]))
+        assert isinstance(config, ModelConfig)
+        model = build_model(config, **about["sizes"])
+    except (OmegaConfBaseException, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"{folder / CONFIG} describes no model ({reason})") from error
     try:
         safetensors.torch.load_model(model, str(folder / WEIGHTS))
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder / WEIGHTS} does not fit {folder / CONFIG}: {error}") from error
     return model.eval()
+
+
+def check_fit(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: object) -> None:
+    """Make sure that weights are those of a model, by names and shapes.
+
+    Args:
+        own: the model's, by name.
+        given: what is to take their place.
+        source: where that is from, for the message.
+
+    Raises:
+        ValueError: they are of another architecture; the message has the first difference.
+    """
+    for name in (*own, *given):
+        shapes = [tuple(each[name].shape) if name in each else None for each in (given, own)]
+        if shapes[0] != shapes[1]:
+            theirs, mine = ("no such parameter" if shape is None else str(shape) for shape in shapes)
+            raise ValueError(f"{source} is of another architecture: {name} is {theirs} there, {mine} in this model")

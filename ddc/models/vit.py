@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ddc.compatibility import provide_torchvision_operators
-from ddc.models.config import ModelConfig
+from ddc.models.config import NO_CHAIN, QK_NORM, ModelConfig
 
 FEED_FORWARDS = ("relu", "swiglu", "gelu")
 
@@ -39,6 +39,7 @@ class ViTConfig(ModelConfig):
     qk_norm: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.mlp not in FEED_FORWARDS:
             raise ValueError(f"Invalid model.mlp={self.mlp!r}: expected one of {', '.join(FEED_FORWARDS)}")
         for key in ("patch", "layers", "width", "heads", "hidden"):
@@ -46,6 +47,18 @@ class ViTConfig(ModelConfig):
                 raise ValueError(f"Invalid model.{key}={value}: expected a positive integer")
         if self.width % self.heads:
             raise ValueError(f"Invalid model.heads={self.heads}: must divide model.width={self.width}")
+
+    @property
+    def absent_gauges(self) -> dict[str, str]:
+        absent = {"chained_rescale": NO_CHAIN}
+        for kind, mlp in (("relu_rescale", "relu"), ("gated_rescale", "swiglu")):
+            if self.mlp != mlp:
+                absent[kind] = f"model.mlp={self.mlp} is not {mlp}"
+        if self.qk_norm:
+            absent["qk_rotation"] = QK_NORM
+        if self.width == self.heads:
+            absent |= dict.fromkeys(("value_rotation", "qk_rotation"), "heads of width 1 cannot turn")
+        return absent
 
 
 def vision_transformer(config: ViTConfig, shape: tuple[int, int, int], classes: int) -> nn.Module:

@@ -140,7 +140,7 @@ def tuning_table(records: Sequence[Record]) -> str:
 
 def gauge_set_title(record: Record) -> str:
     """The kinds of gauges that the optimizer was told of."""
-    kinds = [title for kind, title in GAUGE_TITLES.items() if record["config"]["gauges"][kind]]
+    kinds = [title for kind, title in GAUGE_TITLES.items() if record["config"]["gauges"][kind] is not False]
     if len(kinds) == len(GAUGE_TITLES):
         return "all"
     return " + ".join(kinds) or "none"

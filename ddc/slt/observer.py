@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ddc.gauges import GaugeSet, find_gauges, named_parameters, orbit_distance
-from ddc.models import cross_entropy
+from ddc.models import check_fit, cross_entropy
 from ddc.slt.config import SLTConfig
 from ddc.slt.learning_coefficient import Settings, estimate, minibatches, module_loss
 from ddc.slt.observables import Batches, Score, categorical_score, label_score, layers_of, observe
@@ -191,8 +191,13 @@ def load_snapshot(folder: Path, step: int) -> dict[str, Tensor]:
 
 
 def restore(model: nn.Module, folder: Path, step: int) -> dict[str, Tensor]:
-    """Put the weights of a snapshot into a model, and return them."""
+    """Put the weights of a snapshot into a model, and return them.
+
+    Raises:
+        ValueError: they are of another architecture.
+    """
     parameters, weights = named_parameters(model), load_snapshot(folder, step)
+    check_fit(parameters, weights, snapshot_path(folder, step))
     with torch.no_grad():
         for name, value in weights.items():
             parameters[name].copy_(value)

@@ -22,6 +22,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from ddc.gauges import whole
+from ddc.models import check_fit
 from ddc.optim.sharding import split_like
 from ddc.training.ranks import Ranks
 from ddc.training.records import write_atomically
@@ -141,10 +142,10 @@ def load_checkpoint(
         return None
     try:
         own = model.state_dict()
-        weights = {name: split_like(w, own[name]) if name in own else w for name, w in state["model"].items()}
-        model.load_state_dict(weights)
+        check_fit(own, state["model"], "the checkpoint")
+        model.load_state_dict({name: split_like(weight, own[name]) for name, weight in state["model"].items()})
         optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{folder} does not fit this run ({error}); start over with training.resume=never"
         ) from error

@@ -5,22 +5,32 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException, HydraException
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ddc.data import DataConfig, ImageConfig, ModularConfig, TextConfig
 from ddc.gauges import KINDS
-from ddc.models import MODELS, ModelConfig
+from ddc.models import MODELS, GPTConfig, ModelConfig
 from ddc.optim.ddcadam import STEP_SCALES, VERTICAL_MODES
 from ddc.optim.muon import ADJUSTMENTS
 from ddc.optim.orthogonal import ORTHOGONALIZERS
 from ddc.slt.config import SLTConfig
+from ddc.training.errors import WHO_READS_WHAT, explained, unknown_key
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+#: No number of a configuration is larger: products of two of them are finite in float32, integers are torch's.
+LARGEST_FLOAT, LARGEST_INTEGER = 1e15, 2**31 - 1
+MISFIT = "the run's configuration does not fit this version of the code"
 SCHEDULES = ("constant", "cosine", "wsd")
 PRECISIONS = ("float32", "bfloat16", "float16")
 PARALLEL = ("ddp", "fsdp")
@@ -38,10 +48,13 @@ class OptimizerConfig:
     weight_decay: float = 0.1
 
     def __post_init__(self) -> None:
+        own = type(self).name
+        require("optimizer.name", self.name, self.name == own, f"{own}; optimizer=NAME chooses another optimizer")
         require("optimizer.lr", self.lr, self.lr > 0, "a positive number")
         require("optimizer.eps", self.eps, self.eps >= 0, "a number >= 0")
         require("optimizer.weight_decay", self.weight_decay, self.weight_decay >= 0, "a number >= 0")
-        require("optimizer.betas", self.betas, all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
+        valid = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        require("optimizer.betas", self.betas, valid, "two numbers in [0, 1)")
 
 
 @dataclass
@@ -119,21 +132,22 @@ DATA = {"gpt": TextConfig, "vit": ImageConfig, "deep_mlp": ModularConfig}
 
 @dataclass
 class GaugesConfig:
-    """Which kinds of gauge the optimizer respects, of those that the model has.
+    """Which kinds of gauge the optimizer respects.
 
-    ``chained_rescale`` is ``relu_rescale`` layer by layer instead of neuron by neuron: one of the two.
+    ``true``: the model must have the kind; ``null``: if the model has it; ``false``: not. ``chained_rescale`` is
+    ``relu_rescale`` layer by layer instead of neuron by neuron: one of the two.
     """
 
-    logit_shift: bool = False
-    relu_rescale: bool = False
-    chained_rescale: bool = False
-    gated_rescale: bool = False
-    norm_scale: bool = False
-    value_rotation: bool = False
-    qk_rotation: bool = False
+    logit_shift: bool | None = False
+    relu_rescale: bool | None = False
+    chained_rescale: bool | None = False
+    gated_rescale: bool | None = False
+    norm_scale: bool | None = False
+    value_rotation: bool | None = False
+    qk_rotation: bool | None = False
 
     def __post_init__(self) -> None:
-        if self.chained_rescale and self.relu_rescale:
+        if {"chained_rescale", "relu_rescale"} <= set(self.kinds):
             raise ValueError(
                 "gauges.chained_rescale=true with gauges.relu_rescale=true: rescales of all neurons contain those of "
                 "their layers; set one of them to false"
@@ -141,7 +155,13 @@ class GaugesConfig:
 
     @property
     def kinds(self) -> list[str]:
-        return [kind for kind in KINDS if getattr(self, kind)]
+        """All but those that are not wanted, in the order of tables."""
+        return [kind for kind in KINDS if getattr(self, kind) is not False]
+
+    @property
+    def per_layer(self) -> bool:
+        """As :func:`ddc.find_gauges` has it."""
+        return self.chained_rescale is not False
 
 
 @dataclass
@@ -187,8 +207,9 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.batch_size is not None:
             require("training.batch_size", self.batch_size, self.batch_size >= 1, "a positive integer or null")
-        for key in ("steps", "accumulation", "evaluations", "evaluation_batches", "threads"):
+        for key in ("steps", "accumulation", "evaluations", "evaluation_batches"):
             require(f"training.{key}", getattr(self, key), getattr(self, key) >= 1, "a positive integer")
+        require("training.threads", self.threads, 1 <= self.threads <= 1024, "an integer from 1 to 1024")
         for key, choices in (
             ("schedule", SCHEDULES),
             ("resume", ("auto", "never")),
@@ -205,6 +226,10 @@ class TrainingConfig:
         )
         if self.max_grad_norm is not None:
             require("training.max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "a positive number or null")
+        for key, highest in (("gap_levels", LARGEST_FLOAT), ("accuracy_levels", 1.0)):
+            levels = getattr(self, key)
+            expected = "numbers in (0, 1]" if highest == 1 else "positive numbers"
+            require(f"training.{key}", levels, all(0 < level <= highest for level in levels), expected)
         if self.batch_size is not None and self.batch_size % self.accumulation:
             raise ValueError(
                 f"Invalid training.accumulation={self.accumulation}: must divide training.batch_size={self.batch_size}"
@@ -267,11 +292,33 @@ class Config:
     seed: int = 0
     runs: str = "runs"
 
+    def __post_init__(self) -> None:
+        require("seed", self.seed, self.seed >= 0, "an integer >= 0")
+        valid = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", self.name) is not None
+        require("name", repr(self.name), valid, "1 to 100 letters, digits and any of . _ -, for it names a folder")
+        model, data = self.model.name, self.data
+        if not isinstance(data, DATA[model]):
+            raise ValueError(f"Invalid data={data.name} with model={model}: {WHO_READS_WHAT}")
+        for kind, reason in self.model.absent_gauges.items():
+            if getattr(self.gauges, kind):
+                raise ValueError(
+                    f"Invalid gauges.{kind}=true: model={model} has no such gauge, for {reason}. Set "
+                    f"gauges.{kind}=false, or gauges=all for those that it has"
+                )
+        if self.training.batch_size is None and not isinstance(data, ModularConfig):
+            raise ValueError("training.batch_size=null takes the whole training split, which only data=modular allows")
+        if not isinstance(self.model, GPTConfig):
+            readings = self.slt.readings
+            require("slt.readings", readings, not readings, f"0, for model={model} has no readings: set slt=none")
+            if isinstance(self.optimizer, DDCMuonConfig) and self.optimizer.per_head:
+                raise ValueError("Invalid optimizer.per_head=true: only model=gpt is taken by heads; set it to false")
+
     @property
     def identity(self) -> dict[str, Any]:
         """All that decides the records of the run, and nothing else."""
         values = dataclasses.asdict(self)
         del values["launcher"], values["wandb"], values["runs"], values["training"]["resume"]
+        values["gauges"] = {kind: wanted is not False for kind, wanted in values["gauges"].items()}
         if not self.slt.readings:
             del values["slt"]
         return values
@@ -307,30 +354,95 @@ def register_schemas() -> None:
             store.store(group=group, name=f"schema_{name}", node=schema)
 
 
+def compose_config(overrides: Sequence[str]) -> Config:
+    """The configuration that ``train.py`` makes of these overrides.
+
+    Raises:
+        ValueError: an override that cannot be, in itself or beside the others; the message names the key.
+    """
+    register_schemas()
+    try:
+        check_choices(overrides)
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            composed = compose("config", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(explained(error)) from error
+    return resolve(composed)
+
+
+def check_choices(arguments: Sequence[str]) -> None:
+    """What Hydra does not say in its own words: that ``slt=false`` is no choice of the group slt.
+
+    Args:
+        arguments: of the command line; flags are left out.
+
+    Raises:
+        HydraException: an override that cannot be read, or a group that is given a number, a boolean or null.
+    """
+    overrides = [each for each in arguments if "=" in each and not each.startswith("-")]
+    for override in OverridesParser.create().parse_overrides(overrides):
+        group, value = override.key_or_group, override.value()
+        choices = sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+        if choices and (value is None or isinstance(value, int | float)):
+            written = override.get_value_string()
+            raise ConfigCompositionException(f"Invalid {group}={written}: expected one of {', '.join(choices)}")
+
+
 def resolve(config: DictConfig) -> Config:
     """The typed, validated configuration of a composed one.
 
     Raises:
-        ValueError: a value out of range; the message names the key.
+        ValueError: a key that does not exist, or a value out of range; the message names the key.
     """
-    resolved = OmegaConf.to_object(config)
+    try:
+        check_entries(config)
+        resolved = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ValueError(explained(error)) from error
     assert isinstance(resolved, Config)
     return resolved
+
+
+def check_entries(config: DictConfig, place: str = "") -> None:
+    """What no schema says for itself: keys that were appended (``+training.epochs=3``), and numbers of any key.
+
+    Raises:
+        ValueError: an unknown key, a number that is not finite or larger than any use.
+    """
+    schema = OmegaConf.get_type(config)
+    assert schema is not None
+    known = {each.name for each in dataclasses.fields(schema)}
+    for name, value in config.items():
+        key = f"{place}{name!s}"
+        if name not in known:
+            raise ValueError(unknown_key(key, schema))
+        if isinstance(value, DictConfig):
+            check_entries(value, f"{key}.")
+        for number in value if isinstance(value, ListConfig) else [value]:
+            if isinstance(number, float):
+                require(key, value, abs(number) <= LARGEST_FLOAT, f"finite, and at most {LARGEST_FLOAT:g} in size")
+            elif isinstance(number, int):
+                require(key, value, abs(number) <= LARGEST_INTEGER, f"at most {LARGEST_INTEGER} in size")
 
 
 def restored(values: dict[str, Any]) -> Config:
     """The configuration that a run's ``run.json`` holds, for one process.
 
+    A gauge that was on is one if the model has it: in older files that is all that ``true`` says.
+
     Raises:
-        ValueError: the run was made by a version of the code with other keys.
+        ValueError: the run was made by a version of the code with other keys, or the file was edited since.
     """
-    schema = OmegaConf.structured(Config)
-    schema.optimizer = OmegaConf.structured(OPTIMIZERS[values["optimizer"]["name"]])
-    model = values["model"].get("name", "gpt")
-    schema.model, schema.data = OmegaConf.structured(MODELS[model]), OmegaConf.structured(DATA[model])
+    schema, model = OmegaConf.structured(Config), values["model"].get("name", "gpt")
     try:
+        schema.optimizer = OmegaConf.structured(OPTIMIZERS[values["optimizer"]["name"]])
+        schema.model, schema.data = OmegaConf.structured(MODELS[model]), OmegaConf.structured(DATA[model])
         merged = OmegaConf.merge(schema, {key: value for key, value in values.items() if key != "launcher"})
+        for kind in KINDS:
+            merged.gauges[kind] = None if merged.gauges[kind] else merged.gauges[kind]
     except OmegaConfBaseException as error:
-        raise ValueError(f"the run's configuration does not fit this version of the code: {error}") from error
+        raise ValueError(f"{MISFIT}: {explained(error)}") from error
+    except KeyError as error:
+        raise ValueError(f"{MISFIT}: there is no {error}") from error
     assert isinstance(merged, DictConfig)
     return resolve(merged)

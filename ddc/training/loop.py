@@ -23,7 +23,6 @@ from torch.optim import Optimizer
 from ddc.data import (
     Data,
     DataConfig,
-    DataError,
     ImageConfig,
     ModularConfig,
     PairData,
@@ -42,6 +41,7 @@ from ddc.models import (
     ModelConfig,
     ViTConfig,
     build_model,
+    check_fit,
     cross_entropy,
 )
 from ddc.optim import DDCAdam, DDCMuon
@@ -89,6 +89,26 @@ class Setup:
     folder: Path
 
 
+@contextlib.contextmanager
+def within_memory() -> Iterator[None]:
+    """Say which keys to change where tensors do not fit into memory.
+
+    Raises:
+        MemoryError: they do not, on the host or on the GPU.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        signs = ("can't allocate memory", "Storage size calculation overflowed")
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in signs):
+            raise MemoryError(
+                "memory does not hold this run (python scripts/memory.py with the same overrides says what it needs): "
+                "take a smaller training.batch_size, a larger training.accumulation, or a smaller model.width or depth"
+            ) from error
+        raise
+
+
+@within_memory()
 def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     """Make data, model, gauges and optimizer.
 
@@ -98,14 +118,11 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
 
     Raises:
         ValueError: a value, a data set or a combination that cannot work; the message names the key and the fix.
+        MemoryError: they do not fit into memory.
     """
     device = choose_device(config.training)
     data = load_data(config.data, config.model, config.seed)
-    batch_size = config.training.batch_size
-    if batch_size is None:
-        if not isinstance(data, PairData):
-            raise ValueError("training.batch_size=null takes the whole training split, which only data=modular allows")
-        batch_size = data.train_units
+    batch_size = config.training.batch_size or data.train_units
     if isinstance(data, PairData):
         check_batch(batch_size, data.train_units, config.training.accumulation)
     if batch_size % (ranks.size * config.training.accumulation):
@@ -116,7 +133,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     torch.set_num_threads(config.training.threads)
     torch.manual_seed(config.seed)
     model = build_model(config.model, **data.sizes).to(device)
-    gauges = find_gauges(model, per_layer=config.gauges.chained_rescale).only(config.gauges.kinds)
+    gauges = find_gauges(model, config.gauges.per_layer).only(config.gauges.kinds)
     start = {name: p.detach().to("cpu", copy=True) for name, p in named_parameters(model).items()}
     hidden = configured_hidden(config, model)
     folder = Path(config.runs) / config.name / config.run_id
@@ -139,7 +156,7 @@ def restore(folder: Path) -> Setup:
     Raises:
         FileNotFoundError: the folder holds no run, or the run has no checkpoint.
         ValueError: the run was made by a version of the code with other keys, or on data that are not here; or its
-            checkpoints are damaged.
+            checkpoints are damaged, or of another architecture than its configuration.
     """
     if not (folder / "run.json").exists():
         raise FileNotFoundError(f"{folder} holds no run")
@@ -152,6 +169,7 @@ def restore(folder: Path) -> Setup:
         if config.training.device == "cuda":
             config.training.device = "cpu"
     setup = dataclasses.replace(prepare(config), folder=folder)
+    check_fit(setup.model.state_dict(), state["model"], f"the checkpoint in {folder}")
     setup.model.load_state_dict(state["model"])
     return setup
 
@@ -170,7 +188,7 @@ def load_data(config: DataConfig, model: ModelConfig, seed: int) -> Data:
     """The data set of a config, in the form that the model reads.
 
     Raises:
-        DataError: the data cannot be had, or the model cannot read it.
+        DataError: the data cannot be had, or are too few for the model.
     """
     match config, model:
         case TextConfig(), GPTConfig():
@@ -179,10 +197,7 @@ def load_data(config: DataConfig, model: ModelConfig, seed: int) -> Data:
             return load_images(config)
         case ModularConfig(), DeepMLPConfig():
             return load_modular(config, seed)
-    raise DataError(
-        f"data={config.name} is not for model={model.name}: model=gpt reads text, model=vit images, "
-        "model=deep_mlp data=modular"
-    )
+    raise TypeError(f"no model {type(model).__name__} reads a {type(config).__name__}")
 
 
 def make_observer(config: Config, device: torch.device, data: Data, model: nn.Module, folder: Path) -> Observer:
@@ -257,14 +272,29 @@ def train(setup: Setup, draw: Callable[[Path], Sequence[Path]] = no_figures) -> 
         DivergedError: the loss is not finite; the last good checkpoint is kept, ``diverged.json`` says what happened.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is saved.
         BusyError: another process trains this run.
+        MemoryError: it does not fit into memory.
+        OSError: the folder of the run cannot be made or written to.
     """
     if setup.config.training.resume == "auto":
         complete = setup.ranks.on_first(lambda: complete_summary(setup.folder))
         if complete is not None:
             return {**complete, "already_complete": True}
-    with contextlib.ExitStack() as held:
-        setup.ranks.on_first(lambda: held.enter_context(only_process_in(setup.folder)))
+    with within_memory(), contextlib.ExitStack() as held:
+        setup.ranks.on_first(lambda: held.enter_context(only_process_in(made(setup))))
         return _train(setup, draw)
+
+
+def made(setup: Setup) -> Path:
+    """The folder of the run, which is there from now on.
+
+    Raises:
+        OSError: it cannot be made; the message names the key.
+    """
+    try:
+        setup.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"Invalid runs={setup.config.runs}: the folder cannot be made ({error})") from error
+    return setup.folder
 
 
 def complete_summary(folder: Path) -> Row | None:
@@ -452,7 +482,7 @@ def learning_rate_factor(training: TrainingConfig, step: int) -> float:
         progress = (step - warmup) / max(1, training.steps - warmup)
         return training.final_lr + (1 - training.final_lr) * (1 + math.cos(math.pi * progress)) / 2
     decay = round(training.decay * training.steps)
-    if training.schedule == "wsd" and step >= training.steps - decay:
+    if training.schedule == "wsd" and decay and step >= training.steps - decay:
         return training.final_lr + (1 - training.final_lr) * (training.steps - step) / decay
     return 1.0
 

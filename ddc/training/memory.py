@@ -35,7 +35,7 @@ def estimate_memory(config: Config, data: Data) -> MemoryEstimate:
     """
     fake, training = FakeTensorMode(), config.training
     real = build_model(config.model, **data.sizes)  # what is traced must have values
-    gauges = find_gauges(real, per_layer=config.gauges.chained_rescale).only(config.gauges.kinds)
+    gauges = find_gauges(real, config.gauges.per_layer).only(config.gauges.kinds)
     with FakeCopyMode(fake):
         model = copy.deepcopy(real)
     hidden = configured_hidden(config, real)

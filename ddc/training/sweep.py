@@ -18,14 +18,11 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from joblib import Parallel, delayed
-from omegaconf.errors import OmegaConfBaseException
 from rich.progress import Progress
 
 from ddc.training.checkpoint import checkpoints
-from ddc.training.config import Config, register_schemas, resolve
+from ddc.training.config import Config, compose_config
 from ddc.training.lock import is_held
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,21 +75,19 @@ def read_sweep(path: Path) -> list[SweepRun]:
 
 def parse_sweep(lines: Sequence[str]) -> list[SweepRun]:
     """The runs of the lines of a sweep file, as :func:`read_sweep`."""
-    register_schemas()
     runs: dict[Path, tuple[int, SweepRun]] = {}
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        for number, line in enumerate(lines, 1):
-            try:
-                overrides = tuple(shlex.split(line, comments=True))
-                if not overrides:
-                    continue
-                config = resolve(compose("config", overrides=list(overrides)))
-            except (ValueError, HydraException, OmegaConfBaseException) as error:
-                raise ValueError(f"line {number}: {error}") from error
-            folder = ROOT / config.runs / config.name / config.run_id
-            if folder in runs:
-                raise ValueError(f"line {number}: the same run as line {runs[folder][0]}")
-            runs[folder] = (number, SweepRun(overrides, folder, config))
+    for number, line in enumerate(lines, 1):
+        try:
+            overrides = tuple(shlex.split(line, comments=True))
+            if not overrides:
+                continue
+            config = compose_config(overrides)
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
+        folder = ROOT / config.runs / config.name / config.run_id
+        if folder in runs:
+            raise ValueError(f"line {number}: the same run as line {runs[folder][0]}")
+        runs[folder] = (number, SweepRun(overrides, folder, config))
     return [run for _, run in runs.values()]
 
 
