@@ -110,9 +110,9 @@ memory: $(STAMP)  ## memory of a training step by model and optimizer, on fake t
 	$(RUN) -m benchmarks.memory
 
 benchmark: memory  ## times of a step, of a reading, and of SGLD beside devinterp's: results/benchmark
-	$(RUN) -m benchmarks.optimizer_step
-	$(RUN) -m benchmarks.probe
 	$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[benchmark]'
+	OMP_NUM_THREADS=1 $(RUN) -m benchmarks.speed
+	$(RUN) -m benchmarks.probe
 	$(RUN) -m benchmarks.learning_coefficient
 
 clean:

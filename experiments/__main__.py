@@ -83,10 +83,11 @@ def summary(claims: Mapping[str, Claim], verdicts: list[Verdict]) -> str:
 def cost_section() -> Section:
     """What a step costs, from the records of the benchmarks."""
     folder = ROOT / "results/benchmark"
-    steps, memory = (json.loads((folder / f"{name}.json").read_text()) for name in ("optimizer_step", "memory"))
-    save_document(folder / "memory.md", cost.memory_table(memory))
-    document = "\n".join((folder / f"{name}.md").read_text() for name in ("optimizer_step", "memory"))
-    return Section("Cost", (), "make benchmark", document, cost.draw(steps, memory, folder))
+    speed, memory = (json.loads((folder / f"{name}.json").read_text()) for name in ("speed", "memory"))
+    tables = cost.speed_table(speed), cost.memory_table(memory)
+    for name, document in zip(("speed", "memory"), tables, strict=True):
+        save_document(folder / f"{name}.md", document)
+    return Section("Cost", (), "make benchmark", "\n".join(tables), cost.draw(speed, memory, folder))
 
 
 def ground_truths() -> Section:

@@ -6,7 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddc.report.figures import COLOURS, HATCHES, Figures, save_figure, subplots
+import numpy as np
+
+from ddc.report.figures import (
+    COLOURS,
+    HATCHES,
+    MARKERS,
+    Figures,
+    nth_style,
+    plain_log_ticks,
+    save_figure,
+    subplots,
+)
 from ddc.report.runs import TITLES
 from ddc.report.stages import Record, table
 
@@ -14,6 +25,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 GIB = 2**30
+#: Optimizers to which times are compared: AdamW, as torch has it, and Muon, torch's and this package's baseline.
+BASES = ("AdamW foreach", "AdamW fused", "torch.optim.Muon", "Muon")
+RATIOS = tuple(f"ratio to {base}" for base in BASES)
 
 
 def memory_table(memory: Record) -> str:
@@ -37,24 +51,128 @@ def memory_table(memory: Record) -> str:
     return f"{table(header, rows, left=2)}\n\n{note}\n"
 
 
-def draw(steps: Record, memory: Record, folder: Path) -> Figures:
-    """All figures of the benchmarks, with their captions."""
-    cost, *_ = plot(steps, memory, folder / "cost")
+def speed_table(speed: Record) -> str:
+    """Times, then memory and traffic, one row a model and optimizer; then slopes. What was not measured is a dash."""
+    rows = [
+        (model, part, name, one) for model, part in speed["models"].items() for name, one in part["optimizers"].items()
+    ]
+    measured = [row for row in rows if "step" in row[3]]
+    times = [
+        [
+            model,
+            name,
+            *(number(one["step"], key, 2) for key in ("ms", "mean ms", *RATIOS)),
+            number(one["whole"], "ms", 1),
+            *(number(one["whole"], key, 3) for key in RATIOS),
+        ]
+        for model, _, name, one in measured
+    ]
+    ratios = [f"/ {base}" for base in BASES]
+    header = ["model", "optimizer", "step, ms", "mean, ms", *ratios, "whole, ms", *(f"whole {each}" for each in ratios)]
+    parts = [table(header, times, left=2)]
+    counted = [row for row in measured if "state_bytes" in row[3]]
+    if counted:
+        header = ["model", "optimizer", "state, MiB", "/ AdamW's", "least traffic, bytes a parameter", "share of it"]
+        parts.append(table(header, [traffic_row(*row) for row in counted], left=2))
+    if "scaling" in speed:
+        parts.append(slope_table(speed["scaling"]))
+    notes = [
+        f"- {conditions(part, model)} Whole training step: {part['batch']}." for model, part in speed["models"].items()
+    ]
+    notes += [f"- {model}: {name} left out: {one['skipped']}." for model, _, name, one in rows if "skipped" in one]
+    if "scaling" in speed:
+        notes.append(f"- {conditions(speed['scaling'], 'Slopes')}")
+    note = (
+        "Step: the optimizer's alone. Whole: forward, backward, clipping and step. Medians over turns; ratios are "
+        "medians of the ratios of one turn, to the same column of the optimizer named. How to read it: docs/speed.md. "
+        "Made by `make benchmark`."
+    )
+    return "\n\n".join([*parts, note, "\n".join(notes)]) + "\n"
+
+
+def number(values: Mapping[str, float], key: str, digits: int) -> str:
+    """A number of a record, or a dash where it has none."""
+    return f"{values[key]:.{digits}f}" if key in values else "–"
+
+
+def traffic_row(model: str, part: Record, name: str, one: Record) -> list[str]:
+    """State, least traffic, and the share of the machine's copy bandwidth that the step makes of it."""
+    rate = one["least_bytes"] / (one["step"]["ms"] / 1e3)
+    return [
+        model,
+        name,
+        f"{one['state_bytes'] / 2**20:.1f}",
+        f"{one['state_bytes'] / part['optimizers']['AdamW fused']['state_bytes']:.2f}",
+        f"{one['least_bytes'] / part['parameters']:.1f}",
+        f"{100 * rate / part['copy_bandwidth']:.0f}%",
+    ]
+
+
+def conditions(part: Record, title: str) -> str:
+    """Under which a part of the record was measured."""
+    machine = part["machine"]
+    where = machine["gpu"] if part.get("device", "cpu") != "cpu" else f"one thread of {machine['cpu']}"
+    copies = (
+        f", which copies {part['copy_bandwidth'] / 1e9:.1f} GB/s (read and written)" if "copy_bandwidth" in part else ""
+    )
+    return f"{title}: {part['turns']} turns, {where}{copies}, float32, commit {part['commit']}."
+
+
+def slopes(along: Record) -> dict[str, tuple[float, float]]:
+    """By optimizer, the slopes of log time, and of log time relative to fused AdamW's, against log size."""
+    sizes = np.log(along["sizes"])
     return {
-        cost: f"Cost: time of an optimizer's step and of a whole training step (medians of {steps['turns']} turns, one "
-        f"thread of {steps['machine']['cpu']}), and state and peak memory of a training step. One machine, no seeds."
+        name: tuple(float(np.polyfit(sizes, np.log([one[key] for one in times]), 1)[0]) for key in ("ms", RATIOS[1]))  # type: ignore[misc]
+        for name, times in along["optimizers"].items()
     }
 
 
-def plot(steps: Record, memory: Record, stem: Path) -> list[Path]:
+def slope_table(scaling: Record) -> str:
+    """One row an axis and optimizer: times at both ends and slopes."""
+    rows = []
+    for axis, along in scaling["along"].items():
+        sizes, parameters = np.log(along["sizes"]), np.log(along["parameters"])
+        ends = f"{axis}, {along['sizes'][0]} to {along['sizes'][-1]}"
+        for name, (slope, relative) in slopes(along).items():
+            times = [one["ms"] for one in along["optimizers"][name]]
+            growth = np.polyfit(sizes, parameters, 1)[0]
+            rows.append(
+                [ends, name, f"{times[0]:.2f}", f"{times[-1]:.2f}", f"{growth:.2f}", f"{slope:.2f}", f"{relative:.2f}"]
+            )
+    header = [
+        "along",
+        "optimizer",
+        "first, ms",
+        "last, ms",
+        "slope of parameters",
+        "slope of time",
+        "slope of time / AdamW fused",
+    ]
+    return table(header, rows, left=2)
+
+
+def draw(speed: Record, memory: Record, folder: Path) -> Figures:
+    """All figures of the benchmarks, with their captions."""
+    cost, *_ = plot(speed, memory, folder / "cost")
+    figures = {
+        cost: "Cost: time of an optimizer's step and of a whole training step (medians of turns, "
+        f"{', '.join(dict.fromkeys(part['machine']['cpu'] for part in speed['models'].values()))}), "
+        "and state and peak memory of a training step. One machine, no seeds."
+    }
+    if "scaling" in speed:
+        scaling, *_ = plot_scaling(speed["scaling"], folder / "scaling")
+        figures[scaling] = (
+            "Time of an optimizer's step along width, depth and number of heads of a GPT; log-log slopes."
+        )
+    return figures
+
+
+def plot(speed: Record, memory: Record, stem: Path) -> list[Path]:
     """Times relative to AdamW's, state a parameter, peak memory."""
-    figure, axes = subplots(1, 4, figsize=(16, 4))
-    models = list(steps["results"])
+    figure, axes = subplots(1, 4, figsize=(18, 4.5))
     for panel, kind, title in ((axes[0], "step", "optimizer's step"), (axes[1], "whole", "whole training step")):
-        names = list(steps["results"][models[0]][kind])
-        ratios = {n: [steps["results"][m][kind][n]["ratio to AdamW fused"] for m in models] for n in names}
-        grouped_bars(panel, models, ratios)
-        panel.set(ylabel="time / fused AdamW's", title=title)
+        ratio_dots(panel, speed["models"], kind)
+        panel.set(xlabel="time / fused AdamW's", title=title)
     rows = {(row["model"], row["optimizer"]): row for row in memory["rows"]}
     models = list(dict.fromkeys(model for model, _ in rows))
     state = {TITLES[n]: [rows[m, n]["optimizer_state"] / rows[m, n]["parameters"] for m in models] for n in TITLES}
@@ -63,6 +181,36 @@ def plot(steps: Record, memory: Record, stem: Path) -> list[Path]:
     grouped_bars(axes[3], models, peak)
     axes[2].set(title="optimizer state", ylabel="bytes a parameter")
     axes[3].set(title="peak memory of a training step", ylabel="memory / AdamW's")
+    return save_figure(figure, stem)
+
+
+def ratio_dots(panel: Axes, models: Record, kind: str) -> None:
+    """One line an optimizer, one marker a model."""
+    names = list(
+        dict.fromkeys(name for part in models.values() for name, one in part["optimizers"].items() if kind in one)
+    )
+    for i, (model, part) in enumerate(models.items()):
+        ratios = {name: one[kind][RATIOS[1]] for name, one in part["optimizers"].items() if kind in one}
+        style: dict[str, Any] = {"color": COLOURS[i], "marker": MARKERS[i], "linestyle": "none"}
+        panel.plot(list(ratios.values()), [names.index(name) for name in ratios], label=model, **style)
+    panel.set_xscale("log")
+    plain_log_ticks(panel.xaxis)
+    panel.set_yticks(range(len(names)), names, fontsize=8)
+    panel.invert_yaxis()
+    panel.legend(frameon=False, fontsize="small", ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.08))
+
+
+def plot_scaling(scaling: Record, stem: Path) -> list[Path]:
+    """Milliseconds of a step against each size, with slopes."""
+    figure, axes = subplots(1, len(scaling["along"]), figsize=(13, 4), sharey=True)
+    for panel, (axis, along) in zip(axes, scaling["along"].items(), strict=True):
+        for i, (name, (slope, _)) in enumerate(slopes(along).items()):
+            times = [one["ms"] for one in along["optimizers"][name]]
+            panel.plot(along["sizes"], times, label=f"{name}, {slope:.2f}", **nth_style(i, marker=True))
+        panel.set(xscale="log", yscale="log", xlabel=axis)
+        plain_log_ticks(panel.xaxis)
+        panel.legend(frameon=False, fontsize="small", title="optimizer, slope")
+    axes[0].set(ylabel="milliseconds of a step")
     return save_figure(figure, stem)
 
 

@@ -1,0 +1,338 @@
+"""Time and memory of an optimizer's step: ``python -m benchmarks.speed`` writes results/benchmark/speed.json and .md.
+
+For each model, all optimizers act on the same weights and take turns in one process, in an order drawn anew at every
+turn, so that a drift of the machine's speed, and what the one before leaves in the caches, meet all alike. Figures are
+medians over turns; ratios are medians of the ratios of one turn. Each model's results are written as they come, into
+the record that is there: ``--models`` measures a part anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import importlib.metadata
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from ddc import DDCAdam, DDCMuon, find_gauges, hidden_matrices
+from ddc.gauges import Chain, Rescale, named_parameters
+from ddc.models import GPT, GPTConfig, cross_entropy
+from ddc.models.deep_mlp import DeepMLP, DeepMLPConfig
+from ddc.models.vit import ViTConfig, vision_transformer
+from ddc.optim.combined import CombinedOptimizer
+from ddc.optim.muon import Muon
+from ddc.report.cost import BASES, speed_table
+from ddc.training.loop import grad_norm
+from ddc.training.records import provenance, write_atomically, write_json
+
+PEERS = "pytorch-optimizer"
+LR = 1e-5
+#: Turns of an action that takes more than SLOW seconds, whatever the others have.
+FEW, SLOW = 3, 2.0
+COPIED_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, one batch for it, and how many turns its optimizers take; ``too_slow`` are left out on a CPU."""
+
+    title: str
+    build: Callable[[], nn.Module]
+    batch: Callable[[], tuple[Tensor, Tensor]]
+    batch_title: str
+    turns: int
+    too_slow: tuple[str, ...] = ()
+
+
+def text_case(
+    title: str, config: GPTConfig, turns: int, sequences: int, tokens: int, vocabulary: int = 256, too_slow: Any = ()
+) -> Case:
+    """A language model on random tokens."""
+
+    def batch() -> tuple[Tensor, Tensor]:
+        drawn = torch.randint(vocabulary, (sequences, tokens + 1))
+        return drawn[:, :-1], drawn[:, 1:]
+
+    batch_title = f"{sequences} sequences of {tokens} tokens"
+    return Case(title, lambda: GPT(config, vocabulary), batch, batch_title, turns, too_slow)
+
+
+VIT_S = ViTConfig(patch=16, layers=12, width=384, heads=6, hidden=1536)
+GPT_10M = GPTConfig(layers=6, width=384, heads=6, kv_heads=2, hidden=1024)
+GPT_124M = GPTConfig(layers=12, width=768, heads=12, kv_heads=12, hidden=2048, tied_head=True)
+#: They orthogonalise in bfloat16, which many CPUs emulate a hundred times slower: minutes a step.
+BFLOAT16 = ("torch.optim.Muon", "Muon, pytorch-optimizer")
+CASES = {
+    "gpt-1m": text_case("GPT 0.8M", GPTConfig(), 100, 16, 128),
+    "gpt-10m": text_case("GPT 10M", GPT_10M, 40, 16, 128, too_slow=BFLOAT16),
+    "gpt-124m": text_case("GPT 124M", GPT_124M, 10, 1, 128, 50257, too_slow=(*BFLOAT16, "SOAP, pytorch-optimizer")),
+    "vit-s": Case(
+        "ViT-S 22M",
+        lambda: vision_transformer(VIT_S, (3, 224, 224), 1000),
+        lambda: (torch.randn(2, 3, 224, 224), torch.randint(1000, (2,))),
+        "2 images of 224 × 224",
+        20,
+        too_slow=BFLOAT16,
+    ),
+    "deep-mlp": Case(
+        "deep MLP 0.25M",
+        lambda: DeepMLP(DeepMLPConfig(depth=24, width=96), 97, 97),
+        lambda: (torch.randint(97, (256, 2)), torch.randint(97, (256,))),
+        "256 pairs",
+        100,
+    ),
+}
+#: Sizes of a GPT along which the time of a step is followed, one at a time.
+SCALING: dict[str, dict[int, GPTConfig]] = {
+    "width": {
+        n: GPTConfig(width=n, heads=n // 32, kv_heads=n // 32, hidden=8 * n // 3) for n in (96, 192, 384, 576, 768)
+    },
+    "depth": {n: GPTConfig(layers=n, kv_heads=4) for n in (4, 8, 16, 32, 48)},
+    "heads": {n: GPTConfig(width=256, heads=n, kv_heads=n, hidden=688) for n in (2, 4, 8, 16)},
+}
+
+
+class Subject:
+    """A model with its gauges, and its parameters as Muon and AdamW share them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.gauges, self.hidden = model, find_gauges(model), hidden_matrices(model)
+        names = {matrix.parameter for matrix in self.hidden}
+        parameters = named_parameters(model)
+        self.matrices = [(name, p) for name, p in parameters.items() if name in names]
+        self.rest = [(name, p) for name, p in parameters.items() if name not in names]
+        #: what is decomposed: its norms must be known before it can move
+        self.in_orbits = names.union(*(g.parameters for g in self.gauges if isinstance(g, Rescale | Chain)))
+
+    def with_adamw(self, muon: Optimizer) -> Optimizer:
+        """Muon's part and fused AdamW for the rest, as the configurations have it."""
+        return CombinedOptimizer((muon, AdamW(self.rest, lr=LR, fused=True)))
+
+
+def peer(name: str) -> Any:
+    """An optimizer of pytorch-optimizer; ImportError where that is not installed."""
+    return getattr(importlib.import_module("pytorch_optimizer"), name)
+
+
+def peer_muon(s: Subject) -> Optimizer:
+    groups = [
+        {"params": [p for _, p in s.matrices], "use_muon": True},
+        {"params": [p for _, p in s.rest], "use_muon": False},
+    ]
+    optimizer: Optimizer = peer("Muon")(groups, lr=LR, adamw_lr=LR)
+    return optimizer
+
+
+OPTIMIZERS: dict[str, Callable[[Subject], Optimizer]] = {
+    "AdamW foreach": lambda s: AdamW(s.model.parameters(), lr=LR, foreach=True),
+    "AdamW fused": lambda s: AdamW(s.model.parameters(), lr=LR, fused=True),
+    "DDCAdam eager": lambda s: DDCAdam(s.model.named_parameters(), s.gauges, lr=LR),
+    "DDCAdam compiled": lambda s: DDCAdam(s.model.named_parameters(), s.gauges, lr=LR, compiled=True),
+    "torch.optim.Muon": lambda s: s.with_adamw(torch.optim.Muon(s.matrices, lr=LR)),
+    "Muon": lambda s: s.with_adamw(Muon(s.matrices, lr=LR)),
+    "DDCMuon": lambda s: DDCMuon(s.model.named_parameters(), s.gauges, s.hidden, lr=LR, adam_lr=LR),
+    "Muon, pytorch-optimizer": peer_muon,
+    "AdamP, pytorch-optimizer": lambda s: peer("AdamP")(s.model.parameters(), lr=LR),
+    "SOAP, pytorch-optimizer": lambda s: peer("SOAP")(s.model.parameters(), lr=LR),
+}
+
+
+def seconds(action: Callable[[], object], device: torch.device) -> float:
+    """How long an action takes, until an accelerator is done with it."""
+
+    def wait() -> None:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+
+    wait()
+    start = time.perf_counter()
+    action()
+    wait()
+    return time.perf_counter() - start
+
+
+def take_turns(
+    actions: Mapping[str, Callable[[], object]], turns: int, device: torch.device, title: str
+) -> dict[str, list[float]]:
+    """Seconds of every action at every turn, those of the first :data:`FEW` turns alone where it is slow."""
+    draw, times = random.Random(0), {name: list[float]() for name in actions}
+    for turn in track(range(turns), title):
+        for name in draw.sample(list(actions), len(actions)):
+            if turn < FEW or statistics.median(times[name]) < SLOW:
+                times[name].append(seconds(actions[name], device))
+    return times
+
+
+def summarize(times: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Milliseconds, median and mean, and the median ratio to each base at the same turn."""
+    return {
+        name: {
+            "turns": len(values),
+            "ms": 1e3 * statistics.median(values),
+            "mean ms": 1e3 * statistics.fmean(values),
+            **{
+                f"ratio to {base}": statistics.median(a / b for a, b in zip(values, times[base], strict=False))
+                for base in BASES
+                if base in times
+            },
+        }
+        for name, values in times.items()
+    }
+
+
+def copy_bandwidth(device: torch.device) -> list[float]:
+    """Bytes that a large copy reads and writes in a second, ten times."""
+    source = torch.zeros(COPIED_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    return [2 * COPIED_BYTES / seconds(lambda: target.copy_(source), device) for _ in range(11)][1:]
+
+
+def tensors(value: Any) -> Iterable[Tensor]:
+    """All tensors in nested lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from tensors(each)
+
+
+def bytes_of(value: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors(value))
+
+
+def least_bytes(optimizer: Optimizer, subject: Subject) -> int:
+    """What a step must move if it keeps nothing between passes over the weights (docs/speed.md).
+
+    Weights and gradients are read, weights written, the state is read and written: 28 bytes a parameter for AdamW in
+    float32. In orbits, two passes more: norms and inner products need weights and gradients before all else, and the
+    update, whose norm must be known before it is applied, is worked out again from the state: 48.
+    """
+    total = 0
+    for name, p in named_parameters(subject.model).items():
+        weights, state = bytes_of(p), bytes_of(optimizer.state[p])
+        total += 3 * weights + 2 * state
+        if isinstance(optimizer, DDCAdam) and name in subject.in_orbits:
+            total += 3 * weights + state
+    return total
+
+
+def measure(case: Case, turns: int, device: torch.device) -> dict[str, Any]:
+    """One model with all optimizers: the step alone, and a whole training step with clipping."""
+    torch.manual_seed(0)
+    subject = Subject(case.build().to(device))
+    model = subject.model
+    inputs, targets = (each.to(device) for each in case.batch())
+    optimizers: dict[str, Optimizer] = {}
+    results: dict[str, dict[str, Any]] = {}
+    for name, make in OPTIMIZERS.items():
+        results[name] = {}
+        if device.type == "cpu" and name in case.too_slow:
+            results[name]["skipped"] = "it takes minutes a step on a CPU"
+            continue
+        try:
+            optimizers[name] = make(subject)
+        except ImportError as error:
+            results[name]["skipped"] = f"{error.name} is not installed"
+
+    def training_step(optimizer: Optimizer) -> None:
+        model.zero_grad()
+        cross_entropy(model(inputs), targets).backward()
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, grad_norm(model, optimizer))
+        optimizer.step()
+
+    whole = {name: functools.partial(training_step, optimizer) for name, optimizer in optimizers.items()}
+    for name, optimizer in track(optimizers.items(), f"{case.title}: warming up"):
+        whole[name]()
+        optimizer.step()
+    bandwidth = copy_bandwidth(device)
+    steps: dict[str, Callable[[], object]] = {name: optimizer.step for name, optimizer in optimizers.items()}
+    times = {
+        "step": summarize(take_turns(steps, turns, device, f"{case.title}: step")),
+        "whole": summarize(take_turns(whole, max(FEW, turns // 5), device, f"{case.title}: whole training step")),
+    }
+    bandwidth += copy_bandwidth(device)
+    for name, optimizer in optimizers.items():
+        results[name] = {
+            **{kind: by_optimizer[name] for kind, by_optimizer in times.items()},
+            "state_bytes": sum(map(bytes_of, optimizer.state.values())),
+            "least_bytes": least_bytes(optimizer, subject),
+        }
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "batch": case.batch_title,
+        "copy_bandwidth": statistics.median(bandwidth),
+        "optimizers": results,
+        **conditions(turns, device),
+    }
+
+
+def measure_scaling(turns: int, device: torch.device) -> dict[str, Any]:
+    """The step alone along width, depth and number of heads, on random gradients."""
+    names = ("AdamW fused", "DDCAdam eager", "DDCAdam compiled", "Muon", "DDCMuon")
+    along: dict[str, Any] = {}
+    for axis, configs in SCALING.items():
+        along[axis] = {"sizes": [*configs], "parameters": [], "optimizers": {name: [] for name in names}}
+        for size, config in configs.items():
+            torch.manual_seed(0)
+            subject = Subject(GPT(config, 256).to(device))
+            for p in subject.model.parameters():
+                p.grad = torch.randn_like(p)
+            steps = {name: OPTIMIZERS[name](subject).step for name in names}
+            for step in steps.values():
+                step()
+            times = summarize(take_turns(steps, turns, device, f"GPT, {axis} {size}"))
+            along[axis]["parameters"].append(sum(p.numel() for p in subject.model.parameters()))
+            for name in names:
+                along[axis]["optimizers"][name].append(times[name])
+    return {"along": along, **conditions(turns, device)}
+
+
+def conditions(turns: int, device: torch.device) -> dict[str, Any]:
+    """Under which a part of the record was made."""
+    about = provenance()
+    try:
+        about["versions"][PEERS] = importlib.metadata.version(PEERS)
+    except importlib.metadata.PackageNotFoundError:
+        about["versions"][PEERS] = None
+    return {"turns": turns, "threads": torch.get_num_threads(), "device": device.type, "seed": 0, **about}
+
+
+def main() -> None:
+    """Measure, and write the record and the table after each part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = [*CASES, "scaling"]
+    parser.add_argument("--models", nargs="+", choices=parts, default=parts, metavar="MODEL", help=", ".join(parts))
+    parser.add_argument("--turns", type=int, help="turns of each part (as many as the part says)")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--output", type=Path, default=Path("results/benchmark"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / "speed.json"
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"models": {}}
+    for part in arguments.models:
+        if part == "scaling":
+            record["scaling"] = measure_scaling(arguments.turns or 30, arguments.device)
+        else:
+            case = CASES[part]
+            measured = {**record["models"], case.title: measure(case, arguments.turns or case.turns, arguments.device)}
+            record["models"] = {c.title: measured[c.title] for c in CASES.values() if c.title in measured}
+        write_json(path, record)
+        write_atomically(path.with_suffix(".md"), speed_table(record).encode())
+    print(speed_table(record))
+
+
+if __name__ == "__main__":
+    main()
