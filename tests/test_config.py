@@ -154,7 +154,7 @@ def command_lines(draw: st.DrawFn) -> str:
 
 
 NESTED = "|".join(re.escape(key) for key in ALL_KEYS if "." in key)
-WHOLE = "|".join([*(key for key in ALL_KEYS if "." not in key), "gauges", "training", "slt", "scale", "experiment"])
+WHOLE = "|".join([*(key for key in ALL_KEYS if "." not in key), "gauges", "training", "slt", "scale", "experiment", "model", "data", "optimizer", "launcher"])
 NAMES_A_KEY = re.compile(rf"\b({NESTED})\b|\b({WHOLE})[=:/]|Unknown key|Invalid override")
 
 
@@ -237,7 +237,7 @@ def test_the_command_line_says_it_in_one_line(tmp_path: Path, arguments: str, me
     assert process.returncode == 1
     assert output.strip().splitlines()[-1].startswith(message)
     assert "Traceback" not in output
-    assert not list(tmp_path.iterdir())
+    assert not [path for path in tmp_path.iterdir() if path.name != "multirun.yaml"]  # which is Hydra's own
 
 
 GPTS = [

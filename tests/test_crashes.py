@@ -146,6 +146,6 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> 
     third.terminate()
     third.join()
     assert third.exitcode == os.EX_TEMPFAIL
-    saved = read_checkpoint(run.folder, "cpu")["step"]
+    saved = read_checkpoint(run.folder)["step"]
     said = output.read_text().splitlines()[-1]
     assert said == f"stopped after step {saved}; the same command goes on from there"
