@@ -138,7 +138,7 @@ def peer_muon(s: Subject) -> Optimizer:
 OPTIMIZERS: dict[str, Callable[[Subject], Optimizer]] = {
     "AdamW foreach": lambda s: AdamW(s.model.parameters(), lr=LR, foreach=True),
     "AdamW fused": lambda s: AdamW(s.model.parameters(), lr=LR, fused=True),
-    "DDCAdam eager": lambda s: DDCAdam(s.model.named_parameters(), s.gauges, lr=LR),
+    "DDCAdam eager": lambda s: DDCAdam(s.model.named_parameters(), s.gauges, lr=LR, compiled=False),
     "DDCAdam compiled": lambda s: DDCAdam(s.model.named_parameters(), s.gauges, lr=LR, compiled=True),
     "torch.optim.Muon": lambda s: s.with_adamw(torch.optim.Muon(s.matrices, lr=LR)),
     "Muon": lambda s: s.with_adamw(Muon(s.matrices, lr=LR)),

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 #: Optimizers to which times are compared: AdamW, as torch has it, and Muon, torch's and this package's baseline.
 BASES = ("AdamW foreach", "AdamW fused", "torch.optim.Muon", "Muon")
+WHOLE_BASES = ("AdamW fused", "Muon")
 RATIOS = tuple(f"ratio to {base}" for base in BASES)
 
 
@@ -63,12 +64,20 @@ def speed_table(speed: Record) -> str:
             name,
             *(number(one["step"], key, 2) for key in ("ms", "mean ms", *RATIOS)),
             number(one["whole"], "ms", 1),
-            *(number(one["whole"], key, 3) for key in RATIOS),
+            *(number(one["whole"], f"ratio to {base}", 3) for base in WHOLE_BASES),
         ]
         for model, _, name, one in measured
     ]
     ratios = [f"/ {base}" for base in BASES]
-    header = ["model", "optimizer", "step, ms", "mean, ms", *ratios, "whole, ms", *(f"whole {each}" for each in ratios)]
+    header = [
+        "model",
+        "optimizer",
+        "step, ms",
+        "mean, ms",
+        *ratios,
+        "whole, ms",
+        *(f"whole / {base}" for base in WHOLE_BASES),
+    ]
     parts = [table(header, times, left=2)]
     counted = [row for row in measured if "state_bytes" in row[3]]
     if counted:
@@ -133,9 +142,9 @@ def slope_table(scaling: Record) -> str:
     for axis, along in scaling["along"].items():
         sizes, parameters = np.log(along["sizes"]), np.log(along["parameters"])
         ends = f"{axis}, {along['sizes'][0]} to {along['sizes'][-1]}"
+        growth = np.polyfit(sizes, parameters, 1)[0]
         for name, (slope, relative) in slopes(along).items():
             times = [one["ms"] for one in along["optimizers"][name]]
-            growth = np.polyfit(sizes, parameters, 1)[0]
             rows.append(
                 [ends, name, f"{times[0]:.2f}", f"{times[-1]:.2f}", f"{growth:.2f}", f"{slope:.2f}", f"{relative:.2f}"]
             )
