@@ -154,7 +154,20 @@ def command_lines(draw: st.DrawFn) -> str:
 
 
 NESTED = "|".join(re.escape(key) for key in ALL_KEYS if "." in key)
-WHOLE = "|".join([*(key for key in ALL_KEYS if "." not in key), "gauges", "training", "slt", "scale", "experiment", "model", "data", "optimizer", "launcher"])
+WHOLE = "|".join(
+    [
+        *(key for key in ALL_KEYS if "." not in key),
+        "gauges",
+        "training",
+        "slt",
+        "scale",
+        "experiment",
+        "model",
+        "data",
+        "optimizer",
+        "launcher",
+    ]
+)
 NAMES_A_KEY = re.compile(rf"\b({NESTED})\b|\b({WHOLE})[=:/]|Unknown key|Invalid override")
 
 
