@@ -22,7 +22,7 @@ define measure
 	done
 endef
 
-.PHONY: lm_overtrain grok vit fashion-mnist report slurm-test test lint docs overtraining rates status reproduce architectures refused equivariance known_rates learning_coefficients benchmark memory clean
+.PHONY: lm_overtrain grok vit fashion-mnist report slurm-test test lint docs overtraining rates status reproduce architectures refused equivariance precision known_rates learning_coefficients benchmark memory clean
 
 lm_overtrain: $(STAMP)  ## the main job: AdamW and DDCAdam side by side, one core each; tables and plots
 	@mkdir -p runs/main
@@ -69,7 +69,7 @@ report: $(STAMP)  ## every table and figure from committed records, and results/
 	@$(RUN) -m experiments report
 
 reproduce:  ## all runs anew, one experiment after the other, about eight hours on two cores
-	@for target in overtraining rates vit grok equivariance known_rates learning_coefficients benchmark report; do \
+	@for target in overtraining rates vit grok equivariance precision known_rates learning_coefficients benchmark report; do \
 	    $(MAKE) --no-print-directory $$target || exit 1; \
 	done
 
@@ -90,6 +90,9 @@ docs: $(STAMP)  ## the documentation site: build/docs/index.html
 
 equivariance: $(STAMP)  ## claim C6: the table of results/equivariance
 	$(RUN) -m experiments.equivariance
+
+precision: $(STAMP)  ## float32, mixed and bfloat16 training against float64: results/precision
+	$(RUN) -m experiments.precision
 
 architectures: $(STAMP)  ## which gauges are found in models of timm and transformers: docs/architectures.md
 	$(RUN) -m experiments.architectures

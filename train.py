@@ -1,11 +1,16 @@
-"""Train one model: ``python train.py +experiment=lm_overtrain optimizer=ddcadam``."""
+"""Train one model: ``python train.py +experiment=lm_overtrain optimizer=ddcadam``.
+
+By several processes: ``torchrun --nproc-per-node=2 train.py launcher=torchrun +experiment=lm_overtrain``.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.errors import HydraException
@@ -20,6 +25,8 @@ from ddc.training.config import check_choices, register_schemas, resolve
 from ddc.training.errors import explained
 from ddc.training.lock import BusyError
 from ddc.training.loop import DivergedError, prepare, train
+from ddc.training.ranks import joined
+from ddc.training.records import Row
 
 #: What ends a run before its time, and is no bug.
 STOPS = (DivergedError, BusyError, CheckpointError, MemoryError, OSError, KeyboardInterrupt)
@@ -29,20 +36,34 @@ register_schemas()
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
 def main(composed: DictConfig) -> None:
     """Run what the composed configuration says, and show what came of it."""
-    try:
-        setup = prepare(resolve(composed))
-    except (ValueError, MemoryError) as error:
-        sys.exit(f"error: {error}")
-    drawn = functools.cache(draw)  # for the mirror and for the list below
-    try:
-        summary = train(setup, drawn)
-    except STOPS as error:
-        sys.exit(f"stopped: {error}")
+    with contextlib.ExitStack() as stack:
+        try:
+            config = resolve(composed)
+            ranks = stack.enter_context(joined(config.launcher))
+            setup = prepare(config, ranks)
+        except (ValueError, MemoryError) as error:
+            fail(f"error: {error}")
+        drawn = functools.cache(draw)  # for the mirror and for the list below
+        try:
+            summary = train(setup, drawn)
+        except STOPS as error:
+            fail(f"stopped: {error}")
+        if ranks.first:
+            show(setup.folder, summary, drawn(setup.folder))
+
+
+def show(folder: Path, summary: Row, figures: list[Path]) -> None:
+    """Print the summary of a run, and where its files are."""
     if summary.get("already_complete"):
-        print(f"This run was complete already; training.resume=never runs it again. Folder: {setup.folder}")
-    Console().print(summary_table([Run.read(setup.folder)]))
-    for path in (setup.folder / "summary.json", setup.folder / "records.jsonl", *drawn(setup.folder)):
+        print(f"This run was complete already; training.resume=never runs it again. Folder: {folder}")
+    Console().print(summary_table([Run.read(folder)]))
+    for path in (folder / "summary.json", folder / "records.jsonl", *figures):
         print(path)
+
+
+def fail(message: str) -> NoReturn:
+    """End with a message, of which one process of several is enough."""
+    sys.exit(message if os.environ.get("RANK", "0") == "0" else 1)
 
 
 def draw(folder: Path) -> list[Path]:
@@ -57,4 +78,4 @@ if __name__ == "__main__":
         check_choices(sys.argv[1:])
         main()
     except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"error: {explained(error)}")
+        fail(f"error: {explained(error)}")

@@ -68,19 +68,21 @@ def orthogonalizer(model: nn.Module, single: str) -> str:
     return "polar" if next(model.parameters()).dtype == torch.float64 else single
 
 
-def muon(model: nn.Module, gauges: GaugeSet) -> Optimizer:
+def muon(model: nn.Module, gauges: GaugeSet, **options: Any) -> Optimizer:
     """The baseline of DDCMuon: Muon for hidden matrices, AdamW for the rest."""
+    options = {"orthogonalizer": orthogonalizer(model, "newton_schulz_bfloat16"), **options}
     return make_muon(
-        model, WEIGHT_DECAY, lr=MUON_LR, adam_lr=LR, momentum=0.95, nesterov=True, adjust_lr_fn="original",
-        orthogonalizer=orthogonalizer(model, "newton_schulz_bfloat16"), betas=(0.9, 0.999), eps=1e-8,
+        model, hidden_matrices(model), WEIGHT_DECAY, lr=MUON_LR, adam_lr=LR, momentum=0.95, nesterov=True,
+        adjust_lr_fn="original", betas=(0.9, 0.999), eps=1e-8, **options,
     )  # fmt: skip
 
 
-def ddcmuon(model: nn.Module, gauges: GaugeSet) -> DDCMuon:
+def ddcmuon(model: nn.Module, gauges: GaugeSet, **options: Any) -> DDCMuon:
     """Muon's lift, with the baseline's hyperparameters."""
+    options = {"orthogonalizer": orthogonalizer(model, "newton_schulz"), **options}
     return DDCMuon(
         model.named_parameters(), gauges, hidden_matrices(model), lr=MUON_LR, adam_lr=LR, weight_decay=WEIGHT_DECAY,
-        orthogonalizer=orthogonalizer(model, "newton_schulz"),
+        **options,
     )  # fmt: skip
 
 

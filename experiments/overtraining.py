@@ -10,7 +10,7 @@ Written before the runs:
   paired by seed. *Fit* is a train loss of at most 0.5 at the end.
 - *matched*: rate 0.001 and decay 0.1 for both, radial rate 1. *tuned*: each at the best of sixteen settings, on seed
   100, by the last validation loss among those that fit. AdamW: rates by decays. DDCAdam: radial rates by the same
-  decays, at one learning rate. (Until commit 9460f41 the best two were to run on two more seeds. That was given up
+  decays, at one learning rate. (Until commit 984d4ad the best two were to run on two more seeds. That was given up
   for time, before the tuning began.)
 - ``equal_loss`` and ``early``: each at the best of the same sixteen on seed 100 by two other questions, the lowest gap
   at train loss 0.5, and the lowest best validation loss; reported on seeds 0 to 2.
@@ -21,8 +21,8 @@ Written before the runs:
   smaller with p < 0.05. The gap at the end is shown beside it, and decides nothing: an untrained model has gap 0.
 
 The grid was enlarged once, when 22 of its first 24 runs had ended and before any run of the tuned stages: DDCAdam's had
-decays 0, 0.1 and 0.3, and all three questions pointed at its edge, 0.3; AdamW's had rates from 0.001. So DDCAdam got
-decays 1 and 3 (and decay 0 became a stage of its own), AdamW rate 0.0005: sixteen settings each, at the same decays.
+decays 0, 0.1 and 0.3, and two of the three questions pointed at its edge, 0.3; AdamW's had rates from 0.001. So DDCAdam
+got decays 1 and 3 (decay 0 became a stage of its own), AdamW rate 0.0005: sixteen settings each, at the same decays.
 
 The range of rates and decays follows the prototype's runs. At the matched setting the outcome on seeds 0 to 2 was known
 before, from runs of the same configuration (results/lm_overtrain, results/rates): only seeds 3 and 4 are new there.

@@ -6,7 +6,8 @@ python -m experiments.rates report          # tables and figures from there
 
 AdamW and DDCAdam at one setting (rate 0.001, decay 0.1) on ``+experiment=lm_overtrain slt=cells``, whose configuration
 holds the rule by which a cell is read. Stages: ``small``, 4 layers, 5 × 5 cells, seeds 0 to 2; ``deep``, 12 layers,
-the paper's 13 × 5 cells, seed 0; ``coefficients``, estimates of the learning coefficient along the run, seed 0.
+13 × 5 cells, as many as the paper's, seed 0; ``coefficients``, estimates of the learning coefficient along the run,
+seed 0.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def test_nothing_whole_is_an_error_that_says_what_to_do(tmp_path: Path, monkeypa
     with pytest.raises(CheckpointError):
         restore(folder)
     train(run(tmp_path / "broken", "training.resume=never"))
-    assert read_checkpoint(folder, "cpu")["step"] == 12
+    assert read_checkpoint(folder)["step"] == 12
 
 
 class Hostile:
@@ -128,7 +128,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             train(run(disk))
         folder = next(disk.glob("gpt/*"))
         assert not list(folder.glob("*.tmp"))
-        assert read_checkpoint(folder, "cpu") is not None
+        assert read_checkpoint(folder) is not None
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         train(run(disk))
         assert_same_run(whole.folder, folder)

@@ -299,7 +299,7 @@ def test_the_report_follows_from_committed_records(tmp_path: Path) -> None:
         for path in (tmp_path / "results" / name).glob("*")
         if path.suffix in (".md", ".tex", ".png", ".pdf", ".html")
     ]
-    assert len(made) > 30
+    assert len(made) >= 50
     for path in made:
         path.unlink()
     run = subprocess.run(
@@ -316,6 +316,6 @@ def test_the_report_follows_from_committed_records(tmp_path: Path) -> None:
         if path.suffix in (".md", ".tex"):
             assert path.read_text() == (ROOT / path.relative_to(tmp_path)).read_text(), path
     html = (tmp_path / "results/report/index.html").read_text()
-    assert html.count("<img") >= 10
+    assert html.count("<img") >= 19
     assert not re.findall(r'(?:src|href)="(?!#|data:|https://arxiv)[^"]*"', html)
     assert all(f"{name}:" in html for name in CLAIM)

@@ -23,6 +23,7 @@ from ddc.training.checkpoint import load_checkpoint, read_checkpoint
 from ddc.training.config import Config, TrainingConfig, register_schemas, resolve
 from ddc.training.loop import DivergedError, learning_rate_factor, prepare, train
 from ddc.training.mirror import Mirror
+from ddc.training.ranks import ALONE
 from ddc.training.records import Records, gap_at, summarize
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,7 +126,7 @@ def test_the_run_id_knows_what_decides_the_numbers() -> None:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return read_checkpoint(folder, "cpu")["model"]
+    return read_checkpoint(folder)["model"]
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -215,7 +216,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path, number: int) 
     assert "stopped after step" in output
     assert "Traceback" not in output
     folder = run_folder(tmp_path)
-    saved = read_checkpoint(folder, "cpu")["step"]
+    saved = read_checkpoint(folder)["step"]
     assert saved == int(output.split("stopped after step ")[1].split(";")[0])
     assert saved >= Records(folder / "records.jsonl").read()[-1]["step"]
     second = train_py(*LONG, f"runs={tmp_path}")
@@ -238,11 +239,62 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert re.search(r"loss .* is (nan|inf)", (setup.folder / "diverged.json").read_text())
 
 
+def spoil_gradients(setup: loop.Setup, index: tuple[int, int], steps: range) -> None:
+    """One entry of the embedding's gradient is nan at these steps, beside a loss that is finite."""
+    count = itertools.count()
+
+    def spoiled(gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone()
+        if next(count) in steps:
+            gradient[index] = math.nan
+        return gradient
+
+    setup.model.embedding.weight.register_hook(spoiled)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_gradient_that_is_no_number_stops_the_run_at_the_next_loss(tmp_path: Path, optimizer: str) -> None:
+    setup = run(tmp_path, f"optimizer={optimizer}")
+    spoil_gradients(setup, (0, 0), range(4, 5))
+    with pytest.raises(DivergedError, match=r"the loss of step 5 is nan.* last good checkpoint"):
+        train(setup)
+    assert [row["step"] for row in Records(setup.folder / "records.jsonl").read()] == [0, 3]
+    assert all(torch.isfinite(value).all() for value in weights(setup.folder).values())
+    assert "step 5 is nan" in (setup.folder / "diverged.json").read_text()
+
+
+def test_weights_that_are_no_numbers_are_not_saved_though_the_loss_is_finite(tmp_path: Path) -> None:
+    """The embedding of a token that no batch has."""
+    setup = run(tmp_path, "training.max_grad_norm=null")
+    spoil_gradients(setup, (1, 0), range(4, 5))
+    with pytest.raises(DivergedError, match="the weights are not finite; they are not saved"):
+        train(setup)
+    assert [row["step"] for row in Records(setup.folder / "records.jsonl").read()] == [0, 3]
+    assert all(torch.isfinite(value).all() for value in weights(setup.folder).values())
+
+
+def test_float16_skips_what_overflows_and_stops_where_all_does(tmp_path: Path) -> None:
+    """On the CPU, which a config may not ask for: the path is that of a GPU."""
+    losses = {}
+    for bad in (0, 1, 40):
+        setup = run(tmp_path / str(bad), "training.steps=40")
+        setup.config.training.precision = "float16"
+        spoil_gradients(setup, (0, 0), range(4, 4 + bad))
+        if bad < 40:
+            losses[bad] = train(setup)["train_loss"]
+            rows = Records(setup.folder / "records.jsonl").read()
+            assert [row["loss_scale"] for row in rows] == [2.0**16] + [2.0 ** (16 - bad)] * 4
+        else:
+            with pytest.raises(DivergedError, match=r"gradients of step 33 .* overflow, down to a loss scale of 6e-05"):
+                train(setup)
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None:
     setup, other = run(tmp_path), run(tmp_path, "model.width=32")
     train(setup)
     with pytest.raises(ValueError, match=r"(?s)does not fit this run .* training.resume=never"):
-        load_checkpoint(setup.folder, other.model, other.optimizer, torch.amp.GradScaler("cpu"), other.device)
+        load_checkpoint(setup.folder, other.model, other.optimizer, torch.amp.GradScaler("cpu"), ALONE)
 
 
 @pytest.mark.parametrize(

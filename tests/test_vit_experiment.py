@@ -202,5 +202,5 @@ def test_a_run_that_diverged_is_counted_and_left_out_with_its_partner() -> None:
 
 def test_restored_weights_are_those_of_the_run(trained: dict[str, Path]) -> None:
     setup = restore(trained["vit_scratch"])
-    state = read_checkpoint(setup.folder, "cpu")["model"]
+    state = read_checkpoint(setup.folder)["model"]
     assert all(torch.equal(value, state[name]) for name, value in setup.model.state_dict().items())

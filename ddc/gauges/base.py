@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 Params = Mapping[str, Tensor]
 
@@ -99,6 +100,11 @@ def named_parameters(model: nn.Module) -> dict[str, Tensor]:
 def plain_name(name: str) -> str:
     """A parameter's name as the unwrapped model has it."""
     return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which ranks hold parts (a DTensor, for which all ranks must ask), or the tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def unit_view(tensor: Tensor, axis: int) -> Tensor:

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ddc.gauges.base import KINDS, Gauge, Refusal, check_kind, named_parameters
+from ddc.gauges.base import KINDS, Gauge, Refusal, check_kind, named_parameters, whole
 
 Entry = TypeVar("Entry", Gauge, Refusal)
 
@@ -114,7 +114,8 @@ def check(
 def audit(model: nn.Module, gauges: Iterable[Gauge]) -> dict[Gauge, float]:
     """Read, from the gradients that the model's parameters hold, how stationary the loss is along each orbit.
 
-    Costs one pass over weights and gradients and no forward pass, so it can be logged during training.
+    Costs one pass over weights and gradients and no forward pass, so it can be logged during training. What is split
+    over ranks is gathered, so all ranks must call.
 
     Returns:
         :meth:`Gauge.audit` for each gauge: rounding error for a true symmetry, of order 1 for a false one.
@@ -122,8 +123,9 @@ def audit(model: nn.Module, gauges: Iterable[Gauge]) -> dict[Gauge, float]:
     Raises:
         ValueError: a parameter under a gauge has no gradient.
     """
-    params = named_parameters(model)
-    grads = {name: p.grad for name, p in params.items() if p.grad is not None}
+    split = named_parameters(model)
+    grads = {name: whole(p.grad) for name, p in split.items() if p.grad is not None}
+    params = {name: whole(p.detach()) for name, p in split.items()}
     ratios = {}
     for gauge in gauges:
         missing = [name for name in gauge.parameters if name not in grads]

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.fx import Node
 
 from ddc.gauges.base import plain_name
@@ -485,6 +486,8 @@ def traced(model: nn.Module, inputs: Inputs | None = None) -> Trace:
     Raises:
         ValueError: the model cannot be traced, or ``inputs`` are needed.
     """
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ValueError("a model whose parameters are DTensors cannot be traced: find its gauges before fully_shard")
     if inputs is None:
         args, kwargs = example_inputs(model)
         return Trace(model, args, kwargs)

@@ -47,6 +47,11 @@ class Averaging:
         """Equal for parameters that can share one stacked tensor."""
         return self.dim, self.group_of.tobytes()
 
+    def part(self, start: int, stop: int) -> Averaging:
+        """The averaging of the indices from ``start`` to ``stop`` alone; no group may have others as well."""
+        here = [block[(block[:, 0] >= start) & (block[:, 0] < stop)] - start for block in self.blocks]
+        return Averaging(self.dim, here, stop - start)
+
     def reduced_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of the averaged second moment of a stacked tensor of this shape."""
         reduced = list(shape)

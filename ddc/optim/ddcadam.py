@@ -8,12 +8,14 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
-from ddc.gauges import Gauge, Rescale, plain_name
+from ddc.gauges import Gauge, Rescale, plain_name, whole
 from ddc.optim.closure import loss_of
 from ddc.optim.hidden import HiddenMatrices
 from ddc.optim.plan import ChainPlan, Plan, PolarPlan, Role, make_plan
+from ddc.optim.sharding import restore_, shards_of
 from ddc.optim.stacks import ChainStack, Context, Dresser, FreeStack, PolarStack, StackedParameter
 
 VERTICAL_MODES = ("freeze", "adam", "balance")
@@ -55,6 +57,9 @@ class DDCAdam(Optimizer):
             ``"norm"`` is the paper's rho.
         retract: keep the norm under the tangential step (division above); without, every step lengthens W a
             little, as in the paper's statement.
+        compiled: compile the arithmetic of a step with ``torch.compile`` at the first step, which takes about half a
+            minute for a transformer and a C++ compiler on a CPU. Faster from about 10M parameters on (docs/speed.md);
+            steps in which some layers have no gradient, and parameters split over ranks, are not compiled.
 
     Weights of lower precision than float32 have their state, and their arithmetic, in float32. State is
     complete from construction: ``exp_avg`` and ``exp_avg_sq`` as Adam's (the latter averaged as above),
@@ -63,11 +68,14 @@ class DDCAdam(Optimizer):
     A layer of which no parameter has a gradient is left alone; where only some have, the missing gradients
     are zero. A side of norm zero has no direction: it takes its tangential step in the scale of the other side
     until it has one. If both sides are zero, or the side is a single entry (the gamma of an RMSNorm), it stays,
-    and so does what a zero gamma dresses.
+    and so does what a zero gamma dresses. A gradient that is inf or nan is not hidden: all units that it is in
+    become nan, on both sides of their gauges. More on degenerate weights and gradients: docs/method.md.
 
     Raises:
-        ValueError: a hyperparameter out of range, gauges that do not fit the parameters or each other, or
-            parameters under one gauge in param groups that differ in anything but weight decay.
+        ValueError: a hyperparameter out of range, gauges that do not fit the parameters or each other,
+            parameters that are all zero and would stay so under their gauge, or parameters under one gauge in
+            param groups that differ in anything but weight decay; in ``step``, a parameter that was frozen since
+            while what shares its gauge was not.
         RuntimeError: in ``step``, a sparse gradient.
     """
 
@@ -84,6 +92,7 @@ class DDCAdam(Optimizer):
         vertical: str = "freeze",
         step_scale: str = "init",
         retract: bool = True,
+        compiled: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -98,6 +107,7 @@ class DDCAdam(Optimizer):
         self._stacks: list[Stack] = []
         self._built: list[tuple[Sequence[int], list[Gauge]]] = []
         self._ready = False
+        self._compiled = compiled
         super().__init__(params, defaults)
         self._build(range(len(self.param_groups)), gauges)
         self._ready = True
@@ -150,7 +160,7 @@ class DDCAdam(Optimizer):
         """One optimization step; returns the loss of ``closure`` where there is one."""
         loss = loss_of(closure)
         self._check_groups()
-        context = Context(self.param_groups)
+        context = Context(self.param_groups, compiled=self._compiled)
         for stack in self._stacks:
             stack.step(context)
         return loss
@@ -163,6 +173,11 @@ class DDCAdam(Optimizer):
         measures each block of weights relative to its step scale; at the 1/√fan_in initialisation the two about
         agree, and thresholds carry over. Use with
         ``torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, optimizer.grad_norm())``.
+
+        It is inf or nan where a gradient is, and inf where squares overflow. As with torch's own norm, clipping by
+        nan makes every gradient nan, and by inf zero (nan where it was inf). A GradScaler skips such a step;
+        without one, look at the norm first if you want an error: torch's ``error_if_nonfinite`` waits for the
+        device in the same way.
         """
         context = Context(self.param_groups)
         terms = [stack.grad_norm_squared(context) for stack in self._stacks]
@@ -198,10 +213,10 @@ class DDCAdam(Optimizer):
                     "vertical mode or another optimizer"
                 )
             for key, value in own[param].items():
-                value.copy_(torch.as_tensor(saved[key]))
+                restore_(value, torch.as_tensor(saved[key]))
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: value for key, value in vars(self).items() if key in ("_gauges", "_hidden")}
+        own = {key: value for key, value in vars(self).items() if key in ("_gauges", "_hidden", "_compiled")}
         return {**super().__getstate__(), "_stacks": self._stacks, "_built": self._built, "_ready": True, **own}
 
     def _check_groups(self) -> None:
@@ -221,6 +236,8 @@ class DDCAdam(Optimizer):
             for p in stack.parameters:
                 if any(param.grad is not None and param.grad.is_sparse for param in p.params):
                     raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+            if isinstance(stack, PolarStack | ChainStack):
+                check_frozen(stack)
 
 
 def check_hyperparameters(group: Mapping[str, Any]) -> None:
@@ -233,6 +250,32 @@ def check_hyperparameters(group: Mapping[str, Any]) -> None:
     for key, choices in (("vertical", VERTICAL_MODES), ("step_scale", STEP_SCALES)):
         if group[key] not in choices:
             raise ValueError(f"Invalid {key}={group[key]!r}: expected one of {', '.join(choices)}")
+
+
+def check_frozen(stack: PolarStack | ChainStack) -> None:
+    """Raise ValueError where a parameter is frozen, and others that a gauge ties it to are not."""
+    named = [list(zip(p.names, p.params, strict=True)) for p in stack.parameters]
+    tied = zip(*named, strict=True) if isinstance(stack, PolarStack) else [list(chain.from_iterable(named))]
+    for layer in tied:
+        if any(param.grad is not None for _, param in layer):
+            for name, param in layer:
+                if param.grad is None and not param.requires_grad:
+                    raise ValueError(
+                        f"{name!r} was frozen after the optimizer was made, but would move with what shares "
+                        "its gauge. Freeze that too, or make the optimizer anew without the gauge"
+                    )
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape but no values."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def check_not_zero(params: Mapping[str, Tensor], why: str, otherwise: str) -> None:
+    """Raise ValueError if parameters that cannot leave zero, and could without gauges, are all zero."""
+    if not any(is_fake(param) or bool(whole(param.detach().any())) for param in params.values()):
+        names = " and ".join(map(repr, params))
+        raise ValueError(f"{names}: all zero, and {why}, so would stay zero. Initialise at random, or {otherwise}")
 
 
 class Builder:
@@ -252,6 +295,8 @@ class Builder:
     def polar(self, plans: list[PolarPlan]) -> list[PolarStack]:
         """Stacks of rescale gauges, in the order of their levels."""
         stacks = []
+        for plan in plans:
+            self._check_sides(plan)
         for level in sorted({plan.level for plan in plans}):
             alike: dict[object, list[PolarPlan]] = {}
             for plan in plans:
@@ -276,7 +321,13 @@ class Builder:
         for plan in plans:
             if plan.layers:
                 group = self.groups[self.group_of[plan.layers[0].name]]
-                layers = [self.stack((role,)) for role in plan.layers]
+                for role in plan.layers:
+                    why = f"under {plan.gauge} its norm moves by multiplication"
+                    check_not_zero({role.name: self.params[role.name]}, why, "leave the gauge out")
+                alike: dict[object, list[Role]] = {}
+                for role in plan.layers:
+                    alike.setdefault(self._role_key(role), []).append(role)
+                layers = [self.stack(tuple(roles)) for roles in alike.values()]
                 stacks.append(ChainStack(layers, plan.still, vertical=group["vertical"] == "adam"))
         return stacks
 
@@ -294,15 +345,28 @@ class Builder:
         dressed_by = None
         sources = [self.place[role.dressing.gauge] for role in roles if role.dressing is not None]
         if sources:
-            layers = torch.tensor([layer for _, layer in sources], device=params[0].device)
-            dressed_by = (sources[0][0], layers)
+            layers = [layer for _, layer in sources]
+            index = None if layers == [*range(len(layers))] else torch.tensor(layers, device=params[0].device)
+            dressed_by = (sources[0][0], index)
         return StackedParameter(roles[0], names, params, [self.group_of[name] for name in names], dressed_by)
 
+    def _kind(self, name: str) -> tuple[object, ...]:
+        param = self.params[name]
+        return tuple(param.shape), param.dtype, param.device, shards_of(param).layout, self.group_of[name]
+
+    def _check_sides(self, plan: PolarPlan) -> None:
+        """Raise ValueError for a side that is zero and has no way out: one entry a unit, or no other side to go by."""
+        for side in (plan.plus, plan.minus):
+            params = {role.name: self.params[role.name] for role in side}
+            single = sum(param.numel() for param in params.values()) == plan.gauge.units(self.params)
+            if side and (single or not plan.minus):
+                why = f"under {plan.gauge} its norms move by multiplication"
+                check_not_zero(params, why, "leave the gauge out")
+
     def _role_key(self, role: Role) -> object:
-        param = self.params[role.name]
         dressing = role.dressing and (id(self.place[role.dressing.gauge][0]), role.dressing.axis, role.dressing.degree)
         averaging = role.averaging and role.averaging.signature
-        kind = (tuple(param.shape), param.dtype, param.device, self.group_of[role.name])
+        kind = self._kind(role.name)
         return kind, role.axis, role.centred, averaging, dressing
 
     def _polar_key(self, plan: PolarPlan) -> object:

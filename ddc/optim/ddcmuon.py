@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ddc.gauges import Gauge, HiddenMatrix, plain_name
-from ddc.optim.ddcadam import Builder, DDCAdam, Stack
+from ddc.optim.ddcadam import Builder, DDCAdam, Stack, check_not_zero
 from ddc.optim.hidden import Factor, FrameStack, HiddenMatrices, HiddenStack, Member
 from ddc.optim.orthogonal import ORTHOGONALIZERS
 from ddc.optim.plan import Dressing, InnerPlan, Plan, make_plan
+from ddc.optim.sharding import check_split_alike, shards_of
 from ddc.optim.stacks import PolarStack
 
 
@@ -45,12 +45,15 @@ class DDCMuon(DDCAdam):
         momentum: :math:`\mu` above.
         nesterov: orthogonalise :math:`\mu m + (1 - \mu) x`; else m.
         orthogonalizer: ``"newton_schulz"`` (in the precision of the state), ``"newton_schulz_bfloat16"`` (faster where
-            the hardware has bfloat16 products, many times slower where it has not) or ``"polar"`` (exact; slow).
+            the hardware has bfloat16 products, many times slower where it has not) or ``"polar"`` (exact; slow; raises
+            ``torch.linalg.LinAlgError`` for a gradient that is not finite).
         betas, eps, radial_rate, vertical: as for :class:`DDCAdam`; on hidden matrices they are those of the norms.
             ``vertical="adam"`` steps on the norms' gauge coordinates, ``"balance"`` relaxes the frames to 1.
         weight_decay, step_scale, retract: as for :class:`DDCAdam`.
+        compiled: as for :class:`DDCAdam`, of the steps of all other parameters.
 
-    The state of a hidden matrix is its ``momentum_buffer``, half of AdamW's.
+    The state of a hidden matrix is its ``momentum_buffer``, half of AdamW's. A hidden matrix without a gradient is left
+    alone; ``balance`` waits for a step in which all that the frames scale has one.
 
     Raises:
         ValueError: a hyperparameter out of range; a hidden matrix that is absent, no matrix, does not divide into its
@@ -75,6 +78,7 @@ class DDCMuon(DDCAdam):
         vertical: str = "freeze",
         step_scale: str = "init",
         retract: bool = True,
+        compiled: bool = False,
     ) -> None:
         if not 0 <= momentum < 1:
             raise ValueError(f"Invalid momentum={momentum}: expected a number in [0, 1)")
@@ -93,6 +97,7 @@ class DDCMuon(DDCAdam):
             vertical=vertical,
             step_scale=step_scale,
             retract=retract,
+            compiled=compiled,
         )
 
     def routing(self) -> str:
@@ -148,11 +153,6 @@ def split_groups(
     return split
 
 
-def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor has a shape but no values."""
-    return tensor.is_meta or isinstance(tensor, FakeTensor)
-
-
 def check_hidden(hidden: Mapping[str, HiddenMatrix], params: Mapping[str, Tensor]) -> None:
     """Raise ValueError for a hidden matrix that cannot be one."""
     for name, matrix in hidden.items():
@@ -163,11 +163,7 @@ def check_hidden(hidden: Mapping[str, HiddenMatrix], params: Mapping[str, Tensor
             raise ValueError(f"hidden matrix {name!r} has shape {tuple(param.shape)}: expected a matrix")
         if param.shape[matrix.axis] % matrix.heads:
             raise ValueError(f"hidden matrix {name!r}: {matrix.heads} heads do not divide {param.shape[matrix.axis]}")
-        if not is_fake(param) and not bool(param.detach().any()):
-            raise ValueError(
-                f"hidden matrix {name!r} is zero: its norm moves by multiplication, so it would stay zero. "
-                "Initialise it at random, or leave it out of hidden"
-            )
+        check_not_zero({name: param}, "its norm moves by multiplication", "leave it out of hidden")
 
 
 class MuonBuilder(Builder):
@@ -193,9 +189,8 @@ class MuonBuilder(Builder):
         frames = self.frames(plan)
         alike: dict[object, list[str]] = {}
         for name in plan.hidden:
-            param, matrix = self.params[name], self.matrices[name]
-            key = (tuple(param.shape), param.dtype, param.device, self.group_of[name], matrix.heads, matrix.axis)
-            alike.setdefault(key, []).append(name)
+            matrix = self.matrices[name]
+            alike.setdefault((self._kind(name), matrix.heads, matrix.axis), []).append(name)
         stacks = [
             HiddenStack(
                 [self.matrices[name] for name in names],
@@ -221,10 +216,13 @@ class MuonBuilder(Builder):
             alike: dict[object, list[InnerPlan]] = {}
             for inner in plan.inner:
                 if inner.level == level:
-                    shapes = tuple(tuple(self.params[a.parameter].shape) for a in inner.plus + inner.minus)
+                    params = {axis.parameter: self.params[axis.parameter] for axis in inner.plus + inner.minus}
+                    check_split_alike(params.items())
+                    shapes = tuple((tuple(param.shape), shards_of(param).group) for param in params.values())
                     alike.setdefault((inner.gauge.degree, shapes, len(inner.plus)), []).append(inner)
             for members in alike.values():
-                frame = FrameStack(members[0].gauge.degree, [], [])
+                scaled = [self.params[name] for inner in members for name in inner.gauge.parameters]
+                frame = FrameStack(members[0].gauge.degree, [], [], scaled)
                 self.place.update({inner.gauge: (frame, i) for i, inner in enumerate(members)})
                 frames.append((frame, members))
         for frame, members in frames:  # only now is every gauge in its place

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ddc.gauges import Gauge, Rescale, Rotation, Shift, nearest_turn
+from ddc.gauges import Gauge, Rescale, Rotation, Shift, nearest_turn, whole
 from ddc.gauges.base import Params, unit_view
 from ddc.optim.plan import Role, make_plan
 
@@ -25,14 +25,15 @@ def gauge_coordinates(params: Mapping[str, Tensor], gauges: Iterable[Gauge]) -> 
     Rotations have no coordinate of this kind (:func:`gauge_drift` gives their angles).
 
     Args:
-        params: parameters by name.
+        params: parameters by name; those that are split over ranks are gathered, so all ranks must call.
         gauges: the gauges of the model.
 
     Returns:
         Float64 vectors; infinite or nan where a side has norm zero.
     """
     gauges = list(gauges)
-    plan = make_plan({name: p.detach().requires_grad_() for name, p in params.items()}, gauges)
+    params = {name: whole(p.detach()) for name, p in params.items()}
+    plan = make_plan({name: p.requires_grad_() for name, p in params.items()}, gauges)
     plus_norms: dict[Rescale, Tensor] = {}
 
     def log_norms(roles: Sequence[Role]) -> Tensor:
@@ -77,6 +78,7 @@ def gauge_drift(start: Params, now: Params, gauges: Iterable[Gauge]) -> dict[str
         gauges: the gauges of the model.
     """
     gauges = list(gauges)
+    start, now = ({name: whole(p) for name, p in params.items()} for params in (start, now))
     before, after = gauge_coordinates(start, gauges), gauge_coordinates(now, gauges)
     changes: dict[str, list[Tensor]] = {}
     for gauge in gauges:

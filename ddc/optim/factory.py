@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from ddc.gauges import GaugeSet, hidden_matrices, plain_name
+from ddc.gauges import GaugeSet, HiddenMatrix, plain_name
 from ddc.optim.combined import CombinedOptimizer
 from ddc.optim.ddcadam import DDCAdam
 from ddc.optim.ddcmuon import DDCMuon
 from ddc.optim.muon import Muon
+from ddc.optim.sharding import split_like
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -26,6 +29,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 def make_muon(
     model: nn.Module,
+    matrices: Sequence[HiddenMatrix],
     weight_decay: float,
     *,
     lr: float,
@@ -38,12 +42,12 @@ def make_muon(
     eps: float,
 ) -> CombinedOptimizer:
     """The baseline: Muon for hidden matrices, ``torch.optim.AdamW`` for the rest."""
-    hidden = {matrix.parameter for matrix in hidden_matrices(model)}
+    hidden = {matrix.parameter for matrix in matrices}
     groups = decay_groups(model, weight_decay)
-    matrices = [(n, p) for group in groups for n, p in group["params"] if plain_name(n) in hidden]
+    named = [(n, p) for group in groups for n, p in group["params"] if plain_name(n) in hidden]
     rest = [{**g, "params": [(n, p) for n, p in g["params"] if plain_name(n) not in hidden]} for g in groups]
     muon = Muon(
-        matrices,
+        named,
         lr=lr,
         weight_decay=weight_decay,
         momentum=momentum,
@@ -51,26 +55,63 @@ def make_muon(
         adjust_lr_fn=adjust_lr_fn,
         orthogonalizer=orthogonalizer,
     )
-    adamw = AdamW([group for group in rest if group["params"]], adam_lr, betas, eps, fused=True)
+    adamw = make_adamw([group for group in rest if group["params"]], lr=adam_lr, betas=betas, eps=eps)
     return CombinedOptimizer((muon, adamw))
 
 
-def make_optimizer(name: str, model: nn.Module, gauges: GaugeSet, weight_decay: float, **options: Any) -> Optimizer:
+def make_adamw(groups: list[dict[str, Any]], **options: Any) -> AdamW:
+    """``torch.optim.AdamW``; like our own optimizers, it loads states of whole tensors where parameters are split."""
+    optimizer = AdamW(groups, fused=True, **options)
+    optimizer.register_load_state_dict_pre_hook(split_state)
+    return optimizer
+
+
+def split_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict with tensors of a parameter's shape split as the parameter is."""
+    params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    param_of = dict(zip(ids, params, strict=False))  # torch says it, where there are not as many
+
+    def split(value: Any, param: Tensor) -> Any:
+        return split_like(value, param) if isinstance(value, Tensor) and value.shape == param.shape else value
+
+    state = {
+        i: {key: split(value, param_of[i]) for key, value in values.items()}
+        for i, values in state_dict["state"].items()
+        if i in param_of
+    }
+    return {**state_dict, "state": state}
+
+
+def make_optimizer(
+    name: str,
+    model: nn.Module,
+    gauges: GaugeSet,
+    weight_decay: float,
+    hidden: Sequence[HiddenMatrix] = (),
+    **options: Any,
+) -> Optimizer:
     """The optimizer of this name over the model's parameters.
 
+    Args:
+        name: one of ``ddc.training.config.OPTIMIZERS``.
+        model: whole or split over ranks; gauges and hidden matrices are found before it is split.
+        gauges: for the optimizers that respect any.
+        weight_decay: on matrices.
+        hidden: :func:`ddc.hidden_matrices`, for Muon and DDCMuon.
+        options: the optimizer's own.
+
     Raises:
-        ValueError: an unknown name, a hyperparameter out of range, or a Muon for a model whose hidden matrices are not
-            known.
+        ValueError: an unknown name, or a hyperparameter out of range.
     """
     groups = decay_groups(model, weight_decay)
     match name:
         case "adamw":
-            return AdamW(groups, fused=True, **options)
+            return make_adamw(groups, **options)
         case "ddcadam":
             return DDCAdam(groups, gauges, **options)
         case "muon":
-            return make_muon(model, weight_decay, **options)
+            return make_muon(model, hidden, weight_decay, **options)
         case "ddcmuon":
-            hidden = hidden_matrices(model, options.pop("per_head"))
             return DDCMuon(groups, gauges, hidden, **options)
     raise ValueError(f"Invalid optimizer.name={name!r}: expected adamw, ddcadam, muon or ddcmuon")

@@ -1,11 +1,13 @@
 """The arithmetic of hidden matrices: frames of inner gauges, and Muon's step in dressed coordinates.
 
 Shapes: G inner gauges in a frame, U units; L matrices in a stack, B blocks (heads, or whole matrices) of all of them.
+Matrices may be split over ranks (:mod:`ddc.optim.sharding`); only the orthogonaliser has to see whole ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +18,8 @@ from torch import Tensor
 from ddc.gauges.roles import HiddenMatrix
 from ddc.optim.orthogonal import ORTHOGONALIZERS
 from ddc.optim.plan import compute_dtype
-from ddc.optim.stacks import Bias, Context, Group, PolarStack, adam_, safe_power
+from ddc.optim.sharding import WHOLE, shards_of
+from ddc.optim.stacks import CPU_CHUNK, Bias, Context, Group, PolarStack, adam_, safe_power
 
 
 class Factor(NamedTuple):
@@ -49,36 +52,39 @@ class FrameStack:
     its minus side dressed by what comes after; along a chain :math:`f^2` and :math:`b^2` sum the squared products of
     weights over all paths to and from the unit. The frame :math:`(f / b)^{1 / (1 + k)}` divides the plus side and
     multiplies (to the power k) the minus side, after which both have path norms in balance. A unit that is dead on one
-    side goes by the other, one that is dead on both has frame 1.
+    side goes by the other, one that is dead on both has frame 1. ``params`` are all that the gauges scale, biases too.
     """
 
-    def __init__(self, degree: float, plus: list[list[Member]], minus: list[list[Member]]) -> None:
-        self.degree, self.plus, self.minus = degree, plus, minus
+    def __init__(
+        self, degree: float, plus: list[list[Member]], minus: list[list[Member]], params: list[Tensor]
+    ) -> None:
+        self.degree, self.plus, self.minus, self.params = degree, plus, minus, params
         self.log_forward = self.log_backward = self.log_frame = torch.empty(0)
 
     def sweep_forward(self, context: Context) -> None:
         """Forward norms, given those of earlier levels."""
-        self.log_forward = torch.stack([self._log_norm(members, context, forward=True) for members in self.plus])
+        self.log_forward = self._log_norms(self.plus, context, forward=True)
         forward = self.log_forward.exp()
         context.norms[self] = (forward, forward)
 
     def sweep_backward(self, context: Context) -> None:
         """Backward norms, given those of later levels; and the frame."""
-        self.log_backward = torch.stack([self._log_norm(members, context, forward=False) for members in self.minus])
+        self.log_backward = self._log_norms(self.minus, context, forward=False)
         f, b, k = self.log_forward, self.log_backward, self.degree
         one_sided = torch.where(f.isfinite(), f, torch.where(b.isfinite(), -b / k, 0.0))
         self.log_frame = torch.where(f.isfinite() & b.isfinite(), (f - b) / (1 + k), one_sided)
 
     @staticmethod
-    def _log_norm(members: list[Member], context: Context, forward: bool) -> Tensor:
-        """Logarithm of the norms of the members' units together, (U,)."""
-        logs = []
-        for param, axis, other in members:
-            weight = param.detach().to(compute_dtype(param))
+    def _log_norms(side: list[list[Member]], context: Context, forward: bool) -> Tensor:
+        """Logarithm of the norms of each unit's members together, (G, U)."""
+        squares, shifts = [], []
+        for param, axis, other in itertools.chain.from_iterable(side):
+            shards = shards_of(param)
+            weight = shards.local(param).to(compute_dtype(param))
             rows = weight if axis == 0 else weight.mT
             shift = rows.new_zeros(())
             if other is None:
-                squares = rows.square().sum(1)
+                square = rows.square().sum(1)
             else:
                 if isinstance(other.source, FrameStack):
                     log = other.source.log_forward if forward else other.source.log_backward
@@ -87,9 +93,12 @@ class FrameStack:
                 else:
                     factor = other.log_norm(context) * other.degree
                 shift = factor.max().nan_to_num(neginf=0.0)
-                squares = rows.square() @ (2 * (factor - shift)).exp()
-            logs.append(squares.log() / 2 + shift)
-        return torch.logsumexp(2 * torch.stack(logs), 0) / 2 if len(logs) > 1 else logs[0]
+                square = rows.square() @ shards.part((2 * (factor - shift)).exp(), 0, other.axis)
+            squares.append(shards.placed(square, 0, axis))
+            shifts.append(shift)
+        (summed,) = shards.reduced(torch.stack(squares))
+        logs = (summed.log() / 2 + torch.stack(shifts)[:, None]).unflatten(0, (len(side), -1))
+        return torch.logsumexp(2 * logs, 1) / 2 if logs.shape[1] > 1 else logs[:, 0]
 
 
 #: Logarithms of what stacked matrices are multiplied by: along rows, (L, rows, 1), and columns, (L, 1, columns).
@@ -98,13 +107,19 @@ LogFactors = tuple[Tensor, Tensor]
 
 @dataclass
 class Read:
-    """Dressed weights and gradients of a stack, as blocks of shape (B, rows, columns), with what they sum to."""
+    """What dresses a stack, and what its dressed weights and gradients sum to for each block, (B,)."""
 
-    weight: Tensor
-    grad: Tensor
     log_factors: LogFactors | None
     norm: Tensor
     log_norm_grad: Tensor
+
+
+class Undressing(NamedTuple):
+    """What undresses stacked matrices along rows and columns, and which entries nothing dead dresses."""
+
+    rows: Tensor
+    columns: Tensor
+    alive: Tensor
 
 
 class HiddenStack:
@@ -117,7 +132,8 @@ class HiddenStack:
         self.names = [matrix.parameter for matrix in matrices]
         self.heads, self.axis = matrices[0].heads, matrices[0].axis
         self.dtype = compute_dtype(params[0])
-        shape = (len(params), *params[0].shape)
+        self.shards = shards_of(params[0])
+        shape = (len(params), *self.shards.local(params[0]).shape)
         self.momentum_buffer = torch.zeros(shape, dtype=self.dtype, device=params[0].device)
 
     @property
@@ -138,6 +154,33 @@ class HiddenStack:
         apart = blocks.unflatten(0, (-1, self.heads)).movedim(1, 1 + self.axis)
         return apart.flatten(1 + self.axis, 2 + self.axis)
 
+    def sums(self, *stacked: Tensor) -> Sequence[Tensor]:
+        """The sum of each block, (B,), of stacked tensors."""
+        return self.shards.reduced(*map(self._block_sums, stacked))
+
+    def _block_sums(self, stacked: Tensor) -> Tensor:
+        if self.heads == 1:
+            return stacked.sum((1, 2))
+        lines = self.shards.placed(stacked.sum(2 - self.axis), 1, self.axis)
+        return lines.unflatten(1, (self.heads, -1)).sum(2).flatten()
+
+    def spread(self, per_block: Tensor) -> Tensor:
+        """Shape (B,) to what broadcasts against a stacked tensor."""
+        if self.heads == 1:
+            return per_block[:, None, None]
+        size = self.params[0].shape[self.axis] // self.heads
+        lines = per_block.view(-1, self.heads, 1).expand(-1, -1, size).flatten(1)
+        return self.shards.part(lines, 1, self.axis).unsqueeze(2 - self.axis)
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a block."""
+        return self.params[0].shape[0] // (self.heads if self.axis == 0 else 1)
+
+    def local(self, rows: slice) -> list[Tensor]:
+        """The weights themselves, as far as they are on this rank."""
+        return [self.shards.local(param) for param in self.params[rows]]
+
     def log_factors(self, context: Context, after: bool, inner: bool = False) -> LogFactors | None:
         """What dresses the matrices, before or after it has moved; with ``inner``, the frames' part of it alone."""
         if not any(self.factors):
@@ -149,59 +192,89 @@ class HiddenStack:
             for factors in self.factors:
                 mine = [f for f in factors if f.axis == axis and not (inner and isinstance(f.source, PolarStack))]
                 logs.append(mine[0].degree * mine[0].log_norm(context, after) if mine else none)
-            return torch.stack(logs).unsqueeze(2 - axis)
+            return self.shards.part(torch.stack(logs), 1, axis).unsqueeze(2 - axis)
 
         return along(0), along(1)
 
-    def read(self, context: Context) -> Read:
-        """Weights and gradients in dressed coordinates; a missing gradient is zero."""
-        weight = torch.stack(self.params).to(self.dtype)
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+    def dressed(self, rows: slice, log_factors: LogFactors | None) -> tuple[Tensor, Tensor]:
+        """Copies of weights and gradients in dressed coordinates; a missing gradient is zero."""
+        weight = torch.stack(self.local(rows)).to(self.dtype)
+        grads = [self.shards.local(torch.zeros_like(p) if p.grad is None else p.grad) for p in self.params[rows]]
         grad = torch.stack(grads).to(self.dtype)
-        log_factors = self.log_factors(context, after=False)
-        for factor in map(torch.exp, log_factors or ()):
+        for log in log_factors or ():
+            factor = log[rows].exp()
             weight.mul_(factor)
             grad.mul_(safe_power(factor, -1))
-        weight, grad = self.blocked(weight), self.blocked(grad)
-        norm = weight.norm(dim=(1, 2))
-        return Read(weight, grad, log_factors, norm, (weight * grad).sum((1, 2)))
+        return weight, grad
+
+    def chunks(self) -> list[slice]:
+        """Slices of the layers, each to be taken at once: on a CPU as many as fit, elsewhere all."""
+        layers, at_once = len(self.params), len(self.params)
+        if self.momentum_buffer.device.type == "cpu" and self.shards is WHOLE:
+            at_once = max(1, CPU_CHUNK // self.params[0].numel())
+        return [slice(i, min(i + at_once, layers)) for i in range(0, layers, at_once)]
+
+    def dressed_sums(
+        self, log_factors: LogFactors | None, *terms: Callable[[Tensor, Tensor], Tensor]
+    ) -> Sequence[Tensor]:
+        """The sum of each block, (B,), of functions of dressed weights and gradients."""
+        parts = []
+        for rows in self.chunks():
+            weight, grad = self.dressed(rows, log_factors)
+            parts.append(self.sums(*(term(weight, grad) for term in terms)))
+        return [torch.cat(each) for each in zip(*parts, strict=True)]
+
+    def read(self, context: Context) -> Read:
+        """Norms of the blocks, and the gradients of their logarithms."""
+        log_factors = self.log_factors(context, after=False)
+        squares, log_norm_grad = self.dressed_sums(log_factors, lambda w, _: w.square(), lambda w, g: w * g)
+        return Read(log_factors, squares.sqrt(), log_norm_grad)
 
     def move(self, read: Read, log_change: Tensor, group: Group, context: Context) -> None:
         """Turn the directions by the angle lr, multiply the norms by exp(log_change), decay, undress and store."""
-        norm = read.norm[:, None, None]
-        inverse = safe_power(norm, -1)
-        direction = read.weight * inverse
-        x = norm * read.grad - read.log_norm_grad[:, None, None] * direction
-        momentum = self.blocked(self.momentum_buffer).lerp(x, 1 - group["momentum"])
-        mixed = x.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        # the angle of a step does not depend on the size of the gradient, as long as that is a normal number
-        size = mixed.abs().amax((1, 2), keepdim=True)
-        size = torch.where(size >= torch.finfo(size.dtype).tiny, size, 0.0)
-        o = ORTHOGONALIZERS[group["orthogonalizer"]](mixed * safe_power(size, -1))
-        o = o - (o * direction).sum((1, 2), keepdim=True) * direction
-        turned = direction - group["lr"] * o * safe_power(o.norm(dim=(1, 2), keepdim=True), -1)
-        growth = log_change.exp()[:, None, None] * norm * safe_power(turned.norm(dim=(1, 2), keepdim=True), -1)
-        growth = growth * (1 - group["lr"] * group["weight_decay"])
-        weight, self_momentum = self.joined(turned * growth), self.joined(momentum)
-        if read.log_factors is not None:
-            weight = self._undressed(weight, read.log_factors, group, context)
-        for i, param in enumerate(self.params):
-            if param.grad is not None:
-                self.momentum_buffer[i].copy_(self_momentum[i])
-                param.copy_(weight[i])
+        undress = None if read.log_factors is None else self._undressing(read.log_factors, group, context)
+        for rows in self.chunks():
+            self._move(rows, read, log_change, undress, group)
 
-    def _undressed(self, weight: Tensor, before: LogFactors, group: Group, context: Context) -> Tensor:
-        """Weights as they are stored; in ``balance``, with their frames relaxed towards 1."""
+    def _move(self, rows: slice, read: Read, log_change: Tensor, undress: Undressing | None, group: Group) -> None:
+        blocks = slice(rows.start * self.heads, rows.stop * self.heads)
+        norm = read.norm[blocks]
+        weight, grad = self.dressed(rows, read.log_factors)
+        direction = weight.mul_(self.spread(safe_power(norm, -1)))
+        x = grad.mul_(self.spread(norm)).addcmul_(direction, self.spread(read.log_norm_grad[blocks]), value=-1)
+        momentum = self.momentum_buffer[rows].lerp(x, 1 - group["momentum"])
+        mixed = x.lerp_(momentum, group["momentum"]) if group["nesterov"] else momentum
+        o = self.shards.on_whole(lambda matrices: self._orthogonal(matrices, group["orthogonalizer"]), mixed)
+        o = o.addcmul_(direction, self.spread(self.sums(o * direction)[0]), value=-1)
+        inverse = safe_power(self.sums(o.square())[0].sqrt(), -1)
+        turned = direction.addcmul_(o, self.spread(group["lr"] * inverse), value=-1)
+        growth = log_change[blocks].exp() * norm * safe_power(self.sums(turned.square())[0].sqrt(), -1)
+        moved = turned.mul_(self.spread(growth * (1 - group["lr"] * group["weight_decay"])))
+        if undress is not None:
+            moved.mul_(undress.rows[rows]).mul_(undress.columns[rows])
+            # what a dead factor dresses has no effect, and stays as it is
+            moved = torch.where(undress.alive[rows], moved, torch.stack(self.local(rows)).to(self.dtype))
+        for i, (param, local) in enumerate(zip(self.params[rows], self.local(rows), strict=True)):
+            if param.grad is not None:
+                self.momentum_buffer[rows][i].copy_(momentum[i])
+                local.copy_(moved[i])
+
+    def _orthogonal(self, matrices: Tensor, orthogonalizer: str) -> Tensor:
+        """Stacked whole matrices, orthogonalised block by block."""
+        blocks = self.blocked(matrices)
+        # the angle of a step does not depend on the size of the gradient, as long as that is a normal number
+        size = blocks.abs().amax((1, 2), keepdim=True)
+        size = torch.where(size >= torch.finfo(size.dtype).tiny, size, 0.0)
+        return self.joined(ORTHOGONALIZERS[orthogonalizer](blocks * safe_power(size, -1)))
+
+    def _undressing(self, before: LogFactors, group: Group, context: Context) -> Undressing:
+        """What undresses the moved matrices; in ``balance``, with their frames relaxed towards 1."""
         after = self.log_factors(context, after=True)
         assert after is not None
-        for log in after:
-            weight = weight * (-log).exp()
-        if group["vertical"] == "balance":
-            for log in self.log_factors(context, after=True, inner=True) or ():
-                weight = weight * (relaxation(group) * log).exp()
-        # what a dead factor dresses has no effect, and stays as it is
-        alive = before[0].isfinite() & before[1].isfinite()
-        return torch.where(alive, weight, torch.stack(self.params).to(self.dtype))
+        rows, columns = ((-log).exp() for log in after)
+        if context.relaxed and (inner := self.log_factors(context, after=True, inner=True)) is not None:
+            rows, columns = (f * (relaxation(group) * log).exp() for f, log in zip((rows, columns), inner, strict=True))
+        return Undressing(rows, columns, before[0].isfinite() & before[1].isfinite())
 
 
 def relaxation(group: Group) -> Any:
@@ -248,7 +321,7 @@ class HiddenMatrices:
     def states(self) -> dict[Tensor, dict[str, Tensor]]:
         """State by parameter; that of the radial modes is with the first."""
         states = {
-            param: {"momentum_buffer": stack.momentum_buffer[i]}
+            param: {"momentum_buffer": stack.shards.state(stack.momentum_buffer[i], param.shape)}
             for stack in self.stacks
             for i, param in enumerate(stack.params)
         }
@@ -261,9 +334,9 @@ class HiddenMatrices:
         self._sweep(context)
         terms = []
         for stack in self.stacks:
-            read = stack.read(context)
-            scale = read.norm.square() / read.weight.shape[1]
-            terms.append((read.grad.square().sum((1, 2)) * scale).sum())
+            log_factors = stack.log_factors(context, after=False)
+            squares, grads = stack.dressed_sums(log_factors, lambda w, _: w.square(), lambda _, g: g.square())
+            terms.append((grads * squares / stack.block_rows).sum())
         return torch.stack(terms).sum()
 
     def step(self, context: Context) -> None:
@@ -271,14 +344,15 @@ class HiddenMatrices:
         if all(param.grad is None for stack in self.stacks for param in stack.params):
             return
         self._sweep(context)
+        group = context.groups[self.stacks[0].groups[0]]
+        # what shares a side with a hidden matrix goes with it; and all of it or nothing, or the function would change
+        if group["vertical"] == "balance" and all(p.grad is not None for frame in self.frames for p in frame.params):
+            for frame in self.frames:
+                context.relaxed[frame] = (-relaxation(group) * frame.log_frame).exp()
         reads = [stack.read(context) for stack in self.stacks]
         changes = self._radial(torch.cat([read.log_norm_grad for read in reads]), context)
         for stack, read, change in zip(self.stacks, reads, changes, strict=True):
             stack.move(read, change, context.groups[stack.groups[0]], context)
-        group = context.groups[self.stacks[0].groups[0]]
-        if group["vertical"] == "balance":  # what shares a side with a hidden matrix goes with it
-            for frame in self.frames:
-                context.relaxed[frame] = (-relaxation(group) * frame.log_frame).exp()
 
     def _sweep(self, context: Context) -> None:
         for frame in self.frames:
@@ -292,11 +366,16 @@ class HiddenMatrices:
         self.step_count += 1
         bias = Bias.at(self.step_count, group["betas"], log_norm_grads.dtype)
         moments = self.radial["exp_avg"], self.radial["exp_avg_sq"]
-        u = adam_(log_norm_grads @ self.basis, *moments, bias, group["betas"], group["eps"])
-        change = self.basis @ (u * (bias.root_second / bias.first))
+        u = adam_(mode_sums(self.basis.mT, log_norm_grads), moments, bias, group["betas"], group["eps"])
+        change = mode_sums(self.basis, u * (bias.root_second / bias.first))
         parts = change.split([stack.blocks for stack in self.stacks])
         groups = [context.groups[stack.groups[0]] for stack in self.stacks]
         return [part * (-g["lr"] * g["radial_rate"]) for part, g in zip(parts, groups, strict=True)]
+
+
+def mode_sums(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Their product; but what is not finite stays within its modes, where 0 · nan would make all of them nan."""
+    return torch.where(matrix == 0, 0.0, matrix * vector).sum(1)
 
 
 def modes_of(total: int, linked: Sequence[tuple[int, int, float]], vertical: bool) -> tuple[Tensor, int]:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from ddc.optim.closure import loss_of
 from ddc.optim.orthogonal import ORTHOGONALIZERS
 from ddc.optim.plan import compute_dtype
+from ddc.optim.sharding import restore_, shards_of
 
 ADJUSTMENTS: dict[str, Callable[[int, int], float]] = {
     "original": lambda rows, columns: max(1.0, rows / columns) ** 0.5,
@@ -78,8 +79,8 @@ class Muon(Optimizer):
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for i, param in zip(ids, params, strict=True):
-            buffer = saved[i]["momentum_buffer"]
-            self.state[param]["momentum_buffer"] = buffer.to(param.device, compute_dtype(param)).clone()
+            self.state[param]["momentum_buffer"] = torch.zeros_like(param, dtype=compute_dtype(param))
+            restore_(self.state[param]["momentum_buffer"], saved[i]["momentum_buffer"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -89,18 +90,21 @@ class Muon(Optimizer):
             alike: dict[object, list[Tensor]] = {}
             for param in group["params"]:
                 if param.grad is not None:
-                    alike.setdefault((param.shape, param.dtype, param.device), []).append(param)
+                    layout = shards_of(param).layout
+                    alike.setdefault((param.shape, param.dtype, param.device, layout), []).append(param)
             for params in alike.values():
                 self._step(params, group)
         return loss
 
     def _step(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        buffers = [self.state[param]["momentum_buffer"] for param in params]
-        grads = [param.grad.to(buffers[0].dtype) for param in params if param.grad is not None]
+        shards = shards_of(params[0])
+        buffers = [shards.local(self.state[param]["momentum_buffer"]) for param in params]
+        grads = [shards.local(param.grad).to(buffers[0].dtype) for param in params if param.grad is not None]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         momentum = torch.stack(buffers)
         mixed = torch.stack(grads).lerp_(momentum, group["momentum"]) if group["nesterov"] else momentum
-        updates = ORTHOGONALIZERS[group["orthogonalizer"]](mixed)
+        updates = shards.on_whole(ORTHOGONALIZERS[group["orthogonalizer"]], mixed)
         rate = group["lr"] * ADJUSTMENTS[group["adjust_lr_fn"]](*params[0].shape)
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(params, list(updates.to(params[0].dtype)), alpha=-rate)
+        weights = [shards.local(param) for param in params]
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, list(updates.to(params[0].dtype)), alpha=-rate)

@@ -42,12 +42,16 @@ def newton_schulz_bfloat16(x: Tensor) -> Tensor:
 def polar_factor(x: Tensor) -> Tensor:
     """The polar factor U Vᵀ of x = U S Vᵀ; singular values that are rounding error count as zero.
 
+    Rows and columns that are zero stay exactly zero, as under Newton-Schulz: rounding error in the row of a dead unit
+    would wake it in a direction without meaning.
+
     Args:
         x: (..., rows, columns), float32 or float64.
     """
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
     rank = s > s[..., :1] * max(x.shape[-2:]) * torch.finfo(x.dtype).eps
-    return (u * rank[..., None, :]) @ vh
+    alive = (x != 0).any(-1, keepdim=True) & (x != 0).any(-2, keepdim=True)
+    return torch.where(alive, (u * rank[..., None, :]) @ vh, 0.0)
 
 
 #: Names of the orthogonalizers, as options have them.

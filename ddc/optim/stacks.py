@@ -2,6 +2,8 @@
 
 Shapes in this file: L layers in a stack, U units of a gauge. A stacked parameter is (L, *shape), a quantity
 per unit is (L, U). There are loops over stacks and over the sides of a gauge, never over layers or units.
+Where parameters are split over ranks (:mod:`ddc.optim.sharding`), a stacked parameter is this rank's part of it, and a
+quantity per unit is whole.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from ddc.optim.averaging import Averaging
 from ddc.optim.plan import Role, compute_dtype
+from ddc.optim.sharding import WHOLE, CutAveraging, check_split_alike, shards_of
 
 Group = dict[str, Any]
 #: Hyperparameters in which all parameters under one gauge must agree; weight decay is each one's own.
@@ -29,6 +32,11 @@ class Bias(NamedTuple):
 
     first: Tensor
     root_second: Tensor
+
+    @property
+    def ratio(self) -> Tensor:
+        """√(1 - beta2^t) / (1 - beta1^t)."""
+        return self.root_second / self.first
 
     @classmethod
     def at(cls, step: Tensor, betas: tuple[float, float], dtype: torch.dtype) -> Bias:
@@ -42,23 +50,25 @@ class Bias(NamedTuple):
 
 def adam_(
     x: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    moments: tuple[Tensor, Tensor] | None,
     bias: Bias,
     betas: tuple[float, float],
     eps: float,
-    averaging: Averaging | None = None,
+    averaging: Averaging | CutAveraging | None = None,
 ) -> Tensor:
     """Take x into the moments in place and return Adam's direction but for a factor of √(1 - beta2^t) / (1 - beta1^t).
 
     That factor, one number a layer, is left to the caller to fold into its own. Source: Kingma and Ba,
     arXiv:1412.6980, algorithm 1 and the note after it.
     """
+    assert moments is not None
+    exp_avg, exp_avg_sq = moments
     exp_avg.lerp_(x, 1 - betas[0])
     if averaging is None:
         exp_avg_sq.mul_(betas[1]).addcmul_(x, x, value=1 - betas[1])
     else:
-        exp_avg_sq.lerp_(averaging.mean(x.square()), 1 - betas[1])
+        # no lerp_, which makes nan of what has overflowed to inf
+        exp_avg_sq.mul_(betas[1]).add_(averaging.mean(x.square()), alpha=1 - betas[1])
     denominator = exp_avg_sq.sqrt().add_(per_layer(eps * bias.root_second, x))
     if averaging is None:
         return torch.div(exp_avg, denominator, out=denominator)
@@ -85,17 +95,19 @@ class StackedParameter:
     names: list[str]
     params: list[Tensor]
     groups: list[int]
-    dressed_by: tuple[Dresser, Tensor] | None = None
+    dressed_by: tuple[Dresser, Tensor | None] | None = None
     exp_avg: Tensor | None = None
     exp_avg_sq: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.dtype = compute_dtype(self.params[0])
+        self.shards = shards_of(self.params[0])
+        self.averaging = self.shards.averaging(self.role.averaging)
 
     def allocate(self) -> None:
         """Make the moments."""
-        shape = (len(self.params), *self.params[0].shape)
-        reduced = shape if self.role.averaging is None else self.role.averaging.reduced_shape(shape)
+        shape = (len(self.params), *self.shards.local(self.params[0]).shape)
+        reduced = shape if self.averaging is None else self.averaging.reduced_shape(shape)
         device = self.params[0].device
         self.exp_avg = torch.zeros(shape, dtype=self.dtype, device=device)
         self.exp_avg_sq = torch.zeros(reduced, dtype=self.dtype, device=device)
@@ -104,41 +116,71 @@ class StackedParameter:
         """Views of one layer's moments."""
         if self.exp_avg is None or self.exp_avg_sq is None:
             return {}
-        return {"exp_avg": self.exp_avg[layer], "exp_avg_sq": self.exp_avg_sq[layer]}
+        shape = self.params[0].shape
+        reduced = shape if self.role.averaging is None else self.role.averaging.reduced_shape((1, *shape))[1:]
+        return {
+            "exp_avg": self.shards.state(self.exp_avg[layer], shape),
+            "exp_avg_sq": self.shards.state(self.exp_avg_sq[layer], reduced),
+        }
+
+    def local(self, rows: slice) -> list[Tensor]:
+        """The weights themselves, as far as they are on this rank."""
+        return [self.shards.local(param) for param in self.params[rows]]
 
     def stack(self, rows: slice) -> Tensor:
-        """A new stacked tensor of the weights."""
-        return torch.stack(self.params[rows]).to(self.dtype)
+        """The weights stacked."""
+        return torch.stack(self.local(rows)).to(self.dtype)
 
     def stack_grads(self, rows: slice) -> Tensor:
-        """A new stacked tensor of the gradients; a missing one is zero."""
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params[rows]]
+        """The gradients stacked; a missing one is zero."""
+        grads = [self.shards.local(torch.zeros_like(p) if p.grad is None else p.grad) for p in self.params[rows]]
         return torch.stack(grads).to(self.dtype)
+
+    def gather(self, rows: slice, context: Context) -> Stacked:
+        """What a step reads of these layers."""
+        before = after = relaxed = None
+        if self.dressed_by is not None:
+            stack, layers = self.dressed_by
+            mine = rows if layers is None else layers[rows]
+            before, after = (norm[mine] for norm in context.norms[stack])
+            relaxed = context.relaxed[stack][mine] if stack in context.relaxed else None
+        moments = None
+        if self.exp_avg is not None and self.exp_avg_sq is not None:
+            moments = self.exp_avg[rows], self.exp_avg_sq[rows]
+        decay = context.decay(self)
+        return Stacked(self.stack(rows), self.stack_grads(rows), moments, before, after, relaxed, decay)
+
+    def scatter(self, rows: slice, weight: Tensor) -> None:
+        """Copy stacked weights into the parameters."""
+        torch._foreach_copy_(self.local(rows), weight.unbind())
+
+    def centre(self, stacked: Tensor) -> Tensor:
+        """Take the mean over the rows (the vocabulary) from a stacked tensor."""
+        return stacked - self.shards.row_mean(stacked)
 
     def spread(self, per_unit: Tensor) -> Tensor:
         """Shape (L, U) to what broadcasts against the stacked parameter."""
         if self.role.axis is None:
             return per_layer(per_unit, self.params[0].unsqueeze(0))
+        per_unit = self.shards.part(per_unit, 1, self.role.axis)
         if self.params[0].ndim == 1:
             return per_unit
         return per_unit.unsqueeze(2 if self.role.axis == 0 else 1)
 
     def unit_sum(self, stacked: Tensor) -> Tensor:
-        """Sum over the entries of each unit, (L, U)."""
+        """Sum over the entries of each unit, (L, U), as far as they are on this rank."""
         if self.role.axis is None:
             return stacked.flatten(1).sum(1, keepdim=True)
-        return stacked if stacked.ndim == 2 else stacked.sum(2 if self.role.axis == 0 else 1)
+        sums = stacked if stacked.ndim == 2 else stacked.sum(2 if self.role.axis == 0 else 1)
+        return self.shards.placed(sums, 1, self.role.axis)
 
-    def dressing(self, rows: slice, context: Context, after: bool) -> Tensor | None:
-        """What this parameter is multiplied by to dress it, before or after what dresses it has moved."""
-        if self.dressed_by is None or self.role.dressing is None:
+    def factor(self, norm: Tensor | None) -> Tensor | None:
+        """What norms (L, U) that dress this parameter multiply it by."""
+        if norm is None:
             return None
-        stack, layers = self.dressed_by
-        return self.along_dressing(context.norms[stack][after][layers[rows]] ** self.role.dressing.degree)
-
-    def along_dressing(self, factor: Tensor) -> Tensor:
-        """Shape (L, U) of what dresses to what broadcasts against the stacked parameter."""
         assert self.role.dressing is not None
+        factor = norm if self.role.dressing.degree == 1 else norm**self.role.dressing.degree
+        factor = self.shards.part(factor, 1, self.role.dressing.axis)
         if self.params[0].ndim == 1:
             return factor
         return factor.unsqueeze(2 if self.role.dressing.axis == 0 else 1)
@@ -154,6 +196,43 @@ class StackedParameter:
         return self.params[0].numel() // self.units
 
 
+#: A per-unit sum of one parameter, the i-th of those that hold a side: :meth:`StackedParameter.unit_sum` of something.
+Term = Callable[[StackedParameter, int], Tensor]
+
+
+def unit_sums(parameters: Sequence[StackedParameter], *terms: Term) -> Sequence[Tensor]:
+    """Each term summed over the parameters, and over all ranks that have parts of them, (L, U)."""
+    sums = (functools.reduce(operator.add, (term(p, i) for i, p in enumerate(parameters))) for term in terms)
+    return parameters[0].shards.reduced(*sums)
+
+
+class Stacked(NamedTuple):
+    """What a step reads of a stacked parameter: copies, which the step may use up, but for the moments.
+
+    ``weight``, ``grad`` and the moments are (L, *shape), or as averaging leaves them; ``before`` and ``after`` the
+    norms that dress the parameter, before and after they have moved, ``relaxed`` what they were multiplied by by a
+    frame that has relaxed, each (L, U); ``decay`` the factor of decoupled weight decay.
+    """
+
+    weight: Tensor
+    grad: Tensor
+    moments: tuple[Tensor, Tensor] | None
+    before: Tensor | None
+    after: Tensor | None
+    relaxed: Tensor | None
+    decay: float | Tensor
+
+
+def scaled(x: Tensor, factor: Tensor | float) -> Tensor:
+    """The product, in place of x, which must be a copy of one's own; a compiler knows itself where to put it."""
+    return x * factor if torch.compiler.is_compiling() else x.mul_(factor)
+
+
+#: On a CPU, temporaries of more than a few megabytes leave the cache, and their pages are asked of the system
+#: and cleared anew at every step, which costs many times the arithmetic: as many layers at once as fit this.
+CPU_CHUNK = 2**20
+
+
 @dataclass
 class Context:
     """What the stacks of one step share: the param groups, and the norms that dress.
@@ -165,29 +244,76 @@ class Context:
     groups: list[Group]
     norms: dict[Dresser, tuple[Tensor, Tensor]] = field(default_factory=dict)
     relaxed: dict[Dresser, Tensor] = field(default_factory=dict)
+    compiled: bool = False
+
+    def hyper(self, parameter: StackedParameter) -> Hyper:
+        """The hyperparameters of a parameter's group."""
+        group = self.groups[parameter.groups[0]]
+        return Hyper(self.scalar(group["lr"]), *(group[key] for key in Hyper._fields[1:]))
 
     def decay(self, parameter: StackedParameter) -> float | Tensor:
         """The factor of decoupled weight decay."""
         group = self.groups[parameter.groups[0]]
-        return 1 - group["lr"] * group["weight_decay"]
+        return self.scalar(1 - group["lr"] * group["weight_decay"])
+
+    def scalar(self, value: float | Tensor) -> float | Tensor:
+        """A number that may change from step to step: a tensor where the step is compiled, which holds for all."""
+        return torch.tensor(value, dtype=torch.float64) if self.compiled and isinstance(value, float) else value
+
+    def chunks(self, has_gradient: Sequence[bool], parameters: Sequence[StackedParameter]) -> tuple[list[slice], bool]:
+        """Slices of the layers that have a gradient, each to be taken at once; and whether compiled.
+
+        All layers on an accelerator, on a CPU as many as fit :data:`CPU_CHUNK`; without some gradients, one by one.
+        """
+        layers, single = len(has_gradient), not all(has_gradient)
+        at_once = 1 if single else layers
+        if parameters[0].params[0].device.type == "cpu":
+            size = sum(p.params[0].numel() for p in parameters)
+            while at_once > 1 and (at_once * size > CPU_CHUNK or layers % at_once):  # equal chunks compile once
+                at_once -= 1
+        chunks = [slice(i, i + at_once) for i in range(0, layers, at_once) if not single or has_gradient[i]]
+        return chunks, self.compiled and not single and parameters[0].shards is WHOLE
 
 
-#: On a CPU, temporaries of more than a few megabytes leave the cache, and their pages are asked of the system
-#: and cleared anew at every step, which costs many times the arithmetic: as many layers at once as fit this.
-CPU_CHUNK = 2**20
+class Hyper(NamedTuple):
+    """Hyperparameters of one step of a stack."""
+
+    lr: float | Tensor
+    betas: tuple[float, float]
+    eps: float
+    radial_rate: float
+    vertical: str
+    step_scale: str
+    retract: bool
 
 
-def layers_at_once(params: Sequence[Tensor], layer_size: int) -> int:
-    """How many layers of a stack a step takes at once: all on an accelerator, as many as fit on a CPU."""
-    return max(1, CPU_CHUNK // layer_size) if params[0].device.type == "cpu" else len(params)
+#: For a CPU, inductor fuses loops over rows with loops over columns, and works out what there is one of per unit once
+#: per entry. Less of both takes half the time at 10M parameters.
+CPU_OPTIONS: dict[str, Any] = {"cpp.max_horizontal_fusion_size": 2, "realize_opcount_threshold": 6}
 
 
-def active_rows(has_gradient: Sequence[bool], at_once: int) -> Iterator[slice]:
-    """Slices of layers that have gradients, at most so many at once."""
-    if all(has_gradient):
-        yield from (slice(i, i + at_once) for i in range(0, len(has_gradient), at_once))
-    else:
-        yield from (slice(i, i + 1) for i, active in enumerate(has_gradient) if active)
+class Arithmetic:
+    """A function of a stack and of tensors, of which it writes to moments alone; compiled when asked for.
+
+    Each stack has one of its own, for it is compiled for the stack's roles and shapes.
+    """
+
+    def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
+        self.function, self.device = function, device
+        self.compiled: Callable[..., Any] | None = None
+
+    def __call__(self, compiled: bool, *arguments: Any) -> Any:
+        if not compiled:
+            return self.function(*arguments)
+        if self.compiled is None:
+            options = CPU_OPTIONS if self.device.type == "cpu" else {}
+            self.compiled = torch.compile(  # type: ignore[call-overload]
+                self.function, fullgraph=True, dynamic=False, options=options, isolate_recompiles=True
+            )
+        return self.compiled(*arguments)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "compiled": None}
 
 
 class FreeStack:
@@ -199,6 +325,7 @@ class FreeStack:
         self.parameter = parameter
         parameter.allocate()
         self.step_count = torch.zeros(len(parameter.params), device=parameter.params[0].device)
+        self.arithmetic = Arithmetic(FreeStack._moved, parameter.params[0].device)
 
     @property
     def parameters(self) -> list[StackedParameter]:
@@ -211,57 +338,39 @@ class FreeStack:
 
     def grad_norm_squared(self, context: Context) -> Tensor:
         """|g|², of the centred or dressed gradient where the role says so."""
-        return self._gradient(slice(None), context).square().sum()
+        gradient = self._gradient(self.parameter.gather(slice(None), context))
+        return self.parameter.shards.reduced(gradient.square().sum())[0]
 
-    def _gradient(self, rows: slice, context: Context) -> Tensor:
-        gradient = self.parameter.stack_grads(rows)
-        if (factor := self.parameter.dressing(rows, context, after=False)) is not None:
-            gradient.mul_(safe_power(factor, -1))
-        return centre(gradient) if self.parameter.role.centred else gradient
+    def _gradient(self, stacked: Stacked) -> Tensor:
+        p, gradient = self.parameter, stacked.grad
+        if (factor := p.factor(stacked.before)) is not None:
+            gradient = scaled(gradient, safe_power(factor, -1))
+        return p.centre(gradient) if p.role.centred else gradient
 
     def step(self, context: Context) -> None:
-        params = self.parameter.params
-        for rows in active_rows([p.grad is not None for p in params], layers_at_once(params, params[0].numel())):
-            self._step(rows, context)
-
-    def _step(self, rows: slice, context: Context) -> None:
         p = self.parameter
-        group = context.groups[p.groups[0]]
-        assert p.exp_avg is not None
-        assert p.exp_avg_sq is not None
-        lr, decay = group["lr"], context.decay(p)
-        self.step_count[rows] += 1
-        gradient = self._gradient(rows, context)
-        bias = Bias.at(self.step_count[rows], group["betas"], p.dtype)
-        u = adam_(gradient, p.exp_avg[rows], p.exp_avg_sq[rows], bias, group["betas"], group["eps"], p.role.averaging)
+        hyper = context.hyper(p)
+        chunks, compiled = context.chunks([param.grad is not None for param in p.params], [p])
+        for rows in chunks:
+            self.step_count[rows] += 1
+            stacked = p.gather(rows, context)
+            p.scatter(rows, self.arithmetic(compiled, self, stacked, self.step_count[rows], hyper))
+
+    def _moved(self, stacked: Stacked, step_count: Tensor, hyper: Hyper) -> Tensor:
+        """The weights after the step."""
+        p, weight = self.parameter, stacked.weight
+        bias = Bias.at(step_count, hyper.betas, p.dtype)
+        u = adam_(self._gradient(stacked), stacked.moments, bias, hyper.betas, hyper.eps, p.averaging)
         if p.role.centred:
-            u = centre(u)
-        u.mul_(per_layer(-lr * bias.root_second / bias.first, u))
-        if (factor := p.dressing(rows, context, after=True)) is not None:
-            u.mul_(safe_power(factor, -1))
-        params = p.params[rows]
+            u = p.centre(u)
+        u = scaled(u, per_layer(-hyper.lr * bias.ratio, u))
+        if (factor := p.factor(stacked.after)) is not None:
+            u = scaled(u, safe_power(factor, -1))
         if p.role.centred:  # the mean row is gauge: decay leaves it
-            u.add_(p.stack(rows).mean(1, keepdim=True) * (1 - decay))
-        relaxed = self._relaxed(rows, context)
-        if params[0].dtype == p.dtype and relaxed is None:
-            torch._foreach_mul_(params, decay)
-            torch._foreach_add_(params, u.unbind())
-        else:
-            moved = p.stack(rows) * decay + u
-            torch._foreach_copy_(params, (moved if relaxed is None else moved * relaxed).unbind())
-
-    def _relaxed(self, rows: slice, context: Context) -> Tensor | None:
-        """What the parameter is multiplied by because the frame that dresses it has relaxed."""
-        p = self.parameter
-        if p.dressed_by is None or p.role.dressing is None or p.dressed_by[0] not in context.relaxed:
-            return None
-        stack, layers = p.dressed_by
-        return p.along_dressing(context.relaxed[stack][layers[rows]] ** -p.role.dressing.degree)
-
-
-def centre(stacked: Tensor) -> Tensor:
-    """Take the mean over the rows (the vocabulary) from a stacked tensor."""
-    return stacked - stacked.mean(1, keepdim=True)
+            u = u + p.shards.row_mean(weight) * (1 - stacked.decay)
+        moved = scaled(weight, stacked.decay).add_(u)
+        factor = p.factor(stacked.relaxed)
+        return moved if factor is None else moved / factor
 
 
 @dataclass
@@ -280,43 +389,51 @@ class Side:
             for p in self.parameters:
                 p.allocate()
 
-    def sum(self, term: Callable[[StackedParameter, int], Tensor]) -> Tensor:
-        """Sum of a per-unit term over the tensors that hold the side, (L, U)."""
-        return functools.reduce(operator.add, (term(p, i) for i, p in enumerate(self.parameters)))
+    def sums(self, *terms: Term) -> Sequence[Tensor]:
+        """Sums of per-unit terms over the tensors that hold the side, each (L, U)."""
+        return unit_sums(self.parameters, *terms)
 
-    def rounded_norm(self, rows: slice, context: Context) -> Tensor:
+    def gather(self, rows: slice, context: Context) -> list[Stacked]:
+        """What a step reads of each parameter."""
+        return [p.gather(rows, context) for p in self.parameters]
+
+    def scatter(self, rows: slice, weights: Sequence[Tensor]) -> None:
+        """Copy stacked weights into the parameters."""
+        for p, weight in zip(self.parameters, weights, strict=True):
+            p.scatter(rows, weight)
+
+    def rounded_norm(self, stacked: Sequence[Stacked]) -> Tensor:
         """Norms of the weights as they were rounded to a lower precision, decay apart, (L, U).
 
         What this side dresses must follow these: a step too small for the weights' precision moves nothing.
         """
 
         def square(p: StackedParameter, i: int) -> Tensor:
-            weight = p.stack(rows) / context.decay(p)
+            weight = stacked[i].weight / stacked[i].decay
             if p.role.centred:
-                weight = centre(weight)
-            factor = p.dressing(rows, context, after=True)
+                weight = p.centre(weight)
+            factor = p.factor(stacked[i].after)
             return p.unit_sum((weight if factor is None else weight * factor).square())
 
-        return self.sum(square).sqrt_()
+        return self.sums(square)[0].sqrt()
 
-    def read(self, rows: slice, context: Context) -> Block:
+    def read(self, stacked: Sequence[Stacked]) -> Block:
         """Weights and gradients in the coordinates in which the side is decomposed."""
         weights, grads, means = [], [], []
-        for p in self.parameters:
-            weight, grad, mean = p.stack(rows), p.stack_grads(rows), None
+        for p, (weight, grad, _, before, *_) in zip(self.parameters, stacked, strict=True):
+            mean = None
             if p.role.centred:
-                mean = weight.mean(1, keepdim=True)
-                weight.sub_(mean)
-                grad.sub_(grad.mean(1, keepdim=True))
-            if (factor := p.dressing(rows, context, after=False)) is not None:
-                weight.mul_(factor)
-                grad.mul_(safe_power(factor, -1))
+                mean = p.shards.row_mean(weight)
+                weight, grad = weight - mean, p.centre(grad)
+            if (factor := p.factor(before)) is not None:
+                weight, grad = weight * factor, scaled(grad, safe_power(factor, -1))
             weights.append(weight)
             grads.append(grad)
             means.append(mean)
-        norm = self.sum(lambda p, i: p.unit_sum(weights[i].square())).sqrt_()
-        log_norm_grad = self.sum(lambda p, i: p.unit_sum(weights[i] * grads[i]))
-        return Block(self, weights, grads, means, norm, log_norm_grad)
+        squares, log_norm_grad = self.sums(
+            lambda p, i: p.unit_sum(weights[i].square()), lambda p, i: p.unit_sum(weights[i] * grads[i])
+        )
+        return Block(self, stacked, weights, grads, means, squares.sqrt(), log_norm_grad)
 
 
 @dataclass
@@ -324,6 +441,7 @@ class Block:
     """A side at one step: weights and gradients in centred, dressed coordinates, and what they sum to."""
 
     side: Side
+    stacked: Sequence[Stacked]
     weights: list[Tensor]
     grads: list[Tensor]
     means: list[Tensor | None]
@@ -332,17 +450,15 @@ class Block:
 
     def grad_norm_squared(self, step_scale: str) -> Tensor:
         """Σ over units of s² |g|², which is |g|² at the 1/√fan_in initialisation and invariant always."""
-        squared = self.side.sum(lambda p, i: p.unit_sum(self.grads[i].square()))
-        return (squared * self.scale(self.norm, step_scale).square()).sum()
+        squares = self.side.sums(lambda p, i: p.unit_sum(self.grads[i].square()))[0]
+        return (squares * self.scale(self.norm, step_scale).square()).sum()
 
     def scale(self, norm: Tensor, step_scale: str) -> Tensor:
         """The step scale s per unit."""
         return norm * self.side.init_scale if step_scale == "init" else norm
 
-    def turn(
-        self, norm: Tensor, log_change: Tensor, rows: slice, bias: Bias, group: Group
-    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-        """The step of one side as (u, keep, turn, new_norm): W becomes keep · W - turn · u, per unit.
+    def turn(self, norm: Tensor, log_change: Tensor, bias: Bias, hyper: Hyper) -> Turn:
+        """The step of the side: W becomes keep · W - turn · u, per unit.
 
         With u the Adam direction of x = rho g_tan and s the step scale, the turned side is
         W - eta s (u - <u, W> W / rho²), a combination of W and u; so only its two coefficients are worked out,
@@ -350,42 +466,50 @@ class Block:
         """
         side, growth = self.side, log_change.exp()
         if side.unit_size == 1:
-            return [], growth, growth, growth * self.norm
+            return Turn([], growth, growth, growth * self.norm)
         inverse, alive = safe_power(norm, -1), self.norm > 0
         directions: list[Tensor] = []
-        for p, weight, grad in zip(side.parameters, self.weights, self.grads, strict=True):
-            assert p.exp_avg is not None
-            assert p.exp_avg_sq is not None
-            x = grad.mul_(p.spread(norm)).addcmul_(weight, p.spread(self.log_norm_grad * inverse), value=-1)
-            u = adam_(x, p.exp_avg[rows], p.exp_avg_sq[rows], bias, group["betas"], group["eps"], p.role.averaging)
-            directions.append(centre(u) if p.role.centred else u)
-        scale = (bias.root_second / bias.first)[:, None]
-        along = scale * inverse * side.sum(lambda p, i: p.unit_sum(directions[i] * self.weights[i]))
-        along = along * alive
-        across_squared = scale.square() * side.sum(lambda p, i: p.unit_sum(directions[i].square())) - along.square()
-        across_squared.clamp_(min=0)
-        stride = group["lr"] * self.scale(norm, group["step_scale"])
+        for p, stacked, weight, grad in zip(side.parameters, self.stacked, self.weights, self.grads, strict=True):
+            x = scaled(grad, p.spread(norm)).addcmul_(weight, p.spread(self.log_norm_grad * inverse), value=-1)
+            u = adam_(x, stacked.moments, bias, hyper.betas, hyper.eps, p.averaging)
+            directions.append(p.centre(u) if p.role.centred else u)
+        scale = bias.ratio[:, None]
+        products, squares = side.sums(
+            lambda p, i: p.unit_sum(directions[i] * self.weights[i]), lambda p, i: p.unit_sum(directions[i].square())
+        )
+        along = scale * inverse * products * alive
+        across_squared = (scale.square() * squares - along.square()).clamp_(min=0)
+        stride = hyper.lr * self.scale(norm, hyper.step_scale)
         angle = stride * inverse
         stretch = (1 + angle.square() * across_squared).sqrt()
-        if group["retract"]:
+        if hyper.retract:
             growth = torch.where(alive, growth / stretch, growth)
         new_norm = growth * torch.where(alive, self.norm * stretch, stride * across_squared.sqrt())
-        return directions, growth * (1 + angle * along), growth * stride * scale, new_norm
+        return Turn(directions, growth * (1 + angle * along), growth * stride * scale, new_norm)
 
-    def write(self, directions: list[Tensor], keep: Tensor, turn: Tensor, rows: slice, context: Context) -> None:
-        """Combine, decay, undress by the new factors, put the mean row back, and copy into the parameters."""
-        for i, p in enumerate(self.side.parameters):
-            decay = context.decay(p)
-            weight = self.weights[i].mul_(p.spread(keep * decay))
-            if directions:
-                weight.addcmul_(directions[i], p.spread(turn * decay), value=-1)
-            if (factor := p.dressing(rows, context, after=True)) is not None:
+    def moved(self, turn: Turn) -> list[Tensor]:
+        """The weights after the step: combined, decayed, undressed by the new factors, with the mean row back."""
+        moved = []
+        for i, (p, stacked) in enumerate(zip(self.side.parameters, self.stacked, strict=True)):
+            weight = scaled(self.weights[i], p.spread(turn.keep * stacked.decay))
+            if turn.directions:
+                weight.addcmul_(turn.directions[i], p.spread(turn.turn * stacked.decay), value=-1)
+            if (factor := p.factor(stacked.after)) is not None:
                 # what a dead factor dresses has no effect, and stays as it is
-                weight = torch.where(factor > 0, weight.mul_(safe_power(factor, -1)), p.stack(rows))
+                undress = safe_power(factor, -1)
+                weight = torch.where(undress > 0, scaled(weight, undress), stacked.weight)
             mean = self.means[i]
-            if mean is not None:
-                weight.add_(mean)
-            torch._foreach_copy_(p.params[rows], weight.unbind())
+            moved.append(weight if mean is None else weight + mean)
+        return moved
+
+
+class Turn(NamedTuple):
+    """The step of a side over L layers of U units: u of each parameter, two coefficients, and the norms, (L, U)."""
+
+    directions: list[Tensor]
+    keep: Tensor
+    turn: Tensor
+    norm: Tensor
 
 
 class PolarStack:
@@ -403,6 +527,7 @@ class PolarStack:
     ) -> None:
         self.degree, self.dressed = degree, dressed
         self.plus, self.minus = Side(plus), Side(minus) if minus else None
+        check_split_alike((p.names[0], p.params[0]) for p in (*plus, *minus, *dressed))
         first = plus[0]
         self.layers = len(first.params)
         options: dict[str, Any] = {"device": first.params[0].device}
@@ -414,6 +539,7 @@ class PolarStack:
             for mode in modes
             for moment in ("exp_avg", "exp_avg_sq")
         }
+        self.arithmetic = Arithmetic(PolarStack._moved, first.params[0].device)
 
     @property
     def parameters(self) -> list[StackedParameter]:
@@ -432,72 +558,106 @@ class PolarStack:
 
     def grad_norm_squared(self, context: Context) -> Tensor:
         """Squared norm of the gradient in the invariant metric, all layers together."""
-        plus = self.plus.read(slice(None), context)
+        plus = self.plus.read(self.plus.gather(slice(None), context))
         context.norms[self] = (plus.norm, plus.norm)
         step_scale = self._group(context)["step_scale"]
         if self.minus is None:
             return plus.grad_norm_squared(step_scale)
-        minus = self.minus.read(slice(None), context)
+        minus = self.minus.read(self.minus.gather(slice(None), context))
         return plus.grad_norm_squared(step_scale) + minus.grad_norm_squared(step_scale)
 
     def step(self, context: Context) -> None:
         """Move all layers that have a gradient. Afterwards ``context`` has this stack's plus norms."""
-        first = self.plus.parameters[0]
         has_gradient = [any(p.params[i].grad is not None for p in self.parameters) for i in range(self.layers)]
-        if all(has_gradient):
-            old = torch.empty(self.layers, self.units, dtype=first.dtype, device=self.step_count.device)
-        else:  # the layers left alone may still dress others
-            old = self.plus.read(slice(None), context).norm
-        new = old.clone()
-        layer_size = sum(p.params[0].numel() for p in self.parameters)
-        for rows in active_rows(has_gradient, layers_at_once(first.params, layer_size)):
-            old[rows], new[rows] = self._step(rows, context)
+        old = None
+        if not all(has_gradient):  # the layers left alone may still dress others
+            old = self.plus.read(self.plus.gather(slice(None), context)).norm
+        new = None if old is None else old.clone()
+        chunks, compiled = context.chunks(has_gradient, self.parameters)
+        for rows in chunks:
+            self.step_count[rows] += 1
+            before, after = self._step(rows, context, compiled)
+            if before.shape[0] == self.layers:
+                old, new = before, after
+            else:
+                if old is None or new is None:
+                    old, new = before.new_empty(self.layers, self.units), before.new_empty(self.layers, self.units)
+                old[rows], new[rows] = before, after
+        assert old is not None
+        assert new is not None
         context.norms[self] = (old, new)
 
     def _group(self, context: Context) -> Group:
         """The hyperparameters that all parameters of the stack share."""
         return context.groups[self.plus.parameters[0].groups[0]]
 
-    def _step(self, rows: slice, context: Context) -> tuple[Tensor, Tensor]:
+    def _step(self, rows: slice, context: Context, compiled: bool) -> tuple[Tensor, Tensor]:
         """One step of the given layers; returns the plus norms before and after, decay apart."""
-        group = self._group(context)
-        self.step_count[rows] += 1
-        bias = Bias.at(self.step_count[rows], group["betas"], self.plus.parameters[0].dtype)
-        plus = self.plus.read(rows, context)
-        minus = self.minus.read(rows, context) if self.minus is not None else None
-        old = plus.norm
-        if minus is None:  # the plus norm is the gauge coordinate: it keeps still
-            directions, keep, turn, new = plus.turn(old, torch.zeros_like(old), rows, bias, group)
-        else:
-            plus_change, minus_change = self._radial(plus, minus, rows, bias, group)
-            # A dead side (norm 0) has no direction. It steps in the other's covariant scale until it has one.
-            plus_scale = torch.where(old > 0, old, safe_power(minus.norm, -1 / self.degree))
-            minus_scale = torch.where(minus.norm > 0, minus.norm, safe_power(old, -self.degree))
-            directions, keep, turn, new = plus.turn(plus_scale, plus_change, rows, bias, group)
-            minus.write(*minus.turn(minus_scale, minus_change, rows, bias, group)[:3], rows, context)
-        plus.write(directions, keep, turn, rows, context)
+        plus = self.plus.gather(rows, context)
+        minus = self.minus.gather(rows, context) if self.minus is not None else []
+        dressed = [(p.stack(rows), p.stack_grads(rows)) for p in self.dressed]
+        modes = {key: value[rows] for key, value in self.modes.items()}
+        hyper = context.hyper(self.plus.parameters[0])
+        plus_weights, minus_weights, old, new = self.arithmetic(
+            compiled, self, plus, minus, dressed, modes, self.step_count[rows], hyper
+        )
+        self.plus.scatter(rows, plus_weights)
+        if self.minus is not None:
+            self.minus.scatter(rows, minus_weights)
         if self.plus.parameters[0].params[0].dtype != self.plus.parameters[0].dtype:
-            new = self.plus.rounded_norm(rows, context)
+            new = self.plus.rounded_norm(self.plus.gather(rows, context))
         return old, new
 
-    def _radial(self, plus: Block, minus: Block, rows: slice, bias: Bias, group: Group) -> tuple[Tensor, Tensor]:
+    def _moved(
+        self,
+        plus_stacked: Sequence[Stacked],
+        minus_stacked: Sequence[Stacked],
+        dressed: Sequence[tuple[Tensor, Tensor]],
+        modes: dict[str, Tensor],
+        step_count: Tensor,
+        hyper: Hyper,
+    ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+        """The weights of both sides after the step, and the plus norms before and after."""
+        bias = Bias.at(step_count, hyper.betas, self.plus.parameters[0].dtype)
+        plus = self.plus.read(plus_stacked)
+        old = plus.norm
+        if self.minus is None:  # the plus norm is the gauge coordinate: it keeps still
+            turn = plus.turn(old, torch.zeros_like(old), bias, hyper)
+            return plus.moved(turn), [], old, turn.norm
+        minus = self.minus.read(minus_stacked)
+        plus_change, minus_change = self._radial(plus, minus, dressed, modes, bias, hyper)
+        # A dead side (norm 0) has no direction. It steps in the other's covariant scale until it has one.
+        plus_scale = torch.where(old > 0, old, safe_power(minus.norm, -1 / self.degree))
+        minus_scale = torch.where(minus.norm > 0, minus.norm, safe_power(old, -self.degree))
+        turn = plus.turn(plus_scale, plus_change, bias, hyper)
+        return plus.moved(turn), minus.moved(minus.turn(minus_scale, minus_change, bias, hyper)), old, turn.norm
+
+    def _radial(
+        self,
+        plus: Block,
+        minus: Block,
+        dressed: Sequence[tuple[Tensor, Tensor]],
+        modes: dict[str, Tensor],
+        bias: Bias,
+        hyper: Hyper,
+    ) -> tuple[Tensor, Tensor]:
         """Changes of log rho_P and log rho_M: the shared radial step and the vertical mode."""
         k, size = self.degree, math.sqrt(1 + self.degree**2)
-        rate = group["lr"] * group["radial_rate"]
+        rate = hyper.lr * hyper.radial_rate
 
         def mode_step(mode: str, gradient: Tensor) -> Tensor:
-            exp_avg, exp_avg_sq = self.modes[f"{mode}_exp_avg"][rows], self.modes[f"{mode}_exp_avg_sq"][rows]
-            u = adam_(gradient, exp_avg, exp_avg_sq, bias, group["betas"], group["eps"])
-            return u.mul_(per_layer(-rate * bias.root_second / bias.first, u))
+            moments = modes[f"{mode}_exp_avg"], modes[f"{mode}_exp_avg_sq"]
+            return adam_(gradient, moments, bias, hyper.betas, hyper.eps) * per_layer(-rate * bias.ratio, gradient)
 
         # What the plus side dresses is undressed by its new norms, so it does not feel the plus side's move.
         plus_grad = plus.log_norm_grad
-        for p in self.dressed:
-            plus_grad = plus_grad - k * p.unit_sum(p.stack(rows).mul_(p.stack_grads(rows)))
+        if self.dressed:
+            felt = unit_sums(self.dressed, lambda p, i: p.unit_sum(dressed[i][0] * dressed[i][1]))[0]
+            plus_grad = plus_grad - k * felt
         radial = mode_step("radial", (k * plus_grad + minus.log_norm_grad) / size)
-        if group["vertical"] == "freeze":
+        if hyper.vertical == "freeze":
             return radial * (k / size), radial / size
-        if group["vertical"] == "adam":
+        if hyper.vertical == "adam":
             vertical = mode_step("vertical", (plus_grad - k * minus.log_norm_grad) / size)
         else:
             gap = plus.norm.log() - k * minus.norm.log()
@@ -506,7 +666,7 @@ class PolarStack:
 
 
 class ChainStack:
-    """A chain of layers, each a block as a whole; the total log-norm steps, shared equally.
+    """A chain of layers, each a block as a whole, alike ones stacked; the total log-norm steps, shared equally.
 
     Where other layers of the chain are hidden, and step elsewhere, the norms of these keep still.
     """
@@ -519,7 +679,9 @@ class ChainStack:
         first = layers[0]
         options: dict[str, Any] = {"device": first.params[0].device}
         self.step_count = torch.zeros(1, **options)
-        sizes = {} if still else {"radial": 1} | ({"vertical": len(layers)} if vertical else {})
+        self.layers = [len(layer.params) for layer in layers]
+        self.arithmetic = Arithmetic(ChainStack._moved, first.params[0].device)
+        sizes = {} if still else {"radial": 1} | ({"vertical": sum(self.layers)} if vertical else {})
         self.modes = {
             f"{mode}_{moment}": torch.zeros(size, dtype=first.dtype, **options)
             for mode, size in sizes.items()
@@ -532,7 +694,11 @@ class ChainStack:
 
     def states(self) -> dict[Tensor, dict[str, Tensor]]:
         """State by parameter; that of the chain's modes is with the first layer."""
-        states = {p.params[0]: {"step": self.step_count[0], **p.state(0)} for p in self.parameters}
+        states = {
+            param: {"step": self.step_count[0], **p.state(i)}
+            for p in self.parameters
+            for i, param in enumerate(p.params)
+        }
         states[self.parameters[0].params[0]] |= self.modes
         return states
 
@@ -542,37 +708,48 @@ class ChainStack:
     def grad_norm_squared(self, context: Context) -> Tensor:
         """Squared norm of the gradient in the invariant metric."""
         step_scale = self._group(context)["step_scale"]
-        terms = [side.read(slice(None), context).grad_norm_squared(step_scale) for side in self.sides]
-        return torch.stack(terms).sum()
+        blocks = [side.read(side.gather(slice(None), context)) for side in self.sides]
+        return torch.stack([block.grad_norm_squared(step_scale) for block in blocks]).sum()
 
     def step(self, context: Context) -> None:
         """Move all layers, if any has a gradient."""
-        if all(p.params[0].grad is None for p in self.parameters):
+        if all(param.grad is None for p in self.parameters for param in p.params):
             return
-        group, rows = self._group(context), slice(None)
         self.step_count += 1
-        bias = Bias.at(self.step_count, group["betas"], self.parameters[0].dtype)
-        blocks = [side.read(rows, context) for side in self.sides]
-        changes = self._radial(blocks, bias, group).view(-1, 1, 1)
-        for block, change in zip(blocks, changes, strict=True):
-            block.write(*block.turn(block.norm, change, rows, bias, group)[:3], rows, context)
+        stacked = [side.gather(slice(None), context) for side in self.sides]
+        hyper = context.hyper(self.parameters[0])
+        compiled = context.compiled and self.parameters[0].shards is WHOLE
+        moved = self.arithmetic(compiled, self, stacked, self.modes, self.step_count, hyper)
+        for side, weights in zip(self.sides, moved, strict=True):
+            side.scatter(slice(None), weights)
 
-    def _radial(self, blocks: list[Block], bias: Bias, group: Group) -> Tensor:
+    def _moved(
+        self, stacked: Sequence[Sequence[Stacked]], modes: dict[str, Tensor], step_count: Tensor, hyper: Hyper
+    ) -> list[list[Tensor]]:
+        """The weights of each side after the step."""
+        bias = Bias.at(step_count, hyper.betas, self.parameters[0].dtype)
+        blocks = [side.read(each) for side, each in zip(self.sides, stacked, strict=True)]
+        changes = self._radial(blocks, modes, bias, hyper).unsqueeze(1).split(self.layers)
+        return [
+            block.moved(block.turn(block.norm, change, bias, hyper))
+            for block, change in zip(blocks, changes, strict=True)
+        ]
+
+    def _radial(self, blocks: list[Block], modes: dict[str, Tensor], bias: Bias, hyper: Hyper) -> Tensor:
         """Changes of the layers' log-norms, (L,)."""
         log_norm_grads = torch.cat([block.log_norm_grad.flatten() for block in blocks])
         if self.still:
             return torch.zeros_like(log_norm_grads)
-        rate, size = group["lr"] * group["radial_rate"], math.sqrt(len(blocks))
+        rate, size = hyper.lr * hyper.radial_rate, math.sqrt(sum(self.layers))
 
         def mode_step(mode: str, gradient: Tensor) -> Tensor:
-            exp_avg, exp_avg_sq = self.modes[f"{mode}_exp_avg"], self.modes[f"{mode}_exp_avg_sq"]
-            u = adam_(gradient, exp_avg, exp_avg_sq, bias, group["betas"], group["eps"])
-            return u.mul_(-rate * bias.root_second / bias.first)
+            moments = modes[f"{mode}_exp_avg"], modes[f"{mode}_exp_avg_sq"]
+            return adam_(gradient, moments, bias, hyper.betas, hyper.eps) * (-rate * bias.ratio)
 
         shared = mode_step("radial", log_norm_grads.sum(0, keepdim=True) / size) / size
-        if group["vertical"] == "freeze":
-            return shared.expand(len(blocks))
-        if group["vertical"] == "adam":
+        if hyper.vertical == "freeze":
+            return shared.expand(sum(self.layers))
+        if hyper.vertical == "adam":
             vertical = mode_step("vertical", log_norm_grads - log_norm_grads.mean())
             return shared + vertical - vertical.mean()
         log_norms = torch.cat([block.norm.flatten() for block in blocks]).log()
@@ -581,5 +758,7 @@ class ChainStack:
 
 
 def safe_power(x: Tensor, exponent: float) -> Tensor:
-    """x^exponent for x > 0, and 0 at x = 0."""
-    return torch.where(x > 0, x.reciprocal() if exponent == -1 else x.pow(exponent), 0.0)
+    """x^exponent for a negative exponent; 0 where x is 0, or so near to it that this would not be a finite number."""
+    limits = torch.finfo(x.dtype)
+    smallest = max(limits.tiny, limits.max ** (1 / exponent))
+    return torch.where(x >= smallest, x.reciprocal() if exponent == -1 else x.pow(exponent), 0.0)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddc.report.figures import nth_style, save_figure, subplots
+from ddc.report.figures import nth_style, plain_log_ticks, save_figure, subplots
 from ddc.report.paired import Runs
 from ddc.report.runs import TITLES
 from ddc.report.stages import Record
@@ -41,4 +41,6 @@ def plot_losses(runs: Mapping[str, Runs], setting: Callable[[Record], str], stem
     axes[0][2].invert_xaxis()
     for panel, label in zip(axes[-1], ("step", "step", "train loss (nats), falling"), strict=True):
         panel.set_xlabel(label)
+    plain_log_ticks(axes[0][1].yaxis)
+    plain_log_ticks(axes[0][2].xaxis)
     return save_figure(figure, stem)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 #: PNG files with their captions; each has a PDF beside it.
@@ -40,6 +41,16 @@ def nth_style(i: int, marker: bool = False) -> dict[str, Any]:
     """Colour and line of the i-th of several things, and with ``marker`` its marker."""
     style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}
     return style | {"marker": MARKERS[i % len(MARKERS)]} if marker else style
+
+
+def plain_log_ticks(axis: Axis) -> None:
+    """Label a logarithmic axis with plain numbers: 1, 2 and 5 times powers of ten; over many, these alone."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    low, high = sorted(axis.get_view_interval())
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def save_figure(figure: Figure, stem: Path) -> list[Path]:

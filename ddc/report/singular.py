@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ddc.report.claims import Claim, Verdict, effect, rule, verdict, verdict_table
+from ddc.report.claims import FEW_SEEDS, Claim, Verdict, effect, rule, verdict, verdict_table
 from ddc.report.figures import COLOURS, HATCHES, Figures, nth_style, save_figure, subplots
 from ddc.report.paired import BASELINE, SUBJECT, interval, p_cell
 from ddc.report.rates import APPROACH_TITLES, COLUMNS, heat_map, largest_slope, settings
@@ -113,7 +113,7 @@ def markdown(readings: Sequence[Reading], claim: Claim) -> str:
         "(docs/measurement.md).",
         "## Claim C2",
         verdict_table({claim.id: claim}, verdicts(readings, claim)),
-        rule(claim),
+        f"{rule(claim)} {FEW_SEEDS}",
     ]
     for name, seeds in grids(readings).items():
         reports = [pair[optimizer].rates for optimizer in OPTIMIZERS for pair in seeds.values()]

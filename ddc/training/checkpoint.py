@@ -2,6 +2,7 @@
 
 A file is named by its step and the SHA-256 of its bytes, so that a damaged one is known by its name; the one before is
 kept, to go on from. Nothing in a file is executed when it is read (``weights_only``).
+It holds whole tensors, however many processes trained: a run may go on with another number.
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ import io
 import logging
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from ddc.gauges import whole
 from ddc.models import check_fit
+from ddc.optim.sharding import split_like
+from ddc.training.ranks import Ranks
 from ddc.training.records import write_atomically
 
 #: How many are kept: the last, and the one before.
@@ -38,10 +43,12 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("checkpoint-*.pt") if NAME.fullmatch(path.name)), reverse=True)
 
 
-def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, scaler: GradScaler) -> None:
+def save_checkpoint(
+    folder: Path, step: int, model: nn.Module, optimizer: Optimizer, scaler: GradScaler, ranks: Ranks
+) -> None:
     """Write weights, optimizer, scaler and random state after ``step`` steps, atomically; older ones go but for one.
 
-    The position in the data is the step: batches are a function of it.
+    All ranks must call; the first writes. The position in the data is the step: batches are a function of it.
 
     Raises:
         OSError: it cannot be written (a full disk, say); those before are left as they are.
@@ -53,6 +60,23 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimi
         "scaler": scaler.state_dict(),
         "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
     }
+    if ranks.size > 1:
+        state = gathered(state, ranks.first)
+    ranks.on_first(lambda: write_checkpoint(folder, step, state))
+
+
+def gathered(nest: Any, keep: bool) -> Any:
+    """A nest of dicts and lists with its tensors whole, and on the CPU; ranks that are not to keep them get None."""
+    if isinstance(nest, Tensor):
+        tensor = whole(nest)
+        return tensor.cpu() if keep else None
+    if isinstance(nest, Mapping):
+        return {key: gathered(value, keep) for key, value in nest.items()}
+    return [gathered(value, keep) for value in nest] if isinstance(nest, list) else nest
+
+
+def write_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
+    """Write a state to the file that is named by its bytes, and delete all others but one."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
@@ -63,8 +87,8 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Optimi
         each.unlink()
 
 
-def read_checkpoint(folder: Path, device: torch.device | str) -> dict[str, Any] | None:
-    """The last checkpoint that is whole; None if there is none at all.
+def read_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """The last checkpoint that is whole, on the CPU; None if there is none at all.
 
     One that is damaged is reported, and the one before is taken.
 
@@ -75,7 +99,7 @@ def read_checkpoint(folder: Path, device: torch.device | str) -> dict[str, Any] 
     for path in paths:
         content = path.read_bytes()
         if path.stem.endswith(hashlib.sha256(content).hexdigest()):
-            return unpacked(path, content, device)
+            return unpacked(path, content)
         log.warning("%s is damaged: its bytes are not those that were written. Trying the one before", path)
     if paths:
         raise CheckpointError(
@@ -84,40 +108,47 @@ def read_checkpoint(folder: Path, device: torch.device | str) -> dict[str, Any] 
     return None
 
 
-def unpacked(path: Path, content: bytes, device: torch.device | str) -> dict[str, Any]:
+def unpacked(path: Path, content: bytes) -> dict[str, Any]:
     """What a checkpoint holds.
 
     Raises:
         CheckpointError: it holds more than tensors, numbers and text, and reading it would execute something.
     """
     try:
-        state: dict[str, Any] = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} is no checkpoint of a run, and may be hostile: it is not loaded") from error
     return state
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: Optimizer, scaler: GradScaler, device: torch.device
+    folder: Path, model: nn.Module, optimizer: Optimizer, scaler: GradScaler, ranks: Ranks
 ) -> int | None:
     """Restore what :func:`save_checkpoint` wrote and return its step; None where nothing was written.
 
+    All ranks read the file, and take their parts.
+
     Raises:
-        CheckpointError: the checkpoint does not fit the model or the optimizer, is hostile, or none is whole.
+        CheckpointError: the checkpoint does not fit the model or the optimizer, is hostile, or none is whole; or not
+            all ranks see the same one.
     """
-    state = read_checkpoint(folder, device)
+    state = read_checkpoint(folder)
+    if len(steps := set(ranks.of_all(None if state is None else state["step"]))) > 1:
+        raise CheckpointError(f"processes see different checkpoints in {folder} ({steps}): it must be a shared folder")
     if state is None:
         return None
     try:
-        check_fit(model.state_dict(), state["model"], "the checkpoint")
-        model.load_state_dict(state["model"])
+        own = model.state_dict()
+        check_fit(own, state["model"], "the checkpoint")
+        weights = {name: split_like(w, own[name]) for name, w in state["model"].items()}
+        model.load_state_dict(weights)
         optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{folder} does not fit this run ({error}); start over with training.resume=never"
         ) from error
     scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(state["rng"]["cpu"].cpu())
+    torch.set_rng_state(state["rng"]["cpu"])
     if len(state["rng"]["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([rng.cpu() for rng in state["rng"]["cuda"]])
+        torch.cuda.set_rng_state_all(state["rng"]["cuda"])
     return int(state["step"])

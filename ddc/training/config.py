@@ -33,6 +33,7 @@ LARGEST_FLOAT, LARGEST_INTEGER = 1e15, 2**31 - 1
 MISFIT = "the run's configuration does not fit this version of the code"
 SCHEDULES = ("constant", "cosine", "wsd")
 PRECISIONS = ("float32", "bfloat16", "float16")
+PARALLEL = ("ddp", "fsdp")
 WANDB_MODES = ("auto", "offline", "online", "disabled")
 
 
@@ -236,6 +237,31 @@ class TrainingConfig:
 
 
 @dataclass
+class LauncherConfig:
+    """How the processes of one run are started.
+
+    Args:
+        name: ``local`` is one process, ``torchrun`` as many as torchrun starts, on one machine or several.
+        parallel: with torchrun, ``ddp`` (each has the whole model) or ``fsdp`` (each has a part of every parameter).
+
+    The global batch is split over them, and what they compute is that of one process up to rounding, so the run's id
+    does not depend on it: a run may go on with another number of processes.
+    """
+
+    name: str = "local"
+    parallel: str | None = None
+
+    def __post_init__(self) -> None:
+        require_one_of("launcher", self.name, ("local", "torchrun"))
+        if self.name == "local" and self.parallel is not None:
+            raise ValueError(
+                f"Invalid launcher.parallel={self.parallel} with launcher=local: it is for launcher=torchrun"
+            )
+        if self.name == "torchrun":
+            require("launcher.parallel", self.parallel, self.parallel in PARALLEL, f"one of {', '.join(PARALLEL)}")
+
+
+@dataclass
 class WandbConfig:
     """Where Weights & Biases mirrors a run; the run's own records are the truth.
 
@@ -260,6 +286,7 @@ class Config:
     gauges: GaugesConfig = field(default_factory=GaugesConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     slt: SLTConfig = field(default_factory=SLTConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     name: str = "gpt"
     seed: int = 0
@@ -290,7 +317,7 @@ class Config:
     def identity(self) -> dict[str, Any]:
         """All that decides the records of the run, and nothing else."""
         values = dataclasses.asdict(self)
-        del values["wandb"], values["runs"], values["training"]["resume"]
+        del values["launcher"], values["wandb"], values["runs"], values["training"]["resume"]
         values["gauges"] = {kind: wanted is not False for kind, wanted in values["gauges"].items()}
         if not self.slt.readings:
             del values["slt"]
@@ -399,7 +426,7 @@ def check_entries(config: DictConfig, place: str = "") -> None:
 
 
 def restored(values: dict[str, Any]) -> Config:
-    """The configuration that a run's ``run.json`` holds.
+    """The configuration that a run's ``run.json`` holds, for one process.
 
     A gauge that was on is one if the model has it: in older files that is all that ``true`` says.
 
@@ -410,7 +437,7 @@ def restored(values: dict[str, Any]) -> Config:
     try:
         schema.optimizer = OmegaConf.structured(OPTIMIZERS[values["optimizer"]["name"]])
         schema.model, schema.data = OmegaConf.structured(MODELS[model]), OmegaConf.structured(DATA[model])
-        merged = OmegaConf.merge(schema, values)
+        merged = OmegaConf.merge(schema, {key: value for key, value in values.items() if key != "launcher"})
         for kind in KINDS:
             merged.gauges[kind] = None if merged.gauges[kind] else merged.gauges[kind]
     except OmegaConfBaseException as error:

@@ -11,10 +11,10 @@ from ddc.training.records import Row
 
 
 class Display:
-    """Progress of one run, with losses, gap, accuracy, speed and time left."""
+    """Progress of one run, with losses, gap, accuracy, speed and time left; ``quiet`` shows nothing."""
 
-    def __init__(self, steps: int, start: int, title: str) -> None:
-        self.console = Console(stderr=True)
+    def __init__(self, steps: int, start: int, title: str, quiet: bool = False) -> None:
+        self.console, self.quiet = Console(stderr=True), quiet
         self.steps, self.start, self.step = steps, start, start
         self.began = time.perf_counter()
         self.progress = Progress(
@@ -23,13 +23,14 @@ class Display:
             TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=quiet or not self.console.is_terminal,
         )
         self.task = self.progress.add_task("", total=steps, completed=start, status="")
         self.title = title
 
     def __enter__(self) -> Display:
-        print(f"{self.title}: {self.steps} steps" + (f", from step {self.start}" if self.start else ""), flush=True)
+        if not self.quiet:
+            print(f"{self.title}: {self.steps} steps" + (f", from step {self.start}" if self.start else ""), flush=True)
         self.progress.start()
         return self
 
@@ -48,7 +49,7 @@ class Display:
             f"acc {row['validation_accuracy']:.3f} {value:,.0f} {unit.removesuffix('_per_second')}/s"
         )
         self.progress.update(self.task, status=status)
-        if not self.console.is_terminal:
+        if not self.console.is_terminal and not self.quiet:
             done = self.step - self.start
             left = (time.perf_counter() - self.began) / done * (self.steps - self.step) if done else None
             tail = f"  {left:.0f} s left" if left else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -31,7 +32,7 @@ from ddc.data import (
     load_modular,
     load_text,
 )
-from ddc.gauges import GaugeSet, audit, find_gauges, named_parameters
+from ddc.gauges import GaugeSet, HiddenMatrix, audit, find_gauges, hidden_matrices, named_parameters
 from ddc.gauges.trace import in_evaluation
 from ddc.models import (
     GPT,
@@ -46,16 +47,20 @@ from ddc.models import (
 from ddc.optim import DDCAdam, DDCMuon
 from ddc.optim.drift import gauge_drift
 from ddc.optim.factory import make_optimizer
+from ddc.optim.sharding import local_part
 from ddc.slt.observer import Observer, joined
 from ddc.training.calibration import calibration_error
 from ddc.training.checkpoint import checkpoints, load_checkpoint, read_checkpoint, save_checkpoint
-from ddc.training.config import Config, TrainingConfig, restored
+from ddc.training.config import Config, TrainingConfig, WandbConfig, restored
 from ddc.training.display import Display
 from ddc.training.lock import only_process_in
 from ddc.training.mirror import Mirror
+from ddc.training.ranks import ALONE, Ranks
 from ddc.training.records import Records, Row, provenance, summarize, write_json
 
 Batch = tuple[Tensor, Tensor]
+#: Below it, steps in float16 are skipped for ever; it is that of fairseq (``min_loss_scale``).
+SMALLEST_LOSS_SCALE = 1e-4
 
 
 class DivergedError(RuntimeError):
@@ -64,12 +69,17 @@ class DivergedError(RuntimeError):
 
 @dataclass
 class Setup:
-    """All that a run needs, made and checked before anything is trained or written."""
+    """All that a run needs, made and checked before anything is trained or written.
+
+    ``trained`` is the model as a training step calls it: under DDP, what wraps it.
+    """
 
     config: Config
+    ranks: Ranks
     device: torch.device
     data: Data
     model: nn.Module
+    trained: nn.Module
     gauges: GaugeSet
     start: dict[str, Tensor]
     optimizer: Optimizer
@@ -99,8 +109,12 @@ def within_memory() -> Iterator[None]:
 
 
 @within_memory()
-def prepare(config: Config) -> Setup:
+def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     """Make data, model, gauges and optimizer.
+
+    Args:
+        config: of the run.
+        ranks: the processes that train it together; each prepares the same, and ends with its part.
 
     Raises:
         ValueError: a value, a data set or a combination that cannot work; the message names the key and the fix.
@@ -111,16 +125,29 @@ def prepare(config: Config) -> Setup:
     batch_size = config.training.batch_size or data.train_units
     if isinstance(data, PairData):
         check_batch(batch_size, data.train_units, config.training.accumulation)
+    if batch_size % (ranks.size * config.training.accumulation):
+        raise ValueError(
+            f"Invalid training.batch_size={batch_size}: {ranks.size} processes (torchrun --nproc-per-node) times "
+            f"training.accumulation={config.training.accumulation} must divide it"
+        )
     torch.set_num_threads(config.training.threads)
     torch.manual_seed(config.seed)
     model = build_model(config.model, **data.sizes).to(device)
     gauges = find_gauges(model, config.gauges.per_layer).only(config.gauges.kinds)
     start = {name: p.detach().to("cpu", copy=True) for name, p in named_parameters(model).items()}
-    optimizer = configured_optimizer(config, model, gauges)
-    peak_lrs = [group["lr"] for group in optimizer.param_groups]
+    hidden = configured_hidden(config, model)
     folder = Path(config.runs) / config.name / config.run_id
-    observer = make_observer(config, device, data, model, folder / "snapshots") if config.slt.readings else None
-    return Setup(config, device, data, model, gauges, start, optimizer, batch_size, peak_lrs, observer, folder)
+    observer = None
+    if config.slt.readings:
+        if ranks.parallel == "fsdp":
+            raise ValueError("slt.readings with launcher.parallel=fsdp: they read whole layers; use ddp, or slt=none")
+        observer = make_observer(config, device, data, model, folder / "snapshots")
+    trained = ranks.parallelized(model)
+    optimizer = configured_optimizer(config, model, gauges, hidden)
+    peak_lrs = [group["lr"] for group in optimizer.param_groups]
+    return Setup(
+        config, ranks, device, data, model, trained, gauges, start, optimizer, batch_size, peak_lrs, observer, folder
+    )
 
 
 def restore(folder: Path) -> Setup:
@@ -133,7 +160,7 @@ def restore(folder: Path) -> Setup:
     """
     if not (folder / "run.json").exists():
         raise FileNotFoundError(f"{folder} holds no run")
-    state = read_checkpoint(folder, "cpu")
+    state = read_checkpoint(folder)
     if state is None:
         raise FileNotFoundError(f"{folder} holds a run without a checkpoint: train it first")
     config = restored(json.loads((folder / "run.json").read_text())["config"])
@@ -191,11 +218,25 @@ def make_observer(config: Config, device: torch.device, data: Data, model: nn.Mo
     return Observer(config.slt, model, probe, whole, config.training.steps, folder)
 
 
-def configured_optimizer(config: Config, model: nn.Module, gauges: GaugeSet) -> Optimizer:
+def configured_hidden(config: Config, model: nn.Module) -> Sequence[HiddenMatrix]:
+    """The matrices that the optimizer of a config takes for hidden, read from the model while it is whole.
+
+    Raises:
+        ValueError: a Muon for a model whose hidden matrices cannot be read.
+    """
+    if config.optimizer.name not in ("muon", "ddcmuon"):
+        return ()
+    return hidden_matrices(model, getattr(config.optimizer, "per_head", False))
+
+
+def configured_optimizer(
+    config: Config, model: nn.Module, gauges: GaugeSet, hidden: Sequence[HiddenMatrix]
+) -> Optimizer:
     """The optimizer of a config."""
     options = dataclasses.asdict(config.optimizer)
     name, weight_decay = options.pop("name"), options.pop("weight_decay")
-    return make_optimizer(name, model, gauges, weight_decay, **options)
+    options.pop("per_head", None)  # is in ``hidden``
+    return make_optimizer(name, model, gauges, weight_decay, hidden, **options)
 
 
 def choose_device(config: TrainingConfig) -> torch.device:
@@ -234,44 +275,58 @@ def train(setup: Setup, draw: Callable[[Path], Sequence[Path]] = no_figures) -> 
         MemoryError: it does not fit into memory.
         OSError: the folder of the run cannot be made or written to.
     """
-    summary = setup.folder / "summary.json"
-    if setup.config.training.resume == "auto" and summary.exists():
-        return {**json.loads(summary.read_text()), "already_complete": True}
+    if setup.config.training.resume == "auto":
+        complete = setup.ranks.on_first(lambda: complete_summary(setup.folder))
+        if complete is not None:
+            return {**complete, "already_complete": True}
+    with within_memory(), contextlib.ExitStack() as held:
+        setup.ranks.on_first(lambda: make_folder(setup))
+        setup.ranks.on_first(lambda: held.enter_context(only_process_in(setup.folder)))
+        return _train(setup, draw)
+
+
+def make_folder(setup: Setup) -> None:
+    """Make the folder of a run.
+
+    Raises:
+        OSError: it cannot be made; the message names the key.
+    """
     try:
         setup.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"Invalid runs={setup.config.runs}: the folder cannot be made ({error})") from error
-    with within_memory(), only_process_in(setup.folder):
-        return _train(setup, draw)
+
+
+def complete_summary(folder: Path) -> Row | None:
+    """The summary of a run that is complete."""
+    path = folder / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
-    config, training, folder = setup.config, setup.config.training, setup.folder
+    config, training, folder, ranks = setup.config, setup.config.training, setup.folder, setup.ranks
     model, optimizer = setup.model, setup.optimizer
-    summary_path = folder / "summary.json"
     scaler = GradScaler(setup.device.type, enabled=training.precision == "float16")
     records, timing, readings = (Records(folder / f"{name}.jsonl") for name in ("records", "timing", "readings"))
-    start = load_checkpoint(folder, model, optimizer, scaler, setup.device) if training.resume == "auto" else None
-    if start is None:
-        start_folder(setup)
-        start = 0
-    for table in (records, timing, readings):
-        table.truncate(start)
-    rows, read = records.read(), readings.read()
-    elapsed, observing = (sum(row[key] for row in timing.read()) for key in ("seconds", "reading_seconds"))
+    last = load_checkpoint(folder, model, optimizer, scaler, ranks) if training.resume == "auto" else None
+    rows, timed, read = ranks.on_first(lambda: begin(setup, last, (records, timing, readings)))
+    start = last or 0
+    elapsed, observing = (sum(row[key] for row in timed) for key in ("seconds", "reading_seconds"))
     observer, reading_steps = setup.observer, set(setup.observer.steps if setup.observer else ())
     evaluations = {round(i * training.steps / training.evaluations) for i in range(training.evaluations + 1)}
     fixed = {split: evaluation_batches(setup, split) for split in ("train", "validation")}
+    if not ranks.first:
+        config = dataclasses.replace(config, wandb=WandbConfig("disabled"))
     mirror, stop = Mirror(config, folder), StopSignal()
+    display = Display(training.steps, start, f"{config.name}/{config.run_id}", quiet=not ranks.first)
 
-    with Display(training.steps, start, f"{config.name}/{config.run_id}") as display, stop, noted(folder):
+    with display, stop, noted(folder, ranks):
         clock, last_row_step, gauge_audit, reading_seconds = time.perf_counter(), start, None, 0.0
         for step in range(start, training.steps + 1):
             if observer and step in reading_steps and not (read and read[-1]["step"] == step):
                 check_finite(setup)
                 began = time.perf_counter()
-                read.append(observer.read(step, read[-1] if read else None))
-                readings.append(read[-1])
+                read.append(ranks.on_first(functools.partial(take_reading, observer, step, read, readings)))
                 mirror.log_reading(read[-1])
                 reading_seconds += time.perf_counter() - began
             if step in evaluations and not (rows and rows[-1]["step"] == step):
@@ -279,20 +334,16 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
                     **evaluate(setup, step, fixed),
                     "gauge_audit": gauge_audit,
                     "gauge_drift": gauge_drift(setup.start, named_parameters(model), setup.gauges),
+                    **({"loss_scale": scaler.get_scale()} if scaler.is_enabled() else {}),
                 }
+                check_finite(setup)  # an entry that the fixed batches do not read may be nan beside a good loss
                 seconds = time.perf_counter() - clock
                 units = (step - last_row_step) * setup.batch_size * setup.data.units_per_example
                 speed = {f"{setup.data.unit}s_per_second": units / (seconds - reading_seconds)}
-                records.append(row)
-                timing.append(
-                    {
-                        "step": step,
-                        "seconds": seconds,
-                        "reading_seconds": reading_seconds,
-                        **speed,
-                    }
-                )
-                save_checkpoint(folder, step, model, optimizer, scaler)
+                times = {"step": step, "seconds": seconds, "reading_seconds": reading_seconds, **speed}
+                for table, entry in ((records, row), (timing, times)):
+                    ranks.on_first(functools.partial(table.append, entry))
+                save_checkpoint(folder, step, model, optimizer, scaler, ranks)
                 if observer:
                     observer.forget()
                 rows.append(row)
@@ -302,9 +353,9 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
                 clock, last_row_step, reading_seconds = time.perf_counter(), step, 0.0
             if step == training.steps:
                 break
-            if stop.requested:
+            if ranks.total(stop.requested):
                 check_finite(setup)
-                save_checkpoint(folder, step, model, optimizer, scaler)
+                save_checkpoint(folder, step, model, optimizer, scaler, ranks)
                 raise KeyboardInterrupt(f"stopped after step {step}; the same command goes on from there")
             gauge_audit = train_step(setup, step, scaler, audited=step + 1 in evaluations)
             display.advance()
@@ -315,20 +366,39 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
         "reading_seconds": observing,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-    write_json(summary_path, summary)
-    mirror.finish(summary, draw(folder))
+    ranks.on_first(lambda: write_json(folder / "summary.json", summary))
+    if ranks.first:
+        mirror.finish(summary, draw(folder))
     return summary
 
 
+def begin(setup: Setup, last: int | None, tables: Sequence[Records]) -> list[list[Row]]:
+    """The rows of each table up to the last checkpoint; the later ones go. Without one, the folder begins anew."""
+    if last is None:
+        start_folder(setup)
+    for table in tables:
+        table.truncate(last or 0)
+    return [table.read() for table in tables]
+
+
+def take_reading(observer: Observer, step: int, read: list[Row], readings: Records) -> Row:
+    """Read singular structure, and record it."""
+    row = observer.read(step, read[-1] if read else None)
+    readings.append(row)
+    return row
+
+
 @contextlib.contextmanager
-def noted(folder: Path) -> Iterator[None]:
+def noted(folder: Path, ranks: Ranks) -> Iterator[None]:
     """Leave ``diverged.json`` in the folder of a run that diverges: a result, which a sweep need not ask for again."""
     marker = folder / "diverged.json"
-    marker.unlink(missing_ok=True)
+    if ranks.first:
+        marker.unlink(missing_ok=True)
     try:
         yield
     except DivergedError as error:
-        write_json(marker, {"message": str(error)})
+        if ranks.first:
+            write_json(marker, {"message": str(error)})
         raise
 
 
@@ -347,6 +417,7 @@ def start_folder(setup: Setup) -> None:
             "config": dataclasses.asdict(setup.config),
             "seed": setup.config.seed,
             "data": setup.data.source,
+            "processes": setup.ranks.size,
             "gauges": str(setup.gauges).splitlines(),
             **({"routing": setup.optimizer.routing().splitlines()} if isinstance(setup.optimizer, DDCMuon) else {}),
             **provenance(),
@@ -357,22 +428,26 @@ def start_folder(setup: Setup) -> None:
 def train_step(setup: Setup, step: int, scaler: GradScaler, audited: bool) -> float | None:
     """One optimizer step; where ``audited``, returns the largest reading of the gauges' audit.
 
+    A gradient that is not finite beside a finite loss: in float16 the scaler skips the step and halves its scale; else
+    the weights take it, and the next loss, evaluation or checkpoint finds it there.
+
     Raises:
-        DivergedError: a loss that is not finite. Weights are as before the step.
+        DivergedError: a loss that is not finite, or gradients that overflow at every loss scale. Weights are as before
+            the step.
     """
     training, model, optimizer = setup.config.training, setup.model, setup.optimizer
     factor = learning_rate_factor(training, step)
     for group, peak in zip(optimizer.param_groups, setup.peak_lrs, strict=True):
         group["lr"] = peak * factor
     optimizer.zero_grad()
-    inputs, targets = setup.data.batch(step, setup.batch_size, setup.config.seed)
+    inputs, targets = map(setup.ranks.part, setup.data.batch(step, setup.batch_size, setup.config.seed))
     losses = []
     for x, y in zip(inputs.chunk(training.accumulation), targets.chunk(training.accumulation), strict=True):
         with autocast(setup):
-            loss = cross_entropy(model(x.to(setup.device)), y.to(setup.device)) / training.accumulation
+            loss = cross_entropy(setup.trained(x.to(setup.device)), y.to(setup.device)) / training.accumulation
         scaler.scale(loss).backward()
         losses.append(loss.detach())
-    if not math.isfinite(loss_value := float(torch.stack(losses).sum())):
+    if not math.isfinite(loss_value := setup.ranks.total(float(torch.stack(losses).sum())) / setup.ranks.size):
         raise DivergedError(f"the loss of step {step} is {loss_value}. {where_to_go_on(setup.folder)}")
     reading = max(audit(model, setup.gauges).values(), default=None) if audited else None
     if training.max_grad_norm is not None:
@@ -380,6 +455,11 @@ def train_step(setup: Setup, step: int, scaler: GradScaler, audited: bool) -> fl
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), training.max_grad_norm, grad_norm(model, optimizer))
     scaler.step(optimizer)
     scaler.update()
+    if scaler.is_enabled() and (scale := scaler.get_scale()) < SMALLEST_LOSS_SCALE:
+        raise DivergedError(
+            f"the gradients of step {step} and those before overflow, down to a loss scale of {scale:.0e}. "
+            + where_to_go_on(setup.folder)
+        )
     return reading
 
 
@@ -405,10 +485,10 @@ def learning_rate_factor(training: TrainingConfig, step: int) -> float:
 
 
 def evaluation_batches(setup: Setup, split: str) -> list[Batch]:
-    """The fixed batches of a split, on the device."""
-    training = setup.config.training
+    """The fixed batches of a split, this rank's part of each, on the device."""
+    training, part = setup.config.training, setup.ranks.part
     batches = setup.data.evaluation_batches(split, training.evaluation_batches, setup.batch_size)
-    return [(x.to(setup.device), y.to(setup.device)) for x, y in batches]
+    return [(part(x).to(setup.device), part(y).to(setup.device)) for x, y in batches]
 
 
 def evaluate(setup: Setup, step: int, batches: dict[str, list[Batch]]) -> Row:
@@ -434,20 +514,20 @@ def evaluate(setup: Setup, step: int, batches: dict[str, list[Batch]]) -> Row:
 
 @torch.no_grad()
 def measure(setup: Setup, batches: list[Batch]) -> dict[str, float]:
-    """Mean loss in nats, accuracy and calibration error over batches, the model in evaluation mode."""
+    """Mean loss in nats, accuracy and calibration error over the batches of all ranks, in evaluation mode."""
     loss, confidences, hits = 0.0, [], []
     with in_evaluation(setup.model):
         for x, y in batches:
             with autocast(setup):
                 logits = setup.model(x)
-            loss += float(cross_entropy(logits, y)) * y.numel()
+            loss += float(cross_entropy(logits, y)) * y.numel() if len(y) else 0.0
             logits = logits.float()
             largest, predicted = logits.max(-1)
             confidences.append((largest - logits.logsumexp(-1)).exp().flatten())
             hits.append((predicted == y).flatten())
-    confidence, hit = torch.cat(confidences), torch.cat(hits)
+    confidence, hit = (torch.cat(setup.ranks.of_all(torch.cat(each).cpu())) for each in (confidences, hits))
     return {
-        "loss": loss / len(hit),
+        "loss": setup.ranks.total(loss) / len(hit),
         "accuracy": int(hit.sum()) / len(hit),
         "calibration_error": calibration_error(confidence, hit),
     }
@@ -461,7 +541,8 @@ def autocast(setup: Setup) -> contextlib.AbstractContextManager[object]:
 
 def check_finite(setup: Setup) -> None:
     """Raise DivergedError rather than save weights that are not finite."""
-    if not all(p.isfinite().all() for p in setup.model.parameters()):
+    finite = all(bool(local_part(p.detach()).isfinite().all()) for p in setup.model.parameters())
+    if setup.ranks.total(not finite):
         raise DivergedError(f"the weights are not finite; they are not saved. {where_to_go_on(setup.folder)}")
 
 

@@ -13,7 +13,7 @@ from ddc.data import Data
 from ddc.gauges import find_gauges
 from ddc.models import build_model, cross_entropy
 from ddc.training.config import Config
-from ddc.training.loop import configured_optimizer
+from ddc.training.loop import configured_hidden, configured_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +38,12 @@ def estimate_memory(config: Config, data: Data) -> MemoryEstimate:
     gauges = find_gauges(real, config.gauges.per_layer).only(config.gauges.kinds)
     with FakeCopyMode(fake):
         model = copy.deepcopy(real)
+    hidden = configured_hidden(config, real)
     del real
     precision = getattr(torch, training.precision)
     batch = data.batch(0, (training.batch_size or data.train_units) // training.accumulation, config.seed)
     with fake:
-        optimizer = configured_optimizer(config, model, gauges)
+        optimizer = configured_optimizer(config, model, gauges, hidden)
         for parameter in model.parameters():  # some optimizers allocate their state in the first step
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
