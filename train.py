@@ -40,22 +40,6 @@ register_schemas()
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
 def main(composed: DictConfig) -> None:
     """Run what the composed configuration says, and show what came of it."""
-    try:
-        config = resolve(composed)
-    except ValueError as error:
-        fail(f"error: {error}")
-    drawn = functools.cache(draw)  # for W&B and for the list below
-    folder, summary = run(config, drawn)
-    if speaks():
-        show(folder, summary, drawn(folder))
-
-
-def run(config: Config, draw: Callable[[Path], Sequence[Path]]) -> tuple[Path, Row]:
-    """Train; the folder of the run and its summary. ``draw`` as for :func:`ddc.training.loop.train`.
-
-    Raises:
-        SystemExit: the run stopped or cannot begin: one line that says why, and the exit status.
-    """
     with contextlib.ExitStack() as stack:
         try:
             ranks = stack.enter_context(joined(config.launcher))
@@ -63,11 +47,7 @@ def run(config: Config, draw: Callable[[Path], Sequence[Path]]) -> tuple[Path, R
         except (ValueError, MemoryError) as error:
             fail(f"error: {error}")
         try:
-            return setup.folder, train(setup, draw)
-        except KeyboardInterrupt as stop:
-            if speaks():
-                print(str(stop) or "stopped", file=sys.stderr)
-            sys.exit(os.EX_TEMPFAIL)
+            summary = train(setup, drawn)
         except STOPS as error:
             fail(f"stopped: {error}")
 
@@ -103,4 +83,4 @@ if __name__ == "__main__":
         check_choices(sys.argv[1:])
         main()
     except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"error: {explained(error)}")
+        fail(f"error: {explained(error)}")

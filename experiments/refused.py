@@ -70,6 +70,8 @@ REFUSED = {
         "training.batch_size=null",
         f"{MLP} slt=cells",
         f"{VIT} optimizer=ddcmuon optimizer.per_head=true",
+        "launcher.parallel=fsdp",
+        "launcher=torchrun launcher.parallel=tcp",
     ),
     "Data": (
         "data=file",

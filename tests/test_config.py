@@ -21,6 +21,7 @@ from ddc.gauges import KINDS, find_gauges
 from ddc.models import MODELS, DeepMLPConfig, GPTConfig, ModelConfig, ViTConfig, build_model, load_model, save_model
 from ddc.training.config import DATA, OPTIMIZERS, Config, compose_config, restored
 from ddc.training.loop import prepare, restore, train
+from ddc.training.ranks import joined
 from experiments.refused import REFUSED, page
 from tests.test_training import ROOT, composed, run, train_py
 from train import STOPS
@@ -76,6 +77,8 @@ OF_KEY = {
     "slt.approach": "excess_loss arc_length step | time",
     "slt.learning_coefficient.every": "0 | -1",  # an estimate takes seconds: tests/test_readings.py
     "slt.rule.min_checkpoints": "6 8 | 5 0 -1 100",
+    "launcher.name": "local | torchrun ssh",
+    "launcher.parallel": "null | ddp fsdp tcp",
     "wandb.mode": "disabled | loud null",
     "wandb.entity": "null a",
     "name": "gpt a-b | '' a/b .. . ../x null " + "x" * 300,
@@ -90,6 +93,7 @@ OF_GROUP = {
     "gauges": f"all none [] [logit_shift,norm_scale] [all,chained_rescale] {' '.join(KINDS)} | none [x] false",
     "scale": "cpu | gpu nonsense [] 1",
     "slt": "none cells | nonsense false",
+    "launcher": "local | torchrun nonsense",
     "+experiment": "lm_overtrain vit_scratch grok_mlp | nonsense null",
 }
 #: Overrides of keys that do not exist, and of no key.
@@ -155,18 +159,7 @@ def command_lines(draw: st.DrawFn) -> str:
 
 NESTED = "|".join(re.escape(key) for key in ALL_KEYS if "." in key)
 WHOLE = "|".join(
-    [
-        *(key for key in ALL_KEYS if "." not in key),
-        "gauges",
-        "training",
-        "slt",
-        "scale",
-        "experiment",
-        "model",
-        "data",
-        "optimizer",
-        "launcher",
-    ]
+    [*(key for key in ALL_KEYS if "." not in key), "gauges", "training", "slt", "launcher", "scale", "experiment"]
 )
 NAMES_A_KEY = re.compile(rf"\b({NESTED})\b|\b({WHOLE})[=:/]|Unknown key|Invalid override")
 
@@ -179,7 +172,9 @@ def outcome(overrides: str, folder: Path) -> str:
     runs.mkdir()
     arguments = [f"runs={runs}", *(each.replace("FOLDER", str(folder)) for each in overrides.split())]
     try:
-        setup = prepare(compose_config(arguments))
+        config = compose_config(arguments)
+        with joined(config.launcher) as ranks:
+            setup = prepare(config, ranks)
     except (ValueError, MemoryError) as error:
         assert not list(runs.iterdir())
         return str(error)

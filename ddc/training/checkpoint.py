@@ -143,7 +143,8 @@ def load_checkpoint(
     try:
         own = model.state_dict()
         check_fit(own, state["model"], "the checkpoint")
-        model.load_state_dict({name: split_like(weight, own[name]) for name, weight in state["model"].items()})
+        weights = {name: split_like(w, own[name]) for name, w in state["model"].items()}
+        model.load_state_dict(weights)
         optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(

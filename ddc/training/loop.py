@@ -280,12 +280,13 @@ def train(setup: Setup, draw: Callable[[Path], Sequence[Path]] = no_figures) -> 
         if complete is not None:
             return {**complete, "already_complete": True}
     with within_memory(), contextlib.ExitStack() as held:
-        setup.ranks.on_first(lambda: held.enter_context(only_process_in(made(setup))))
+        setup.ranks.on_first(lambda: make_folder(setup))
+        setup.ranks.on_first(lambda: held.enter_context(only_process_in(setup.folder)))
         return _train(setup, draw)
 
 
-def made(setup: Setup) -> Path:
-    """The folder of the run, which is there from now on.
+def make_folder(setup: Setup) -> None:
+    """Make the folder of a run.
 
     Raises:
         OSError: it cannot be made; the message names the key.
@@ -294,7 +295,6 @@ def made(setup: Setup) -> Path:
         setup.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"Invalid runs={setup.config.runs}: the folder cannot be made ({error})") from error
-    return setup.folder
 
 
 def complete_summary(folder: Path) -> Row | None:
