@@ -40,6 +40,22 @@ register_schemas()
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
 def main(composed: DictConfig) -> None:
     """Run what the composed configuration says, and show what came of it."""
+    try:
+        config = resolve(composed)
+    except ValueError as error:
+        fail(f"error: {error}")
+    drawn = functools.cache(draw)  # for W&B and for the list below
+    folder, summary = run(config, drawn)
+    if speaks():
+        show(folder, summary, drawn(folder))
+
+
+def run(config: Config, draw: Callable[[Path], Sequence[Path]]) -> tuple[Path, Row]:
+    """Train; the folder of the run and its summary. ``draw`` as for :func:`ddc.training.loop.train`.
+
+    Raises:
+        SystemExit: the run stopped or cannot begin: one line that says why, and the exit status.
+    """
     with contextlib.ExitStack() as stack:
         try:
             ranks = stack.enter_context(joined(config.launcher))
@@ -47,7 +63,11 @@ def main(composed: DictConfig) -> None:
         except (ValueError, MemoryError) as error:
             fail(f"error: {error}")
         try:
-            summary = train(setup, drawn)
+            return setup.folder, train(setup, draw)
+        except KeyboardInterrupt as stop:
+            if speaks():
+                print(str(stop) or "stopped", file=sys.stderr)
+            sys.exit(os.EX_TEMPFAIL)
         except STOPS as error:
             fail(f"stopped: {error}")
 
