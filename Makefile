@@ -73,7 +73,7 @@ reproduce:  ## all runs anew, one experiment after the other, about eight hours 
 	    $(MAKE) --no-print-directory $$target || exit 1; \
 	done
 
-slurm-test: $(STAMP)  ## a real Slurm on this machine (Debian, root): an array sweep, one task killed, resubmitted
+slurm-test: $(STAMP)  ## a real Slurm on this machine (Debian, root): an array sweep, one task killed, resubmitted; a run on two nodes
 	DDC_PYTHON=$(abspath $(RUN)) slurm/test.sh
 
 test: $(STAMP)  ## all tests, fast ones first

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# `make slurm-test`: a real Slurm on this one machine (Debian, as root), a real array sweep, one task killed, resubmitted.
-# Starts munged, slurmctld and slurmd on loopback and stops what it started.
+# `make slurm-test`: a real Slurm on this one machine (Debian, as root), a real array sweep, one task killed, resubmitted;
+# and one run on two nodes. Starts munged, slurmctld and two slurmd on loopback and stops what it started.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${DDC_PYTHON:-$PWD/.venv/bin/python}
@@ -48,16 +48,17 @@ SwitchType=switch/none
 MpiDefault=none
 ReturnToService=2
 SlurmctldPort=16817
-SlurmdPort=16818
 SlurmctldPidFile=$work/slurmctld.pid
-SlurmdPidFile=$work/slurmd.pid
+SlurmdPidFile=$work/slurmd-%n.pid
 StateSaveLocation=$work/state
-SlurmdSpoolDir=$work/spool
+SlurmdSpoolDir=$work/spool-%n
 MinJobAge=300
-NodeName=$(hostname -s) NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$(awk '/MemTotal/ {print int($2 / 1100)}' /proc/meminfo) State=UNKNOWN
+NodeName=DEFAULT CPUs=$((($(nproc) + 1) / 2)) RealMemory=$(awk '/MemTotal/ {print int($2 / 2200)}' /proc/meminfo) State=UNKNOWN
+NodeName=one NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=16818
+NodeName=two NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=16819
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 EOF
-mkdir -p "$work/munge" "$work/state" "$work/spool"
+mkdir -p "$work/munge" "$work/state" "$work/spool-one" "$work/spool-two"
 chmod 755 "$work" "$work/munge"
 chown -R munge "$work/munge"
 setpriv --reuid=munge --regid=munge --clear-groups munged --foreground --socket="$work/munge/munge.socket" --pid-file="$work/munge/munged.pid" \
@@ -66,7 +67,7 @@ setpriv --reuid=munge --regid=munge --clear-groups munged --foreground --socket=
 pids+=($!)
 for _ in $(seq 50); do [ -S "$work/munge/munge.socket" ] && break; sleep 0.1; done
 slurmctld -D > "$work/slurmctld.log" 2>&1 & pids+=($!)
-slurmd -D > "$work/slurmd.log" 2>&1 & pids+=($!)
+for node in one two; do slurmd -D -N $node > "$work/slurmd-$node.log" 2>&1 & pids+=($!); done
 for _ in $(seq 100); do [ "$(sinfo -h -o %T 2> /dev/null || true)" = idle ] && break; sleep 0.2; done
 sinfo
 
@@ -117,7 +118,23 @@ for run in "$work"/multirun/grok_mlp/*/; do
 done
 [ -f "$work"/multirun/grok_mlp/*/summary.json ]
 
+# --- one run on two nodes, its parameters split between them, and the same run here
+two="+experiment=grok_mlp optimizer=ddcmuon model.depth=2 model.width=15 data.prime=7 training.batch_size=16
+    training.steps=60 training.evaluations=3 wandb=disabled"
+sbatch --parsable --nodes=2 --time=5 --output="$work/two-nodes.log" slurm/nodes.sh $two runs="$work/two" launcher.parallel=fsdp
+"$PYTHON" train.py $two runs="$work/alone" > /dev/null
+wait_for_jobs
+"$PYTHON" - "$work"/{two,alone}/grok_mlp/*/records.jsonl << 'EOF'
+import json, sys
+two, alone = ([json.loads(line) for line in open(path)] for path in sys.argv[1:])
+assert [row["step"] for row in two] == [row["step"] for row in alone] == [0, 20, 40, 60], two
+for row, other in zip(two, alone):
+    for key in ("train_loss", "validation_loss"):
+        assert abs(row[key] - other[key]) < 1e-4 * other[key], (row["step"], key, row[key], other[key])
+EOF
+grep -q '"processes": 2' "$work"/two/grok_mlp/*/run.json
+
 for run in "$work"/here/grok_mlp/*/; do
     cmp "$run/records.jsonl" "$work/slurm/grok_mlp/$(basename "$run")/records.jsonl"
 done
-echo "slurm-test passed: $(ls -d "$work"/here/grok_mlp/*/ | wc -l) runs, the same records through an array, the launcher and here"
+echo "slurm-test passed: $(ls -d "$work"/here/grok_mlp/*/ | wc -l) runs, the same records through an array, the launcher and here; and one on two nodes"

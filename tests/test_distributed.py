@@ -91,6 +91,8 @@ CASES = [
     Case("partial", "ddcadam"),
     Case("empty", "ddcadam", how="three"),
     Case("empty", "ddcmuon", {"per_head": True}, how="three"),
+    Case("empty", "ddcadam", how="columns"),
+    Case("empty", "ddcmuon", {"per_head": True}, how="columns"),
     Case("mlp", "ddcadam", {"vertical": "balance"}, per_layer=True),
     Case("mlp", "ddcmuon"),
 ]
@@ -145,9 +147,10 @@ class Training:
             if case.how == "ddp":
                 self.trained = DistributedDataParallel(self.model, process_group=mesh.get_group())
             else:
+                last = (lambda p: Shard(p.ndim - 1)) if case.how == "columns" else None
                 for layer in self.model.get_submodule("layers" if case.model == "mlp" else "blocks").children():
-                    fully_shard(layer, mesh=mesh)
-                fully_shard(self.model, mesh=mesh, reshard_after_forward=True)
+                    fully_shard(layer, mesh=mesh, shard_placement_fn=last)
+                fully_shard(self.model, mesh=mesh, reshard_after_forward=True, shard_placement_fn=last)
         self.optimizer = make_optimizer(case.optimizer, self.model, self.gauges, 0.1, hidden, **options)
         self.losses: list[float] = []
         self.norms: list[float] = []
@@ -285,7 +288,7 @@ def process(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
     meshes = {"fsdp": DeviceMesh("cpu", [0, 1]), "three": DeviceMesh("cpu", [0, 1, 2])}
-    meshes["ddp"] = meshes["fsdp"]
+    meshes["ddp"] = meshes["columns"] = meshes["fsdp"]
     meshes["hybrid"] = DeviceMesh("cpu", [[0], [1]], mesh_dim_names=("replicate", "shard"))
     results: dict[str, Any] = {}
     for case in CASES:

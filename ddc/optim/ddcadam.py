@@ -44,7 +44,8 @@ class DDCAdam(Optimizer):
 
     Args:
         params: ``model.named_parameters()``, or param groups whose ``"params"`` are such pairs. Plain tensors
-            will do only without gauges.
+            will do only without gauges. They may be DTensors, as ``fully_shard`` makes them, of a model whose gauges
+            were found before (docs/distributed.md).
         gauges: what :func:`ddc.find_gauges` returns, or any sequence of gauges. Without gauges this is AdamW.
         lr: learning rate; as for AdamW, a float or a tensor of one element.
         betas, eps: Adam's, for every one of the moments above.
