@@ -276,6 +276,14 @@ def test_cost_is_drawn_from_its_records(tmp_path: Path) -> None:
         assert all(state[model, name] <= state[model, "adamw"] for name in ("ddcadam", "muon", "ddcmuon"))
 
 
+def test_slopes_of_cost_are_those_of_a_power_law(tmp_path: Path) -> None:
+    sizes = [2, 4, 8, 16]
+    times = [{"ms": 3 * n**1.5, "ratio to AdamW fused": n**-0.25} for n in sizes]
+    along = {"depth": {"sizes": sizes, "parameters": [7 * n**2 for n in sizes], "optimizers": {"DDCAdam": times}}}
+    assert "| depth, 2 to 16 | DDCAdam | 8.49 | 192.00 | 2.00 | 1.50 | -0.25 |" in cost.slope_table({"along": along})
+    assert cost.plot_scaling({"along": along | {"width": along["depth"]}}, tmp_path / "scaling")[0].exists()
+
+
 def test_the_readme_gives_the_verdicts() -> None:
     """Its table of claims has a row for each row of the main table, with that verdict."""
     section = (ROOT / "README.md").read_text().split("## Results")[1]

@@ -31,7 +31,10 @@ class Crossing(Exception):
 
 
 class NoCrossings(TorchDispatchMode):
-    """Raises at a :class:`Crossing`, where the host would wait and no graph be captured; numbers may come from there."""
+    """Raises at a :class:`Crossing`, where the host would wait and no graph be captured; numbers may come from there.
+
+    What it cannot see is ``torch.tensor`` of a list made on the device.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -70,6 +73,17 @@ def test_nothing_in_a_step_waits_for_the_device(name: str, config: GPTConfig, ve
         optimizer.step()
 
 
+@pytest.mark.xfail(
+    raises=Crossing, strict=True, reason="Averaging copies indices of an irregular rotation at each step"
+)
+def test_nor_where_a_rotation_turns_a_part_of_each_head() -> None:
+    config = GPTConfig(context=8, layers=2, width=16, heads=2, kv_heads=1, hidden=12, positions="partial_rope")
+    model = make_model(config, dtype=torch.float32)
+    optimizer = optimizer_of("DDCAdam", model, without_data(named_parameters(model)))
+    with NoCrossings():
+        optimizer.step()
+
+
 WAITS: dict[str, Callable[[Tensor], object]] = {
     "item": lambda p: p.sum().item(),
     "bool": lambda p: bool(p.isfinite().all()),
@@ -77,7 +91,6 @@ WAITS: dict[str, Callable[[Tensor], object]] = {
     "mask": lambda p: p[p > 0],
     "to the host": lambda p: p.detach().cpu(),
     "from the host": lambda p: torch.zeros(p.shape).to(p.device),
-    "a list": lambda p: torch.tensor([1.0, 2.0, 3.0], device=p.device),
     "with the host's": lambda p: p + torch.zeros(3),
 }
 
@@ -90,7 +103,7 @@ def test_waiting_would_be_seen(kind: str) -> None:
             return super().step(closure)
 
     optimizer = Waiting(without_data({"p": torch.empty(3)}).items())
-    with NoCrossings(), pytest.raises((Crossing, RuntimeError, NotImplementedError)):
+    with NoCrossings(), pytest.raises((Crossing, RuntimeError)):
         optimizer.step()
 
 
