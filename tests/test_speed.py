@@ -73,9 +73,6 @@ def test_nothing_in_a_step_waits_for_the_device(name: str, config: GPTConfig, ve
         optimizer.step()
 
 
-@pytest.mark.xfail(
-    raises=Crossing, strict=True, reason="Averaging copies indices of an irregular rotation at each step"
-)
 def test_nor_where_a_rotation_turns_a_part_of_each_head() -> None:
     config = GPTConfig(context=8, layers=2, width=16, heads=2, kv_heads=1, hidden=12, positions="partial_rope")
     model = make_model(config, dtype=torch.float32)

@@ -41,6 +41,7 @@ class Averaging:
             self.group_of[block] = np.arange(start, start + len(block))[:, None]
             start += len(block)
         self.regular = _regular_shape(self.group_of)
+        self._indices: dict[torch.device, list[Tensor]] = {}
 
     @property
     def signature(self) -> tuple[object, ...]:
@@ -58,15 +59,20 @@ class Averaging:
         reduced[self.dim] = self.groups
         return tuple(reduced)
 
+    def indices(self, device: torch.device) -> list[Tensor]:
+        """Each block's indices, and each index's group: copied to a device once, for a copy waits for it."""
+        if device not in self._indices:
+            arrays = [*(block.ravel() for block in self.blocks), self.group_of]
+            self._indices[device] = [torch.from_numpy(array).to(device) for array in arrays]
+        return self._indices[device]
+
     def mean(self, x: Tensor) -> Tensor:
         """Average x over each group of indices."""
         if self.regular is not None:
             return x.unflatten(self.dim, self.regular).mean(self.dim + 1).flatten(self.dim, self.dim + 1)
         means = [
-            x.index_select(self.dim, torch.from_numpy(block.ravel()).to(x.device))
-            .unflatten(self.dim, block.shape)
-            .mean(self.dim + 1)
-            for block in self.blocks
+            x.index_select(self.dim, index).unflatten(self.dim, block.shape).mean(self.dim + 1)
+            for block, index in zip(self.blocks, self.indices(x.device), strict=False)
         ]
         return torch.cat(means, self.dim)
 
@@ -76,7 +82,7 @@ class Averaging:
             outer, _, inner = self.regular
             divisor = divisor.unflatten(self.dim, (outer, inner)).unsqueeze(self.dim + 1)
             return (x.unflatten(self.dim, self.regular) / divisor).flatten(self.dim, self.dim + 2)
-        return x / divisor.index_select(self.dim, torch.from_numpy(self.group_of).to(x.device))
+        return x / divisor.index_select(self.dim, self.indices(x.device)[-1])
 
 
 def _regular_shape(group_of: np.ndarray) -> tuple[int, int, int] | None:

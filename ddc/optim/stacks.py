@@ -111,6 +111,8 @@ class StackedParameter:
         device = self.params[0].device
         self.exp_avg = torch.zeros(shape, dtype=self.dtype, device=device)
         self.exp_avg_sq = torch.zeros(reduced, dtype=self.dtype, device=device)
+        if isinstance(self.averaging, Averaging):
+            self.averaging.indices(device)
 
     def state(self, layer: int) -> dict[str, Tensor]:
         """Views of one layer's moments."""
