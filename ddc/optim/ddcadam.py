@@ -16,7 +16,8 @@ from ddc.optim.closure import loss_of
 from ddc.optim.hidden import HiddenMatrices
 from ddc.optim.plan import ChainPlan, Plan, PolarPlan, Role, make_plan
 from ddc.optim.sharding import restore_, shards_of
-from ddc.optim.stacks import ChainStack, Context, Dresser, FreeStack, PolarStack, StackedParameter
+from ddc.optim.stacked import Context, Dresser, StackedParameter
+from ddc.optim.stacks import ChainStack, FreeStack, PolarStack
 
 VERTICAL_MODES = ("freeze", "adam", "balance")
 STEP_SCALES = ("init", "norm")

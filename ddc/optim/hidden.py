@@ -19,7 +19,8 @@ from ddc.gauges.roles import HiddenMatrix
 from ddc.optim.orthogonal import ORTHOGONALIZERS
 from ddc.optim.plan import compute_dtype
 from ddc.optim.sharding import WHOLE, shards_of
-from ddc.optim.stacks import CPU_CHUNK, Bias, Context, Group, PolarStack, adam_, safe_power
+from ddc.optim.stacked import CPU_CHUNK, Bias, Context, Group, adam_, safe_power
+from ddc.optim.stacks import PolarStack
 
 
 class Factor(NamedTuple):

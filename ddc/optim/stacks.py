@@ -8,314 +8,31 @@ quantity per unit is whole.
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ddc.optim.averaging import Averaging
-from ddc.optim.plan import Role, compute_dtype
-from ddc.optim.sharding import WHOLE, CutAveraging, check_split_alike, shards_of
-
-Group = dict[str, Any]
-#: Hyperparameters in which all parameters under one gauge must agree; weight decay is each one's own.
-SHARED = ("lr", "betas", "eps", "radial_rate", "vertical", "step_scale", "retract")
-
-
-class Bias(NamedTuple):
-    """Adam's bias corrections 1 - beta1^t and √(1 - beta2^t), each (L,)."""
-
-    first: Tensor
-    root_second: Tensor
-
-    @property
-    def ratio(self) -> Tensor:
-        """√(1 - beta2^t) / (1 - beta1^t)."""
-        return self.root_second / self.first
-
-    @classmethod
-    def at(cls, step: Tensor, betas: tuple[float, float], dtype: torch.dtype) -> Bias:
-        """At these step counts; through expm1, which does not cancel where beta^t is near 1."""
-        first, second = (
-            (step.to(dtype) * math.log(beta)).expm1().neg() if beta else torch.ones_like(step, dtype=dtype)
-            for beta in betas
-        )
-        return cls(first, second.sqrt())
-
-
-def adam_(
-    x: Tensor,
-    moments: tuple[Tensor, Tensor] | None,
-    bias: Bias,
-    betas: tuple[float, float],
-    eps: float,
-    averaging: Averaging | CutAveraging | None = None,
-) -> Tensor:
-    """Take x into the moments in place and return Adam's direction but for a factor of √(1 - beta2^t) / (1 - beta1^t).
-
-    That factor, one number a layer, is left to the caller to fold into its own. Source: Kingma and Ba,
-    arXiv:1412.6980, algorithm 1 and the note after it.
-    """
-    assert moments is not None
-    exp_avg, exp_avg_sq = moments
-    exp_avg.lerp_(x, 1 - betas[0])
-    if averaging is None:
-        exp_avg_sq.mul_(betas[1]).addcmul_(x, x, value=1 - betas[1])
-    else:
-        # no lerp_, which makes nan of what has overflowed to inf
-        exp_avg_sq.mul_(betas[1]).add_(averaging.mean(x.square()), alpha=1 - betas[1])
-    denominator = exp_avg_sq.sqrt().add_(per_layer(eps * bias.root_second, x))
-    if averaging is None:
-        return torch.div(exp_avg, denominator, out=denominator)
-    return averaging.divide(exp_avg, denominator)
-
-
-def per_layer(values: Tensor, like: Tensor) -> Tensor:
-    """Shape (L,) to what broadcasts against a stacked tensor."""
-    return values.view(-1, *(1,) * (like.ndim - 1))
-
-
-#: What puts norms into :class:`Context`: a stack of polar or of inner gauges.
-Dresser = Hashable
-
-
-@dataclass(eq=False)
-class StackedParameter:
-    """One role, played by the parameters of L layers, with their moments.
-
-    ``exp_avg`` is None where there is nothing but a radial step (a gamma by itself).
-    """
-
-    role: Role
-    names: list[str]
-    params: list[Tensor]
-    groups: list[int]
-    dressed_by: tuple[Dresser, Tensor | None] | None = None
-    exp_avg: Tensor | None = None
-    exp_avg_sq: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        self.dtype = compute_dtype(self.params[0])
-        self.shards = shards_of(self.params[0])
-        self.averaging = self.shards.averaging(self.role.averaging)
-
-    def allocate(self) -> None:
-        """Make the moments."""
-        shape = (len(self.params), *self.shards.local(self.params[0]).shape)
-        reduced = shape if self.averaging is None else self.averaging.reduced_shape(shape)
-        device = self.params[0].device
-        self.exp_avg = torch.zeros(shape, dtype=self.dtype, device=device)
-        self.exp_avg_sq = torch.zeros(reduced, dtype=self.dtype, device=device)
-        if isinstance(self.averaging, Averaging):
-            self.averaging.indices(device)
-
-    def state(self, layer: int) -> dict[str, Tensor]:
-        """Views of one layer's moments."""
-        if self.exp_avg is None or self.exp_avg_sq is None:
-            return {}
-        shape = self.params[0].shape
-        reduced = shape if self.role.averaging is None else self.role.averaging.reduced_shape((1, *shape))[1:]
-        return {
-            "exp_avg": self.shards.state(self.exp_avg[layer], shape),
-            "exp_avg_sq": self.shards.state(self.exp_avg_sq[layer], reduced),
-        }
-
-    def local(self, rows: slice) -> list[Tensor]:
-        """The weights themselves, as far as they are on this rank."""
-        return [self.shards.local(param) for param in self.params[rows]]
-
-    def stack(self, rows: slice) -> Tensor:
-        """The weights stacked."""
-        return torch.stack(self.local(rows)).to(self.dtype)
-
-    def stack_grads(self, rows: slice) -> Tensor:
-        """The gradients stacked; a missing one is zero."""
-        grads = [self.shards.local(torch.zeros_like(p) if p.grad is None else p.grad) for p in self.params[rows]]
-        return torch.stack(grads).to(self.dtype)
-
-    def gather(self, rows: slice, context: Context) -> Stacked:
-        """What a step reads of these layers."""
-        before = after = relaxed = None
-        if self.dressed_by is not None:
-            stack, layers = self.dressed_by
-            mine = rows if layers is None else layers[rows]
-            before, after = (norm[mine] for norm in context.norms[stack])
-            relaxed = context.relaxed[stack][mine] if stack in context.relaxed else None
-        moments = None
-        if self.exp_avg is not None and self.exp_avg_sq is not None:
-            moments = self.exp_avg[rows], self.exp_avg_sq[rows]
-        decay = context.decay(self)
-        return Stacked(self.stack(rows), self.stack_grads(rows), moments, before, after, relaxed, decay)
-
-    def scatter(self, rows: slice, weight: Tensor) -> None:
-        """Copy stacked weights into the parameters."""
-        torch._foreach_copy_(self.local(rows), weight.unbind())
-
-    def centre(self, stacked: Tensor) -> Tensor:
-        """Take the mean over the rows (the vocabulary) from a stacked tensor."""
-        return stacked - self.shards.row_mean(stacked)
-
-    def spread(self, per_unit: Tensor) -> Tensor:
-        """Shape (L, U) to what broadcasts against the stacked parameter."""
-        if self.role.axis is None:
-            return per_layer(per_unit, self.params[0].unsqueeze(0))
-        per_unit = self.shards.part(per_unit, 1, self.role.axis)
-        if self.params[0].ndim == 1:
-            return per_unit
-        return per_unit.unsqueeze(2 if self.role.axis == 0 else 1)
-
-    def unit_sum(self, stacked: Tensor) -> Tensor:
-        """Sum over the entries of each unit, (L, U), as far as they are on this rank."""
-        if self.role.axis is None:
-            return stacked.flatten(1).sum(1, keepdim=True)
-        sums = stacked if stacked.ndim == 2 else stacked.sum(2 if self.role.axis == 0 else 1)
-        return self.shards.placed(sums, 1, self.role.axis)
-
-    def factor(self, norm: Tensor | None) -> Tensor | None:
-        """What norms (L, U) that dress this parameter multiply it by."""
-        if norm is None:
-            return None
-        assert self.role.dressing is not None
-        factor = norm if self.role.dressing.degree == 1 else norm**self.role.dressing.degree
-        factor = self.shards.part(factor, 1, self.role.dressing.axis)
-        if self.params[0].ndim == 1:
-            return factor
-        return factor.unsqueeze(2 if self.role.dressing.axis == 0 else 1)
-
-    @property
-    def units(self) -> int:
-        """Units of one layer."""
-        return 1 if self.role.axis is None else self.params[0].shape[self.role.axis]
-
-    @property
-    def unit_size(self) -> int:
-        """Entries that one unit has in this parameter."""
-        return self.params[0].numel() // self.units
-
-
-#: A per-unit sum of one parameter, the i-th of those that hold a side: :meth:`StackedParameter.unit_sum` of something.
-Term = Callable[[StackedParameter, int], Tensor]
-
-
-def unit_sums(parameters: Sequence[StackedParameter], *terms: Term) -> Sequence[Tensor]:
-    """Each term summed over the parameters, and over all ranks that have parts of them, (L, U)."""
-    sums = (functools.reduce(operator.add, (term(p, i) for i, p in enumerate(parameters))) for term in terms)
-    return parameters[0].shards.reduced(*sums)
-
-
-class Stacked(NamedTuple):
-    """What a step reads of a stacked parameter: copies, which the step may use up, but for the moments.
-
-    ``weight``, ``grad`` and the moments are (L, *shape), or as averaging leaves them; ``before`` and ``after`` the
-    norms that dress the parameter, before and after they have moved, ``relaxed`` what they were multiplied by by a
-    frame that has relaxed, each (L, U); ``decay`` the factor of decoupled weight decay.
-    """
-
-    weight: Tensor
-    grad: Tensor
-    moments: tuple[Tensor, Tensor] | None
-    before: Tensor | None
-    after: Tensor | None
-    relaxed: Tensor | None
-    decay: float | Tensor
-
-
-def scaled(x: Tensor, factor: Tensor | float) -> Tensor:
-    """The product, in place of x, which must be a copy of one's own; a compiler knows itself where to put it."""
-    return x * factor if torch.compiler.is_compiling() else x.mul_(factor)
-
-
-#: On a CPU, temporaries of more than a few megabytes leave the cache, and their pages are asked of the system
-#: and cleared anew at every step, which costs many times the arithmetic: as many layers at once as fit this.
-CPU_CHUNK = 2**20
-
-
-@dataclass
-class Context:
-    """What the stacks of one step share: the param groups, and the norms that dress.
-
-    ``norms`` holds, for each stack that has moved, the norms of its plus sides before and after, both (L, U);
-    ``relaxed``, for each frame of hidden matrices that has relaxed, what its plus side was multiplied by, (L, U).
-    """
-
-    groups: list[Group]
-    norms: dict[Dresser, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    relaxed: dict[Dresser, Tensor] = field(default_factory=dict)
-    compiled: bool = False
-
-    def hyper(self, parameter: StackedParameter) -> Hyper:
-        """The hyperparameters of a parameter's group."""
-        group = self.groups[parameter.groups[0]]
-        return Hyper(self.scalar(group["lr"]), *(group[key] for key in Hyper._fields[1:]))
-
-    def decay(self, parameter: StackedParameter) -> float | Tensor:
-        """The factor of decoupled weight decay."""
-        group = self.groups[parameter.groups[0]]
-        return self.scalar(1 - group["lr"] * group["weight_decay"])
-
-    def scalar(self, value: float | Tensor) -> float | Tensor:
-        """A number that may change from step to step: a tensor where the step is compiled, which holds for all."""
-        return torch.tensor(value, dtype=torch.float64) if self.compiled and isinstance(value, float) else value
-
-    def chunks(self, has_gradient: Sequence[bool], parameters: Sequence[StackedParameter]) -> tuple[list[slice], bool]:
-        """Slices of the layers that have a gradient, each to be taken at once; and whether compiled.
-
-        All layers on an accelerator, on a CPU as many as fit :data:`CPU_CHUNK`; without some gradients, one by one.
-        """
-        layers, single = len(has_gradient), not all(has_gradient)
-        at_once = 1 if single else layers
-        if parameters[0].params[0].device.type == "cpu":
-            size = sum(p.params[0].numel() for p in parameters)
-            while at_once > 1 and (at_once * size > CPU_CHUNK or layers % at_once):  # equal chunks compile once
-                at_once -= 1
-        chunks = [slice(i, i + at_once) for i in range(0, layers, at_once) if not single or has_gradient[i]]
-        return chunks, self.compiled and not single and parameters[0].shards is WHOLE
-
-
-class Hyper(NamedTuple):
-    """Hyperparameters of one step of a stack."""
-
-    lr: float | Tensor
-    betas: tuple[float, float]
-    eps: float
-    radial_rate: float
-    vertical: str
-    step_scale: str
-    retract: bool
-
-
-#: For a CPU, inductor fuses loops over rows with loops over columns, and works out what there is one of per unit once
-#: per entry. Less of both takes half the time at 10M parameters.
-CPU_OPTIONS: dict[str, Any] = {"cpp.max_horizontal_fusion_size": 2, "realize_opcount_threshold": 6}
-
-
-class Arithmetic:
-    """A function of a stack and of tensors, of which it writes to moments alone; compiled when asked for.
-
-    Each stack has one of its own, for it is compiled for the stack's roles and shapes.
-    """
-
-    def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
-        self.function, self.device = function, device
-        self.compiled: Callable[..., Any] | None = None
-
-    def __call__(self, compiled: bool, *arguments: Any) -> Any:
-        if not compiled:
-            return self.function(*arguments)
-        if self.compiled is None:
-            options = CPU_OPTIONS if self.device.type == "cpu" else {}
-            self.compiled = torch.compile(  # type: ignore[call-overload]
-                self.function, fullgraph=True, dynamic=False, options=options, isolate_recompiles=True
-            )
-        return self.compiled(*arguments)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "compiled": None}
+from ddc.optim.sharding import WHOLE, check_split_alike
+from ddc.optim.stacked import (
+    SHARED,
+    Arithmetic,
+    Bias,
+    Context,
+    Group,
+    Hyper,
+    Stacked,
+    StackedParameter,
+    Term,
+    adam_,
+    per_layer,
+    safe_power,
+    scaled,
+    unit_sums,
+)
 
 
 class FreeStack:
@@ -757,10 +474,3 @@ class ChainStack:
         log_norms = torch.cat([block.norm.flatten() for block in blocks]).log()
         gap = torch.where(log_norms.isfinite().all(), log_norms - log_norms.mean(), 0.0)
         return shared - rate * gap
-
-
-def safe_power(x: Tensor, exponent: float) -> Tensor:
-    """x^exponent for a negative exponent; 0 where x is 0, or so near to it that this would not be a finite number."""
-    limits = torch.finfo(x.dtype)
-    smallest = max(limits.tiny, limits.max ** (1 / exponent))
-    return torch.where(x >= smallest, x.reciprocal() if exponent == -1 else x.pow(exponent), 0.0)
