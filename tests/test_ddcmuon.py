@@ -33,7 +33,7 @@ def ddcmuon(model: nn.Module, gauges: GaugeSet, per_head: bool = False, **option
 def muon(model: nn.Module, gauges: GaugeSet, **options):
     options = {"lr": 0.02, "adam_lr": 3e-3, "momentum": 0.95, "nesterov": True, "adjust_lr_fn": "original", **options}
     options.setdefault("orthogonalizer", "newton_schulz")
-    return make_muon(model, 0.1, betas=(0.9, 0.999), eps=1e-8, **options)
+    return make_muon(model, hidden_matrices(model), 0.1, betas=(0.9, 0.999), eps=1e-8, **options)
 
 
 def deep_mlp(seed: int = 0, depth: int = 4, width: int = 32, residual: bool = False) -> DeepMLP:

@@ -10,7 +10,7 @@ import pytest
 from ddc.report.claims import load_claims
 from ddc.report.grokking import delay, draw, fit_step, grokked, markdown, step_of, verdicts
 from ddc.report.runs import read_lines
-from ddc.training.config import Config
+from ddc.training.config import compose_config
 from ddc.training.records import provenance
 from ddc.training.sweep import SweepRun
 from experiments.grokking import EXPERIMENT, GRID, grid
@@ -19,6 +19,7 @@ from experiments.protocols import CLAIMS, FINALISTS, Experiment
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "results/grokking/runs.jsonl"
 CLAIM = load_claims(CLAIMS)["C5"]
+CONFIG = compose_config([])
 
 
 def record(name: str, accuracies: list[float], train: list[float] | None = None, **more) -> dict:
@@ -84,7 +85,7 @@ class Ended:
         def read(self, planned, runs: str) -> list[SweepRun]:
             found = []
             for overrides, seed in planned:
-                run = SweepRun((overrides,), folder / f"{abs(hash((overrides, seed)))}", Config())
+                run = SweepRun((overrides,), folder / f"{abs(hash((overrides, seed)))}", CONFIG)
                 value = accuracy(overrides, seed)
                 if value is not None:
                     run.folder.mkdir(exist_ok=True)
