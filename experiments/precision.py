@@ -185,7 +185,7 @@ def document(records: Sequence[dict[str, Any]]) -> str:
         return table(
             ["model", "precision", *(TITLES[name] for name in names)],
             [
-                [m, p, *(" → ".join(f"{largest(m, p, name, key, step):.1e}" for step in steps) for name in names)]
+                [m, p, *(" / ".join(f"{largest(m, p, name, key, step):.1e}" for step in steps) for name in names)]
                 for m in CONFIGS
                 for p in precisions
             ],
@@ -201,13 +201,13 @@ def document(records: Sequence[dict[str, Any]]) -> str:
         "of torch's AdamW. Both Muons orthogonalise by Newton-Schulz in the precision of their state. Weights are read "
         "in float64.",
         "## Error against float64",
-        f"Root mean square difference of log-probabilities from the float64 run, after {READ_AT[1]} → {STEPS} steps:",
+        f"Root mean square difference of log-probabilities from the float64 run, after {READ_AT[1]} / {STEPS} steps:",
         rows(lower, "error", *READ_AT[1:]),
         f"Distance of the weights from the float64 run's, over the length of its way, after {STEPS} steps:",
         rows(lower, "weights", STEPS),
         "## Equivariance",
         "Root mean square difference of log-probabilities between two runs from one gauge orbit, at the start (the "
-        f"rounding of the start alone) → after {STEPS} steps:",
+        f"rounding of the start alone) / after {STEPS} steps:",
         rows([precision.name for precision in PRECISIONS], "orbit", 0, STEPS),
         f"Commit {commits(records)}. Made by `make precision` from `records.jsonl` beside this file.",
     ]

@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from ddc import DDCAdam, DDCMuon, find_gauges, hidden_matrices
+from ddc.data import TextData
 from ddc.gauges import KINDS, GaugeSet, HiddenMatrix, Rescale
 from ddc.models import DeepMLP, DeepMLPConfig, cross_entropy
+from ddc.report.runs import read_lines
+from experiments.precision import CONFIGS, OPTIMIZERS, PRECISIONS, RESULTS, compare, document
 from tests.conftest import MODELS
 from tests.helpers import backward, batch, make_model, relu_mlp, relu_mlp_gauges
 
@@ -174,30 +177,51 @@ def at(model: nn.Module, place: Place) -> Tensor:
     return named(model)[place[0]].detach()[place[1]]
 
 
+def starts(case: Case) -> list[nn.Module]:
+    """Two points of an orbit."""
+    models = [fresh(case.model), fresh(case.model)]
+    for model in models:
+        for place in case.zero:
+            at(model, place).zero_()
+    gauges = gauges_of(case.model)
+    moved = gauges.only([kind for kind in case.moved if kind in {gauge.kind for gauge in gauges}])
+    moved.transform_(models[1], torch.Generator().manual_seed(1))
+    torch.testing.assert_close(function(models[0]), function(models[1]), rtol=0, atol=1e-10)
+    return models
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("case", "optimizer"), [(name, each) for name, case in CASES.items() for each in case.only])
 def test_dead_weights(case: str, optimizer: str, variant: str) -> None:
     """From two points of an orbit the same function; all is finite; and what is dead wakes, or stays exactly zero."""
     this = CASES[case]
-    models = [fresh(this.model), fresh(this.model)]
-    gauges = gauges_of(this.model)
-    for i, model in enumerate(models):
-        for place in this.zero:
-            at(model, place).zero_()
-        if i:
-            gauges.only([kind for kind in this.moved if kind in {g.kind for g in gauges}]).transform_(
-                model, torch.Generator().manual_seed(1)
-            )
-    start = function(models[0])
-    torch.testing.assert_close(function(models[1]), start, rtol=0, atol=1e-10)
+    models = starts(this)
+    before = function(models[0])
     for model in models:
-        made = MAKERS[optimizer](model, gauges, **VARIANTS[variant], **this.options)
+        made = MAKERS[optimizer](model, gauges_of(this.model), **VARIANTS[variant], **this.options)
         train(model, made, 4)
         assert_finite(model, made)
         for place in this.zero:
             assert bool(at(model, place).any()) == (optimizer in this.wakes), place
     torch.testing.assert_close(function(models[0]), function(models[1]), rtol=0, atol=1e-7)
-    assert (function(models[0]) - start).abs().max() > 1e-2
+    assert (function(models[0]) - before).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("case", "optimizer"),
+    [
+        (Case(LLAMA, (("head.weight", ALL),)), "DDCAdam"),  # under a shift its columns are nothing but their mean
+        (Case(LAYER, (UP, DOWN)), "DDCMuon"),  # a bias is left of the unit
+    ],
+    ids=["a shifted zero head", "a bias alone"],
+)
+def test_where_equivariance_ends(case: Case, optimizer: str) -> None:
+    models = starts(case)
+    for model in models:
+        made = MAKERS[optimizer](model, gauges_of(case.model))
+        train(model, made, 4)
+        assert_finite(model, made)
+    assert (function(models[0]) - function(models[1])).abs().max() > 1e-5
 
 
 @pytest.mark.parametrize(("optimizer", "stay"), [("DDCAdam", ["up"]), ("DDCMuon", ["up", "gate"])])
@@ -524,3 +548,26 @@ def test_a_grad_scaler_skips_an_overflow_and_loses_nothing(make) -> None:
     assert scaler.get_scale() == 2.0**9
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+# ------------------------------------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_error_against_float64(optimizer: str, shakespeare: TextData) -> None:
+    """It is that of the rounding, and so is the distance of two starts on one orbit, but for AdamW and Muon."""
+    config = CONFIGS["RMSNorm, SwiGLU, RoPE, GQA"]
+    found = {each["precision"]: each for each in compare(config, optimizer, shakespeare, 0, (0, 4))}
+    assert list(found) == [precision.name for precision in PRECISIONS]
+    error = {name: each["error"]["4"] for name, each in found.items()}
+    assert error["float64"] == 0 < error["float32"] < 1e-5 < error["mixed bfloat16"] < 0.03
+    assert 1e-5 < error["mixed float16"] < error["bfloat16 weights"] < 0.1
+    for name, each in found.items():
+        if optimizer.startswith("ddc"):
+            assert each["orbit"]["4"] < 3 * (each["orbit"]["0"] + each["error"]["4"]) + 1e-12, name
+        else:
+            assert each["orbit"]["4"] > 0.05, name
+
+
+def test_the_table_of_precisions_follows_from_its_records() -> None:
+    assert document(read_lines(RESULTS / "records.jsonl")) == (RESULTS / "table.md").read_text()
