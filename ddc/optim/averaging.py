@@ -72,7 +72,7 @@ class Averaging:
             return x.unflatten(self.dim, self.regular).mean(self.dim + 1).flatten(self.dim, self.dim + 1)
         means = [
             x.index_select(self.dim, index).unflatten(self.dim, block.shape).mean(self.dim + 1)
-            for block, index in zip(self.blocks, self.indices(x.device), strict=False)
+            for block, index in zip(self.blocks, self.indices(x.device)[:-1], strict=True)
         ]
         return torch.cat(means, self.dim)
 

@@ -19,7 +19,7 @@ from ddc.gauges.roles import HiddenMatrix
 from ddc.optim.orthogonal import ORTHOGONALIZERS
 from ddc.optim.plan import compute_dtype
 from ddc.optim.sharding import WHOLE, shards_of
-from ddc.optim.stacked import CPU_CHUNK, Bias, Context, Group, adam_, safe_power
+from ddc.optim.stacked import Bias, Context, Group, adam_, layers_at_once, safe_power, stack_grads, stack_weights
 from ddc.optim.stacks import PolarStack
 
 
@@ -178,10 +178,6 @@ class HiddenStack:
         """Rows of a block."""
         return self.params[0].shape[0] // (self.heads if self.axis == 0 else 1)
 
-    def local(self, rows: slice) -> list[Tensor]:
-        """The weights themselves, as far as they are on this rank."""
-        return [self.shards.local(param) for param in self.params[rows]]
-
     def log_factors(self, context: Context, after: bool, inner: bool = False) -> LogFactors | None:
         """What dresses the matrices, before or after it has moved; with ``inner``, the frames' part of it alone."""
         if not any(self.factors):
@@ -199,9 +195,8 @@ class HiddenStack:
 
     def dressed(self, rows: slice, log_factors: LogFactors | None) -> tuple[Tensor, Tensor]:
         """Copies of weights and gradients in dressed coordinates; a missing gradient is zero."""
-        weight = torch.stack(self.local(rows)).to(self.dtype)
-        grads = [self.shards.local(torch.zeros_like(p) if p.grad is None else p.grad) for p in self.params[rows]]
-        grad = torch.stack(grads).to(self.dtype)
+        weight = stack_weights(self.params[rows], self.shards, self.dtype)
+        grad = stack_grads(self.params[rows], self.shards, self.dtype)
         for log in log_factors or ():
             factor = log[rows].exp()
             weight.mul_(factor)
@@ -209,11 +204,11 @@ class HiddenStack:
         return weight, grad
 
     def chunks(self) -> list[slice]:
-        """Slices of the layers, each to be taken at once: on a CPU as many as fit, elsewhere all."""
-        layers, at_once = len(self.params), len(self.params)
-        if self.momentum_buffer.device.type == "cpu" and self.shards is WHOLE:
-            at_once = max(1, CPU_CHUNK // self.params[0].numel())
-        return [slice(i, min(i + at_once, layers)) for i in range(0, layers, at_once)]
+        """Slices of the layers, each to be taken at once; all where they are split, for ranks share the layers out."""
+        layers = at_once = len(self.params)
+        if self.shards is WHOLE:
+            at_once = layers_at_once(layers, self.params[0].numel(), self.momentum_buffer.device)
+        return [slice(i, i + at_once) for i in range(0, layers, at_once)]
 
     def dressed_sums(
         self, log_factors: LogFactors | None, *terms: Callable[[Tensor, Tensor], Tensor]
@@ -254,11 +249,11 @@ class HiddenStack:
         if undress is not None:
             moved.mul_(undress.rows[rows]).mul_(undress.columns[rows])
             # what a dead factor dresses has no effect, and stays as it is
-            moved = torch.where(undress.alive[rows], moved, torch.stack(self.local(rows)).to(self.dtype))
-        for i, (param, local) in enumerate(zip(self.params[rows], self.local(rows), strict=True)):
+            moved = torch.where(undress.alive[rows], moved, stack_weights(self.params[rows], self.shards, self.dtype))
+        for i, param in enumerate(self.params[rows]):
             if param.grad is not None:
                 self.momentum_buffer[rows][i].copy_(momentum[i])
-                local.copy_(moved[i])
+                self.shards.local(param).copy_(moved[i])
 
     def _orthogonal(self, matrices: Tensor, orthogonalizer: str) -> Tensor:
         """Stacked whole matrices, orthogonalised block by block."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ddc.optim.averaging import Averaging
 from ddc.optim.plan import Role, compute_dtype
-from ddc.optim.sharding import WHOLE, CutAveraging, shards_of
+from ddc.optim.sharding import WHOLE, CutAveraging, Whole, shards_of
 
 Group = dict[str, Any]
 #: Hyperparameters in which all parameters under one gauge must agree; weight decay is each one's own.
@@ -77,6 +77,16 @@ def per_layer(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *(1,) * (like.ndim - 1))
 
 
+def stack_weights(params: Sequence[Tensor], shards: Whole, dtype: torch.dtype) -> Tensor:
+    """A copy of the weights, as far as they are on this rank, stacked."""
+    return torch.stack(list(map(shards.local, params))).to(dtype)
+
+
+def stack_grads(params: Sequence[Tensor], shards: Whole, dtype: torch.dtype) -> Tensor:
+    """The same of their gradients; a missing one is zero."""
+    return stack_weights([torch.zeros_like(p) if p.grad is None else p.grad for p in params], shards, dtype)
+
+
 #: What puts norms into :class:`Context`: a stack of polar or of inner gauges.
 Dresser = Hashable
 
@@ -108,7 +118,7 @@ class StackedParameter:
         device = self.params[0].device
         self.exp_avg = torch.zeros(shape, dtype=self.dtype, device=device)
         self.exp_avg_sq = torch.zeros(reduced, dtype=self.dtype, device=device)
-        if isinstance(self.averaging, Averaging):
+        if isinstance(self.averaging, Averaging) and self.averaging.regular is None:
             self.averaging.indices(device)
 
     def state(self, layer: int) -> dict[str, Tensor]:
@@ -122,18 +132,13 @@ class StackedParameter:
             "exp_avg_sq": self.shards.state(self.exp_avg_sq[layer], reduced),
         }
 
-    def local(self, rows: slice) -> list[Tensor]:
-        """The weights themselves, as far as they are on this rank."""
-        return [self.shards.local(param) for param in self.params[rows]]
-
     def stack(self, rows: slice) -> Tensor:
-        """The weights stacked."""
-        return torch.stack(self.local(rows)).to(self.dtype)
+        """As :func:`stack_weights`."""
+        return stack_weights(self.params[rows], self.shards, self.dtype)
 
     def stack_grads(self, rows: slice) -> Tensor:
-        """The gradients stacked; a missing one is zero."""
-        grads = [self.shards.local(torch.zeros_like(p) if p.grad is None else p.grad) for p in self.params[rows]]
-        return torch.stack(grads).to(self.dtype)
+        """As :func:`stack_grads`."""
+        return stack_grads(self.params[rows], self.shards, self.dtype)
 
     def gather(self, rows: slice, context: Context) -> Stacked:
         """What a step reads of these layers."""
@@ -151,7 +156,7 @@ class StackedParameter:
 
     def scatter(self, rows: slice, weight: Tensor) -> None:
         """Copy stacked weights into the parameters."""
-        torch._foreach_copy_(self.local(rows), weight.unbind())
+        torch._foreach_copy_(list(map(self.shards.local, self.params[rows])), weight.unbind())
 
     def centre(self, stacked: Tensor) -> Tensor:
         """Take the mean over the rows (the vocabulary) from a stacked tensor."""
@@ -232,6 +237,15 @@ def scaled(x: Tensor, factor: Tensor | float) -> Tensor:
 CPU_CHUNK = 2**20
 
 
+def layers_at_once(layers: int, layer_size: int, device: torch.device) -> int:
+    """How many layers a step takes at once: all on an accelerator; on a CPU as many as fit, in equal chunks."""
+    at_once = layers
+    if device.type == "cpu":
+        while at_once > 1 and (at_once * layer_size > CPU_CHUNK or layers % at_once):  # equal chunks compile once
+            at_once -= 1
+    return at_once
+
+
 @dataclass
 class Context:
     """What the stacks of one step share: the param groups, and the norms that dress.
@@ -259,19 +273,20 @@ class Context:
         """A number that may change from step to step: a tensor where the step is compiled, which holds for all."""
         return torch.tensor(value, dtype=torch.float64) if self.compiled and isinstance(value, float) else value
 
+    def compiles(self, parameter: StackedParameter) -> bool:
+        """Whether the arithmetic on a parameter is compiled: not where it is split over ranks."""
+        return self.compiled and parameter.shards is WHOLE
+
     def chunks(self, has_gradient: Sequence[bool], parameters: Sequence[StackedParameter]) -> tuple[list[slice], bool]:
         """Slices of the layers that have a gradient, each to be taken at once; and whether compiled.
 
-        All layers on an accelerator, on a CPU as many as fit :data:`CPU_CHUNK`; without some gradients, one by one.
+        Where some have none, layers are taken one by one, and not compiled.
         """
-        layers, single = len(has_gradient), not all(has_gradient)
-        at_once = 1 if single else layers
-        if parameters[0].params[0].device.type == "cpu":
-            size = sum(p.params[0].numel() for p in parameters)
-            while at_once > 1 and (at_once * size > CPU_CHUNK or layers % at_once):  # equal chunks compile once
-                at_once -= 1
-        chunks = [slice(i, i + at_once) for i in range(0, layers, at_once) if not single or has_gradient[i]]
-        return chunks, self.compiled and not single and parameters[0].shards is WHOLE
+        layers, first = len(has_gradient), parameters[0]
+        if not all(has_gradient):
+            return [slice(i, i + 1) for i in range(layers) if has_gradient[i]], False
+        at_once = layers_at_once(layers, sum(p.params[0].numel() for p in parameters), first.params[0].device)
+        return [slice(i, i + at_once) for i in range(0, layers, at_once)], self.compiles(first)
 
 
 class Hyper(NamedTuple):
@@ -287,7 +302,7 @@ class Hyper(NamedTuple):
 
 
 #: For a CPU, inductor fuses loops over rows with loops over columns, and works out what there is one of per unit once
-#: per entry. Less of both takes half the time at 10M parameters.
+#: per entry. Here it does less of both.
 CPU_OPTIONS: dict[str, Any] = {"cpp.max_horizontal_fusion_size": 2, "realize_opcount_threshold": 6}
 
 

@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddc.optim.sharding import WHOLE, check_split_alike
+from ddc.optim.sharding import check_split_alike
 from ddc.optim.stacked import (
     SHARED,
     Arithmetic,
     Bias,
     Context,
-    Group,
     Hyper,
     Stacked,
     StackedParameter,
@@ -121,14 +120,14 @@ class Side:
         for p, weight in zip(self.parameters, weights, strict=True):
             p.scatter(rows, weight)
 
-    def rounded_norm(self, stacked: Sequence[Stacked]) -> Tensor:
+    def rounded_norm(self, rows: slice, stacked: Sequence[Stacked]) -> Tensor:
         """Norms of the weights as they were rounded to a lower precision, decay apart, (L, U).
 
         What this side dresses must follow these: a step too small for the weights' precision moves nothing.
         """
 
         def square(p: StackedParameter, i: int) -> Tensor:
-            weight = stacked[i].weight / stacked[i].decay
+            weight = p.stack(rows) / stacked[i].decay
             if p.role.centred:
                 weight = p.centre(weight)
             factor = p.factor(stacked[i].after)
@@ -231,6 +230,12 @@ class Turn(NamedTuple):
     norm: Tensor
 
 
+def mode_step(mode: str, gradient: Tensor, modes: dict[str, Tensor], bias: Bias, hyper: Hyper) -> Tensor:
+    """Adam's step of a radial or vertical mode, whose moments are in ``modes``; like the gradient."""
+    u = adam_(gradient, (modes[f"{mode}_exp_avg"], modes[f"{mode}_exp_avg_sq"]), bias, hyper.betas, hyper.eps)
+    return u * per_layer(-hyper.lr * hyper.radial_rate * bias.ratio, gradient)
+
+
 class PolarStack:
     """One rescale gauge in L layers: norms and directions of its sides step apart."""
 
@@ -279,7 +284,7 @@ class PolarStack:
         """Squared norm of the gradient in the invariant metric, all layers together."""
         plus = self.plus.read(self.plus.gather(slice(None), context))
         context.norms[self] = (plus.norm, plus.norm)
-        step_scale = self._group(context)["step_scale"]
+        step_scale = context.hyper(self.plus.parameters[0]).step_scale
         if self.minus is None:
             return plus.grad_norm_squared(step_scale)
         minus = self.minus.read(self.minus.gather(slice(None), context))
@@ -288,30 +293,20 @@ class PolarStack:
     def step(self, context: Context) -> None:
         """Move all layers that have a gradient. Afterwards ``context`` has this stack's plus norms."""
         has_gradient = [any(p.params[i].grad is not None for p in self.parameters) for i in range(self.layers)]
-        old = None
-        if not all(has_gradient):  # the layers left alone may still dress others
-            old = self.plus.read(self.plus.gather(slice(None), context)).norm
-        new = None if old is None else old.clone()
         chunks, compiled = context.chunks(has_gradient, self.parameters)
-        for rows in chunks:
-            self.step_count[rows] += 1
-            before, after = self._step(rows, context, compiled)
-            if before.shape[0] == self.layers:
-                old, new = before, after
-            else:
-                if old is None or new is None:
-                    old, new = before.new_empty(self.layers, self.units), before.new_empty(self.layers, self.units)
-                old[rows], new[rows] = before, after
-        assert old is not None
-        assert new is not None
+        if all(has_gradient):
+            norms = [self._step(rows, context, compiled) for rows in chunks]
+            old, new = map(torch.cat, zip(*norms, strict=True))
+        else:  # the layers left alone may still dress others
+            old = self.plus.read(self.plus.gather(slice(None), context)).norm
+            new = old.clone()
+            for rows in chunks:
+                old[rows], new[rows] = self._step(rows, context, compiled)
         context.norms[self] = (old, new)
-
-    def _group(self, context: Context) -> Group:
-        """The hyperparameters that all parameters of the stack share."""
-        return context.groups[self.plus.parameters[0].groups[0]]
 
     def _step(self, rows: slice, context: Context, compiled: bool) -> tuple[Tensor, Tensor]:
         """One step of the given layers; returns the plus norms before and after, decay apart."""
+        self.step_count[rows] += 1
         plus = self.plus.gather(rows, context)
         minus = self.minus.gather(rows, context) if self.minus is not None else []
         dressed = [(p.stack(rows), p.stack_grads(rows)) for p in self.dressed]
@@ -324,7 +319,7 @@ class PolarStack:
         if self.minus is not None:
             self.minus.scatter(rows, minus_weights)
         if self.plus.parameters[0].params[0].dtype != self.plus.parameters[0].dtype:
-            new = self.plus.rounded_norm(self.plus.gather(rows, context))
+            new = self.plus.rounded_norm(rows, plus)
         return old, new
 
     def _moved(
@@ -362,25 +357,20 @@ class PolarStack:
     ) -> tuple[Tensor, Tensor]:
         """Changes of log rho_P and log rho_M: the shared radial step and the vertical mode."""
         k, size = self.degree, math.sqrt(1 + self.degree**2)
-        rate = hyper.lr * hyper.radial_rate
-
-        def mode_step(mode: str, gradient: Tensor) -> Tensor:
-            moments = modes[f"{mode}_exp_avg"], modes[f"{mode}_exp_avg_sq"]
-            return adam_(gradient, moments, bias, hyper.betas, hyper.eps) * per_layer(-rate * bias.ratio, gradient)
 
         # What the plus side dresses is undressed by its new norms, so it does not feel the plus side's move.
         plus_grad = plus.log_norm_grad
         if self.dressed:
             felt = unit_sums(self.dressed, lambda p, i: p.unit_sum(dressed[i][0] * dressed[i][1]))[0]
             plus_grad = plus_grad - k * felt
-        radial = mode_step("radial", (k * plus_grad + minus.log_norm_grad) / size)
+        radial = mode_step("radial", (k * plus_grad + minus.log_norm_grad) / size, modes, bias, hyper)
         if hyper.vertical == "freeze":
             return radial * (k / size), radial / size
         if hyper.vertical == "adam":
-            vertical = mode_step("vertical", (plus_grad - k * minus.log_norm_grad) / size)
+            vertical = mode_step("vertical", (plus_grad - k * minus.log_norm_grad) / size, modes, bias, hyper)
         else:
             gap = plus.norm.log() - k * minus.norm.log()
-            vertical = torch.where(gap.isfinite(), -rate * gap / size, 0.0)
+            vertical = torch.where(gap.isfinite(), -hyper.lr * hyper.radial_rate * gap / size, 0.0)
         return (k * radial + vertical) / size, (radial - k * vertical) / size
 
 
@@ -421,12 +411,9 @@ class ChainStack:
         states[self.parameters[0].params[0]] |= self.modes
         return states
 
-    def _group(self, context: Context) -> Group:
-        return context.groups[self.parameters[0].groups[0]]
-
     def grad_norm_squared(self, context: Context) -> Tensor:
         """Squared norm of the gradient in the invariant metric."""
-        step_scale = self._group(context)["step_scale"]
+        step_scale = context.hyper(self.parameters[0]).step_scale
         blocks = [side.read(side.gather(slice(None), context)) for side in self.sides]
         return torch.stack([block.grad_norm_squared(step_scale) for block in blocks]).sum()
 
@@ -437,8 +424,7 @@ class ChainStack:
         self.step_count += 1
         stacked = [side.gather(slice(None), context) for side in self.sides]
         hyper = context.hyper(self.parameters[0])
-        compiled = context.compiled and self.parameters[0].shards is WHOLE
-        moved = self.arithmetic(compiled, self, stacked, self.modes, self.step_count, hyper)
+        moved = self.arithmetic(context.compiles(self.parameters[0]), self, stacked, self.modes, self.step_count, hyper)
         for side, weights in zip(self.sides, moved, strict=True):
             side.scatter(slice(None), weights)
 
@@ -459,18 +445,13 @@ class ChainStack:
         log_norm_grads = torch.cat([block.log_norm_grad.flatten() for block in blocks])
         if self.still:
             return torch.zeros_like(log_norm_grads)
-        rate, size = hyper.lr * hyper.radial_rate, math.sqrt(sum(self.layers))
-
-        def mode_step(mode: str, gradient: Tensor) -> Tensor:
-            moments = modes[f"{mode}_exp_avg"], modes[f"{mode}_exp_avg_sq"]
-            return adam_(gradient, moments, bias, hyper.betas, hyper.eps) * (-rate * bias.ratio)
-
-        shared = mode_step("radial", log_norm_grads.sum(0, keepdim=True) / size) / size
+        size = math.sqrt(sum(self.layers))
+        shared = mode_step("radial", log_norm_grads.sum(0, keepdim=True) / size, modes, bias, hyper) / size
         if hyper.vertical == "freeze":
             return shared.expand(sum(self.layers))
         if hyper.vertical == "adam":
-            vertical = mode_step("vertical", log_norm_grads - log_norm_grads.mean())
+            vertical = mode_step("vertical", log_norm_grads - log_norm_grads.mean(), modes, bias, hyper)
             return shared + vertical - vertical.mean()
         log_norms = torch.cat([block.norm.flatten() for block in blocks]).log()
         gap = torch.where(log_norms.isfinite().all(), log_norms - log_norms.mean(), 0.0)
-        return shared - rate * gap
+        return shared - hyper.lr * hyper.radial_rate * gap

@@ -367,8 +367,7 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     ranks.on_first(lambda: write_json(folder / "summary.json", summary))
-    if ranks.first:
-        mirror.finish(summary, lambda: draw(folder))
+    mirror.finish(summary, lambda: draw(folder))
     return summary
 
 
@@ -404,7 +403,6 @@ def noted(folder: Path, ranks: Ranks) -> Iterator[None]:
 
 def start_folder(setup: Setup) -> None:
     """Begin a run folder: an older run in it ends here, and what made this one is written down."""
-    setup.folder.mkdir(parents=True, exist_ok=True)
     # killed in between, a run goes on only from a checkpoint whose records are all there
     for path in (
         *(setup.folder / name for name in ("summary.json", "capacity.json")),
