@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# `make slurm-test`: a real Slurm on this one machine (Debian, as root), a real array sweep, one task killed, resubmitted;
-# and one run on two nodes. Starts munged, slurmctld and two slurmd on loopback and stops what it started.
+# `make slurm-test`: a real Slurm on this one machine (Debian, as root), a real array sweep; tasks are killed and submitted again,
+# or stopped by Slurm, which queues them again; and one run on two nodes. Starts munged, slurmctld and two slurmd on loopback and
+# stops what it started.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${DDC_PYTHON:-$PWD/.venv/bin/python}
@@ -56,7 +57,11 @@ MinJobAge=300
 NodeName=DEFAULT CPUs=$((($(nproc) + 1) / 2)) RealMemory=$(awk '/MemTotal/ {print int($2 / 2200)}' /proc/meminfo) State=UNKNOWN
 NodeName=one NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=16818
 NodeName=two NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=16819
-PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2
 EOF
 mkdir -p "$work/munge" "$work/state" "$work/spool-one" "$work/spool-two"
 chmod 755 "$work" "$work/munge"
@@ -71,29 +76,32 @@ for node in one two; do slurmd -D -N $node > "$work/slurmd-$node.log" 2>&1 & pid
 for _ in $(seq 100); do [ "$(sinfo -h -o %T 2> /dev/null || true)" = idle ] && break; sleep 0.2; done
 sinfo
 
-# --- the same sweep twice: through Slurm with one task killed, and here
+# --- the same sweep: through Slurm with one task killed, and here
 sweep() {
-    for optimizer in muon ddcmuon; do
+    for optimizer in ddcmuon muon; do # the slow one first, to be caught in the middle
         for seed in 0 1; do
             echo "+experiment=grok_mlp optimizer=$optimizer seed=$seed model.depth=2 model.width=16 data.prime=7" \
                 "training.batch_size=16 training.steps=$2 training.evaluations=10 wandb=disabled runs=$1"
         done
     done
 }
-steps=1500
-sweep "$work/slurm" $steps > "$work/slurm.txt"
-sweep "$work/here" $steps > "$work/here.txt"
+steps=900
+for place in slurm preempted stopped here; do sweep "$work/$place" $steps > "$work/$place.txt"; done
+sed -i 1q "$work/stopped.txt" # one run
 finished() { [ -z "$(squeue -h 2> /dev/null)" ]; }
 wait_for_jobs() { for _ in $(seq 600); do finished && return; sleep 0.2; done; echo "jobs hang" >&2; squeue >&2; exit 1; }
 
 job=$(slurm/submit.sh "$work/slurm.txt" --time=10 --no-requeue)
 echo "submitted as job $job"
-halfway() { [ "$(cat "$work"/slurm/grok_mlp/muon-seed0-*/records.jsonl 2> /dev/null | wc -l)" -ge 4 ]; }
-for _ in $(seq 600); do halfway && break; sleep 0.1; done
+wait_for_records() { # of the first run in a folder: so many
+    for _ in $(seq 600); do [ "$(cat "$work/$1"/grok_mlp/ddcmuon-seed0-*/records.jsonl 2> /dev/null | wc -l)" -ge "$2" ] && return; sleep 0.1; done
+    echo "no records" >&2; exit 1
+}
+wait_for_records slurm 4
 scancel --signal=KILL --full "${job}_0"
-timing=$(ls "$work"/slurm/grok_mlp/muon-seed0-*/timing.jsonl)
+timing=$(ls "$work"/slurm/grok_mlp/ddcmuon-seed0-*/timing.jsonl)
 cp "$timing" "$work/timing-before.jsonl"
-echo "killed task 0 after $(tail -n 1 "$work"/slurm/grok_mlp/muon-seed0-*/records.jsonl | cut -d, -f1 | tr -dc 0-9) steps"
+echo "killed task 0 after $(tail -n 1 "$work"/slurm/grok_mlp/ddcmuon-seed0-*/records.jsonl | cut -d, -f1 | tr -dc 0-9) steps"
 wait_for_jobs
 "$PYTHON" scripts/sweep.py status "$work/slurm.txt" | tee "$work/status.txt" || true
 if ! grep -q "3 complete, 1 unfinished" "$work/status.txt"; then
@@ -109,6 +117,38 @@ wait_for_jobs
 # resumed, not started over: what the first try timed is still there
 wall_times=$(wc -l < "$work/timing-before.jsonl")
 head -n "$((wall_times - 1))" "$work/timing-before.jsonl" | cmp - <(head -n "$((wall_times - 1))" "$timing")
+
+# --- a job takes the machine from tasks: they save, and Slurm queues them again
+hurry() { # Slurm would let two minutes pass
+    squeue --noheader --states=PENDING --format=%A | while read -r id; do scontrol update JobId="$id" StartTime=now 2> /dev/null || true; done
+}
+went_on() { # each task goes on from where it stopped
+    saved=$(sed -n 's/^stopped after \(step [0-9]*\);.*/\1/p' "$@")
+    echo "stopped, and gone on from there:" $saved
+    [ -n "$saved" ] && [ "$saved" = "$(sed -n 's/.* steps, from \(step .*\)/\1/p' "$@")" ]
+}
+job=$(slurm/submit.sh "$work/preempted.txt" --time=10 --output="$work/preempted-%a.log")
+echo "submitted as job $job, to be preempted"
+wait_for_records preempted 4
+srun --partition=urgent --ntasks="$(nproc)" true
+for _ in $(seq 600); do finished && break; hurry; sleep 0.2; done
+"$PYTHON" scripts/sweep.py status "$work/preempted.txt" # fails unless all are complete
+cat "$work"/preempted-*.log | grep "DUE TO PREEMPTION"
+went_on "$work"/preempted-*.log
+
+# --- a task gets SIGTERM, as before its time limit: it saves, and queues itself again. Its owner cancels it: it saves, and that is all
+job=$(slurm/submit.sh "$work/stopped.txt" --time=10 --output="$work/stopped.log")
+echo "submitted as job $job, to be stopped"
+wait_for_records stopped 3
+scancel --batch --signal=TERM "${job}_0"
+for _ in $(seq 600); do grep "queued again" "$work/stopped.log" && break; sleep 0.1; done
+sleep 3 # Slurm refuses to start a job within the second in which it ended
+for _ in $(seq 600); do grep "from step" "$work/stopped.log" && break; hurry; sleep 0.1; done
+went_on "$work/stopped.log"
+scancel "$job"
+wait_for_jobs
+"$PYTHON" scripts/sweep.py status "$work/stopped.txt" | tee "$work/status.txt" || true
+grep -q "1 unfinished" "$work/status.txt"
 
 # --- and as a Hydra multirun through the launcher
 "$PYTHON" train.py --multirun hydra/launcher=slurm hydra.launcher.mem_gb=1 $(head -n 1 "$work/here.txt" | sed "s#runs=.*#runs=$work/multirun#") \
@@ -135,6 +175,7 @@ EOF
 grep -q '"processes": 2' "$work"/two/grok_mlp/*/run.json
 
 for run in "$work"/here/grok_mlp/*/; do
-    cmp "$run/records.jsonl" "$work/slurm/grok_mlp/$(basename "$run")/records.jsonl"
+    for place in slurm preempted; do cmp "$run/records.jsonl" "$work/$place/grok_mlp/$(basename "$run")/records.jsonl"; done
 done
-echo "slurm-test passed: $(ls -d "$work"/here/grok_mlp/*/ | wc -l) runs, the same records through an array, the launcher and here; and one on two nodes"
+echo "slurm-test passed: $(ls -d "$work"/here/grok_mlp/*/ | wc -l) runs, the same records through an array, preempted, the launcher and here;" \
+    "and one on two nodes"
