@@ -50,6 +50,7 @@ OF_KEY = {
     "optimizer.name": "adamw ddcadam muon ddcmuon | sgd null ???",
     "optimizer.vertical": "freeze adam balance | up null",
     "optimizer.step_scale": "init norm | rho",
+    "optimizer.compiled": "null false | 3",  # to compile takes half a minute
     "optimizer.adjust_lr_fn": "original match_rms_adamw | none",
     "optimizer.orthogonalizer": "newton_schulz newton_schulz_bfloat16 polar | svd",
     "data.name": "shakespeare mnist_5k modular | nonsense null ???",

@@ -18,6 +18,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import nn
 
+from ddc.models import GPT, GPTConfig
+from ddc.optim.factory import compiled_step
 from ddc.training import loop
 from ddc.training.checkpoint import load_checkpoint, read_checkpoint
 from ddc.training.config import Config, TrainingConfig, register_schemas, resolve
@@ -123,6 +125,29 @@ def test_the_run_id_knows_what_decides_the_numbers() -> None:
     assert len(ids) == 5
     same = {composed(*o).run_id for o in ([], ["wandb=offline"], ["runs=/elsewhere"], ["training.resume=never"])}
     assert len(same) == 1
+    assert "compiled" not in composed().identity["optimizer"]  # ids of runs before there was the key
+    assert composed("optimizer.compiled=true").identity["optimizer"]["compiled"]
+
+
+def test_a_step_is_compiled_where_it_pays(tmp_path: Path, monkeypatch) -> None:
+    with torch.device("meta"):
+        small, large = GPT(GPTConfig(layers=1), 256), GPT(GPTConfig(layers=1), 100_000)
+    assert [compiled_step(wanted, small) for wanted in (None, False, True)] == [False, False, True]
+    assert [compiled_step(wanted, large) for wanted in (None, False, True)] == [True, False, True]
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    assert not compiled_step(None, large.to_empty(device="cpu"))
+    with pytest.raises(ValueError, match=r"optimizer\.compiled=true: there is no C\+\+ compiler"):
+        prepare(composed("optimizer.compiled=true"))
+
+
+@pytest.mark.slow
+def test_a_run_with_compiled_steps(tmp_path: Path) -> None:
+    setups = [run(tmp_path, f"optimizer.compiled={compiled}") for compiled in ("true", "false")]
+    for setup in setups:
+        train(setup)
+    compiled, eager = ([row["train_loss"] for row in Records(s.folder / "records.jsonl").read()] for s in setups)
+    assert compiled == pytest.approx(eager, rel=1e-4)
+    assert [all(stack.arithmetic.compiled for stack in s.optimizer._stacks) for s in setups] == [True, False]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

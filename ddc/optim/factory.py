@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -15,6 +18,9 @@ from ddc.optim.ddcadam import DDCAdam
 from ddc.optim.ddcmuon import DDCMuon
 from ddc.optim.muon import Muon
 from ddc.optim.sharding import split_like
+
+#: A compiled step takes half a minute to compile; what it saves in a smaller model does not make up for that in a run.
+COMPILED_FROM = 10_000_000
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -99,12 +105,15 @@ def make_optimizer(
         gauges: for the optimizers that respect any.
         weight_decay: on matrices.
         hidden: :func:`ddc.hidden_matrices`, for Muon and DDCMuon.
-        options: the optimizer's own.
+        options: the optimizer's own; ``compiled=None`` compiles the step of a model of :data:`COMPILED_FROM`
+            parameters or more, where there is a compiler.
 
     Raises:
-        ValueError: an unknown name, or a hyperparameter out of range.
+        ValueError: an unknown name, a hyperparameter out of range, or no compiler where one is needed.
     """
     groups = decay_groups(model, weight_decay)
+    if "compiled" in options:
+        options["compiled"] = compiled_step(options["compiled"], model)
     match name:
         case "adamw":
             return make_adamw(groups, **options)
@@ -115,3 +124,18 @@ def make_optimizer(
         case "ddcmuon":
             return DDCMuon(groups, gauges, hidden, **options)
     raise ValueError(f"Invalid optimizer.name={name!r}: expected adamw, ddcadam, muon or ddcmuon")
+
+
+def compiled_step(wanted: bool | None, model: nn.Module) -> bool:
+    """Whether to compile the step: see :func:`make_optimizer`."""
+    parameters = list(model.parameters())
+    if wanted is False or (wanted is None and sum(p.numel() for p in parameters) < COMPILED_FROM):
+        return False
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # torch's own choice
+    there = parameters[0].device.type != "cpu" or shutil.which(compiler) is not None
+    if wanted and not there:
+        raise ValueError(
+            f"Invalid optimizer.compiled=true: there is no C++ compiler {compiler!r}. Install one, name another in the "
+            "environment variable CXX, or set optimizer.compiled=false"
+        )
+    return there

@@ -66,13 +66,14 @@ class AdamWConfig(OptimizerConfig):
 
 @dataclass
 class DDCAdamConfig(OptimizerConfig):
-    """:class:`ddc.DDCAdam`, which documents the keys."""
+    """:class:`ddc.DDCAdam`, which documents the keys; ``compiled=null``: from ten million parameters on."""
 
     name: str = "ddcadam"
     radial_rate: float = 1.0
     vertical: str = "freeze"
     step_scale: str = "init"
     retract: bool = True
+    compiled: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -321,6 +322,8 @@ class Config:
         values["gauges"] = {kind: wanted is not False for kind, wanted in values["gauges"].items()}
         if not self.slt.readings:
             del values["slt"]
+        if values["optimizer"].get("compiled", False) is None:
+            del values["optimizer"]["compiled"]
         return values
 
     @property

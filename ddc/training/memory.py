@@ -12,7 +12,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from ddc.data import Data
 from ddc.gauges import find_gauges
 from ddc.models import build_model, cross_entropy
-from ddc.training.config import Config
+from ddc.training.config import Config, DDCAdamConfig
 from ddc.training.loop import configured_hidden, configured_optimizer
 
 
@@ -34,6 +34,8 @@ def estimate_memory(config: Config, data: Data) -> MemoryEstimate:
     That checks every shape of model, loss and optimizer step, and that the step never needs a value on the host.
     """
     fake, training = FakeTensorMode(), config.training
+    if isinstance(config.optimizer, DDCAdamConfig):  # what is fake cannot be compiled for
+        config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, compiled=False))
     real = build_model(config.model, **data.sizes)  # what is traced must have values
     gauges = find_gauges(real, config.gauges.per_layer).only(config.gauges.kinds)
     with FakeCopyMode(fake):
