@@ -34,6 +34,7 @@ from ddc.models.vit import ViTConfig, vision_transformer
 from ddc.optim.combined import CombinedOptimizer
 from ddc.optim.muon import Muon
 from ddc.report.cost import BASES, speed_table
+from ddc.training.allocator import keep_freed_memory
 from ddc.training.loop import grad_norm
 from ddc.training.records import provenance, write_atomically, write_json
 
@@ -75,15 +76,15 @@ GPT_124M = GPTConfig(layers=12, width=768, heads=12, kv_heads=12, hidden=2048, t
 #: They orthogonalise in bfloat16, which many CPUs emulate a hundred times slower: minutes a step.
 BFLOAT16 = ("torch.optim.Muon", "Muon, pytorch-optimizer")
 CASES = {
-    "gpt-1m": text_case("GPT 0.8M", GPTConfig(), 100, 16, 128),
-    "gpt-10m": text_case("GPT 10M", GPT_10M, 40, 16, 128, too_slow=BFLOAT16),
-    "gpt-124m": text_case("GPT 124M", GPT_124M, 10, 1, 128, 50257, too_slow=(*BFLOAT16, "SOAP, pytorch-optimizer")),
+    "gpt-1m": text_case("GPT 0.8M", GPTConfig(), 60, 16, 128),
+    "gpt-10m": text_case("GPT 10M", GPT_10M, 20, 16, 128, too_slow=BFLOAT16),
+    "gpt-124m": text_case("GPT 124M", GPT_124M, 5, 1, 128, 50257, too_slow=(*BFLOAT16, "SOAP, pytorch-optimizer")),
     "vit-s": Case(
         "ViT-S 22M",
         lambda: vision_transformer(VIT_S, (3, 224, 224), 1000),
         lambda: (torch.randn(2, 3, 224, 224), torch.randint(1000, (2,))),
         "2 images of 224 × 224",
-        20,
+        10,
         too_slow=BFLOAT16,
     ),
     "deep-mlp": Case(
@@ -229,7 +230,7 @@ def least_bytes(optimizer: Optimizer, subject: Subject) -> int:
 
 
 def measure(case: Case, turns: int, device: torch.device) -> dict[str, Any]:
-    """One model with all optimizers: the step alone, and a whole training step with clipping."""
+    """One model with all optimizers: whole training steps with clipping, and the optimizer's step within each."""
     torch.manual_seed(0)
     subject = Subject(case.build().to(device))
     model = subject.model
@@ -246,26 +247,27 @@ def measure(case: Case, turns: int, device: torch.device) -> dict[str, Any]:
         except ImportError as error:
             results[name]["skipped"] = f"{error.name} is not installed"
 
-    def training_step(optimizer: Optimizer) -> None:
+    times: dict[str, dict[str, list[float]]] = {}
+
+    def training_step(name: str) -> None:
         model.zero_grad()
         cross_entropy(model(inputs), targets).backward()
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, grad_norm(model, optimizer))
-        optimizer.step()
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, grad_norm(model, optimizers[name]))
+        times["step"][name].append(seconds(optimizers[name].step, device))
 
-    whole = {name: functools.partial(training_step, optimizer) for name, optimizer in optimizers.items()}
-    for name, optimizer in track(optimizers.items(), f"{case.title}: warming up"):
+    whole = {name: functools.partial(training_step, name) for name in optimizers}
+    times["step"] = {name: [] for name in optimizers}
+    for name in track(optimizers, f"{case.title}: warming up"):
         whole[name]()
-        optimizer.step()
+        whole[name]()
     bandwidth = copy_bandwidth(device)
-    steps: dict[str, Callable[[], object]] = {name: optimizer.step for name, optimizer in optimizers.items()}
-    times = {
-        "step": summarize(take_turns(steps, turns, device, f"{case.title}: step")),
-        "whole": summarize(take_turns(whole, max(FEW, turns // 5), device, f"{case.title}: whole training step")),
-    }
+    times["step"] = {name: [] for name in optimizers}
+    times["whole"] = take_turns(whole, turns, device, case.title)
     bandwidth += copy_bandwidth(device)
+    summaries = {kind: summarize(by_optimizer) for kind, by_optimizer in times.items()}
     for name, optimizer in optimizers.items():
         results[name] = {
-            **{kind: by_optimizer[name] for kind, by_optimizer in times.items()},
+            **{kind: by_optimizer[name] for kind, by_optimizer in summaries.items()},
             "state_bytes": sum(map(bytes_of, optimizer.state.values())),
             "least_bytes": least_bytes(optimizer, subject),
         }
@@ -319,6 +321,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("results/benchmark"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / "speed.json"
     record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"models": {}}

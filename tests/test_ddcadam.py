@@ -595,7 +595,7 @@ def test_compiled_step_equals_eager() -> None:
 
 @pytest.mark.slow
 def test_compiled_arithmetic_is_the_same_step() -> None:
-    """Compiled once for every rate; layers without gradients, copies and pickles of a compiled optimizer go on."""
+    """Compiled once for every rate, all of it or stack by stack; layers without gradients, copies and pickles go on."""
     both = [trained({"weight_decay": 0.1, "compiled": c}, dtype=torch.float64, steps=0) for c in (False, True)]
 
     def step(seed: int) -> None:
@@ -610,10 +610,18 @@ def test_compiled_arithmetic_is_the_same_step() -> None:
 
     step(0)
     with torch.compiler.set_stance("fail_on_recompile"):
-        for seed in range(1, 4):
-            step(seed)
+        step(1)
+    assert both[1][1]._advance.compiled
+    step(2)  # one layer has no gradients: the stacks of the others are compiled, each for itself
+    with torch.compiler.set_stance("fail_on_recompile"):
+        step(3)
+        step(2)
+    norms = [optimizer.grad_norm() for _, optimizer in both]
+    torch.testing.assert_close(*norms, rtol=1e-12, atol=0)
     both[1] = copy.deepcopy(both[1])
     step(4)
+    norms = [optimizer.grad_norm() for _, optimizer in both]
+    torch.testing.assert_close(*norms, rtol=1e-12, atol=0)
     for a, b in zip(*(model.parameters() for model, _ in both), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 

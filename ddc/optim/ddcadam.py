@@ -15,8 +15,8 @@ from ddc.gauges import Gauge, Rescale, plain_name, whole
 from ddc.optim.closure import loss_of
 from ddc.optim.hidden import HiddenMatrices
 from ddc.optim.plan import ChainPlan, Plan, PolarPlan, Role, make_plan
-from ddc.optim.sharding import restore_, shards_of
-from ddc.optim.stacked import Context, Dresser, StackedParameter
+from ddc.optim.sharding import WHOLE, restore_, shards_of
+from ddc.optim.stacked import Arithmetic, Context, Dresser, Group, Rates, StackedParameter
 from ddc.optim.stacks import ChainStack, FreeStack, PolarStack
 
 VERTICAL_MODES = ("freeze", "adam", "balance")
@@ -59,9 +59,10 @@ class DDCAdam(Optimizer):
             ``"norm"`` is the paper's rho.
         retract: keep the norm under the tangential step (division above); without, every step lengthens W a
             little, as in the paper's statement.
-        compiled: compile the arithmetic of a step with ``torch.compile`` at the first step, which takes about half a
-            minute for a transformer and a C++ compiler on a CPU. Faster from about 10M parameters on (docs/speed.md);
-            steps in which some layers have no gradient, and parameters split over ranks, are not compiled.
+        compiled: compile the step, and :meth:`grad_norm`, with ``torch.compile`` when they are first called: as one
+            function, or where layers are large as one for each stack of alike layers. That takes tens of seconds for a
+            transformer, and on a CPU a C++ compiler; what it saves is in docs/speed.md. A step in which a gradient is
+            missing is compiled by stacks, without those that miss one; parameters split over ranks are not compiled.
 
     Weights of lower precision than float32 have their state, and their arithmetic, in float32. State is
     complete from construction: ``exp_avg`` and ``exp_avg_sq`` as Adam's (the latter averaged as above),
@@ -137,6 +138,8 @@ class DDCAdam(Optimizer):
         for stack in self._stacks_of(params, group_of, gauges):
             self.state.update(stack.states())
             self._stacks.append(stack)
+        device = self._stacks[0].parameters[0].params[0].device
+        self._advance, self._norm = Arithmetic(advance, device), Arithmetic(invariant_norm, device)
         self._check_groups()
 
     def _follow_parameters(self) -> None:
@@ -162,9 +165,9 @@ class DDCAdam(Optimizer):
         """One optimization step; returns the loss of ``closure`` where there is one."""
         loss = loss_of(closure)
         self._check_groups()
-        context = Context(self.param_groups, compiled=self._compiled)
-        for stack in self._stacks:
-            stack.step(context)
+        whole = self._in_one_go()
+        rates = [Rates.of(group, self._compiled) for group in self.param_groups]
+        self._advance(whole, self._stacks, self.param_groups, rates, self._compiled and not whole)
         return loss
 
     @torch.no_grad()
@@ -181,9 +184,17 @@ class DDCAdam(Optimizer):
         without one, look at the norm first if you want an error: torch's ``error_if_nonfinite`` waits for the
         device in the same way.
         """
-        context = Context(self.param_groups)
-        terms = [stack.grad_norm_squared(context) for stack in self._stacks]
-        return torch.stack([term.to(terms[0]) for term in terms]).sum().sqrt()
+        whole = self._in_one_go()
+        norm: Tensor = self._norm(whole, self._stacks, self.param_groups, self._compiled and not whole)
+        return norm
+
+    def _in_one_go(self) -> bool:
+        """Whether to compile all of a step as one function: each stack is taken at once, and no gradient is missing."""
+        return self._compiled and all(
+            stack.single_chunk
+            and all(p.shards is WHOLE and all(param.grad is not None for param in p.params) for p in stack.parameters)
+            for stack in self._stacks
+        )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state, copying it into the buffers that exist, in their dtype and on their device.
@@ -218,7 +229,8 @@ class DDCAdam(Optimizer):
                 restore_(value, torch.as_tensor(saved[key]))
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: value for key, value in vars(self).items() if key in ("_gauges", "_hidden", "_compiled")}
+        names = ("_gauges", "_hidden", "_compiled", "_advance", "_norm")
+        own = {key: value for key, value in vars(self).items() if key in names}
         return {**super().__getstate__(), "_stacks": self._stacks, "_built": self._built, "_ready": True, **own}
 
     def _check_groups(self) -> None:
@@ -240,6 +252,20 @@ class DDCAdam(Optimizer):
                     raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
             if isinstance(stack, PolarStack | ChainStack):
                 check_frozen(stack)
+
+
+def advance(stacks: Sequence[Stack], groups: list[Group], rates: list[Rates], compiled: bool) -> None:
+    """One step of all stacks, each of which may read the norms of those before it."""
+    context = Context(groups, rates, compiled)
+    for stack in stacks:
+        stack.step(context)
+
+
+def invariant_norm(stacks: Sequence[Stack], groups: list[Group], compiled: bool) -> Tensor:
+    """:meth:`DDCAdam.grad_norm`."""
+    context = Context(groups, [Rates(0.0, 1.0)] * len(groups), compiled)  # it does not depend on them
+    terms = [stack.grad_norm_squared(context) for stack in stacks]
+    return torch.stack([term.to(terms[0]) for term in terms]).sum().sqrt()
 
 
 def check_hyperparameters(group: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from ddc.gauges.roles import HiddenMatrix
 from ddc.optim.orthogonal import ORTHOGONALIZERS
 from ddc.optim.plan import compute_dtype
 from ddc.optim.sharding import WHOLE, shards_of
-from ddc.optim.stacked import Bias, Context, Group, adam_, layers_at_once, safe_power, stack_grads, stack_weights
+from ddc.optim.stacked import Bias, Context, Group, adam_, layers_at_once, local_grads, local_weights, safe_power
 from ddc.optim.stacks import PolarStack
 
 
@@ -195,8 +195,8 @@ class HiddenStack:
 
     def dressed(self, rows: slice, log_factors: LogFactors | None) -> tuple[Tensor, Tensor]:
         """Copies of weights and gradients in dressed coordinates; a missing gradient is zero."""
-        weight = stack_weights(self.params[rows], self.shards, self.dtype)
-        grad = stack_grads(self.params[rows], self.shards, self.dtype)
+        weight = torch.stack(local_weights(self.params[rows], self.shards)).to(self.dtype)
+        grad = torch.stack(local_grads(self.params[rows], self.shards)).to(self.dtype)
         for log in log_factors or ():
             factor = log[rows].exp()
             weight.mul_(factor)
@@ -249,7 +249,8 @@ class HiddenStack:
         if undress is not None:
             moved.mul_(undress.rows[rows]).mul_(undress.columns[rows])
             # what a dead factor dresses has no effect, and stays as it is
-            moved = torch.where(undress.alive[rows], moved, stack_weights(self.params[rows], self.shards, self.dtype))
+            originals = torch.stack(local_weights(self.params[rows], self.shards)).to(self.dtype)
+            moved = torch.where(undress.alive[rows], moved, originals)
         for i, param in enumerate(self.params[rows]):
             if param.grad is not None:
                 self.momentum_buffer[rows][i].copy_(momentum[i])
@@ -290,6 +291,8 @@ class HiddenMatrices:
         linked: (P, M, k): blocks whose norms a gauge moves against each other, by c and c^-k.
         vertical: whether the vertical modes step too.
     """
+
+    single_chunk = False
 
     def __init__(
         self,

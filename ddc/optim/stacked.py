@@ -77,14 +77,14 @@ def per_layer(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *(1,) * (like.ndim - 1))
 
 
-def stack_weights(params: Sequence[Tensor], shards: Whole, dtype: torch.dtype) -> Tensor:
-    """A copy of the weights, as far as they are on this rank, stacked."""
-    return torch.stack(list(map(shards.local, params))).to(dtype)
+def local_weights(params: Sequence[Tensor], shards: Whole) -> list[Tensor]:
+    """The weights themselves, as far as they are on this rank."""
+    return [shards.local(p) for p in params]
 
 
-def stack_grads(params: Sequence[Tensor], shards: Whole, dtype: torch.dtype) -> Tensor:
+def local_grads(params: Sequence[Tensor], shards: Whole) -> list[Tensor]:
     """The same of their gradients; a missing one is zero."""
-    return stack_weights([torch.zeros_like(p) if p.grad is None else p.grad for p in params], shards, dtype)
+    return [shards.local(torch.zeros_like(p) if p.grad is None else p.grad) for p in params]
 
 
 #: What puts norms into :class:`Context`: a stack of polar or of inner gauges.
@@ -132,16 +132,16 @@ class StackedParameter:
             "exp_avg_sq": self.shards.state(self.exp_avg_sq[layer], reduced),
         }
 
-    def stack(self, rows: slice) -> Tensor:
-        """As :func:`stack_weights`."""
-        return stack_weights(self.params[rows], self.shards, self.dtype)
+    def pairs(self, rows: slice) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and gradients of these layers."""
+        return local_weights(self.params[rows], self.shards), local_grads(self.params[rows], self.shards)
 
-    def stack_grads(self, rows: slice) -> Tensor:
-        """As :func:`stack_grads`."""
-        return stack_grads(self.params[rows], self.shards, self.dtype)
+    def stack(self, tensors: Sequence[Tensor]) -> Tensor:
+        """A copy of one tensor a layer, stacked, in the dtype of the arithmetic."""
+        return torch.stack(list(tensors)).to(self.dtype)
 
-    def gather(self, rows: slice, context: Context) -> Stacked:
-        """What a step reads of these layers."""
+    def gather(self, rows: slice, context: Context) -> Layers:
+        """What a step reads of these layers, and where it writes."""
         before = after = relaxed = None
         if self.dressed_by is not None:
             stack, layers = self.dressed_by
@@ -152,11 +152,7 @@ class StackedParameter:
         if self.exp_avg is not None and self.exp_avg_sq is not None:
             moments = self.exp_avg[rows], self.exp_avg_sq[rows]
         decay = context.decay(self)
-        return Stacked(self.stack(rows), self.stack_grads(rows), moments, before, after, relaxed, decay)
-
-    def scatter(self, rows: slice, weight: Tensor) -> None:
-        """Copy stacked weights into the parameters."""
-        torch._foreach_copy_(list(map(self.shards.local, self.params[rows])), weight.unbind())
+        return Layers(*self.pairs(rows), moments, before, after, relaxed, decay)
 
     def centre(self, stacked: Tensor) -> Tensor:
         """Take the mean over the rows (the vocabulary) from a stacked tensor."""
@@ -210,21 +206,25 @@ def unit_sums(parameters: Sequence[StackedParameter], *terms: Term) -> Sequence[
     return parameters[0].shards.reduced(*sums)
 
 
-class Stacked(NamedTuple):
-    """What a step reads of a stacked parameter: copies, which the step may use up, but for the moments.
+class Layers(NamedTuple):
+    """What a step reads of a stacked parameter: of each layer the weights, which it writes too, and the gradients.
 
-    ``weight``, ``grad`` and the moments are (L, *shape), or as averaging leaves them; ``before`` and ``after`` the
-    norms that dress the parameter, before and after they have moved, ``relaxed`` what they were multiplied by by a
-    frame that has relaxed, each (L, U); ``decay`` the factor of decoupled weight decay.
+    ``moments`` are (L, *shape), or as averaging leaves them; ``before`` and ``after`` the norms that dress the
+    parameter, before and after they have moved, ``relaxed`` what they were multiplied by by a frame that has relaxed,
+    each (L, U); ``decay`` the factor of decoupled weight decay.
     """
 
-    weight: Tensor
-    grad: Tensor
+    weights: list[Tensor]
+    grads: list[Tensor]
     moments: tuple[Tensor, Tensor] | None
     before: Tensor | None
     after: Tensor | None
     relaxed: Tensor | None
     decay: float | Tensor
+
+    def write(self, stacked: Tensor) -> None:
+        """Copy stacked weights into the layers'."""
+        torch._foreach_copy_(self.weights, stacked.unbind())
 
 
 def scaled(x: Tensor, factor: Tensor | float) -> Tensor:
@@ -246,47 +246,54 @@ def layers_at_once(layers: int, layer_size: int, device: torch.device) -> int:
     return at_once
 
 
+class Rates(NamedTuple):
+    """What may change from step to step in a param group: tensors where a step is compiled, which so holds for all."""
+
+    lr: float | Tensor
+    decay: float | Tensor
+
+    @classmethod
+    def of(cls, group: Group, compiled: bool) -> Rates:
+        """Learning rate, and the factor of decoupled weight decay."""
+        rates = group["lr"], 1 - group["lr"] * group["weight_decay"]
+        as_tensors = compiled and not isinstance(group["lr"], Tensor)
+        return cls(*(torch.tensor(rate, dtype=torch.float64) for rate in rates) if as_tensors else rates)
+
+
 @dataclass
 class Context:
     """What the stacks of one step share: the param groups, and the norms that dress.
 
     ``norms`` holds, for each stack that has moved, the norms of its plus sides before and after, both (L, U);
     ``relaxed``, for each frame of hidden matrices that has relaxed, what its plus side was multiplied by, (L, U).
+    With ``compiled``, each stack compiles a function of its own.
     """
 
     groups: list[Group]
+    rates: list[Rates]
+    compiled: bool = False
     norms: dict[Dresser, tuple[Tensor, Tensor]] = field(default_factory=dict)
     relaxed: dict[Dresser, Tensor] = field(default_factory=dict)
-    compiled: bool = False
 
     def hyper(self, parameter: StackedParameter) -> Hyper:
         """The hyperparameters of a parameter's group."""
-        group = self.groups[parameter.groups[0]]
-        return Hyper(self.scalar(group["lr"]), *(group[key] for key in Hyper._fields[1:]))
+        index = parameter.groups[0]
+        return Hyper(self.rates[index].lr, *(self.groups[index][key] for key in Hyper._fields[1:]))
 
     def decay(self, parameter: StackedParameter) -> float | Tensor:
         """The factor of decoupled weight decay."""
-        group = self.groups[parameter.groups[0]]
-        return self.scalar(1 - group["lr"] * group["weight_decay"])
-
-    def scalar(self, value: float | Tensor) -> float | Tensor:
-        """A number that may change from step to step: a tensor where the step is compiled, which holds for all."""
-        return torch.tensor(value, dtype=torch.float64) if self.compiled and isinstance(value, float) else value
+        return self.rates[parameter.groups[0]].decay
 
     def compiles(self, parameter: StackedParameter) -> bool:
         """Whether the arithmetic on a parameter is compiled: not where it is split over ranks."""
         return self.compiled and parameter.shards is WHOLE
 
-    def chunks(self, has_gradient: Sequence[bool], parameters: Sequence[StackedParameter]) -> tuple[list[slice], bool]:
-        """Slices of the layers that have a gradient, each to be taken at once; and whether compiled.
-
-        Where some have none, layers are taken one by one, and not compiled.
-        """
-        layers, first = len(has_gradient), parameters[0]
+    def chunks(self, has_gradient: Sequence[bool], at_once: int) -> list[slice]:
+        """Slices of the layers that have a gradient, each to be taken at once: where some have none, one by one."""
+        layers = len(has_gradient)
         if not all(has_gradient):
-            return [slice(i, i + 1) for i in range(layers) if has_gradient[i]], False
-        at_once = layers_at_once(layers, sum(p.params[0].numel() for p in parameters), first.params[0].device)
-        return [slice(i, i + at_once) for i in range(0, layers, at_once)], self.compiles(first)
+            return [slice(i, i + 1) for i in range(layers) if has_gradient[i]]
+        return [slice(i, i + at_once) for i in range(0, layers, at_once)]
 
 
 class Hyper(NamedTuple):
@@ -307,10 +314,7 @@ CPU_OPTIONS: dict[str, Any] = {"cpp.max_horizontal_fusion_size": 2, "realize_opc
 
 
 class Arithmetic:
-    """A function of a stack and of tensors, of which it writes to moments alone; compiled when asked for.
-
-    Each stack has one of its own, for it is compiled for the stack's roles and shapes.
-    """
+    """A function of stacks and tensors, compiled when asked for; there is one of it for what it is compiled for."""
 
     def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
         self.function, self.device = function, device

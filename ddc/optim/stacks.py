@@ -23,15 +23,19 @@ from ddc.optim.stacked import (
     Bias,
     Context,
     Hyper,
-    Stacked,
+    Layers,
     StackedParameter,
     Term,
     adam_,
+    layers_at_once,
     per_layer,
     safe_power,
     scaled,
     unit_sums,
 )
+
+#: Weights and gradients of some layers.
+Pairs = tuple[list[Tensor], list[Tensor]]
 
 
 class FreeStack:
@@ -43,7 +47,10 @@ class FreeStack:
         self.parameter = parameter
         parameter.allocate()
         self.step_count = torch.zeros(len(parameter.params), device=parameter.params[0].device)
-        self.arithmetic = Arithmetic(FreeStack._moved, parameter.params[0].device)
+        first = parameter.params[0]
+        self.at_once = layers_at_once(len(parameter.params), first.numel(), first.device)
+        self.single_chunk = self.at_once == len(parameter.params)
+        self.move, self.measure = (Arithmetic(f, first.device) for f in (FreeStack._move, FreeStack._measure))
 
     @property
     def parameters(self) -> list[StackedParameter]:
@@ -56,39 +63,42 @@ class FreeStack:
 
     def grad_norm_squared(self, context: Context) -> Tensor:
         """|g|², of the centred or dressed gradient where the role says so."""
-        gradient = self._gradient(self.parameter.gather(slice(None), context))
-        return self.parameter.shards.reduced(gradient.square().sum())[0]
+        p = self.parameter
+        chunks = (p.gather(rows, context) for rows in context.chunks([True] * len(p.params), self.at_once))
+        return torch.stack([self.measure(context.compiles(p), self, layers) for layers in chunks]).sum()
 
-    def _gradient(self, stacked: Stacked) -> Tensor:
-        p, gradient = self.parameter, stacked.grad
-        if (factor := p.factor(stacked.before)) is not None:
+    def _measure(self, layers: Layers) -> Tensor:
+        return self.parameter.shards.reduced(self._gradient(layers).square().sum())[0]
+
+    def _gradient(self, layers: Layers) -> Tensor:
+        p, gradient = self.parameter, self.parameter.stack(layers.grads)
+        if (factor := p.factor(layers.before)) is not None:
             gradient = scaled(gradient, safe_power(factor, -1))
         return p.centre(gradient) if p.role.centred else gradient
 
     def step(self, context: Context) -> None:
         p = self.parameter
         hyper = context.hyper(p)
-        chunks, compiled = context.chunks([param.grad is not None for param in p.params], [p])
-        for rows in chunks:
+        has_gradient = [param.grad is not None for param in p.params]
+        for rows in context.chunks(has_gradient, self.at_once):
             self.step_count[rows] += 1
-            stacked = p.gather(rows, context)
-            p.scatter(rows, self.arithmetic(compiled, self, stacked, self.step_count[rows], hyper))
+            compiled = all(has_gradient) and context.compiles(p)
+            self.move(compiled, self, p.gather(rows, context), self.step_count[rows], hyper)
 
-    def _moved(self, stacked: Stacked, step_count: Tensor, hyper: Hyper) -> Tensor:
-        """The weights after the step."""
-        p, weight = self.parameter, stacked.weight
+    def _move(self, layers: Layers, step_count: Tensor, hyper: Hyper) -> None:
+        p, weight = self.parameter, self.parameter.stack(layers.weights)
         bias = Bias.at(step_count, hyper.betas, p.dtype)
-        u = adam_(self._gradient(stacked), stacked.moments, bias, hyper.betas, hyper.eps, p.averaging)
+        u = adam_(self._gradient(layers), layers.moments, bias, hyper.betas, hyper.eps, p.averaging)
         if p.role.centred:
             u = p.centre(u)
         u = scaled(u, per_layer(-hyper.lr * bias.ratio, u))
-        if (factor := p.factor(stacked.after)) is not None:
+        if (factor := p.factor(layers.after)) is not None:
             u = scaled(u, safe_power(factor, -1))
         if p.role.centred:  # the mean row is gauge: decay leaves it
-            u = u + p.shards.row_mean(weight) * (1 - stacked.decay)
-        moved = scaled(weight, stacked.decay).add_(u)
-        factor = p.factor(stacked.relaxed)
-        return moved if factor is None else moved / factor
+            u = u + p.shards.row_mean(weight) * (1 - layers.decay)
+        moved = scaled(weight, layers.decay).add_(u)
+        factor = p.factor(layers.relaxed)
+        layers.write(moved if factor is None else moved / factor)
 
 
 @dataclass
@@ -111,35 +121,31 @@ class Side:
         """Sums of per-unit terms over the tensors that hold the side, each (L, U)."""
         return unit_sums(self.parameters, *terms)
 
-    def gather(self, rows: slice, context: Context) -> list[Stacked]:
-        """What a step reads of each parameter."""
+    def gather(self, rows: slice, context: Context) -> list[Layers]:
+        """What a step reads of each parameter, and where it writes."""
         return [p.gather(rows, context) for p in self.parameters]
 
-    def scatter(self, rows: slice, weights: Sequence[Tensor]) -> None:
-        """Copy stacked weights into the parameters."""
-        for p, weight in zip(self.parameters, weights, strict=True):
-            p.scatter(rows, weight)
-
-    def rounded_norm(self, rows: slice, stacked: Sequence[Stacked]) -> Tensor:
+    def rounded_norm(self, layers: Sequence[Layers]) -> Tensor:
         """Norms of the weights as they were rounded to a lower precision, decay apart, (L, U).
 
         What this side dresses must follow these: a step too small for the weights' precision moves nothing.
         """
 
         def square(p: StackedParameter, i: int) -> Tensor:
-            weight = p.stack(rows) / stacked[i].decay
+            weight = p.stack(layers[i].weights) / layers[i].decay
             if p.role.centred:
                 weight = p.centre(weight)
-            factor = p.factor(stacked[i].after)
+            factor = p.factor(layers[i].after)
             return p.unit_sum((weight if factor is None else weight * factor).square())
 
         return self.sums(square)[0].sqrt()
 
-    def read(self, stacked: Sequence[Stacked]) -> Block:
+    def read(self, layers: Sequence[Layers]) -> Block:
         """Weights and gradients in the coordinates in which the side is decomposed."""
-        weights, grads, means = [], [], []
-        for p, (weight, grad, _, before, *_) in zip(self.parameters, stacked, strict=True):
-            mean = None
+        originals, weights, grads, means = [], [], [], []
+        for p, (weights_, grads_, _, before, *_) in zip(self.parameters, layers, strict=True):
+            weight, grad, mean = p.stack(weights_), p.stack(grads_), None
+            originals.append(weight)
             if p.role.centred:
                 mean = p.shards.row_mean(weight)
                 weight, grad = weight - mean, p.centre(grad)
@@ -151,15 +157,19 @@ class Side:
         squares, log_norm_grad = self.sums(
             lambda p, i: p.unit_sum(weights[i].square()), lambda p, i: p.unit_sum(weights[i] * grads[i])
         )
-        return Block(self, stacked, weights, grads, means, squares.sqrt(), log_norm_grad)
+        return Block(self, layers, originals, weights, grads, means, squares.sqrt(), log_norm_grad)
 
 
 @dataclass
 class Block:
-    """A side at one step: weights and gradients in centred, dressed coordinates, and what they sum to."""
+    """A side at one step: weights and gradients in centred, dressed coordinates, and what they sum to.
+
+    ``originals`` are the weights as they were, and used up where those coordinates are the weights' own.
+    """
 
     side: Side
-    stacked: Sequence[Stacked]
+    layers: Sequence[Layers]
+    originals: list[Tensor]
     weights: list[Tensor]
     grads: list[Tensor]
     means: list[Tensor | None]
@@ -187,9 +197,9 @@ class Block:
             return Turn([], growth, growth, growth * self.norm)
         inverse, alive = safe_power(norm, -1), self.norm > 0
         directions: list[Tensor] = []
-        for p, stacked, weight, grad in zip(side.parameters, self.stacked, self.weights, self.grads, strict=True):
+        for p, layers, weight, grad in zip(side.parameters, self.layers, self.weights, self.grads, strict=True):
             x = scaled(grad, p.spread(norm)).addcmul_(weight, p.spread(self.log_norm_grad * inverse), value=-1)
-            u = adam_(x, stacked.moments, bias, hyper.betas, hyper.eps, p.averaging)
+            u = adam_(x, layers.moments, bias, hyper.betas, hyper.eps, p.averaging)
             directions.append(p.centre(u) if p.role.centred else u)
         scale = bias.ratio[:, None]
         products, squares = side.sums(
@@ -205,20 +215,18 @@ class Block:
         new_norm = growth * torch.where(alive, self.norm * stretch, stride * across_squared.sqrt())
         return Turn(directions, growth * (1 + angle * along), growth * stride * scale, new_norm)
 
-    def moved(self, turn: Turn) -> list[Tensor]:
-        """The weights after the step: combined, decayed, undressed by the new factors, with the mean row back."""
-        moved = []
-        for i, (p, stacked) in enumerate(zip(self.side.parameters, self.stacked, strict=True)):
-            weight = scaled(self.weights[i], p.spread(turn.keep * stacked.decay))
+    def write(self, turn: Turn) -> None:
+        """Write the weights after the step: combined, decayed, undressed by the new factors, with the mean row back."""
+        for i, (p, layers) in enumerate(zip(self.side.parameters, self.layers, strict=True)):
+            weight = scaled(self.weights[i], p.spread(turn.keep * layers.decay))
             if turn.directions:
-                weight.addcmul_(turn.directions[i], p.spread(turn.turn * stacked.decay), value=-1)
-            if (factor := p.factor(stacked.after)) is not None:
+                weight.addcmul_(turn.directions[i], p.spread(turn.turn * layers.decay), value=-1)
+            if (factor := p.factor(layers.after)) is not None:
                 # what a dead factor dresses has no effect, and stays as it is
                 undress = safe_power(factor, -1)
-                weight = torch.where(undress > 0, scaled(weight, undress), stacked.weight)
+                weight = torch.where(undress > 0, scaled(weight, undress), self.originals[i])
             mean = self.means[i]
-            moved.append(weight if mean is None else weight + mean)
-        return moved
+            layers.write(weight if mean is None else weight + mean)
 
 
 class Turn(NamedTuple):
@@ -263,7 +271,11 @@ class PolarStack:
             for mode in modes
             for moment in ("exp_avg", "exp_avg_sq")
         }
-        self.arithmetic = Arithmetic(PolarStack._moved, first.params[0].device)
+        layer_size = sum(p.params[0].numel() for p in self.parameters)
+        self.at_once = layers_at_once(self.layers, layer_size, first.params[0].device)
+        self.single_chunk = self.at_once == self.layers
+        functions = PolarStack._move, PolarStack._measure
+        self.move, self.measure = (Arithmetic(f, first.params[0].device) for f in functions)
 
     @property
     def parameters(self) -> list[StackedParameter]:
@@ -282,26 +294,38 @@ class PolarStack:
 
     def grad_norm_squared(self, context: Context) -> Tensor:
         """Squared norm of the gradient in the invariant metric, all layers together."""
-        plus = self.plus.read(self.plus.gather(slice(None), context))
-        context.norms[self] = (plus.norm, plus.norm)
-        step_scale = context.hyper(self.plus.parameters[0]).step_scale
-        if self.minus is None:
-            return plus.grad_norm_squared(step_scale)
-        minus = self.minus.read(self.minus.gather(slice(None), context))
-        return plus.grad_norm_squared(step_scale) + minus.grad_norm_squared(step_scale)
+        first, measured = self.plus.parameters[0], []
+        for rows in context.chunks([True] * self.layers, self.at_once):
+            minus = self.minus.gather(rows, context) if self.minus is not None else []
+            layers = self.plus.gather(rows, context), minus
+            measured.append(self.measure(context.compiles(first), self, *layers, context.hyper(first).step_scale))
+        norms, squares = zip(*measured, strict=True)
+        context.norms[self] = (torch.cat(norms),) * 2
+        return torch.stack(squares).sum()
+
+    def _measure(
+        self, plus_layers: Sequence[Layers], minus_layers: Sequence[Layers], step_scale: str
+    ) -> tuple[Tensor, Tensor]:
+        """The plus norms, and the squared norm of the gradient."""
+        plus = self.plus.read(plus_layers)
+        squared = plus.grad_norm_squared(step_scale)
+        if self.minus is not None:
+            squared = squared + self.minus.read(minus_layers).grad_norm_squared(step_scale)
+        return plus.norm, squared
 
     def step(self, context: Context) -> None:
         """Move all layers that have a gradient. Afterwards ``context`` has this stack's plus norms."""
         has_gradient = [any(p.params[i].grad is not None for p in self.parameters) for i in range(self.layers)]
-        chunks, compiled = context.chunks(has_gradient, self.parameters)
+        chunks = context.chunks(has_gradient, self.at_once)
         if all(has_gradient):
+            compiled = context.compiles(self.plus.parameters[0])
             norms = [self._step(rows, context, compiled) for rows in chunks]
             old, new = map(torch.cat, zip(*norms, strict=True))
         else:  # the layers left alone may still dress others
             old = self.plus.read(self.plus.gather(slice(None), context)).norm
             new = old.clone()
             for rows in chunks:
-                old[rows], new[rows] = self._step(rows, context, compiled)
+                old[rows], new[rows] = self._step(rows, context, compiled=False)
         context.norms[self] = (old, new)
 
     def _step(self, rows: slice, context: Context, compiled: bool) -> tuple[Tensor, Tensor]:
@@ -309,48 +333,45 @@ class PolarStack:
         self.step_count[rows] += 1
         plus = self.plus.gather(rows, context)
         minus = self.minus.gather(rows, context) if self.minus is not None else []
-        dressed = [(p.stack(rows), p.stack_grads(rows)) for p in self.dressed]
+        dressed = [p.pairs(rows) for p in self.dressed]
         modes = {key: value[rows] for key, value in self.modes.items()}
         hyper = context.hyper(self.plus.parameters[0])
-        plus_weights, minus_weights, old, new = self.arithmetic(
-            compiled, self, plus, minus, dressed, modes, self.step_count[rows], hyper
-        )
-        self.plus.scatter(rows, plus_weights)
-        if self.minus is not None:
-            self.minus.scatter(rows, minus_weights)
-        if self.plus.parameters[0].params[0].dtype != self.plus.parameters[0].dtype:
-            new = self.plus.rounded_norm(rows, plus)
+        old, new = self.move(compiled, self, plus, minus, dressed, modes, self.step_count[rows], hyper)
         return old, new
 
-    def _moved(
+    def _move(
         self,
-        plus_stacked: Sequence[Stacked],
-        minus_stacked: Sequence[Stacked],
-        dressed: Sequence[tuple[Tensor, Tensor]],
+        plus_layers: Sequence[Layers],
+        minus_layers: Sequence[Layers],
+        dressed: Sequence[Pairs],
         modes: dict[str, Tensor],
         step_count: Tensor,
         hyper: Hyper,
-    ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-        """The weights of both sides after the step, and the plus norms before and after."""
-        bias = Bias.at(step_count, hyper.betas, self.plus.parameters[0].dtype)
-        plus = self.plus.read(plus_stacked)
+    ) -> tuple[Tensor, Tensor]:
+        """Move both sides; the plus norms before and after."""
+        first = self.plus.parameters[0]
+        bias = Bias.at(step_count, hyper.betas, first.dtype)
+        plus = self.plus.read(plus_layers)
         old = plus.norm
         if self.minus is None:  # the plus norm is the gauge coordinate: it keeps still
             turn = plus.turn(old, torch.zeros_like(old), bias, hyper)
-            return plus.moved(turn), [], old, turn.norm
-        minus = self.minus.read(minus_stacked)
-        plus_change, minus_change = self._radial(plus, minus, dressed, modes, bias, hyper)
-        # A dead side (norm 0) has no direction. It steps in the other's covariant scale until it has one.
-        plus_scale = torch.where(old > 0, old, safe_power(minus.norm, -1 / self.degree))
-        minus_scale = torch.where(minus.norm > 0, minus.norm, safe_power(old, -self.degree))
-        turn = plus.turn(plus_scale, plus_change, bias, hyper)
-        return plus.moved(turn), minus.moved(minus.turn(minus_scale, minus_change, bias, hyper)), old, turn.norm
+        else:
+            minus = self.minus.read(minus_layers)
+            plus_change, minus_change = self._radial(plus, minus, dressed, modes, bias, hyper)
+            # A dead side (norm 0) has no direction. It steps in the other's covariant scale until it has one.
+            plus_scale = torch.where(old > 0, old, safe_power(minus.norm, -1 / self.degree))
+            minus_scale = torch.where(minus.norm > 0, minus.norm, safe_power(old, -self.degree))
+            turn = plus.turn(plus_scale, plus_change, bias, hyper)
+            minus.write(minus.turn(minus_scale, minus_change, bias, hyper))
+        plus.write(turn)
+        rounded = first.params[0].dtype != first.dtype
+        return old, self.plus.rounded_norm(plus_layers) if rounded else turn.norm
 
     def _radial(
         self,
         plus: Block,
         minus: Block,
-        dressed: Sequence[tuple[Tensor, Tensor]],
+        dressed: Sequence[Pairs],
         modes: dict[str, Tensor],
         bias: Bias,
         hyper: Hyper,
@@ -361,7 +382,7 @@ class PolarStack:
         # What the plus side dresses is undressed by its new norms, so it does not feel the plus side's move.
         plus_grad = plus.log_norm_grad
         if self.dressed:
-            felt = unit_sums(self.dressed, lambda p, i: p.unit_sum(dressed[i][0] * dressed[i][1]))[0]
+            felt = unit_sums(self.dressed, lambda p, i: p.unit_sum(p.stack(dressed[i][0]) * p.stack(dressed[i][1])))[0]
             plus_grad = plus_grad - k * felt
         radial = mode_step("radial", (k * plus_grad + minus.log_norm_grad) / size, modes, bias, hyper)
         if hyper.vertical == "freeze":
@@ -380,7 +401,7 @@ class ChainStack:
     Where other layers of the chain are hidden, and step elsewhere, the norms of these keep still.
     """
 
-    shared = SHARED
+    shared, single_chunk = SHARED, True
 
     def __init__(self, layers: list[StackedParameter], still: bool, vertical: bool) -> None:
         self.sides = [Side([layer]) for layer in layers]
@@ -389,7 +410,7 @@ class ChainStack:
         options: dict[str, Any] = {"device": first.params[0].device}
         self.step_count = torch.zeros(1, **options)
         self.layers = [len(layer.params) for layer in layers]
-        self.arithmetic = Arithmetic(ChainStack._moved, first.params[0].device)
+        self.move = Arithmetic(ChainStack._move, first.params[0].device)
         sizes = {} if still else {"radial": 1} | ({"vertical": sum(self.layers)} if vertical else {})
         self.modes = {
             f"{mode}_{moment}": torch.zeros(size, dtype=first.dtype, **options)
@@ -422,23 +443,18 @@ class ChainStack:
         if all(param.grad is None for p in self.parameters for param in p.params):
             return
         self.step_count += 1
-        stacked = [side.gather(slice(None), context) for side in self.sides]
+        layers = [side.gather(slice(None), context) for side in self.sides]
         hyper = context.hyper(self.parameters[0])
-        moved = self.arithmetic(context.compiles(self.parameters[0]), self, stacked, self.modes, self.step_count, hyper)
-        for side, weights in zip(self.sides, moved, strict=True):
-            side.scatter(slice(None), weights)
+        self.move(context.compiles(self.parameters[0]), self, layers, self.modes, self.step_count, hyper)
 
-    def _moved(
-        self, stacked: Sequence[Sequence[Stacked]], modes: dict[str, Tensor], step_count: Tensor, hyper: Hyper
-    ) -> list[list[Tensor]]:
-        """The weights of each side after the step."""
+    def _move(
+        self, layers: Sequence[Sequence[Layers]], modes: dict[str, Tensor], step_count: Tensor, hyper: Hyper
+    ) -> None:
         bias = Bias.at(step_count, hyper.betas, self.parameters[0].dtype)
-        blocks = [side.read(each) for side, each in zip(self.sides, stacked, strict=True)]
+        blocks = [side.read(each) for side, each in zip(self.sides, layers, strict=True)]
         changes = self._radial(blocks, modes, bias, hyper).unsqueeze(1).split(self.layers)
-        return [
-            block.moved(block.turn(block.norm, change, bias, hyper))
-            for block, change in zip(blocks, changes, strict=True)
-        ]
+        for block, change in zip(blocks, changes, strict=True):
+            block.write(block.turn(block.norm, change, bias, hyper))
 
     def _radial(self, blocks: list[Block], modes: dict[str, Tensor], bias: Bias, hyper: Hyper) -> Tensor:
         """Changes of the layers' log-norms, (L,)."""

@@ -49,6 +49,7 @@ from ddc.optim.drift import gauge_drift
 from ddc.optim.factory import make_optimizer
 from ddc.optim.sharding import local_part
 from ddc.slt.observer import Observer, joined
+from ddc.training.allocator import keep_freed_memory
 from ddc.training.calibration import calibration_error
 from ddc.training.checkpoint import checkpoints, load_checkpoint, read_checkpoint, save_checkpoint
 from ddc.training.config import Config, TrainingConfig, WandbConfig, restored
@@ -131,6 +132,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
             f"training.accumulation={config.training.accumulation} must divide it"
         )
     torch.set_num_threads(config.training.threads)
+    keep_freed_memory()
     torch.manual_seed(config.seed)
     model = build_model(config.model, **data.sizes).to(device)
     gauges = find_gauges(model, config.gauges.per_layer).only(config.gauges.kinds)
