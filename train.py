@@ -58,7 +58,7 @@ def run(config: Config, draw: Callable[[Path], Sequence[Path]]) -> tuple[Path, R
     """
     with contextlib.ExitStack() as stack:
         try:
-            ranks = stack.enter_context(joined(config.launcher))
+            ranks = stack.enter_context(joined(config.launcher, config.training.device))
             setup = prepare(config, ranks)
         except (ValueError, MemoryError) as error:
             fail(f"error: {error}")

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
-
-from hydra import compose, initialize_config_dir
 
 from ddc.report.cost import memory_table
 from ddc.report.runs import TITLES
-from ddc.training.config import register_schemas, resolve
+from ddc.training.config import compose_config
 from ddc.training.loop import load_data
 from ddc.training.memory import estimate_memory
-from ddc.training.records import provenance, write_atomically
+from ddc.training.records import provenance, write_atomically, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {
@@ -25,12 +22,10 @@ MODELS = {
 
 def main() -> None:
     """Measure, and write the record and the table."""
-    register_schemas()
     rows = []
     for model, overrides in MODELS.items():
         for optimizer in TITLES:
-            with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-                config = resolve(compose("config", overrides=[*overrides, f"optimizer={optimizer}"]))
+            config = compose_config([*overrides, f"optimizer={optimizer}"])
             estimate = estimate_memory(config, load_data(config.data, config.model, config.seed))
             rows.append(
                 {"model": model, "optimizer": optimizer, "overrides": overrides, **dataclasses.asdict(estimate)}
@@ -38,7 +33,7 @@ def main() -> None:
             print(rows[-1])
     record = {"rows": rows, "seed": 0, **provenance()}
     folder = ROOT / "results/benchmark"
-    write_atomically(folder / "memory.json", (json.dumps(record, indent=2) + "\n").encode())
+    write_json(folder / "memory.json", record)
     write_atomically(folder / "memory.md", memory_table(record).encode())
     print(memory_table(record))
 

@@ -8,18 +8,5 @@
 #SBATCH --signal=B:TERM@120
 set -euo pipefail
 cd "$DDC_ROOT"
-"$DDC_PYTHON" scripts/sweep.py task "$DDC_SWEEP" "$SLURM_ARRAY_TASK_ID" &
-run=$!
-trap 'kill -TERM $run 2> /dev/null || true' TERM
-status=0
-wait $run || status=$?
-while kill -0 $run 2> /dev/null; do status=0; wait $run || status=$?; done # the signal ended the first wait, not the run
-case $status in
-    75 | 143) # stopped with a checkpoint, or before there was anything to save
-        state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
-        if [ "$state" = RUNNING ]; then # not CANCELLED by its owner
-            echo "queued again: $(date)"
-            scontrol requeue "$SLURM_JOB_ID"
-        fi ;;
-esac
-exit $status
+. slurm/requeue.sh
+requeue_when_stopped 'kill -TERM $run' "$DDC_PYTHON" scripts/sweep.py task "$DDC_SWEEP" "$SLURM_ARRAY_TASK_ID"

@@ -158,16 +158,21 @@ for run in "$work"/multirun/grok_mlp/*/; do
 done
 [ -f "$work"/multirun/grok_mlp/*/summary.json ]
 
-# --- one run on two nodes, its parameters split between them, and the same run here
+# --- one run on two nodes, its parameters split between them, which is stopped and queues itself again; and the same run here
 two="+experiment=grok_mlp optimizer=ddcmuon model.depth=2 model.width=15 data.prime=7 training.batch_size=16
-    training.steps=60 training.evaluations=3 wandb=disabled"
-sbatch --parsable --nodes=2 --time=5 --output="$work/two-nodes.log" slurm/nodes.sh $two runs="$work/two" launcher.parallel=fsdp
+    training.steps=400 training.evaluations=20 wandb=disabled"
+job=$(sbatch --parsable --nodes=2 --time=5 --output="$work/two-nodes.log" slurm/nodes.sh $two runs="$work/two" launcher.parallel=fsdp)
+wait_for_records two 3
+scancel --batch --signal=TERM "$job"
+for _ in $(seq 600); do grep "queued again" "$work/two-nodes.log" && break; sleep 0.1; done
+sleep 3
+for _ in $(seq 600); do finished && break; hurry; sleep 0.2; done
+went_on "$work/two-nodes.log"
 "$PYTHON" train.py $two runs="$work/alone" > /dev/null
-wait_for_jobs
 "$PYTHON" - "$work"/{two,alone}/grok_mlp/*/records.jsonl << 'EOF'
 import json, sys
 two, alone = ([json.loads(line) for line in open(path)] for path in sys.argv[1:])
-assert [row["step"] for row in two] == [row["step"] for row in alone] == [0, 20, 40, 60], two
+assert [row["step"] for row in two] == [row["step"] for row in alone] == list(range(0, 401, 20)), two
 for row, other in zip(two, alone):
     for key in ("train_loss", "validation_loss"):
         assert abs(row[key] - other[key]) < 1e-4 * other[key], (row["step"], key, row[key], other[key])

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from ddc.training import loop
-from ddc.training.checkpoint import KEPT, CheckpointError, checkpoints, read_checkpoint
+from ddc.training.checkpoint import KEPT, CheckpointError, checkpoints, read_checkpoint, step_of, write_checkpoint
 from ddc.training.loop import restore, train
 from ddc.training.records import Records
 from tests.test_training import assert_same_run, run, run_folder, train_py
@@ -102,20 +102,40 @@ class Hostile:
 
 
 def test_a_hostile_checkpoint_executes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does what else may lie there under the right name end in a traceback."""
     folder = broken_off(tmp_path, "broken", monkeypatch)
     proof = tmp_path / "executed"
-    buffer = io.BytesIO()
-    torch.save({"step": Hostile(proof)}, buffer)
-    content = buffer.getvalue()
-    for path in checkpoints(folder):
-        path.unlink()
-    (folder / f"checkpoint-{9:09d}-{hashlib.sha256(content).hexdigest()}.pt").write_bytes(content)
-    for attempt in (lambda: train(run(tmp_path / "broken")), lambda: restore(folder)):
-        with pytest.raises(ValueError, match="may be hostile: it is not loaded"):
-            attempt()
-        assert not proof.exists()
-    torch.load(io.BytesIO(content), weights_only=False)  # the file is dangerous indeed
+
+    def saved(content: object) -> bytes:
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        return buffer.getvalue()
+
+    script = io.BytesIO()
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(1, 1), torch.zeros(1, 1)), script)
+    hostile = saved({"step": Hostile(proof)})
+    for content in (script.getvalue(), b"", b"no archive", saved([1, 2]), saved({"model": {}}), hostile):
+        for path in checkpoints(folder):
+            path.unlink()
+        (folder / f"checkpoint-{9:09d}-{hashlib.sha256(content).hexdigest()}.pt").write_bytes(content)
+        for attempt in (lambda: train(run(tmp_path / "broken")), lambda: restore(folder)):
+            with pytest.raises(CheckpointError, match="may be hostile: it is not loaded"):
+                attempt()
+            assert not proof.exists()
+    torch.load(io.BytesIO(hostile), weights_only=False)  # the file is dangerous indeed
     assert proof.exists()
+
+
+def test_a_damaged_checkpoint_does_not_take_the_place_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """9 is damaged, so the run goes on from 6, and is stopped again after 7: 6 is still there, 9 no more."""
+    folder = broken_off(tmp_path, "broken", monkeypatch)
+    last, before = checkpoints(folder)
+    last.write_bytes(b"")
+    write_checkpoint(folder, step_of(before) + 1, read_checkpoint(folder))
+    assert checkpoints(folder)[1:] == [before]
+    assert step_of(checkpoints(folder)[0]) == step_of(before) + 1
 
 
 @contextlib.contextmanager

@@ -172,7 +172,7 @@ def outcome(overrides: str, folder: Path) -> str:
     arguments = [f"runs={runs}", *(each.replace("FOLDER", str(folder)) for each in overrides.split())]
     try:
         config = compose_config(arguments)
-        with joined(config.launcher) as ranks:
+        with joined(config.launcher, config.training.device) as ranks:
             setup = prepare(config, ranks)
     except (ValueError, MemoryError) as error:
         assert not list(runs.iterdir())

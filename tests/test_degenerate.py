@@ -319,6 +319,22 @@ def test_what_freezes_later_is_refused_where_it_would_move() -> None:
         assert torch.equal(value, before[key]) == key[0].startswith("blocks.0."), key
 
 
+def test_frozen_hidden_matrices_stay_and_what_they_dress_moves() -> None:
+    """Biases of a ReLU block are dressed by the norms of its hidden matrices."""
+    model = fresh(LAYER)
+    optimizer = MAKERS["DDCMuon"](model, gauges_of(LAYER))
+    train(model, optimizer, 2)
+    hidden = {matrix.parameter for matrix in hidden_matrices(model)}
+    for name, p in model.named_parameters():
+        p.requires_grad_(name not in hidden)
+        p.grad = None
+    before = all_of(model, optimizer)
+    train(model, optimizer, 2)
+    after = all_of(model, optimizer)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(after[name, "weight"], before[name, "weight"])}
+    assert moved == {name for name, _ in model.named_parameters()} - hidden
+
+
 @both
 def test_layers_without_gradient_stay_and_the_rest_moves_as_ever(make) -> None:
     """A block skipped in the forward pass (layer drop) keeps weights, state and step count."""

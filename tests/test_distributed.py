@@ -102,7 +102,8 @@ RUNS = {
     "muon": ["+experiment=lm_overtrain", "optimizer=muon", "training.accumulation=2", "launcher.parallel=fsdp"],
     "ddcadam": ["+experiment=grok_mlp", "optimizer=ddcadam", "launcher.parallel=fsdp"],
     "ddcmuon": ["+experiment=grok_mlp", "optimizer=ddcmuon", "launcher.parallel=fsdp"],
-    "slt": ["+experiment=lm_overtrain", "slt=cells", "slt.readings=8", "slt.sequences=4", "launcher.parallel=ddp"],
+    "slt": ["+experiment=lm_overtrain", "slt=cells", "slt.readings=8", "slt.sequences=4",
+            "slt.keep_snapshots=false", "launcher.parallel=ddp"],
 }
 
 
@@ -471,10 +472,10 @@ def torchrun(*overrides: str, timeout: float = 180) -> subprocess.CompletedProce
 @pytest.mark.slow
 def test_torchrun(tmp_path: Path) -> None:
     """The real thing: one run by two processes, said once."""
-    done = torchrun("launcher=torchrun", f"runs={tmp_path / 'two'}")
+    done = torchrun("launcher=torchrun", "training.device=cpu", f"runs={tmp_path / 'two'}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step     12/12") == 1
-    setup = prepare(composed(f"runs={tmp_path / 'one'}"))
+    setup = prepare(composed("training.device=cpu", f"runs={tmp_path / 'one'}"))
     train(setup)
     folder = tmp_path / "two" / setup.folder.relative_to(tmp_path / "one")
     assert_same_to_rounding(folder, setup.folder)

@@ -110,7 +110,7 @@ class DDCAdam(Optimizer):
         self._stacks: list[Stack] = []
         self._built: list[tuple[Sequence[int], list[Gauge]]] = []
         self._ready = False
-        self._compiled = compiled
+        self.compiled = compiled
         super().__init__(params, defaults)
         self._build(range(len(self.param_groups)), gauges)
         self._ready = True
@@ -166,8 +166,8 @@ class DDCAdam(Optimizer):
         loss = loss_of(closure)
         self._check_groups()
         whole = self._in_one_go()
-        rates = [Rates.of(group, self._compiled) for group in self.param_groups]
-        self._advance(whole, self._stacks, self.param_groups, rates, self._compiled and not whole)
+        rates = [Rates.of(group, self.compiled) for group in self.param_groups]
+        self._advance(whole, self._stacks, self.param_groups, rates, self.compiled and not whole)
         return loss
 
     @torch.no_grad()
@@ -185,12 +185,12 @@ class DDCAdam(Optimizer):
         device in the same way.
         """
         whole = self._in_one_go()
-        norm: Tensor = self._norm(whole, self._stacks, self.param_groups, self._compiled and not whole)
+        norm: Tensor = self._norm(whole, self._stacks, self.param_groups, self.compiled and not whole)
         return norm
 
     def _in_one_go(self) -> bool:
         """Whether to compile all of a step as one function: each stack is taken at once, and no gradient is missing."""
-        return self._compiled and all(
+        return self.compiled and all(
             stack.single_chunk
             and all(p.shards is WHOLE and all(param.grad is not None for param in p.params) for p in stack.parameters)
             for stack in self._stacks
@@ -229,7 +229,7 @@ class DDCAdam(Optimizer):
                 restore_(value, torch.as_tensor(saved[key]))
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("_gauges", "_hidden", "_compiled", "_advance", "_norm")
+        names = ("_gauges", "_hidden", "compiled", "_advance", "_norm")
         own = {key: value for key, value in vars(self).items() if key in names}
         return {**super().__getstate__(), "_stacks": self._stacks, "_built": self._built, "_ready": True, **own}
 

@@ -340,9 +340,9 @@ class HiddenMatrices:
 
     def step(self, context: Context) -> None:
         """Move all matrices that have a gradient."""
+        self._sweep(context)  # what frames dress may move even where the matrices do not
         if all(param.grad is None for stack in self.stacks for param in stack.params):
             return
-        self._sweep(context)
         group = context.groups[self.stacks[0].groups[0]]
         # what shares a side with a hidden matrix goes with it; and all of it or nothing, or the function would change
         if group["vertical"] == "balance" and all(p.grad is not None for frame in self.frames for p in frame.params):

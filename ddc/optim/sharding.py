@@ -88,9 +88,9 @@ class Shards(Whole):
             return values
         shape = list(values.shape)
         shape[dim] = self.shape[axis]
-        whole = values.new_zeros(shape)
-        whole.narrow(dim, self.start, self.stop - self.start).copy_(values)
-        return whole
+        placed = values.new_zeros(shape)
+        placed.narrow(dim, self.start, self.stop - self.start).copy_(values)
+        return placed
 
     def reduced(self, *sums: Tensor) -> Sequence[Tensor]:
         """Sums over all ranks, of tensors of one shape, in one collective."""
@@ -162,27 +162,28 @@ class CutAveraging:
     The second moments are split all the same: each rank has a share of the groups.
     """
 
-    def __init__(self, whole: Averaging, shards: Shards) -> None:
-        self.whole, self.shards = whole, shards
-        self.group_of = torch.from_numpy(whole.group_of[shards.start : shards.stop])
-        start, stop = chunk(whole.groups, shards.ranks, shards.rank)
+    def __init__(self, averaging: Averaging, shards: Shards) -> None:
+        self.averaging, self.shards = averaging, shards
+        group_of = torch.from_numpy(averaging.group_of[shards.start : shards.stop])
+        self.group_of = group_of.to(shards.mesh.device_type)  # once, for a copy waits for the device
+        start, stop = chunk(averaging.groups, shards.ranks, shards.rank)
         self.groups = stop - start
 
     def reduced_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """As of :class:`Averaging`."""
         reduced = list(shape)
-        reduced[self.whole.dim] = self.groups
+        reduced[self.averaging.dim] = self.groups
         return tuple(reduced)
 
     def mean(self, x: Tensor) -> Tensor:
         """As of :class:`Averaging`."""
-        placed = self.shards.placed(x, self.whole.dim, self.shards.axis)
-        return self.shards.scattered(self.whole.mean(placed), self.whole.dim)
+        placed = self.shards.placed(x, self.averaging.dim, self.shards.axis)
+        return self.shards.scattered(self.averaging.mean(placed), self.averaging.dim)
 
     def divide(self, x: Tensor, divisor: Tensor) -> Tensor:
         """As of :class:`Averaging`."""
-        divisor = self.shards.gathered(divisor, self.whole.dim, self.whole.groups)
-        return x / divisor.index_select(self.whole.dim, self.group_of.to(x.device))
+        divisor = self.shards.gathered(divisor, self.averaging.dim, self.averaging.groups)
+        return x / divisor.index_select(self.averaging.dim, self.group_of)
 
 
 WHOLE = Whole()

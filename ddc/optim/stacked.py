@@ -47,7 +47,7 @@ class Bias(NamedTuple):
 
 def adam_(
     x: Tensor,
-    moments: tuple[Tensor, Tensor] | None,
+    moments: tuple[Tensor, Tensor],
     bias: Bias,
     betas: tuple[float, float],
     eps: float,
@@ -58,7 +58,6 @@ def adam_(
     That factor, one number a layer, is left to the caller to fold into its own. Source: Kingma and Ba,
     arXiv:1412.6980, algorithm 1 and the note after it.
     """
-    assert moments is not None
     exp_avg, exp_avg_sq = moments
     exp_avg.lerp_(x, 1 - betas[0])
     if averaging is None:

@@ -88,6 +88,7 @@ class FreeStack:
     def _move(self, layers: Layers, step_count: Tensor, hyper: Hyper) -> None:
         p, weight = self.parameter, self.parameter.stack(layers.weights)
         bias = Bias.at(step_count, hyper.betas, p.dtype)
+        assert layers.moments is not None
         u = adam_(self._gradient(layers), layers.moments, bias, hyper.betas, hyper.eps, p.averaging)
         if p.role.centred:
             u = p.centre(u)
@@ -199,6 +200,7 @@ class Block:
         directions: list[Tensor] = []
         for p, layers, weight, grad in zip(side.parameters, self.layers, self.weights, self.grads, strict=True):
             x = scaled(grad, p.spread(norm)).addcmul_(weight, p.spread(self.log_norm_grad * inverse), value=-1)
+            assert layers.moments is not None
             u = adam_(x, layers.moments, bias, hyper.betas, hyper.eps, p.averaging)
             directions.append(p.centre(u) if p.role.centred else u)
         scale = bias.ratio[:, None]

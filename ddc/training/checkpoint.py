@@ -43,6 +43,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("checkpoint-*.pt") if NAME.fullmatch(path.name)), reverse=True)
 
 
+def step_of(path: Path) -> int:
+    """After how many steps a checkpoint was written."""
+    return int(path.name.split("-")[1])
+
+
 def save_checkpoint(
     folder: Path, step: int, model: nn.Module, optimizer: Optimizer, scaler: GradScaler, ranks: Ranks
 ) -> None:
@@ -77,7 +82,10 @@ def gathered(nest: Any, keep: bool) -> Any:
 
 
 def write_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Write a state to the file that is named by its bytes, and delete all others but one."""
+    """Write a state to the file that is named by its bytes, and delete all others but the one before.
+
+    Those of later steps are damaged, or of a past that was given up with the damaged ones.
+    """
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
@@ -86,7 +94,8 @@ def write_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
         each.unlink()
     write_atomically(path, content)
     others = [each for each in checkpoints(folder) if each != path]
-    for each in others[KEPT - 1 :]:
+    before = [each for each in others if step_of(each) < step]
+    for each in set(others) - set(before[: KEPT - 1]):
         each.unlink()
 
 
@@ -115,12 +124,16 @@ def unpacked(path: Path, content: bytes) -> dict[str, Any]:
     """What a checkpoint holds.
 
     Raises:
-        CheckpointError: it holds more than tensors, numbers and text, and reading it would execute something.
+        CheckpointError: it is something else, or holds more than tensors, numbers and text, and reading it would
+            execute something.
     """
+    wrong = f"{path} is no checkpoint of a run, and may be hostile: it is not loaded"
     try:
         state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} is no checkpoint of a run, and may be hostile: it is not loaded") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(wrong) from error
+    if not isinstance(state, dict) or not {"step", "model", "optimizer", "scaler", "rng"} <= state.keys():
+        raise CheckpointError(wrong)
     return state
 
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
+
+#: Seconds for which a folder is asked for again: who asks whether it is held holds it for a moment.
+PATIENCE = 1.0
 
 
 class BusyError(RuntimeError):
@@ -20,11 +25,12 @@ def only_process_in(folder: Path) -> Iterator[None]:
         BusyError: another process is in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + PATIENCE
     with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise BusyError(f"another process is at work in {folder}; wait for it, or end it") from error
+        while not taken(file):
+            if time.monotonic() > end:
+                raise BusyError(f"another process is at work in {folder}; wait for it, or end it")
+            time.sleep(0.02)
         yield
 
 
@@ -32,8 +38,14 @@ def is_held(folder: Path) -> bool:
     """Whether a process is at work in a folder."""
     if not (folder / "lock").exists():
         return False
+    with (folder / "lock").open("w") as file:
+        return not taken(file)
+
+
+def taken(file: TextIO) -> bool:
+    """Take the lock on a file, and hold it until the file is closed; False if another has it."""
     try:
-        with only_process_in(folder):
-            return False
-    except BusyError:
-        return True
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

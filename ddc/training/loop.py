@@ -347,7 +347,7 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
                     ranks.on_first(functools.partial(table.append, entry))
                 save_checkpoint(folder, step, model, optimizer, scaler, ranks)
                 if observer:
-                    observer.forget()
+                    ranks.on_first(observer.forget)
                 rows.append(row)
                 mirror.log({**row, **speed})
                 display.evaluated(row, speed)
@@ -421,6 +421,7 @@ def start_folder(setup: Setup) -> None:
             "seed": setup.config.seed,
             "data": setup.data.source,
             "processes": setup.ranks.size,
+            "compiled": getattr(setup.optimizer, "compiled", False),
             "gauges": str(setup.gauges).splitlines(),
             **({"routing": setup.optimizer.routing().splitlines()} if isinstance(setup.optimizer, DDCMuon) else {}),
             **provenance(),

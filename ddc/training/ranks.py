@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -84,15 +85,17 @@ class Ranks:
         DDP wraps it, and leaves its parameters as they are. FSDP2 changes it in place: parameters become DTensors, the
         layers of each list or sequence of modules are gathered one at a time, and what is left with the model.
         """
+        device = next(model.parameters()).device
         match self.parallel:
             case "ddp":
                 return DistributedDataParallel(model)
             case "fsdp":
+                mesh = init_device_mesh(device.type, (self.size,))
                 for layers in model.children():
                     if isinstance(layers, nn.ModuleList | nn.Sequential):
                         for layer in layers:
-                            fully_shard(layer)
-                fully_shard(model, reshard_after_forward=True)  # else an evaluation leaves it gathered
+                            fully_shard(layer, mesh=mesh)
+                fully_shard(model, mesh=mesh, reshard_after_forward=True)  # else an evaluation leaves it gathered
         return model
 
 
@@ -101,8 +104,8 @@ ALONE = Ranks()
 
 
 @contextlib.contextmanager
-def joined(config: LauncherConfig) -> Iterator[Ranks]:
-    """The processes that train a run, connected as long as the context lasts.
+def joined(config: LauncherConfig, device: str = "auto") -> Iterator[Ranks]:
+    """The processes that train a run, connected as long as the context lasts; ``device`` is ``training.device``.
 
     Raises:
         ValueError: the launcher of the config is not what started this process.
@@ -122,10 +125,13 @@ def joined(config: LauncherConfig) -> Iterator[Ranks]:
             "launcher=torchrun ..., or leave launcher=torchrun out"
         )
     backend = "gloo"
-    if torch.cuda.is_available():
+    if device != "cpu" and torch.cuda.is_available():
         local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local_rank >= gpus:
-            raise ValueError(f"torchrun --nproc-per-node is more than the {gpus} GPUs of this machine: at most {gpus}")
+            raise ValueError(
+                f"torchrun --nproc-per-node is more than the {gpus} GPUs of this machine: at most {gpus}, or "
+                "training.device=cpu"
+            )
         torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend)

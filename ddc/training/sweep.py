@@ -106,21 +106,23 @@ def run_missing(runs: list[SweepRun], jobs: int) -> None:
             process.terminate()
 
     before = signal.signal(signal.SIGTERM, stop)
-    with Progress() as progress:
-        task = progress.add_task(f"{len(runs)} runs", total=len(runs), completed=len(runs) - len(waiting))
+    try:
+        with Progress() as progress:
+            task = progress.add_task(f"{len(runs)} runs", total=len(runs), completed=len(runs) - len(waiting))
 
-        def one(run: SweepRun) -> None:
-            if stopping.is_set():
-                return
-            process = start(run)
-            started.append(process)
-            if stopping.is_set():  # asked while it started
-                process.terminate()
-            process.join()
-            progress.advance(task)
+            def one(run: SweepRun) -> None:
+                if stopping.is_set():
+                    return
+                process = start(run)
+                started.append(process)
+                if stopping.is_set():  # asked while it started
+                    process.terminate()
+                process.join()
+                progress.advance(task)
 
-        Parallel(n_jobs=jobs, prefer="threads")(delayed(one)(run) for run in waiting)
-    signal.signal(signal.SIGTERM, before)
+            Parallel(n_jobs=jobs, prefer="threads")(delayed(one)(run) for run in waiting)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def start(run: SweepRun) -> BaseProcess:
