@@ -73,7 +73,7 @@ def text_case(
 VIT_S = ViTConfig(patch=16, layers=12, width=384, heads=6, hidden=1536)
 GPT_10M = GPTConfig(layers=6, width=384, heads=6, kv_heads=2, hidden=1024)
 GPT_124M = GPTConfig(layers=12, width=768, heads=12, kv_heads=12, hidden=2048, tied_head=True)
-#: They orthogonalise in bfloat16, which many CPUs emulate a hundred times slower: minutes a step.
+#: They orthogonalise in bfloat16, which many CPUs emulate; that takes up to minutes a step.
 BFLOAT16 = ("torch.optim.Muon", "Muon, pytorch-optimizer")
 CASES = {
     "gpt-1m": text_case("GPT 0.8M", GPTConfig(), 60, 16, 128),

@@ -101,6 +101,7 @@ class Hostile:
         return Path.touch, (self.path,)
 
 
+@pytest.mark.filterwarnings("ignore:.*looks like a TorchScript archive")
 def test_a_hostile_checkpoint_executes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does what else may lie there under the right name end in a traceback."""
     folder = broken_off(tmp_path, "broken", monkeypatch)

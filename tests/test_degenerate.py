@@ -331,7 +331,9 @@ def test_frozen_hidden_matrices_stay_and_what_they_dress_moves() -> None:
     before = all_of(model, optimizer)
     train(model, optimizer, 2)
     after = all_of(model, optimizer)
-    moved = {name for name, p in model.named_parameters() if not torch.equal(after[name, "weight"], before[name, "weight"])}
+    moved = {
+        name for name, p in model.named_parameters() if not torch.equal(after[name, "weight"], before[name, "weight"])
+    }
     assert moved == {name for name, _ in model.named_parameters()} - hidden
 
 

@@ -102,8 +102,14 @@ RUNS = {
     "muon": ["+experiment=lm_overtrain", "optimizer=muon", "training.accumulation=2", "launcher.parallel=fsdp"],
     "ddcadam": ["+experiment=grok_mlp", "optimizer=ddcadam", "launcher.parallel=fsdp"],
     "ddcmuon": ["+experiment=grok_mlp", "optimizer=ddcmuon", "launcher.parallel=fsdp"],
-    "slt": ["+experiment=lm_overtrain", "slt=cells", "slt.readings=8", "slt.sequences=4",
-            "slt.keep_snapshots=false", "launcher.parallel=ddp"],
+    "slt": [
+        "+experiment=lm_overtrain",
+        "slt=cells",
+        "slt.readings=8",
+        "slt.sequences=4",
+        "slt.keep_snapshots=false",
+        "launcher.parallel=ddp",
+    ],
 }
 
 
