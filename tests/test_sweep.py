@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from ddc.training.checkpoint import checkpoints
+from ddc.training.config import Config, compose_alike, compose_config
 from ddc.training.lock import BusyError, only_process_in
 from ddc.training.loop import prepare, train
 from ddc.training.records import Records
@@ -151,6 +153,36 @@ def test_bad_lines_are_refused_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"line 4: .*quot"):
         read_sweep(sweep_file(tmp_path, "optimizer=muon", "optimizer='muon"))
     assert summary(read_sweep(sweep_file(tmp_path, "seed=1"))).startswith("1 runs: 1 missing")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "optimizer=muon seed=3 optimizer.lr=0.5 seed=4",
+        "+experiment=lm_overtrain 'gauges=[logit_shift,value_rotation]' optimizer.betas=[0.8,0.99] wandb.entity=null",
+        "optimizer={lr: 0.1} optimizer=adamw ++seed=4 ~slt.rule.kink +slt.rule.kink=0.5",
+        "scale=gpu training.precision=float32 optimizer.weight_decay=${optimizer.lr} hydra.job.name=x",
+        "optimizer=adamw name='a-b' runs=\"x y\"",
+        "optimizer=adamw,muon",
+        "seed=1,2",
+        "seed@data=1",
+        "training.epochs=3",
+        "training.steps=1e3",
+        "model.heads=3",
+        "slt=false",
+        "model=nonsense",
+    ],
+)
+def test_a_line_is_what_the_command_line_makes_of_it(line: str) -> None:
+    """Its choices are composed once for all lines, its values set on a copy: no line may tell."""
+
+    def made(compose: Callable[[list[str]], Config]) -> Config | str:
+        try:
+            return compose(shlex.split(line))
+        except ValueError as error:
+            return str(error)
+
+    assert made(compose_alike) == made(compose_alike) == made(compose_config)
 
 
 def test_an_empty_file_has_nothing_to_submit(tmp_path: Path) -> None:

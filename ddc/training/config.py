@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -14,6 +16,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -371,6 +374,34 @@ def compose_config(overrides: Sequence[str]) -> Config:
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(explained(error)) from error
     return resolve(composed)
+
+
+def compose_alike(overrides: Sequence[str]) -> Config:
+    """As :func:`compose_config`, faster for many that differ in values: equal choices of groups are composed once."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        choices = [each for each in parsed if (CONFIGS / each.key_or_group).is_dir() or not sets_a_value(each)]
+        config = copy.deepcopy(chosen(tuple(str(each.input_line) for each in choices)))
+        for each in parsed:
+            if each not in choices:
+                OmegaConf.update(config, each.key_or_group, each.value())
+        return resolve(config)
+    except (HydraException, OmegaConfBaseException, ValueError):
+        return compose_config(overrides)  # which says what is wrong
+
+
+def sets_a_value(override: Override) -> bool:
+    """Whether an override is KEY=VALUE, and neither adds, deletes, sweeps nor moves anything."""
+    return override.type is OverrideType.CHANGE and override.package is None and not override.is_sweep_override()
+
+
+@functools.cache
+def chosen(choices: tuple[str, ...]) -> DictConfig:
+    """What Hydra composes of these choices."""
+    register_schemas()
+    check_choices(choices)
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("config", overrides=list(choices))
 
 
 def check_choices(arguments: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ from joblib import Parallel, delayed
 from rich.progress import Progress
 
 from ddc.training.checkpoint import checkpoints
-from ddc.training.config import Config, compose_config
+from ddc.training.config import Config, compose_alike
 from ddc.training.lock import is_held
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,7 +81,7 @@ def parse_sweep(lines: Sequence[str]) -> list[SweepRun]:
             overrides = tuple(shlex.split(line, comments=True))
             if not overrides:
                 continue
-            config = compose_config(overrides)
+            config = compose_alike(overrides)
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from error
         folder = ROOT / config.runs / config.name / config.run_id
