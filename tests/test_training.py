@@ -133,9 +133,11 @@ def test_a_step_is_compiled_where_it_pays(tmp_path: Path, monkeypatch) -> None:
     with torch.device("meta"):
         small, large = GPT(GPTConfig(layers=1), 256), GPT(GPTConfig(layers=1), 100_000)
     assert [compiled_step(wanted, small) for wanted in (None, False, True)] == [False, False, True]
+    assert [compiled_step(wanted, large) for wanted in (None, False, True)] == [False, False, True]
+    large = large.to_empty(device="cpu")
     assert [compiled_step(wanted, large) for wanted in (None, False, True)] == [True, False, True]
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
-    assert not compiled_step(None, large.to_empty(device="cpu"))
+    assert not compiled_step(None, large)
     with pytest.raises(ValueError, match=r"optimizer\.compiled=true: there is no C\+\+ compiler"):
         prepare(composed("optimizer.compiled=true"))
 

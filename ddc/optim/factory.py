@@ -106,7 +106,7 @@ def make_optimizer(
         weight_decay: on matrices.
         hidden: :func:`ddc.hidden_matrices`, for Muon and DDCMuon.
         options: the optimizer's own; ``compiled=None`` compiles the step of a model of :data:`COMPILED_FROM`
-            parameters or more, where there is a compiler.
+            parameters or more on a CPU, where there is a compiler.
 
     Raises:
         ValueError: an unknown name, a hyperparameter out of range, or no compiler where one is needed.
@@ -129,13 +129,14 @@ def make_optimizer(
 def compiled_step(wanted: bool | None, model: nn.Module) -> bool:
     """Whether to compile the step: see :func:`make_optimizer`."""
     parameters = list(model.parameters())
-    if wanted is False or (wanted is None and sum(p.numel() for p in parameters) < COMPILED_FROM):
-        return False
+    on_cpu = parameters[0].device.type == "cpu"
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # torch's own choice
-    there = parameters[0].device.type != "cpu" or shutil.which(compiler) is not None
-    if wanted and not there:
+    there = shutil.which(compiler) is not None
+    if wanted is None:  # elsewhere nobody has tried
+        return on_cpu and there and sum(p.numel() for p in parameters) >= COMPILED_FROM
+    if wanted and on_cpu and not there:
         raise ValueError(
             f"Invalid optimizer.compiled=true: there is no C++ compiler {compiler!r}. Install one, name another in the "
             "environment variable CXX, or set optimizer.compiled=false"
         )
-    return there
+    return wanted
