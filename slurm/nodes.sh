@@ -2,7 +2,7 @@
 # One run on several nodes, from the root of the repository, which all nodes must see, as they must the run's folder:
 #   sbatch --nodes=2 --gpus-per-node=8 slurm/nodes.sh +experiment=lm_overtrain scale=gpu launcher.parallel=fsdp
 # As many processes on each node as it has GPUs (one without), or DDC_PROCESSES. 120 s before the time limit the run saves a checkpoint,
-# for which torchrun gives it 30 s, and the job queues itself again.
+# for which torchrun gives it 30 s, and the job queues itself again, ten times at most; submitted anew, the run goes on as well.
 #SBATCH --ntasks-per-node=1
 #SBATCH --requeue
 #SBATCH --open-mode=append

@@ -620,6 +620,7 @@ def test_compiled_arithmetic_is_the_same_step() -> None:
     torch.testing.assert_close(*norms, rtol=1e-12, atol=0)
     both[1] = copy.deepcopy(both[1])
     step(4)
+    assert both[1][1]._advance.compiled
     norms = [optimizer.grad_norm() for _, optimizer in both]
     torch.testing.assert_close(*norms, rtol=1e-12, atol=0)
     for a, b in zip(*(model.parameters() for model, _ in both), strict=True):
@@ -708,3 +709,39 @@ def test_sparse_gradients_are_refused() -> None:
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="sparse"):
         optimizer.step()
+
+
+@pytest.mark.slow
+def test_betas_that_change_at_every_step_end_compiling_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """As OneCycleLR has it by default."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    both = [copy.deepcopy(model) for _ in range(2)]
+    optimizers = [DDCAdam(m.named_parameters(), compiled=m is both[1]) for m in both]
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for seed in range(5):
+            grads = [torch.randn_like(p) for p in model.parameters()]
+            for m, optimizer in zip(both, optimizers, strict=True):
+                optimizer.param_groups[0]["betas"] = (0.9 - 0.01 * seed, 0.999)
+                for p, grad in zip(m.parameters(), grads, strict=True):
+                    p.grad = grad.clone()
+                optimizer.step()
+    assert "compiled anew too often" in caplog.text
+    for a, b in zip(*(m.parameters() for m in both), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.slow
+def test_weights_of_low_precision_are_not_compiled() -> None:
+    """A compiler may leave out the rounding, which what a side dresses must follow."""
+    model = nn.Linear(3, 2).bfloat16()
+    optimizer = DDCAdam(model.named_parameters(), compiled=True)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert not optimizer._advance.compiled
+    assert not any(stack.move.compiled for stack in optimizer._stacks)
+
+
+def test_a_group_without_parameters() -> None:
+    DDCAdam([{"params": []}]).step()

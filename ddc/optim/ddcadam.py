@@ -15,7 +15,7 @@ from ddc.gauges import Gauge, Rescale, plain_name, whole
 from ddc.optim.closure import loss_of
 from ddc.optim.hidden import HiddenMatrices
 from ddc.optim.plan import ChainPlan, Plan, PolarPlan, Role, make_plan
-from ddc.optim.sharding import WHOLE, restore_, shards_of
+from ddc.optim.sharding import restore_, shards_of
 from ddc.optim.stacked import Arithmetic, Context, Dresser, Group, Rates, StackedParameter
 from ddc.optim.stacks import ChainStack, FreeStack, PolarStack
 
@@ -61,8 +61,10 @@ class DDCAdam(Optimizer):
             little, as in the paper's statement.
         compiled: compile the step, and :meth:`grad_norm`, with ``torch.compile`` when they are first called: as one
             function, or where layers are large as one for each stack of alike layers. That takes tens of seconds for a
-            transformer, and on a CPU a C++ compiler; what it saves is in docs/speed.md. A step in which a gradient is
-            missing is compiled by stacks, without those that miss one; parameters split over ranks are not compiled.
+            transformer, and on a CPU a C++ compiler; what it saves is in docs/speed.md. A step in which gradients are
+            missing is compiled by stacks, but for layers that miss one. Not compiled are parameters that are split over
+            ranks or of lower precision than float32, and hidden matrices; and all of it no longer once betas, eps or
+            radial_rate have changed often.
 
     Weights of lower precision than float32 have their state, and their arithmetic, in float32. State is
     complete from construction: ``exp_avg`` and ``exp_avg_sq`` as Adam's (the latter averaged as above),
@@ -138,7 +140,7 @@ class DDCAdam(Optimizer):
         for stack in self._stacks_of(params, group_of, gauges):
             self.state.update(stack.states())
             self._stacks.append(stack)
-        device = self._stacks[0].parameters[0].params[0].device
+        device = next((param.device for group in self.param_groups for param in group["params"]), torch.device("cpu"))
         self._advance, self._norm = Arithmetic(advance, device), Arithmetic(invariant_norm, device)
         self._check_groups()
 
@@ -191,8 +193,9 @@ class DDCAdam(Optimizer):
     def _in_one_go(self) -> bool:
         """Whether to compile all of a step as one function: each stack is taken at once, and no gradient is missing."""
         return self.compiled and all(
-            stack.single_chunk
-            and all(p.shards is WHOLE and all(param.grad is not None for param in p.params) for p in stack.parameters)
+            not isinstance(stack, HiddenMatrices)
+            and stack.single_chunk
+            and all(p.compilable and all(param.grad is not None for param in p.params) for p in stack.parameters)
             for stack in self._stacks
         )
 

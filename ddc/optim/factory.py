@@ -10,6 +10,7 @@ from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from ddc.gauges import GaugeSet, HiddenMatrix, plain_name
@@ -20,7 +21,7 @@ from ddc.optim.muon import Muon
 from ddc.optim.sharding import split_like
 
 #: A compiled step takes half a minute to compile; what it saves in a smaller model does not make up for that in a run.
-COMPILED_FROM = 10_000_000
+COMPILED_FROM = 5_000_000
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -129,6 +130,13 @@ def make_optimizer(
 def compiled_step(wanted: bool | None, model: nn.Module) -> bool:
     """Whether to compile the step: see :func:`make_optimizer`."""
     parameters = list(model.parameters())
+    if any(isinstance(p, DTensor) for p in parameters):
+        if wanted:
+            raise ValueError(
+                "Invalid optimizer.compiled=true: a step on parameters that are split over processes "
+                "(launcher.parallel=fsdp) is not compiled; set it to null"
+            )
+        return False
     on_cpu = parameters[0].device.type == "cpu"
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # torch's own choice
     there = shutil.which(compiler) is not None

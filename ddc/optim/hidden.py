@@ -18,8 +18,8 @@ from torch import Tensor
 from ddc.gauges.roles import HiddenMatrix
 from ddc.optim.orthogonal import ORTHOGONALIZERS
 from ddc.optim.plan import compute_dtype
-from ddc.optim.sharding import WHOLE, shards_of
-from ddc.optim.stacked import Bias, Context, Group, adam_, layers_at_once, local_grads, local_weights, safe_power
+from ddc.optim.sharding import shards_of
+from ddc.optim.stacked import CPU_CHUNK, Bias, Context, Group, adam_, local_grads, local_weights, safe_power
 from ddc.optim.stacks import PolarStack
 
 
@@ -206,8 +206,8 @@ class HiddenStack:
     def chunks(self) -> list[slice]:
         """Slices of the layers, each to be taken at once; all where they are split, for ranks share the layers out."""
         layers = at_once = len(self.params)
-        if self.shards is WHOLE:
-            at_once = layers_at_once(layers, self.params[0].numel(), self.momentum_buffer.device)
+        if self.momentum_buffer.device.type == "cpu" and self.shards.layout is None:
+            at_once = max(1, CPU_CHUNK // self.params[0].numel())
         return [slice(i, i + at_once) for i in range(0, layers, at_once)]
 
     def dressed_sums(
@@ -291,8 +291,6 @@ class HiddenMatrices:
         linked: (P, M, k): blocks whose norms a gauge moves against each other, by c and c^-k.
         vertical: whether the vertical modes step too.
     """
-
-    single_chunk = False
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ Shapes as in :mod:`ddc.optim.stacks`. Here is Adam too, and what the stacks of o
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import operator
 from collections.abc import Callable, Hashable, Sequence
@@ -14,10 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from ddc.optim.averaging import Averaging
 from ddc.optim.plan import Role, compute_dtype
-from ddc.optim.sharding import WHOLE, CutAveraging, Whole, shards_of
+from ddc.optim.sharding import CutAveraging, Whole, shards_of
+
+log = logging.getLogger(__name__)
 
 Group = dict[str, Any]
 #: Hyperparameters in which all parameters under one gauge must agree; weight decay is each one's own.
@@ -109,6 +113,11 @@ class StackedParameter:
         self.dtype = compute_dtype(self.params[0])
         self.shards = shards_of(self.params[0])
         self.averaging = self.shards.averaging(self.role.averaging)
+
+    @property
+    def compilable(self) -> bool:
+        """Not where it is split over ranks; nor where it is rounded to a lower precision, which compilers leave out."""
+        return self.shards.layout is None and self.params[0].dtype == self.dtype
 
     def allocate(self) -> None:
         """Make the moments."""
@@ -284,8 +293,8 @@ class Context:
         return self.rates[parameter.groups[0]].decay
 
     def compiles(self, parameter: StackedParameter) -> bool:
-        """Whether the arithmetic on a parameter is compiled: not where it is split over ranks."""
-        return self.compiled and parameter.shards is WHOLE
+        """Whether the arithmetic on a parameter is compiled."""
+        return self.compiled and parameter.compilable
 
     def chunks(self, has_gradient: Sequence[bool], at_once: int) -> list[slice]:
         """Slices of the layers that have a gradient, each to be taken at once: where some have none, one by one."""
@@ -327,7 +336,15 @@ class Arithmetic:
             self.compiled = torch.compile(  # type: ignore[call-overload]
                 self.function, fullgraph=True, dynamic=False, options=options, isolate_recompiles=True
             )
-        return self.compiled(*arguments)
+        try:
+            return self.compiled(*arguments)
+        except FailOnRecompileLimitHit:
+            log.warning(
+                "a compiled step was compiled anew too often, and goes on uncompiled: learning rates and weight decay "
+                "may change from step to step, but betas, eps and radial_rate may not"
+            )
+            self.compiled = self.function
+            return self.function(*arguments)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "compiled": None}

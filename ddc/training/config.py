@@ -69,7 +69,7 @@ class AdamWConfig(OptimizerConfig):
 
 @dataclass
 class DDCAdamConfig(OptimizerConfig):
-    """:class:`ddc.DDCAdam`, which documents the keys; ``compiled=null``: on a CPU, from ten million parameters on."""
+    """:class:`ddc.DDCAdam`, which documents the keys; ``compiled=null``: on a CPU, from five million parameters on."""
 
     name: str = "ddcadam"
     radial_rate: float = 1.0
