@@ -87,14 +87,14 @@ sweep() {
 }
 steps=900
 for place in slurm preempted stopped here; do sweep "$work/$place" $steps > "$work/$place.txt"; done
-sed -i 1q "$work/stopped.txt" # one run
+sed -i 2q "$work/stopped.txt" # two runs
 finished() { [ -z "$(squeue -h 2> /dev/null)" ]; }
 wait_for_jobs() { for _ in $(seq 600); do finished && return; sleep 0.2; done; echo "jobs hang" >&2; squeue >&2; exit 1; }
 
 job=$(slurm/submit.sh "$work/slurm.txt" --time=10 --no-requeue)
 echo "submitted as job $job"
-wait_for_records() { # of the first run in a folder: so many
-    for _ in $(seq 600); do [ "$(cat "$work/$1"/grok_mlp/ddcmuon-seed0-*/records.jsonl 2> /dev/null | wc -l)" -ge "$2" ] && return; sleep 0.1; done
+wait_for_records() { # of a run in a folder: so many
+    for _ in $(seq 600); do [ "$(cat "$work/$1"/grok_mlp/"${3:-ddcmuon-seed0}"-*/records.jsonl 2> /dev/null | wc -l)" -ge "$2" ] && return; sleep 0.1; done
     echo "no records" >&2; exit 1
 }
 wait_for_records slurm 4
@@ -136,19 +136,21 @@ for _ in $(seq 600); do finished && break; hurry; sleep 0.2; done
 cat "$work"/preempted-*.log | grep "DUE TO PREEMPTION"
 went_on "$work"/preempted-*.log
 
-# --- a task gets SIGTERM, as before its time limit: it saves, and queues itself again. Its owner cancels it: it saves, and that is all
-job=$(slurm/submit.sh "$work/stopped.txt" --time=10 --output="$work/stopped.log")
+# --- the last task of an array, whose job id is the array's, gets SIGTERM, as before its time limit: it saves, and queues itself
+# again, and it alone. Its owner cancels it: it saves, and that is all
+job=$(slurm/submit.sh "$work/stopped.txt" --time=10 --output="$work/stopped-%a.log")
 echo "submitted as job $job, to be stopped"
-wait_for_records stopped 3
-scancel --batch --signal=TERM "${job}_0"
-for _ in $(seq 600); do grep "queued again" "$work/stopped.log" && break; sleep 0.1; done
+wait_for_records stopped 3 ddcmuon-seed1
+scancel --batch --signal=TERM "${job}_1"
+for _ in $(seq 600); do grep "queued again" "$work/stopped-1.log" && break; sleep 0.1; done
 sleep 3 # Slurm refuses to start a job within the second in which it ended
-for _ in $(seq 600); do grep "from step" "$work/stopped.log" && break; hurry; sleep 0.1; done
-went_on "$work/stopped.log"
-scancel "$job"
+for _ in $(seq 600); do grep "from step" "$work/stopped-1.log" && break; hurry; sleep 0.1; done
+went_on "$work/stopped-1.log"
+scancel "${job}_1"
 wait_for_jobs
 "$PYTHON" scripts/sweep.py status "$work/stopped.txt" | tee "$work/status.txt" || true
-grep -q "1 unfinished" "$work/status.txt"
+grep -q "1 complete, 1 unfinished" "$work/status.txt"
+if grep "from step" "$work/stopped-0.log"; then echo "a task was queued again that nobody had stopped" >&2; exit 1; fi
 
 # --- and as a Hydra multirun through the launcher
 "$PYTHON" train.py --multirun hydra/launcher=slurm hydra.launcher.mem_gb=1 $(head -n 1 "$work/here.txt" | sed "s#runs=.*#runs=$work/multirun#") \
@@ -160,7 +162,7 @@ done
 
 # --- one run on two nodes, its parameters split between them, which is stopped and queues itself again; and the same run here
 two="+experiment=grok_mlp optimizer=ddcmuon model.depth=2 model.width=15 data.prime=7 training.batch_size=16
-    training.steps=400 training.evaluations=20 wandb=disabled"
+    training.steps=80 training.evaluations=8 wandb=disabled"
 job=$(sbatch --parsable --nodes=2 --time=5 --output="$work/two-nodes.log" slurm/nodes.sh $two runs="$work/two" launcher.parallel=fsdp)
 wait_for_records two 3
 scancel --batch --signal=TERM "$job"
@@ -172,10 +174,10 @@ went_on "$work/two-nodes.log"
 "$PYTHON" - "$work"/{two,alone}/grok_mlp/*/records.jsonl << 'EOF'
 import json, sys
 two, alone = ([json.loads(line) for line in open(path)] for path in sys.argv[1:])
-assert [row["step"] for row in two] == [row["step"] for row in alone] == list(range(0, 401, 20)), two
+assert [row["step"] for row in two] == [row["step"] for row in alone] == list(range(0, 81, 10)), two
 for row, other in zip(two, alone):
     for key in ("train_loss", "validation_loss"):
-        assert abs(row[key] - other[key]) < 1e-4 * other[key], (row["step"], key, row[key], other[key])
+        assert abs(row[key] - other[key]) < 1e-3 * other[key], (row["step"], key, row[key], other[key])
 EOF
 grep -q '"processes": 2' "$work"/two/grok_mlp/*/run.json
 
