@@ -162,7 +162,7 @@ done
 
 # --- one run on two nodes, its parameters split between them, which is stopped and queues itself again; and the same run here
 two="+experiment=grok_mlp optimizer=ddcmuon model.depth=2 model.width=15 data.prime=7 training.batch_size=16
-    training.steps=80 training.evaluations=8 wandb=disabled"
+    training.steps=60 training.evaluations=6 wandb=disabled"
 job=$(sbatch --parsable --nodes=2 --time=5 --output="$work/two-nodes.log" slurm/nodes.sh $two runs="$work/two" launcher.parallel=fsdp)
 wait_for_records two 3
 scancel --batch --signal=TERM "$job"
@@ -174,10 +174,10 @@ went_on "$work/two-nodes.log"
 "$PYTHON" - "$work"/{two,alone}/grok_mlp/*/records.jsonl << 'EOF'
 import json, sys
 two, alone = ([json.loads(line) for line in open(path)] for path in sys.argv[1:])
-assert [row["step"] for row in two] == [row["step"] for row in alone] == list(range(0, 81, 10)), two
+assert [row["step"] for row in two] == [row["step"] for row in alone] == list(range(0, 61, 10)), two
 for row, other in zip(two, alone):
     for key in ("train_loss", "validation_loss"):
-        assert abs(row[key] - other[key]) < 1e-3 * other[key], (row["step"], key, row[key], other[key])
+        assert abs(row[key] - other[key]) < 1e-4 * other[key], (row["step"], key, row[key], other[key])
 EOF
 grep -q '"processes": 2' "$work"/two/grok_mlp/*/run.json
 

@@ -20,7 +20,7 @@ from ddc.optim.ddcmuon import DDCMuon
 from ddc.optim.muon import Muon
 from ddc.optim.sharding import split_like
 
-#: A compiled step takes half a minute to compile; what it saves in a smaller model does not make up for that in a run.
+#: A step takes long to compile; what that saves in a smaller model does not make up for that in a run.
 COMPILED_FROM = 5_000_000
 
 
