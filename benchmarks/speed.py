@@ -248,22 +248,22 @@ def measure(case: Case, turns: int, device: torch.device) -> dict[str, Any]:
         except ImportError as error:
             results[name]["skipped"] = f"{error.name} is not installed"
 
-    times: dict[str, dict[str, list[float]]] = {}
+    steps: dict[str, list[float]] = {name: [] for name in optimizers}
 
     def training_step(name: str) -> None:
         model.zero_grad()
         cross_entropy(model(inputs), targets).backward()
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, grad_norm(model, optimizers[name]))
-        times["step"][name].append(seconds(optimizers[name].step, device))
+        steps[name].append(seconds(optimizers[name].step, device))
 
     whole = {name: functools.partial(training_step, name) for name in optimizers}
-    times["step"] = {name: [] for name in optimizers}
     for name in track(optimizers, f"{case.title}: warming up"):
         whole[name]()
         whole[name]()
     bandwidth = copy_bandwidth(device)
-    times["step"] = {name: [] for name in optimizers}
-    times["whole"] = take_turns(whole, turns, device, case.title)
+    for each in steps.values():
+        each.clear()
+    times = {"step": steps, "whole": take_turns(whole, turns, device, case.title)}
     bandwidth += copy_bandwidth(device)
     summaries = {kind: summarize(by_optimizer) for kind, by_optimizer in times.items()}
     for name, optimizer in optimizers.items():

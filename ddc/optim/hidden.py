@@ -19,7 +19,17 @@ from ddc.gauges.roles import HiddenMatrix
 from ddc.optim.orthogonal import ORTHOGONALIZERS
 from ddc.optim.plan import compute_dtype
 from ddc.optim.sharding import shards_of
-from ddc.optim.stacked import CPU_CHUNK, Bias, Context, Group, adam_, local_grads, local_weights, safe_power
+from ddc.optim.stacked import (
+    CPU_CHUNK,
+    Bias,
+    Context,
+    Group,
+    adam_,
+    local_grads,
+    local_weights,
+    safe_power,
+    stack_layers,
+)
 from ddc.optim.stacks import PolarStack
 
 
@@ -195,8 +205,8 @@ class HiddenStack:
 
     def dressed(self, rows: slice, log_factors: LogFactors | None) -> tuple[Tensor, Tensor]:
         """Copies of weights and gradients in dressed coordinates; a missing gradient is zero."""
-        weight = torch.stack(local_weights(self.params[rows], self.shards)).to(self.dtype)
-        grad = torch.stack(local_grads(self.params[rows], self.shards)).to(self.dtype)
+        weight = stack_layers(local_weights(self.params[rows], self.shards), self.dtype)
+        grad = stack_layers(local_grads(self.params[rows], self.shards), self.dtype)
         for log in log_factors or ():
             factor = log[rows].exp()
             weight.mul_(factor)
@@ -249,7 +259,7 @@ class HiddenStack:
         if undress is not None:
             moved.mul_(undress.rows[rows]).mul_(undress.columns[rows])
             # what a dead factor dresses has no effect, and stays as it is
-            originals = torch.stack(local_weights(self.params[rows], self.shards)).to(self.dtype)
+            originals = stack_layers(local_weights(self.params[rows], self.shards), self.dtype)
             moved = torch.where(undress.alive[rows], moved, originals)
         for i, param in enumerate(self.params[rows]):
             if param.grad is not None:

@@ -90,6 +90,11 @@ def local_grads(params: Sequence[Tensor], shards: Whole) -> list[Tensor]:
     return [shards.local(torch.zeros_like(p) if p.grad is None else p.grad) for p in params]
 
 
+def stack_layers(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """A copy of one tensor a layer, stacked, in the dtype of the arithmetic."""
+    return torch.stack(list(tensors)).to(dtype)
+
+
 #: What puts norms into :class:`Context`: a stack of polar or of inner gauges.
 Dresser = Hashable
 
@@ -145,8 +150,8 @@ class StackedParameter:
         return local_weights(self.params[rows], self.shards), local_grads(self.params[rows], self.shards)
 
     def stack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """A copy of one tensor a layer, stacked, in the dtype of the arithmetic."""
-        return torch.stack(list(tensors)).to(self.dtype)
+        """As :func:`stack_layers`."""
+        return stack_layers(tensors, self.dtype)
 
     def gather(self, rows: slice, context: Context) -> Layers:
         """What a step reads of these layers, and where it writes."""
