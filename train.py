@@ -8,7 +8,6 @@ and the same command goes on. It is 1 when something is wrong.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import sys
@@ -29,7 +28,7 @@ from ddc.training.config import Config, check_choices, register_schemas, resolve
 from ddc.training.errors import explained
 from ddc.training.lock import BusyError
 from ddc.training.loop import DivergedError, prepare, train
-from ddc.training.ranks import joined
+from ddc.training.ranks import join_ranks
 from ddc.training.records import Row
 
 #: What ends a run before its time, and is no bug.
@@ -56,20 +55,18 @@ def run(config: Config, draw: Callable[[Path], Sequence[Path]]) -> tuple[Path, R
     Raises:
         SystemExit: the run stopped or cannot begin: one line that says why, and the exit status.
     """
-    with contextlib.ExitStack() as stack:
-        try:
-            ranks = stack.enter_context(joined(config.launcher, config.training.device))
-            setup = prepare(config, ranks)
-        except (ValueError, MemoryError) as error:
-            fail(f"error: {error}")
-        try:
-            return setup.folder, train(setup, draw)
-        except KeyboardInterrupt as stop:
-            if speaks():
-                print(str(stop) or "stopped", file=sys.stderr)
-            sys.exit(os.EX_TEMPFAIL)
-        except STOPS as error:
-            fail(f"stopped: {error}")
+    try:
+        setup = prepare(config, join_ranks(config.launcher, config.training.device))
+    except (ValueError, MemoryError) as error:
+        fail(f"error: {error}")
+    try:
+        return setup.folder, train(setup, draw)
+    except KeyboardInterrupt as stop:
+        if speaks():
+            print(str(stop) or "stopped", file=sys.stderr)
+        sys.exit(os.EX_TEMPFAIL)
+    except STOPS as error:
+        fail(f"stopped: {error}")
 
 
 def show(folder: Path, summary: Row, figures: Sequence[Path]) -> None:

@@ -21,7 +21,7 @@ from ddc.gauges import KINDS, find_gauges
 from ddc.models import MODELS, DeepMLPConfig, GPTConfig, ModelConfig, ViTConfig, build_model, load_model, save_model
 from ddc.training.config import DATA, OPTIMIZERS, Config, compose_config, restored
 from ddc.training.loop import prepare, restore, train
-from ddc.training.ranks import joined
+from ddc.training.ranks import join_ranks
 from experiments.refused import REFUSED, page
 from tests.test_training import ROOT, composed, run, train_py
 from train import STOPS
@@ -172,8 +172,7 @@ def outcome(overrides: str, folder: Path) -> str:
     arguments = [f"runs={runs}", *(each.replace("FOLDER", str(folder)) for each in overrides.split())]
     try:
         config = compose_config(arguments)
-        with joined(config.launcher, config.training.device) as ranks:
-            setup = prepare(config, ranks)
+        setup = prepare(config, join_ranks(config.launcher, config.training.device))
     except (ValueError, MemoryError) as error:
         assert not list(runs.iterdir())
         return str(error)

@@ -39,7 +39,7 @@ from ddc.training import loop
 from ddc.training.checkpoint import read_checkpoint
 from ddc.training.config import LauncherConfig
 from ddc.training.loop import prepare, train
-from ddc.training.ranks import Ranks, joined
+from ddc.training.ranks import Ranks, join_ranks
 from ddc.training.records import Records
 from experiments.equivariance import random_model
 from tests.test_training import TINY, composed
@@ -489,17 +489,11 @@ def test_torchrun(tmp_path: Path) -> None:
 
 def test_a_launcher_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    with (
-        pytest.raises(ValueError, match=r"launcher=local .* but torchrun started this process"),
-        joined(LauncherConfig()),
-    ):
-        pass
+    with pytest.raises(ValueError, match=r"launcher=local .* but torchrun started this process"):
+        join_ranks(LauncherConfig())
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
-    with (
-        pytest.raises(ValueError, match="launcher=torchrun, but torchrun did not start"),
-        joined(LauncherConfig("torchrun", "ddp")),
-    ):
-        pass
+    with pytest.raises(ValueError, match="launcher=torchrun, but torchrun did not start"):
+        join_ranks(LauncherConfig("torchrun", "ddp"))
 
 
 @pytest.mark.parametrize(

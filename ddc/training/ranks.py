@@ -6,9 +6,9 @@ that one may fail (a full disk, a folder that is busy), all ranks fail alike.
 
 from __future__ import annotations
 
-import contextlib
+import atexit
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -103,9 +103,8 @@ class Ranks:
 ALONE = Ranks()
 
 
-@contextlib.contextmanager
-def joined(config: LauncherConfig, device: str = "auto") -> Iterator[Ranks]:
-    """The processes that train a run, connected as long as the context lasts; ``device`` is ``training.device``.
+def join_ranks(config: LauncherConfig, device: str = "auto") -> Ranks:
+    """Connect to the processes that train a run, until this one ends; ``device`` is ``training.device``.
 
     Raises:
         ValueError: the launcher of the config is not what started this process.
@@ -117,8 +116,7 @@ def joined(config: LauncherConfig, device: str = "auto") -> Iterator[Ranks]:
                 "launcher=local (the default), but torchrun started this process: add launcher=torchrun, so that the "
                 "processes train one model together"
             )
-        yield ALONE
-        return
+        return ALONE
     if not started_by_torchrun:
         raise ValueError(
             "launcher=torchrun, but torchrun did not start this process: torchrun --nproc-per-node=2 train.py "
@@ -135,7 +133,6 @@ def joined(config: LauncherConfig, device: str = "auto") -> Iterator[Ranks]:
         torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend)
-    try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), config.parallel)
-    finally:
-        dist.destroy_process_group()
+    # not before the model is gone: DDP would end the group while it holds the GIL, for which threads of gloo may wait
+    atexit.register(dist.destroy_process_group)
+    return Ranks(dist.get_rank(), dist.get_world_size(), config.parallel)
