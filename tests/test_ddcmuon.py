@@ -15,7 +15,7 @@ from ddc.data import TextData
 from ddc.gauges import Axis, Chain, GaugeSet, HiddenMatrix, Rescale, check
 from ddc.models import GPT, DeepMLP, DeepMLPConfig, GPTConfig, cross_entropy
 from ddc.optim.factory import make_muon
-from ddc.optim.hidden import modes_of
+from ddc.optim.hidden import HiddenMatrices, modes_of
 from ddc.optim.muon import Muon
 from ddc.optim.orthogonal import newton_schulz, newton_schulz_bfloat16, polar_factor
 from experiments.equivariance import MODELS as TABLE_MODELS
@@ -447,6 +447,35 @@ def test_state_round_trip(dtype: torch.dtype) -> None:
         backward(each, 7)
         its.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunked", [False, True])
+def test_compiled_arithmetic_is_the_same_step(chunked: bool) -> None:
+    """Compiled once for every rate, in one function or each chunk of a stack for itself."""
+    models = [deep_mlp(depth=3, width=8) for _ in range(2)]
+    options = {"orthogonalizer": "newton_schulz", "vertical": "balance"}
+    optimizers = [ddcmuon(m, find_gauges(m), compiled=m is models[1], **options) for m in models]
+    (hidden,) = (stack for stack in optimizers[1]._stacks if isinstance(stack, HiddenMatrices))
+    if chunked:
+        for stack in hidden.stacks:
+            stack.at_once, stack.single_chunk = 1, False
+
+    def step(i: int) -> None:
+        for model, optimizer in zip(models, optimizers, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01 / (1 + i)
+            mlp_step(model, optimizer)
+
+    step(0)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        step(1)
+    assert bool(optimizers[1]._advance.compiled) != chunked
+    assert all(bool(stack.move.compiled) == chunked for stack in hidden.stacks)
+    norms = [optimizer.grad_norm() for optimizer in optimizers]
+    torch.testing.assert_close(*norms, rtol=1e-12, atol=0)
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_a_copied_optimizer_routes_and_refuses_anothers_state() -> None:

@@ -13,15 +13,17 @@ from torch.optim import Optimizer
 
 from ddc.gauges import Gauge, Rescale, plain_name, whole
 from ddc.optim.closure import loss_of
-from ddc.optim.hidden import HiddenMatrices
+from ddc.optim.hidden import HiddenMatrices, MuonHyper
 from ddc.optim.plan import ChainPlan, Plan, PolarPlan, Role, make_plan
 from ddc.optim.sharding import restore_, shards_of
-from ddc.optim.stacked import Arithmetic, Context, Dresser, Group, Rates, StackedParameter
+from ddc.optim.stacked import Arithmetic, Context, Dresser, Group, Hyper, Rates, StackedParameter
 from ddc.optim.stacks import ChainStack, FreeStack, PolarStack
 
 VERTICAL_MODES = ("freeze", "adam", "balance")
 STEP_SCALES = ("init", "norm")
 Stack = PolarStack | ChainStack | FreeStack | HiddenMatrices
+#: What a step reads of a param group but its :class:`Rates`.
+SETTINGS = {*Hyper._fields, *MuonHyper._fields} - {"lr", "decay"}
 
 
 class DDCAdam(Optimizer):
@@ -169,7 +171,7 @@ class DDCAdam(Optimizer):
         self._check_groups()
         whole = self._in_one_go()
         rates = [Rates.of(group, self.compiled) for group in self.param_groups]
-        self._advance(whole, self._stacks, self.param_groups, rates, self.compiled and not whole)
+        self._advance(whole, self._stacks, self._settings(), rates, self.compiled and not whole)
         return loss
 
     @torch.no_grad()
@@ -187,14 +189,17 @@ class DDCAdam(Optimizer):
         device in the same way.
         """
         whole = self._in_one_go()
-        norm: Tensor = self._norm(whole, self._stacks, self.param_groups, self.compiled and not whole)
+        norm: Tensor = self._norm(whole, self._stacks, self._settings(), self.compiled and not whole)
         return norm
+
+    def _settings(self) -> list[Group]:
+        """:data:`SETTINGS` of each group; what changes at every step a compiled one must not see."""
+        return [{key: value for key, value in group.items() if key in SETTINGS} for group in self.param_groups]
 
     def _in_one_go(self) -> bool:
         """Whether to compile all of a step as one function: each stack is taken at once, and no gradient is missing."""
         return self.compiled and all(
-            not isinstance(stack, HiddenMatrices)
-            and stack.single_chunk
+            stack.single_chunk
             and all(p.compilable and all(param.grad is not None for param in p.params) for p in stack.parameters)
             for stack in self._stacks
         )

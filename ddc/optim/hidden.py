@@ -7,9 +7,9 @@ Matrices may be split over ranks (:mod:`ddc.optim.sharding`); only the orthogona
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,14 +20,15 @@ from ddc.optim.orthogonal import ORTHOGONALIZERS
 from ddc.optim.plan import compute_dtype
 from ddc.optim.sharding import shards_of
 from ddc.optim.stacked import (
-    CPU_CHUNK,
+    Arithmetic,
     Bias,
     Context,
-    Group,
     adam_,
+    layers_at_once,
     local_grads,
     local_weights,
     safe_power,
+    scaled,
     stack_layers,
 )
 from ddc.optim.stacks import PolarStack
@@ -44,7 +45,7 @@ class Factor(NamedTuple):
     def log_norm(self, context: Context, after: bool = False) -> Tensor:
         """Logarithm of the norms, (U,), before or after their stack has moved."""
         if isinstance(self.source, FrameStack):
-            return self.source.log_frame[self.layer]
+            return context.log_frames[self.source][self.layer]
         return context.norms[self.source][after][self.layer].log()
 
 
@@ -70,20 +71,19 @@ class FrameStack:
         self, degree: float, plus: list[list[Member]], minus: list[list[Member]], params: list[Tensor]
     ) -> None:
         self.degree, self.plus, self.minus, self.params = degree, plus, minus, params
-        self.log_forward = self.log_backward = self.log_frame = torch.empty(0)
 
     def sweep_forward(self, context: Context) -> None:
         """Forward norms, given those of earlier levels."""
-        self.log_forward = self._log_norms(self.plus, context, forward=True)
-        forward = self.log_forward.exp()
+        context.log_forward[self] = self._log_norms(self.plus, context, forward=True)
+        forward = context.log_forward[self].exp()
         context.norms[self] = (forward, forward)
 
     def sweep_backward(self, context: Context) -> None:
         """Backward norms, given those of later levels; and the frame."""
-        self.log_backward = self._log_norms(self.minus, context, forward=False)
-        f, b, k = self.log_forward, self.log_backward, self.degree
+        f, b, k = context.log_forward[self], self._log_norms(self.minus, context, forward=False), self.degree
+        context.log_backward[self] = b
         one_sided = torch.where(f.isfinite(), f, torch.where(b.isfinite(), -b / k, 0.0))
-        self.log_frame = torch.where(f.isfinite() & b.isfinite(), (f - b) / (1 + k), one_sided)
+        context.log_frames[self] = torch.where(f.isfinite() & b.isfinite(), (f - b) / (1 + k), one_sided)
 
     @staticmethod
     def _log_norms(side: list[list[Member]], context: Context, forward: bool) -> Tensor:
@@ -98,7 +98,7 @@ class FrameStack:
                 square = rows.square().sum(1)
             else:
                 if isinstance(other.source, FrameStack):
-                    log = other.source.log_forward if forward else other.source.log_backward
+                    log = (context.log_forward if forward else context.log_backward)[other.source]
                     # a forward norm dresses by its power k; a backward norm, which scales as c^-k, by its power 1/k
                     factor = log[other.layer] * (other.degree if forward else 1 / other.source.degree)
                 else:
@@ -126,11 +126,31 @@ class Read:
 
 
 class Undressing(NamedTuple):
-    """What undresses stacked matrices along rows and columns, and which entries nothing dead dresses."""
+    """What undresses stacked matrices along rows and columns, and which of these nothing dead dresses."""
 
     rows: Tensor
     columns: Tensor
-    alive: Tensor
+    alive_rows: Tensor
+    alive_columns: Tensor
+
+
+class HiddenLayers(NamedTuple):
+    """What a step reads of some layers of a stack: weights and momenta, which it writes too, and gradients."""
+
+    weights: list[Tensor]
+    grads: list[Tensor]
+    momentum: Tensor
+    log_factors: LogFactors | None
+
+
+class MuonHyper(NamedTuple):
+    """Hyperparameters of one step of a stack."""
+
+    lr: float | Tensor
+    decay: float | Tensor
+    momentum: float
+    nesterov: bool
+    orthogonalizer: str
 
 
 class HiddenStack:
@@ -145,7 +165,15 @@ class HiddenStack:
         self.dtype = compute_dtype(params[0])
         self.shards = shards_of(params[0])
         shape = (len(params), *self.shards.local(params[0]).shape)
-        self.momentum_buffer = torch.zeros(shape, dtype=self.dtype, device=params[0].device)
+        device = params[0].device
+        self.momentum_buffer = torch.zeros(shape, dtype=self.dtype, device=device)
+        whole = self.shards.layout is None  # else ranks share the layers out, all at once
+        self.at_once = layers_at_once(len(params), params[0].numel(), device) if whole else len(params)
+        self.single_chunk = self.at_once == len(params)
+        #: as of :class:`ddc.optim.stacked.StackedParameter`
+        self.compilable = whole and params[0].dtype == self.dtype
+        functions = HiddenStack._move, HiddenStack._sum_up, HiddenStack._measure
+        self.move, self.sum_up, self.measure = (Arithmetic(f, device) for f in functions)
 
     @property
     def blocks(self) -> int:
@@ -203,68 +231,92 @@ class HiddenStack:
 
         return along(0), along(1)
 
-    def dressed(self, rows: slice, log_factors: LogFactors | None) -> tuple[Tensor, Tensor]:
-        """Copies of weights and gradients in dressed coordinates; a missing gradient is zero."""
-        weight = stack_layers(local_weights(self.params[rows], self.shards), self.dtype)
-        grad = stack_layers(local_grads(self.params[rows], self.shards), self.dtype)
-        for log in log_factors or ():
-            factor = log[rows].exp()
-            weight.mul_(factor)
-            grad.mul_(safe_power(factor, -1))
+    def gather(self, rows: slice, log_factors: LogFactors | None) -> HiddenLayers:
+        """What a step reads of these layers, and where it writes."""
+        weights, grads = local_weights(self.params[rows], self.shards), local_grads(self.params[rows], self.shards)
+        mine = None if log_factors is None else (log_factors[0][rows], log_factors[1][rows])
+        return HiddenLayers(weights, grads, self.momentum_buffer[rows], mine)
+
+    def dressed(self, layers: HiddenLayers) -> tuple[Tensor, Tensor]:
+        """Copies of weights and gradients in dressed coordinates."""
+        weight, grad = (stack_layers(each, self.dtype) for each in (layers.weights, layers.grads))
+        for log in layers.log_factors or ():
+            factor = log.exp()
+            weight, grad = scaled(weight, factor), scaled(grad, safe_power(factor, -1))
         return weight, grad
 
-    def chunks(self) -> list[slice]:
-        """Slices of the layers, each to be taken at once; all where they are split, for ranks share the layers out."""
-        layers = at_once = len(self.params)
-        if self.momentum_buffer.device.type == "cpu" and self.shards.layout is None:
-            at_once = max(1, CPU_CHUNK // self.params[0].numel())
-        return [slice(i, i + at_once) for i in range(0, layers, at_once)]
+    def compiles(self, context: Context) -> bool:
+        """Whether the arithmetic of a step is compiled, by chunks."""
+        return context.compiled and self.compilable and all(param.grad is not None for param in self.params)
 
-    def dressed_sums(
-        self, log_factors: LogFactors | None, *terms: Callable[[Tensor, Tensor], Tensor]
-    ) -> Sequence[Tensor]:
-        """The sum of each block, (B,), of functions of dressed weights and gradients."""
-        parts = []
-        for rows in self.chunks():
-            weight, grad = self.dressed(rows, log_factors)
-            parts.append(self.sums(*(term(weight, grad) for term in terms)))
-        return [torch.cat(each) for each in zip(*parts, strict=True)]
+    def chunks(self) -> list[slice]:
+        """Slices of the layers, each to be taken at once."""
+        return [slice(i, i + self.at_once) for i in range(0, len(self.params), self.at_once)]
 
     def read(self, context: Context) -> Read:
         """Norms of the blocks, and the gradients of their logarithms."""
         log_factors = self.log_factors(context, after=False)
-        squares, log_norm_grad = self.dressed_sums(log_factors, lambda w, _: w.square(), lambda w, g: w * g)
-        return Read(log_factors, squares.sqrt(), log_norm_grad)
+        compiled = self.compiles(context)
+        parts = [self.sum_up(compiled, self, self.gather(rows, log_factors)) for rows in self.chunks()]
+        return Read(log_factors, *map(torch.cat, zip(*parts, strict=True)))
 
-    def move(self, read: Read, log_change: Tensor, group: Group, context: Context) -> None:
+    def _sum_up(self, layers: HiddenLayers) -> tuple[Tensor, Tensor]:
+        """The norm of each block and the gradient of its logarithm, (B,)."""
+        weight, grad = self.dressed(layers)
+        squares, log_norm_grad = self.sums(weight.square(), weight * grad)
+        return squares.sqrt(), log_norm_grad
+
+    def grad_norm_squared(self, context: Context) -> Tensor:
+        """Squared norm of the gradient in the invariant metric."""
+        log_factors = self.log_factors(context, after=False)
+        compiled = self.compiles(context)
+        return torch.stack(
+            [self.measure(compiled, self, self.gather(rows, log_factors)) for rows in self.chunks()]
+        ).sum()
+
+    def _measure(self, layers: HiddenLayers) -> Tensor:
+        weight, grad = self.dressed(layers)
+        squares, grads = self.sums(weight.square(), grad.square())
+        return (grads * squares / self.block_rows).sum()
+
+    def step(self, read: Read, log_change: Tensor, context: Context) -> None:
         """Turn the directions by the angle lr, multiply the norms by exp(log_change), decay, undress and store."""
-        undress = None if read.log_factors is None else self._undressing(read.log_factors, group, context)
-        for rows in self.chunks():
-            self._move(rows, read, log_change, undress, group)
+        group, rates = context.groups[self.groups[0]], context.rates[self.groups[0]]
+        undress = None if read.log_factors is None else self._undressing(read.log_factors, context)
+        hyper = MuonHyper(*rates, group["momentum"], group["nesterov"], group["orthogonalizer"])
+        compiled = self.compiles(context)
+        for rows in context.chunks([param.grad is not None for param in self.params], self.at_once):
+            blocks = slice(rows.start * self.heads, rows.stop * self.heads)
+            by_block = read.norm[blocks], read.log_norm_grad[blocks], log_change[blocks]
+            mine = None if undress is None else Undressing(*(each[rows] for each in undress))
+            self.move(compiled, self, self.gather(rows, read.log_factors), *by_block, mine, hyper)
 
-    def _move(self, rows: slice, read: Read, log_change: Tensor, undress: Undressing | None, group: Group) -> None:
-        blocks = slice(rows.start * self.heads, rows.stop * self.heads)
-        norm = read.norm[blocks]
-        weight, grad = self.dressed(rows, read.log_factors)
-        direction = weight.mul_(self.spread(safe_power(norm, -1)))
-        x = grad.mul_(self.spread(norm)).addcmul_(direction, self.spread(read.log_norm_grad[blocks]), value=-1)
-        momentum = self.momentum_buffer[rows].lerp(x, 1 - group["momentum"])
-        mixed = x.lerp_(momentum, group["momentum"]) if group["nesterov"] else momentum
-        o = self.shards.on_whole(lambda matrices: self._orthogonal(matrices, group["orthogonalizer"]), mixed)
+    def _move(
+        self,
+        layers: HiddenLayers,
+        norm: Tensor,
+        log_norm_grad: Tensor,
+        log_change: Tensor,
+        undress: Undressing | None,
+        hyper: MuonHyper,
+    ) -> None:
+        weight, grad = self.dressed(layers)
+        direction = scaled(weight, self.spread(safe_power(norm, -1)))
+        x = scaled(grad, self.spread(norm)).addcmul_(direction, self.spread(log_norm_grad), value=-1)
+        momentum = layers.momentum.lerp_(x, 1 - hyper.momentum)
+        mixed = x.lerp_(momentum, hyper.momentum) if hyper.nesterov else momentum
+        o = self.shards.on_whole(lambda matrices: self._orthogonal(matrices, hyper.orthogonalizer), mixed)
         o = o.addcmul_(direction, self.spread(self.sums(o * direction)[0]), value=-1)
         inverse = safe_power(self.sums(o.square())[0].sqrt(), -1)
-        turned = direction.addcmul_(o, self.spread(group["lr"] * inverse), value=-1)
-        growth = log_change[blocks].exp() * norm * safe_power(self.sums(turned.square())[0].sqrt(), -1)
-        moved = turned.mul_(self.spread(growth * (1 - group["lr"] * group["weight_decay"])))
+        turned = direction.addcmul_(o, self.spread(hyper.lr * inverse), value=-1)
+        growth = log_change.exp() * norm * safe_power(self.sums(turned.square())[0].sqrt(), -1)
+        moved = scaled(turned, self.spread(growth * hyper.decay))
         if undress is not None:
-            moved.mul_(undress.rows[rows]).mul_(undress.columns[rows])
+            moved = scaled(scaled(moved, undress.rows), undress.columns)
             # what a dead factor dresses has no effect, and stays as it is
-            originals = stack_layers(local_weights(self.params[rows], self.shards), self.dtype)
-            moved = torch.where(undress.alive[rows], moved, originals)
-        for i, param in enumerate(self.params[rows]):
-            if param.grad is not None:
-                self.momentum_buffer[rows][i].copy_(momentum[i])
-                self.shards.local(param).copy_(moved[i])
+            alive = undress.alive_rows & undress.alive_columns
+            moved = torch.where(alive, moved, stack_layers(layers.weights, self.dtype))
+        torch._foreach_copy_(layers.weights, moved.unbind())
 
     def _orthogonal(self, matrices: Tensor, orthogonalizer: str) -> Tensor:
         """Stacked whole matrices, orthogonalised block by block."""
@@ -274,19 +326,20 @@ class HiddenStack:
         size = torch.where(size >= torch.finfo(size.dtype).tiny, size, 0.0)
         return self.joined(ORTHOGONALIZERS[orthogonalizer](blocks * safe_power(size, -1)))
 
-    def _undressing(self, before: LogFactors, group: Group, context: Context) -> Undressing:
+    def _undressing(self, before: LogFactors, context: Context) -> Undressing:
         """What undresses the moved matrices; in ``balance``, with their frames relaxed towards 1."""
         after = self.log_factors(context, after=True)
         assert after is not None
         rows, columns = ((-log).exp() for log in after)
         if context.relaxed and (inner := self.log_factors(context, after=True, inner=True)) is not None:
-            rows, columns = (f * (relaxation(group) * log).exp() for f, log in zip((rows, columns), inner, strict=True))
-        return Undressing(rows, columns, before[0].isfinite() & before[1].isfinite())
+            rate = relaxation(context, self.groups[0])
+            rows, columns = (f * (rate * log).exp() for f, log in zip((rows, columns), inner, strict=True))
+        return Undressing(rows, columns, before[0].isfinite(), before[1].isfinite())
 
 
-def relaxation(group: Group) -> Any:
+def relaxation(context: Context, group: int) -> float | Tensor:
     """How far ``balance`` relaxes the logarithm of a frame in a step."""
-    return group["lr"] * group["radial_rate"]
+    return context.rates[group].lr * context.groups[group]["radial_rate"]
 
 
 class HiddenMatrices:
@@ -321,6 +374,11 @@ class HiddenMatrices:
         self.radial = {key: torch.zeros(modes, device=device, dtype=dtype) for key in ("exp_avg", "exp_avg_sq")}
 
     @property
+    def single_chunk(self) -> bool:
+        """Whether each stack is taken at once."""
+        return all(stack.single_chunk for stack in self.stacks)
+
+    @property
     def parameters(self) -> list[HiddenStack]:
         """The stacks, which have the names, params and groups that stacks of parameters have."""
         return self.stacks
@@ -339,12 +397,7 @@ class HiddenMatrices:
     def grad_norm_squared(self, context: Context) -> Tensor:
         """Squared norm of the gradient in the invariant metric."""
         self._sweep(context)
-        terms = []
-        for stack in self.stacks:
-            log_factors = stack.log_factors(context, after=False)
-            squares, grads = stack.dressed_sums(log_factors, lambda w, _: w.square(), lambda _, g: g.square())
-            terms.append((grads * squares / stack.block_rows).sum())
-        return torch.stack(terms).sum()
+        return torch.stack([stack.grad_norm_squared(context) for stack in self.stacks]).sum()
 
     def step(self, context: Context) -> None:
         """Move all matrices that have a gradient."""
@@ -355,11 +408,13 @@ class HiddenMatrices:
         # what shares a side with a hidden matrix goes with it; and all of it or nothing, or the function would change
         if group["vertical"] == "balance" and all(p.grad is not None for frame in self.frames for p in frame.params):
             for frame in self.frames:
-                context.relaxed[frame] = (-relaxation(group) * frame.log_frame).exp()
+                context.relaxed[frame] = (
+                    -relaxation(context, self.stacks[0].groups[0]) * context.log_frames[frame]
+                ).exp()
         reads = [stack.read(context) for stack in self.stacks]
         changes = self._radial(torch.cat([read.log_norm_grad for read in reads]), context)
         for stack, read, change in zip(self.stacks, reads, changes, strict=True):
-            stack.move(read, change, context.groups[stack.groups[0]], context)
+            stack.step(read, change, context)
 
     def _sweep(self, context: Context) -> None:
         for frame in self.frames:
@@ -376,8 +431,7 @@ class HiddenMatrices:
         u = adam_(mode_sums(self.basis.mT, log_norm_grads), moments, bias, group["betas"], group["eps"])
         change = mode_sums(self.basis, u * (bias.root_second / bias.first))
         parts = change.split([stack.blocks for stack in self.stacks])
-        groups = [context.groups[stack.groups[0]] for stack in self.stacks]
-        return [part * (-g["lr"] * g["radial_rate"]) for part, g in zip(parts, groups, strict=True)]
+        return [part * -relaxation(context, stack.groups[0]) for part, stack in zip(parts, self.stacks, strict=True)]
 
 
 def mode_sums(matrix: Tensor, vector: Tensor) -> Tensor:

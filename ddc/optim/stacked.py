@@ -279,6 +279,8 @@ class Context:
 
     ``norms`` holds, for each stack that has moved, the norms of its plus sides before and after, both (L, U);
     ``relaxed``, for each frame of hidden matrices that has relaxed, what its plus side was multiplied by, (L, U).
+    ``log_forward``, ``log_backward`` and ``log_frames`` are of all frames, as :class:`ddc.optim.hidden.FrameStack` has
+    them, (G, U).
     With ``compiled``, each stack compiles a function of its own.
     """
 
@@ -287,6 +289,9 @@ class Context:
     compiled: bool = False
     norms: dict[Dresser, tuple[Tensor, Tensor]] = field(default_factory=dict)
     relaxed: dict[Dresser, Tensor] = field(default_factory=dict)
+    log_forward: dict[Dresser, Tensor] = field(default_factory=dict)
+    log_backward: dict[Dresser, Tensor] = field(default_factory=dict)
+    log_frames: dict[Dresser, Tensor] = field(default_factory=dict)
 
     def hyper(self, parameter: StackedParameter) -> Hyper:
         """The hyperparameters of a parameter's group."""
