@@ -136,6 +136,10 @@ def peer_muon(s: Subject) -> Optimizer:
     return optimizer
 
 
+def ddcmuon(s: Subject, compiled: bool) -> Optimizer:
+    return DDCMuon(s.model.named_parameters(), s.gauges, s.hidden, lr=LR, adam_lr=LR, compiled=compiled)
+
+
 OPTIMIZERS: dict[str, Callable[[Subject], Optimizer]] = {
     "AdamW foreach": lambda s: AdamW(s.model.parameters(), lr=LR, foreach=True),
     "AdamW fused": lambda s: AdamW(s.model.parameters(), lr=LR, fused=True),
@@ -143,7 +147,8 @@ OPTIMIZERS: dict[str, Callable[[Subject], Optimizer]] = {
     "DDCAdam compiled": lambda s: DDCAdam(s.model.named_parameters(), s.gauges, lr=LR, compiled=True),
     "torch.optim.Muon": lambda s: s.with_adamw(torch.optim.Muon(s.matrices, lr=LR)),
     "Muon": lambda s: s.with_adamw(Muon(s.matrices, lr=LR)),
-    "DDCMuon": lambda s: DDCMuon(s.model.named_parameters(), s.gauges, s.hidden, lr=LR, adam_lr=LR),
+    "DDCMuon eager": lambda s: ddcmuon(s, compiled=False),
+    "DDCMuon compiled": lambda s: ddcmuon(s, compiled=True),
     "Muon, pytorch-optimizer": peer_muon,
     "AdamP, pytorch-optimizer": lambda s: peer("AdamP")(s.model.parameters(), lr=LR),
     "SOAP, pytorch-optimizer": lambda s: peer("SOAP")(s.model.parameters(), lr=LR),
@@ -283,7 +288,7 @@ def measure(case: Case, turns: int, device: torch.device) -> dict[str, Any]:
 
 def measure_scaling(turns: int, device: torch.device) -> dict[str, Any]:
     """The step alone along width, depth and number of heads, on random gradients."""
-    names = ("AdamW fused", "DDCAdam eager", "DDCAdam compiled", "Muon", "DDCMuon")
+    names = ("AdamW fused", "DDCAdam eager", "DDCAdam compiled", "Muon", "DDCMuon eager")
     along: dict[str, Any] = {}
     for axis, configs in SCALING.items():
         along[axis] = {"sizes": [*configs], "parameters": [], "optimizers": {name: [] for name in names}}

@@ -50,7 +50,7 @@ class DDCMuon(DDCAdam):
         betas, eps, radial_rate, vertical: as for :class:`DDCAdam`; on hidden matrices they are those of the norms.
             ``vertical="adam"`` steps on the norms' gauge coordinates, ``"balance"`` relaxes the frames to 1.
         weight_decay, step_scale, retract: as for :class:`DDCAdam`.
-        compiled: as for :class:`DDCAdam`, of the steps of all other parameters.
+        compiled: as for :class:`DDCAdam`.
 
     The state of a hidden matrix is its ``momentum_buffer``, half of AdamW's. A hidden matrix without a gradient is left
     alone; ``balance`` waits for a step in which all that the frames scale has one.
