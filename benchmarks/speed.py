@@ -41,13 +41,16 @@ from ddc.training.records import provenance, write_atomically, write_json
 PEERS = "pytorch-optimizer"
 LR = 1e-5
 #: Turns of an action that takes more than SLOW seconds, whatever the others have.
-FEW, SLOW = 3, 10.0
+FEW, SLOW = 3, 20.0
 COPIED_BYTES = 2**28
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model, one batch for it, and how many turns its optimizers take; ``too_slow`` are left out on a CPU."""
+    """A model, one batch for it, and how many turns its optimizers take.
+
+    ``too_slow`` are left out on a CPU; ``only``, where it is given, says which are measured at all.
+    """
 
     title: str
     build: Callable[[], nn.Module]
@@ -55,10 +58,11 @@ class Case:
     batch_title: str
     turns: int
     too_slow: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
 
 
 def text_case(
-    title: str, config: GPTConfig, turns: int, sequences: int, tokens: int, vocabulary: int = 256, too_slow: Any = ()
+    title: str, config: GPTConfig, turns: int, sequences: int, tokens: int, vocabulary: int = 256, **options: Any
 ) -> Case:
     """A language model on random tokens."""
 
@@ -67,7 +71,18 @@ def text_case(
         return drawn[:, :-1], drawn[:, 1:]
 
     batch_title = f"{sequences} sequences of {tokens} tokens"
-    return Case(title, lambda: GPT(config, vocabulary), batch, batch_title, turns, too_slow)
+    return Case(title, lambda: GPT(config, vocabulary), batch, batch_title, turns, **options)
+
+
+def vit_s(title: str, images: int, **options: Any) -> Case:
+    """ViT-S on random images."""
+
+    def batch() -> tuple[Tensor, Tensor]:
+        return torch.randn(images, 3, 224, 224), torch.randint(1000, (images,))
+
+    return Case(
+        title, lambda: vision_transformer(VIT_S, (3, 224, 224), 1000), batch, f"{images} images of 224 × 224", **options
+    )
 
 
 VIT_S = ViTConfig(patch=16, layers=12, width=384, heads=6, hidden=1536)
@@ -75,18 +90,14 @@ GPT_10M = GPTConfig(layers=6, width=384, heads=6, kv_heads=2, hidden=1024)
 GPT_124M = GPTConfig(layers=12, width=768, heads=12, kv_heads=12, hidden=2048, tied_head=True)
 #: They orthogonalise in bfloat16, which many CPUs emulate; that takes up to minutes a step.
 BFLOAT16 = ("torch.optim.Muon", "Muon, pytorch-optimizer")
+IN_A_LARGER_BATCH = ("AdamW fused", "DDCAdam compiled")
 CASES = {
     "gpt-1m": text_case("GPT 0.8M", GPTConfig(), 60, 16, 128),
     "gpt-10m": text_case("GPT 10M", GPT_10M, 20, 16, 128, too_slow=BFLOAT16),
     "gpt-124m": text_case("GPT 124M", GPT_124M, 5, 1, 128, 50257, too_slow=(*BFLOAT16, "SOAP, pytorch-optimizer")),
-    "vit-s": Case(
-        "ViT-S 22M",
-        lambda: vision_transformer(VIT_S, (3, 224, 224), 1000),
-        lambda: (torch.randn(2, 3, 224, 224), torch.randint(1000, (2,))),
-        "2 images of 224 × 224",
-        10,
-        too_slow=BFLOAT16,
-    ),
+    "gpt-124m-8": text_case("GPT 124M, 8 sequences", GPT_124M, 5, 8, 128, 50257, only=IN_A_LARGER_BATCH),
+    "vit-s": vit_s("ViT-S 22M", 2, turns=10, too_slow=BFLOAT16),
+    "vit-s-32": vit_s("ViT-S 22M, 32 images", 32, turns=5, only=IN_A_LARGER_BATCH),
     "deep-mlp": Case(
         "deep MLP 0.25M",
         lambda: DeepMLP(DeepMLPConfig(depth=24, width=96), 97, 97),
@@ -244,6 +255,8 @@ def measure(case: Case, turns: int, device: torch.device) -> dict[str, Any]:
     optimizers: dict[str, Optimizer] = {}
     results: dict[str, dict[str, Any]] = {}
     for name, make in OPTIMIZERS.items():
+        if case.only and name not in case.only:
+            continue
         results[name] = {}
         if device.type == "cpu" and name in case.too_slow:
             results[name]["skipped"] = "it takes too long on a CPU"
