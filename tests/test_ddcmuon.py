@@ -18,6 +18,7 @@ from ddc.optim.factory import make_muon
 from ddc.optim.hidden import HiddenMatrices, modes_of
 from ddc.optim.muon import Muon
 from ddc.optim.orthogonal import newton_schulz, newton_schulz_bfloat16, polar_factor
+from ddc.optim.stacked import Context
 from experiments.equivariance import MODELS as TABLE_MODELS
 from experiments.equivariance import orbit_divergence, random_model
 from tests.helpers import VOCABULARY, backward, make_model, relu_mlp, relu_mlp_gauges
@@ -46,13 +47,18 @@ def table() -> tuple[torch.Tensor, torch.Tensor]:
     return pairs, pairs.sum(1) % PRIME
 
 
-def mlp_step(model: DeepMLP, optimizer: torch.optim.Optimizer) -> float:
+def mlp_gradients(model: nn.Module) -> float:
     x, y = table()
-    optimizer.zero_grad()
+    model.zero_grad()
     loss = cross_entropy(model(x), y)
     loss.backward()
-    optimizer.step()
     return float(loss.detach())
+
+
+def mlp_step(model: DeepMLP, optimizer: torch.optim.Optimizer) -> float:
+    loss = mlp_gradients(model)
+    optimizer.step()
+    return loss
 
 
 def mlp_divergence(make, per_layer: bool = False, residual: bool = False, steps: int = 100) -> float:
@@ -451,21 +457,24 @@ def test_state_round_trip(dtype: torch.dtype) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chunked", [False, True])
-def test_compiled_arithmetic_is_the_same_step(chunked: bool) -> None:
-    """Compiled once for every rate, in one function or each chunk of a stack for itself."""
-    models = [deep_mlp(depth=3, width=8) for _ in range(2)]
-    options = {"orthogonalizer": "newton_schulz", "vertical": "balance"}
-    optimizers = [ddcmuon(m, find_gauges(m), compiled=m is models[1], **options) for m in models]
-    (hidden,) = (stack for stack in optimizers[1]._stacks if isinstance(stack, HiddenMatrices))
+def test_compiled_arithmetic_is_the_same_step(chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled once for every rate: a deep MLP in one function, a GPT with its heads apart by chunks of its stacks."""
     if chunked:
-        for stack in hidden.stacks:
-            stack.at_once, stack.single_chunk = 1, False
+        monkeypatch.setattr("ddc.optim.stacked.CPU_CHUNK", 64)
+        models = [make_model(GPTConfig(context=8, layers=2, width=8, heads=2, kv_heads=1, hidden=16)) for _ in range(2)]
+    else:
+        models = [deep_mlp(depth=3, width=8) for _ in range(2)]
+    options = {"orthogonalizer": "newton_schulz", "vertical": "balance", "nesterov": not chunked}
+    optimizers = [ddcmuon(m, find_gauges(m), chunked, compiled=m is models[1], **options) for m in models]
+    (hidden,) = (stack for stack in optimizers[1]._stacks if isinstance(stack, HiddenMatrices))
+    assert hidden.single_chunk != chunked
 
     def step(i: int) -> None:
         for model, optimizer in zip(models, optimizers, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = 0.01 / (1 + i)
-            mlp_step(model, optimizer)
+            backward(model, i) if chunked else mlp_gradients(model)
+            optimizer.step()
 
     step(0)
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -474,8 +483,16 @@ def test_compiled_arithmetic_is_the_same_step(chunked: bool) -> None:
     assert all(bool(stack.move.compiled) == chunked for stack in hidden.stacks)
     norms = [optimizer.grad_norm() for optimizer in optimizers]
     torch.testing.assert_close(*norms, rtol=1e-12, atol=0)
+    same = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
     for a, b in zip(*(model.parameters() for model in models), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        same(a, b)
+    same(*(optimizer.state_dict()["state"] for optimizer in optimizers))
+
+
+def test_layers_with_gradients_are_taken_together() -> None:
+    has_gradient = [True, True, False, True, True, True]
+    taken = Context([], []).chunks(has_gradient, 2)
+    assert taken == [slice(0, 2), slice(3, 5), slice(5, 6)]
 
 
 def test_a_copied_optimizer_routes_and_refuses_anothers_state() -> None:

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -39,7 +40,7 @@ from ddc.training import loop
 from ddc.training.checkpoint import read_checkpoint
 from ddc.training.config import LauncherConfig
 from ddc.training.loop import prepare, train
-from ddc.training.ranks import Ranks, join_ranks
+from ddc.training.ranks import Ranks, join_ranks, leave_ranks
 from ddc.training.records import Records
 from experiments.equivariance import random_model
 from tests.test_training import TINY, composed
@@ -494,6 +495,22 @@ def test_a_launcher_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     with pytest.raises(ValueError, match="launcher=torchrun, but torchrun did not start"):
         join_ranks(LauncherConfig("torchrun", "ddp"))
+
+
+def test_processes_stay_connected_until_they_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of one process share the connection, and nothing that a run leaves outlives it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = {"TORCHELASTIC_RUN_ID": "one", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in (started | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}).items():
+        monkeypatch.setenv(name, value)
+    config = LauncherConfig("torchrun", "ddp")
+    assert join_ranks(config, "cpu") == join_ranks(config, "cpu") == Ranks(0, 1, "ddp")
+    assert dist.is_initialized()
+    leave_ranks()
+    leave_ranks()
+    assert not dist.is_initialized()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from ddc.gauges import Gauge, Rescale, plain_name, whole
 from ddc.optim.closure import loss_of
-from ddc.optim.hidden import HiddenMatrices, MuonHyper
+from ddc.optim.hidden import HiddenMatrices
 from ddc.optim.plan import ChainPlan, Plan, PolarPlan, Role, make_plan
 from ddc.optim.sharding import restore_, shards_of
 from ddc.optim.stacked import Arithmetic, Context, Dresser, Group, Hyper, Rates, StackedParameter
@@ -22,8 +22,6 @@ from ddc.optim.stacks import ChainStack, FreeStack, PolarStack
 VERTICAL_MODES = ("freeze", "adam", "balance")
 STEP_SCALES = ("init", "norm")
 Stack = PolarStack | ChainStack | FreeStack | HiddenMatrices
-#: What a step reads of a param group but its :class:`Rates`.
-SETTINGS = {*Hyper._fields, *MuonHyper._fields} - {"lr", "decay"}
 
 
 class DDCAdam(Optimizer):
@@ -64,9 +62,9 @@ class DDCAdam(Optimizer):
         compiled: compile the step, and :meth:`grad_norm`, with ``torch.compile`` when they are first called: as one
             function, or where layers are large as one for each stack of alike layers. That takes tens of seconds for a
             transformer, and on a CPU a C++ compiler; what it saves is in docs/speed.md. A step in which gradients are
-            missing is compiled by stacks, but for layers that miss one. Not compiled are parameters that are split over
-            ranks or of lower precision than float32, and hidden matrices; and all of it no longer once betas, eps or
-            radial_rate have changed often.
+            missing is compiled by stacks, but for those that miss one. Not compiled are parameters that are split over
+            ranks or of lower precision than float32; and all of it no longer once hyperparameters other than lr and
+            weight_decay have changed often.
 
     Weights of lower precision than float32 have their state, and their arithmetic, in float32. State is
     complete from construction: ``exp_avg`` and ``exp_avg_sq`` as Adam's (the latter averaged as above),
@@ -85,6 +83,9 @@ class DDCAdam(Optimizer):
             while what shares its gauge was not.
         RuntimeError: in ``step``, a sparse gradient.
     """
+
+    #: What a step reads of a param group but its rates.
+    settings = frozenset(Hyper._fields) - {"lr"}
 
     def __init__(
         self,
@@ -193,8 +194,8 @@ class DDCAdam(Optimizer):
         return norm
 
     def _settings(self) -> list[Group]:
-        """:data:`SETTINGS` of each group; what changes at every step a compiled one must not see."""
-        return [{key: value for key, value in group.items() if key in SETTINGS} for group in self.param_groups]
+        """:attr:`settings` of each group; what changes at every step a compiled one must not see."""
+        return [{key: value for key, value in group.items() if key in self.settings} for group in self.param_groups]
 
     def _in_one_go(self) -> bool:
         """Whether to compile all of a step as one function: each stack is taken at once, and no gradient is missing."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddc.gauges import Gauge, HiddenMatrix, plain_name
 from ddc.optim.ddcadam import Builder, DDCAdam, Stack, check_not_zero
-from ddc.optim.hidden import Factor, FrameStack, HiddenMatrices, HiddenStack, Member
+from ddc.optim.hidden import Factor, FrameStack, HiddenMatrices, HiddenStack, Member, MuonHyper
 from ddc.optim.orthogonal import ORTHOGONALIZERS
 from ddc.optim.plan import Dressing, InnerPlan, Plan, make_plan
 from ddc.optim.sharding import check_split_alike, shards_of
@@ -59,6 +59,8 @@ class DDCMuon(DDCAdam):
         ValueError: a hyperparameter out of range; a hidden matrix that is absent, no matrix, does not divide into its
             heads, or is zero (norms move by multiplication: it would stay zero); and as :class:`DDCAdam`.
     """
+
+    settings = DDCAdam.settings | (frozenset(MuonHyper._fields) - {"lr", "decay"})
 
     def __init__(
         self,

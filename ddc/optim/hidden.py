@@ -24,6 +24,7 @@ from ddc.optim.stacked import (
     Bias,
     Context,
     adam_,
+    is_compilable,
     layers_at_once,
     local_grads,
     local_weights,
@@ -135,7 +136,10 @@ class Undressing(NamedTuple):
 
 
 class HiddenLayers(NamedTuple):
-    """What a step reads of some layers of a stack: weights and momenta, which it writes too, and gradients."""
+    """What a step reads of some layers of a stack: weights and momentum, which it writes too, gradients, and dressing.
+
+    ``momentum`` is (L, *shape).
+    """
 
     weights: list[Tensor]
     grads: list[Tensor]
@@ -167,11 +171,10 @@ class HiddenStack:
         shape = (len(params), *self.shards.local(params[0]).shape)
         device = params[0].device
         self.momentum_buffer = torch.zeros(shape, dtype=self.dtype, device=device)
-        whole = self.shards.layout is None  # else ranks share the layers out, all at once
+        whole = self.shards.layout is None  # else ranks share the layers out, as many at once as there are
         self.at_once = layers_at_once(len(params), params[0].numel(), device) if whole else len(params)
         self.single_chunk = self.at_once == len(params)
-        #: as of :class:`ddc.optim.stacked.StackedParameter`
-        self.compilable = whole and params[0].dtype == self.dtype
+        self.compilable = is_compilable(params[0])
         functions = HiddenStack._move, HiddenStack._sum_up, HiddenStack._measure
         self.move, self.sum_up, self.measure = (Arithmetic(f, device) for f in functions)
 
@@ -245,19 +248,11 @@ class HiddenStack:
             weight, grad = scaled(weight, factor), scaled(grad, safe_power(factor, -1))
         return weight, grad
 
-    def compiles(self, context: Context) -> bool:
-        """Whether the arithmetic of a step is compiled, by chunks."""
-        return context.compiled and self.compilable and all(param.grad is not None for param in self.params)
-
-    def chunks(self) -> list[slice]:
-        """Slices of the layers, each to be taken at once."""
-        return [slice(i, i + self.at_once) for i in range(0, len(self.params), self.at_once)]
-
     def read(self, context: Context) -> Read:
         """Norms of the blocks, and the gradients of their logarithms."""
         log_factors = self.log_factors(context, after=False)
-        compiled = self.compiles(context)
-        parts = [self.sum_up(compiled, self, self.gather(rows, log_factors)) for rows in self.chunks()]
+        chunks = context.chunks([True] * len(self.params), self.at_once)
+        parts = [self.sum_up(context.compiles(self), self, self.gather(rows, log_factors)) for rows in chunks]
         return Read(log_factors, *map(torch.cat, zip(*parts, strict=True)))
 
     def _sum_up(self, layers: HiddenLayers) -> tuple[Tensor, Tensor]:
@@ -269,10 +264,9 @@ class HiddenStack:
     def grad_norm_squared(self, context: Context) -> Tensor:
         """Squared norm of the gradient in the invariant metric."""
         log_factors = self.log_factors(context, after=False)
-        compiled = self.compiles(context)
-        return torch.stack(
-            [self.measure(compiled, self, self.gather(rows, log_factors)) for rows in self.chunks()]
-        ).sum()
+        chunks = context.chunks([True] * len(self.params), self.at_once)
+        measured = [self.measure(context.compiles(self), self, self.gather(rows, log_factors)) for rows in chunks]
+        return torch.stack(measured).sum()
 
     def _measure(self, layers: HiddenLayers) -> Tensor:
         weight, grad = self.dressed(layers)
@@ -284,8 +278,9 @@ class HiddenStack:
         group, rates = context.groups[self.groups[0]], context.rates[self.groups[0]]
         undress = None if read.log_factors is None else self._undressing(read.log_factors, context)
         hyper = MuonHyper(*rates, group["momentum"], group["nesterov"], group["orthogonalizer"])
-        compiled = self.compiles(context)
-        for rows in context.chunks([param.grad is not None for param in self.params], self.at_once):
+        has_gradient = [param.grad is not None for param in self.params]
+        compiled = context.compiles(self) and all(has_gradient)
+        for rows in context.chunks(has_gradient, self.at_once):
             blocks = slice(rows.start * self.heads, rows.stop * self.heads)
             by_block = read.norm[blocks], read.log_norm_grad[blocks], log_change[blocks]
             mine = None if undress is None else Undressing(*(each[rows] for each in undress))
@@ -407,10 +402,9 @@ class HiddenMatrices:
         group = context.groups[self.stacks[0].groups[0]]
         # what shares a side with a hidden matrix goes with it; and all of it or nothing, or the function would change
         if group["vertical"] == "balance" and all(p.grad is not None for frame in self.frames for p in frame.params):
+            rate = relaxation(context, self.stacks[0].groups[0])
             for frame in self.frames:
-                context.relaxed[frame] = (
-                    -relaxation(context, self.stacks[0].groups[0]) * context.log_frames[frame]
-                ).exp()
+                context.relaxed[frame] = (-rate * context.log_frames[frame]).exp()
         reads = [stack.read(context) for stack in self.stacks]
         changes = self._radial(torch.cat([read.log_norm_grad for read in reads]), context)
         for stack, read, change in zip(self.stacks, reads, changes, strict=True):

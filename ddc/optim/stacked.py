@@ -6,12 +6,13 @@ Shapes as in :mod:`ddc.optim.stacks`. Here is Adam too, and what the stacks of o
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 import operator
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from ddc.optim.averaging import Averaging
 from ddc.optim.plan import Role, compute_dtype
 from ddc.optim.sharding import CutAveraging, Whole, shards_of
+
+if TYPE_CHECKING:
+    from ddc.optim.hidden import HiddenStack
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +99,11 @@ def stack_layers(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.stack(list(tensors)).to(dtype)
 
 
+def is_compilable(param: Tensor) -> bool:
+    """Not where it is split over ranks; nor where it is rounded to a lower precision, which compilers leave out."""
+    return shards_of(param).layout is None and param.dtype == compute_dtype(param)
+
+
 #: What puts norms into :class:`Context`: a stack of polar or of inner gauges.
 Dresser = Hashable
 
@@ -118,11 +127,7 @@ class StackedParameter:
         self.dtype = compute_dtype(self.params[0])
         self.shards = shards_of(self.params[0])
         self.averaging = self.shards.averaging(self.role.averaging)
-
-    @property
-    def compilable(self) -> bool:
-        """Not where it is split over ranks; nor where it is rounded to a lower precision, which compilers leave out."""
-        return self.shards.layout is None and self.params[0].dtype == self.dtype
+        self.compilable = is_compilable(self.params[0])
 
     def allocate(self) -> None:
         """Make the moments."""
@@ -279,8 +284,8 @@ class Context:
 
     ``norms`` holds, for each stack that has moved, the norms of its plus sides before and after, both (L, U);
     ``relaxed``, for each frame of hidden matrices that has relaxed, what its plus side was multiplied by, (L, U).
-    ``log_forward``, ``log_backward`` and ``log_frames`` are of all frames, as :class:`ddc.optim.hidden.FrameStack` has
-    them, (G, U).
+    ``log_forward``, ``log_backward`` and ``log_frames`` are, for each stack of frames, the logarithms of f, b and the
+    frame that :class:`ddc.optim.hidden.FrameStack` defines, (G, U).
     With ``compiled``, each stack compiles a function of its own.
     """
 
@@ -302,16 +307,19 @@ class Context:
         """The factor of decoupled weight decay."""
         return self.rates[parameter.groups[0]].decay
 
-    def compiles(self, parameter: StackedParameter) -> bool:
+    def compiles(self, parameter: StackedParameter | HiddenStack) -> bool:
         """Whether the arithmetic on a parameter is compiled."""
         return self.compiled and parameter.compilable
 
     def chunks(self, has_gradient: Sequence[bool], at_once: int) -> list[slice]:
-        """Slices of the layers that have a gradient, each to be taken at once: where some have none, one by one."""
-        layers = len(has_gradient)
-        if not all(has_gradient):
-            return [slice(i, i + 1) for i in range(layers) if has_gradient[i]]
-        return [slice(i, i + at_once) for i in range(0, layers, at_once)]
+        """Slices of the layers that have a gradient, each to be taken at once."""
+        slices, start = [], 0
+        for has, run in itertools.groupby(has_gradient):
+            stop = start + len(list(run))
+            if has:
+                slices += [slice(i, min(i + at_once, stop)) for i in range(start, stop, at_once)]
+            start = stop
+        return slices
 
 
 class Hyper(NamedTuple):
@@ -351,7 +359,7 @@ class Arithmetic:
         except FailOnRecompileLimitHit:
             log.warning(
                 "a compiled step was compiled anew too often, and goes on uncompiled: learning rates and weight decay "
-                "may change from step to step, but betas, eps and radial_rate may not"
+                "may change from step to step, but no other hyperparameter may"
             )
             self.compiled = self.function
             return self.function(*arguments)

@@ -7,6 +7,7 @@ that one may fail (a full disk, a folder that is busy), all ranks fail alike.
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,7 +57,10 @@ class Ranks:
         dist.broadcast_object_list(outcome)
         result, raised = outcome
         if raised is not None:
-            raise raised
+            try:
+                raise raised
+            finally:
+                del outcome, raised  # which would keep all that its traceback holds
         return result
 
     def of_all(self, value: T) -> list[T]:
@@ -132,7 +136,17 @@ def join_ranks(config: LauncherConfig, device: str = "auto") -> Ranks:
             )
         torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend)
-    # not before the model is gone: DDP would end the group while it holds the GIL, for which threads of gloo may wait
-    atexit.register(dist.destroy_process_group)
+    if not dist.is_initialized():  # runs of a Hydra multirun share one process
+        dist.init_process_group(backend)
+        atexit.register(leave_ranks)
     return Ranks(dist.get_rank(), dist.get_world_size(), config.parallel)
+
+
+def leave_ranks() -> None:
+    """Disconnect, once the model is gone: of both, DDP must not be the last to hold the group.
+
+    It would destroy the group while it holds the GIL, for which a thread of gloo may wait, for ever.
+    """
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
