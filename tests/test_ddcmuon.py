@@ -458,9 +458,14 @@ def test_state_round_trip(dtype: torch.dtype) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("chunked", [False, True])
 def test_compiled_arithmetic_is_the_same_step(chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled once for every rate: a deep MLP in one function, a GPT with its heads apart by chunks of its stacks."""
+    """Compiled once for every rate: a deep MLP in one function, a GPT with its heads apart by chunks of its stacks.
+
+    The latter without the compiler's last stage, which would take more than a minute.
+    """
     if chunked:
         monkeypatch.setattr("ddc.optim.stacked.CPU_CHUNK", 64)
+        monkeypatch.setattr("ddc.optim.stacked.CPU_OPTIONS", {})
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
         models = [make_model(GPTConfig(context=8, layers=2, width=8, heads=2, kv_heads=1, hidden=16)) for _ in range(2)]
     else:
         models = [deep_mlp(depth=3, width=8) for _ in range(2)]
