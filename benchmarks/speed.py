@@ -88,7 +88,7 @@ def vit_s(title: str, images: int, **options: Any) -> Case:
 VIT_S = ViTConfig(patch=16, layers=12, width=384, heads=6, hidden=1536)
 GPT_10M = GPTConfig(layers=6, width=384, heads=6, kv_heads=2, hidden=1024)
 GPT_124M = GPTConfig(layers=12, width=768, heads=12, kv_heads=12, hidden=2048, tied_head=True)
-#: They orthogonalise in bfloat16, which many CPUs emulate; that takes up to minutes a step.
+#: They orthogonalise in bfloat16, which many CPUs emulate: too slow for the large models there.
 BFLOAT16 = ("torch.optim.Muon", "Muon, pytorch-optimizer")
 IN_A_LARGER_BATCH = ("AdamW fused", "DDCAdam compiled")
 CASES = {
