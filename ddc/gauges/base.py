@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,8 +96,9 @@ def check_kind(kind: str) -> None:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model that ``torch.compile``, DDP or DataParallel wraps, or the model itself."""
-    if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-        return unwrapped(inner)
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # which takes a second to import, and is there if it wraps
+    if dynamo is not None and isinstance(model, dynamo.OptimizedModule):
+        return unwrapped(model._orig_mod)
     return unwrapped(model.module) if isinstance(model, DistributedDataParallel | DataParallel) else model
 
 

@@ -314,6 +314,8 @@ class Trace:
         """Labels and degree of a node's value; None where the flow ends."""
         name, args = operation(node), arguments(node)
         scaled = [each for each in inputs(node) if each in state]
+        if not has_fixed_shape(node):
+            return None
         if name in ("mul", "div", "add", "sub") and len(args) == 2 and not node.kwargs:
             return self._combine(node, state, flow)
         if name in ("cat", "stack") and set(scaled) == set(args[0]):
@@ -362,6 +364,11 @@ class Trace:
         flow.gated |= isinstance(other, Node) and self.depends_on_parameters(other)
         return state[scaled][0].broadcast_to(shape), state[scaled][1]
 
+    def device_of(self, linear: LinearMap) -> torch.device:
+        """Where to compute with the outputs of a linear map; the CPU for what has no values."""
+        device = self.tensors[linear.weight].device
+        return torch.device("cpu") if device.type == "meta" else device
+
     @cached_property
     def _live(self) -> set[Node]:
         """What outputs, or operations that change a tensor in place, are computed from."""
@@ -379,8 +386,8 @@ class Trace:
         """
         on_the_way = self.ancestors(arguments(target)[argument], [source.node])
         generator = torch.Generator().manual_seed(0)
-        shape, device = value_of(source.node).shape, self.tensors[source.weight].device
-        outputs = torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
+        shape = value_of(source.node).shape
+        outputs = torch.randn(shape, generator=generator, dtype=torch.float64).to(self.device_of(source))
         moved = outputs.clone()
         moved[..., list(rows)] += 1
         before: dict[Node, Any] = {source.node: outputs}
@@ -497,7 +504,7 @@ class Trace:
                 value = torch.as_tensor(self.value(target, {**fixed, source.node: outputs.broadcast_to(shape)}))
                 return value.reshape(-1, *value.shape[-3:])[0]
 
-            units = torch.eye(shape[-1], dtype=torch.float64, device=self.tensors[source.weight].device)
+            units = torch.eye(shape[-1], dtype=torch.float64, device=self.device_of(source))
             if enter(torch.zeros_like(units[0])).any():
                 return None  # a constant is added on the way
             enter_all = torch.func.vmap(lambda outputs: enter(outputs)[:, positions])
@@ -566,6 +573,12 @@ def value_of(node: Node) -> Tensor:
     value = node.meta["val"]
     assert isinstance(value, Tensor)
     return value
+
+
+def has_fixed_shape(node: Node) -> bool:
+    """Whether the shape of a node's value does not depend on other values, as that of a selection does."""
+    value = node.meta.get("val")
+    return not isinstance(value, Tensor) or all(isinstance(size, int) for size in value.shape)
 
 
 def labels_of(node: Node) -> Tensor:

@@ -27,6 +27,7 @@ from ddc.gauges.trace import (
     NoValue,
     Trace,
     arguments,
+    has_fixed_shape,
     labels_of,
     last_axis,
     module_path,
@@ -177,8 +178,14 @@ class Finding:
         return view is not None and self.trace.tensors[view[0]].shape == value_of(node).shape[-1:]
 
     def _norm_scale(self, source: Node, plus: Sequence[str], where: str) -> Rescale:
+        if not has_fixed_shape(source):
+            raise NotProved("how many positions it has depends on values")
         flow = self.trace.flow({source: labels_of(source)})
         readers = [self._reader(arrival) for arrival in flow.arrivals]
+        if not readers:
+            raise NotProved("nothing reads it")
+        if len({*plus}) < len(plus):
+            raise NotProved("its scale and shift are one parameter")
         if flow.activations or any(arrival.degree != 1 for arrival in flow.arrivals):
             raise NotProved("what reads it is not a linear map")
         self._require_single(plus, readers)
@@ -248,6 +255,8 @@ class Finding:
         """Weights whose output units may be scaled: name, nodes of the outputs with their labels, and the side."""
         sources = []
         for linear in self.trace.linear_maps.values():
+            if not has_fixed_shape(linear.node):  # experts that are chosen by their index
+                continue
             plus = [Axis(linear.weight, linear.rows)]
             if linear.bias is not None:
                 plus.append(Axis(linear.bias))
@@ -543,9 +552,9 @@ def heads_of(matrix: Tensor, what: str) -> Heads:
         NotProved: entries of a head that are no outputs as they are, nor pairs of them turned by position.
     """
     heads = Heads([], [])
+    met_by = (matrix != 0).any(2)
     for head in range(matrix.shape[1]):
-        block = matrix[:, head]  # (outputs, positions, entries)
-        met = (block.abs() > 0).any(1)
+        block, met = matrix[:, head], met_by[:, head]  # (outputs, positions, entries), (outputs, entries)
         outputs = met.any(1).nonzero().flatten().tolist()
         planes, rest, scales = {}, {}, []
         for rows, entries in components(met[outputs], outputs):

@@ -7,6 +7,7 @@ of the group must change no output.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from collections.abc import Collection, Mapping, Sequence
@@ -31,7 +32,30 @@ TOLERANCE = 1e-6
 #: A model of more parameters is tried on a narrow twin: a copy in float64 would take over 2 GiB.
 LARGEST = 2**28
 #: To how many positions a sequence is lengthened, for what sets in only behind the example's.
-LONG = 48
+LONG = 32
+#: How many random numbers are drawn for a parameter at most, and repeated: a prime, so that no two rows are the same.
+DRAWN = 1_000_003
+
+
+@dataclass(frozen=True)
+class Change:
+    """How much outputs change at most, relative to their largest entry, and in which mode of the model."""
+
+    size: float
+    training: bool = False
+
+    def __str__(self) -> str:
+        where = " in training mode" if self.training else ""
+        return f"outputs change by {self.size:.1e} of their size under a random element{where}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of a model, its mode, and what it gives on them."""
+
+    inputs: Any
+    training: bool
+    outputs: list[Tensor]
 
 
 class Subject:
@@ -43,6 +67,7 @@ class Subject:
 
     Attributes:
         params: parameters by name, which :meth:`outputs` reads.
+        cases: inputs, with the outputs of the model as it is.
     """
 
     def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -51,20 +76,20 @@ class Subject:
         self.params = {name: generic(p.detach(), generator) for name, p in model.named_parameters()}
         self._buffers = {name: double(b) for name, b in model.named_buffers()}
         example = tree_map(double, (tuple(args), dict(kwargs)))
-        self.cases: list[tuple[Any, bool]] = []
-        for inputs in (example, another(example, generator), lengthened(example)):
-            for training in (False, True):
-                if inputs is not None and (inputs is example or self._runs(inputs, training)):
-                    self.cases.append((inputs, training))
+        self.cases = [Case(example, False, self.outputs(example, training=False))]
         # what cannot run in training on the example (a batch norm on a batch of one, say) is tried in evaluation alone
-        if not self._runs(example, training=True):
-            self.cases.remove((example, True))
+        self._try(example, training=True)
+        training = len(self.cases) > 1
+        for inputs in (another(example, generator), lengthened(example)):
+            if inputs is not None:
+                self._try(inputs, training)
 
-    def _runs(self, inputs: Any, training: bool) -> bool:
-        try:
-            return all(bool(each.isfinite().all()) for each in self.outputs(inputs, training))
-        except Exception:
-            return False
+    def _try(self, inputs: Any, training: bool) -> None:
+        """Take these inputs as a case, if the model can be run on them."""
+        with contextlib.suppress(Exception):  # whatever a model of others may raise
+            outputs = self.outputs(inputs, training)
+            if all(bool(each.isfinite().all()) for each in outputs):
+                self.cases.append(Case(inputs, training, outputs))
 
     @torch.no_grad()
     def outputs(self, inputs: Any, training: bool) -> list[Tensor]:
@@ -89,6 +114,36 @@ class Subject:
                     module.training = mode
         return [double(each) for each in [*tensors(given), *tensors(left)]]
 
+    def change(self, gauges: Sequence[Gauge]) -> Change:
+        """The largest change of an output under a random element of the product of these groups."""
+        original = self.params
+        params = {plain_name(name): p for name, p in original.items()}
+        moving = {name for gauge in gauges for name in gauge.parameters}
+        params |= {name: params[name].clone() for name in moving}
+        generator = torch.Generator().manual_seed(0)
+        for gauge in gauges:
+            gauge.act_(params, gauge.sample(params, generator))
+        shifted = {len(params[gauge.weight]) for gauge in gauges if isinstance(gauge, Shift)}
+        self.params = {name: params[plain_name(name)] for name in original}
+        try:
+            changes = [
+                Change(difference(case.outputs, self.outputs(case.inputs, case.training), shifted), case.training)
+                for case in self.cases
+            ]
+        finally:
+            self.params = original
+        return max(changes, key=lambda change: change.size)
+
+    def failing(self, gauges: Sequence[Gauge]) -> dict[Gauge, Change]:
+        """Those that are no symmetries, found by halves: where all are, one application of all at once shows it."""
+        change = self.change(gauges) if gauges else Change(0.0)
+        if change.size <= TOLERANCE:
+            return {}
+        if len(gauges) == 1:
+            return {gauges[0]: change}
+        half = len(gauges) // 2
+        return self.failing(gauges[:half]) | self.failing(gauges[half:])
+
 
 def generic(param: Tensor, generator: torch.Generator) -> Tensor:
     """A parameter in float64, moved at random: weights at zero, or tiny, would hide what they multiply."""
@@ -96,8 +151,9 @@ def generic(param: Tensor, generator: torch.Generator) -> Tensor:
         return param
     shape = param.shape
     fan = 1 if param.ndim < 2 else max(shape[-2:]) if param.ndim < 4 else math.prod(shape[1:])
-    noise = torch.randn(shape, generator=generator).to(param.device, torch.float64)
-    return double(param) + noise * (0.3 if param.ndim < 2 else fan**-0.5)
+    noise = torch.randn(min(param.numel(), DRAWN), generator=generator, dtype=torch.float64)
+    noise = noise.repeat(-(-param.numel() // DRAWN))[: param.numel()].view(shape).to(param.device)
+    return noise.mul_(0.3 if param.ndim < 2 else fan**-0.5).add_(param)
 
 
 def another(inputs: Any, generator: torch.Generator) -> Any:
@@ -136,58 +192,6 @@ def tensors(value: Any) -> list[Tensor]:
         elif is_dataclass(leaf) and not isinstance(leaf, type):
             found += tensors([getattr(leaf, field.name) for field in fields(leaf)])
     return found
-
-
-@dataclass(frozen=True)
-class Change:
-    """How much outputs change at most, relative to their largest entry, and in which mode of the model."""
-
-    size: float
-    training: bool = False
-
-    def __str__(self) -> str:
-        where = " in training mode" if self.training else ""
-        return f"outputs change by {self.size:.1e} of their size under a random element{where}"
-
-
-class Verifier:
-    """Applies gauges to a subject and reads how much its outputs change."""
-
-    def __init__(self, subject: Subject) -> None:
-        self.subject = subject
-        self.before = [subject.outputs(*case) for case in subject.cases]
-
-    def change(self, gauges: Sequence[Gauge]) -> Change:
-        """The largest change of an output under a random element of the product of these groups."""
-        original = self.subject.params
-        params = {plain_name(name): p for name, p in original.items()}
-        moving = {name for gauge in gauges for name in gauge.parameters}
-        params |= {name: params[name].clone() for name in moving}
-        generator = torch.Generator().manual_seed(0)
-        for gauge in gauges:
-            gauge.act_(params, gauge.sample(params, generator))
-        shifted = {len(params[gauge.weight]) for gauge in gauges if isinstance(gauge, Shift)}
-        self.subject.params = {name: params[plain_name(name)] for name in original}
-        try:
-            return max(
-                (
-                    Change(difference(before, self.subject.outputs(inputs, training), shifted), training)
-                    for before, (inputs, training) in zip(self.before, self.subject.cases, strict=True)
-                ),
-                key=lambda change: change.size,
-            )
-        finally:
-            self.subject.params = original
-
-    def failing(self, gauges: Sequence[Gauge]) -> dict[Gauge, Change]:
-        """Those that are no symmetries, found by halves: where all are, one application of all at once shows it."""
-        change = self.change(gauges) if gauges else Change(0.0)
-        if change.size <= TOLERANCE:
-            return {}
-        if len(gauges) == 1:
-            return {gauges[0]: change}
-        half = len(gauges) // 2
-        return self.failing(gauges[:half]) | self.failing(gauges[half:])
 
 
 def difference(before: Sequence[Tensor], after: Sequence[Tensor], shifted: Collection[int] = ()) -> float:
@@ -229,12 +233,12 @@ def verified(gauges: GaugeSet, model: nn.Module, args: Sequence[Any], kwargs: Ma
     if not gauges.found:
         return gauges
     try:
-        verifier = Verifier(Subject(model, args, kwargs))
+        subject = Subject(model, args, kwargs)
     except Exception as error:  # whatever a model of others may raise
         return unchecked(gauges, f"the model does not run in float64: {first_line(error)}")
-    if not all(bool(x.isfinite().all()) for outputs in verifier.before for x in outputs):
+    if not all(bool(x.isfinite().all()) for x in subject.cases[0].outputs):
         return unchecked(gauges, "the model gives inf or nan on the example")
-    failing = verifier.failing(gauges.found)
+    failing = subject.failing(gauges.found)
     return refuse(gauges, {gauge: str(change) for gauge, change in failing.items()})
 
 
