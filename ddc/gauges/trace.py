@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map_only, tree_unflatten
 
 from ddc.gauges.base import first_line, plain_name
 from ddc.gauges.double import InDouble
@@ -73,12 +73,13 @@ POSITIONS = 8
 def preserved(model: nn.Module) -> Iterator[None]:
     """Afterwards all attributes of all modules are what they were: a forward pass may leave losses or caches there."""
     before = {module: dict(vars(module)) for module in model.modules()}
+    inner = [(each, dict(each)) for of in before.values() for each in of.values() if isinstance(each, dict)]
     try:
         yield
     finally:
-        for module, attributes in before.items():
-            vars(module).clear()
-            vars(module).update(attributes)
+        for kept, attributes in [(vars(module), own) for module, own in before.items()] + inner:
+            kept.clear()
+            kept.update(attributes)
 
 
 @contextlib.contextmanager
@@ -120,6 +121,7 @@ class LinearMap:
 
     Attributes:
         node, input: the operation, and the node that it reads.
+        output: the node of what it gives: the operation, or the addition of the bias where that is one by itself.
         weight: name of the weight.
         rows: axis of the weight along which the outputs lie: 0, or 1 where the weight is stored as (in, out).
         bias: name of the bias where it is a parameter by itself, and the node of the bias whatever it is.
@@ -127,6 +129,7 @@ class LinearMap:
 
     node: Node
     input: Node
+    output: Node
     weight: str
     rows: int
     bias: str | None
@@ -255,7 +258,7 @@ class Trace:
         node = self.logits
         while operation(node) in ("alias", "to", "clone", "contiguous"):
             node = inputs(node)[0]
-        return self.linear_maps.get(node)
+        return next((linear for linear in self.linear_maps.values() if linear.output is node), None)
 
     @cached_property
     def linear_maps(self) -> dict[Node, LinearMap]:
@@ -275,9 +278,25 @@ class Trace:
             if view is None or self.tensors[view[0]].ndim != 2:
                 continue
             name, transposed = view
+            output = node
+            if bias is None and (added := self._added_bias(node)) is not None:
+                output, bias = added
             of_bias = self.parameter(bias)
-            maps[node] = LinearMap(node, x, name, (rows + transposed) % 2, of_bias[0] if of_bias else None, bias)
+            rows = (rows + transposed) % 2
+            maps[node] = LinearMap(node, x, output, name, rows, of_bias[0] if of_bias else None, bias)
         return maps
+
+    def _added_bias(self, node: Node) -> tuple[Node, Node] | None:
+        """The addition, and what it adds, where all that is done with a product is to add a parameter to its rows."""
+        users = list(node.users)
+        if len(users) != 1 or operation(users[0]) not in ("add", "add_") or len(arguments(users[0])) != 2:
+            return None
+        (add,) = users
+        (bias,) = [each for each in arguments(add) if each is not node] or [None]
+        view = self.parameter(bias)
+        if view is None or self.tensors[view[0]].shape != value_of(node).shape[-1:] or add.kwargs:
+            return None
+        return add, bias
 
     # ------------------------------------------------------------------------------------------ flow of scales
 
@@ -366,8 +385,7 @@ class Trace:
 
     def device_of(self, linear: LinearMap) -> torch.device:
         """Where to compute with the outputs of a linear map; the CPU for what has no values."""
-        device = self.tensors[linear.weight].device
-        return torch.device("cpu") if device.type == "meta" else device
+        return computing_device(self.tensors[linear.weight].device)
 
     @cached_property
     def _live(self) -> set[Node]:
@@ -384,21 +402,21 @@ class Trace:
 
         Where outputs go is told by changing them: what is only moved, and does not change, does not hold them.
         """
-        on_the_way = self.ancestors(arguments(target)[argument], [source.node])
+        on_the_way = self.ancestors(arguments(target)[argument], [source.output])
         generator = torch.Generator().manual_seed(0)
-        shape = value_of(source.node).shape
+        shape = value_of(source.output).shape
         outputs = torch.randn(shape, generator=generator, dtype=torch.float64).to(self.device_of(source))
         moved = outputs.clone()
         moved[..., list(rows)] += 1
-        before: dict[Node, Any] = {source.node: outputs}
-        after: dict[Node, Any] = {source.node: moved}
+        before: dict[Node, Any] = {source.output: outputs}
+        after: dict[Node, Any] = {source.output: moved}
 
         def changes(node: Node) -> bool:
             with InDouble():
                 values = (tree_leaves(self.value(node, each)) for each in (before, after))
                 return not all(torch.equal(a, b) for a, b in zip(*values, strict=True))
 
-        waiting = [source.node]
+        waiting = [source.output]
         while waiting:
             node = waiting.pop()
             for user in node.users:
@@ -466,8 +484,8 @@ class Trace:
             elif operation(each) == "type_as":
                 given[each] = given[inputs(each)[0]]
             else:
-                args = torch.fx.node.map_arg(arguments(each), given.__getitem__)
-                kwargs = torch.fx.node.map_arg(each.kwargs, given.__getitem__)
+                args, kwargs = torch.fx.node.map_arg((arguments(each), dict(each.kwargs)), given.__getitem__)
+                args, kwargs = tree_map_only(torch.device, computing_device, (args, kwargs))
                 if operation(each).endswith("_"):  # what was given is not to change
                     args = (args[0].clone(), *args[1:])
                 given[each] = callable_of(each)(*args, **kwargs)
@@ -484,9 +502,9 @@ class Trace:
         Raises:
             NoValue: a constant on the way is on the meta device.
         """
-        between = self.ancestors(target, [source.node])
-        on_the_way = self.descendants(source.node) & between
-        moving = {source.node, *on_the_way}
+        between = self.ancestors(target, [source.output])
+        on_the_way = self.descendants(source.output) & between
+        moving = {source.output, *on_the_way}
         fixed: dict[Node, Any] = {}
         with InDouble():
             for node in on_the_way:
@@ -497,11 +515,11 @@ class Trace:
                         if self.depends_on_parameters(argument):
                             return None
                         self.value(argument, fixed)
-            shape, length = value_of(source.node).shape, value_of(target).shape[-2]
+            shape, length = value_of(source.output).shape, value_of(target).shape[-2]
             positions = torch.arange(min(POSITIONS, length)) * length // min(POSITIONS, length)
 
             def enter(outputs: Tensor) -> Tensor:
-                value = torch.as_tensor(self.value(target, {**fixed, source.node: outputs.broadcast_to(shape)}))
+                value = torch.as_tensor(self.value(target, {**fixed, source.output: outputs.broadcast_to(shape)}))
                 return value.reshape(-1, *value.shape[-3:])[0]
 
             units = torch.eye(shape[-1], dtype=torch.float64, device=self.device_of(source))
@@ -509,6 +527,11 @@ class Trace:
                 return None  # a constant is added on the way
             enter_all = torch.func.vmap(lambda outputs: enter(outputs)[:, positions])
             return torch.cat([enter_all(part) for part in units.split(at_once)]).cpu()
+
+
+def computing_device(device: torch.device) -> torch.device:
+    """Where to compute what a model computes on a device: on the CPU what it has no values for."""
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def module_path(node: Node) -> str:

@@ -255,12 +255,12 @@ class Finding:
         """Weights whose output units may be scaled: name, nodes of the outputs with their labels, and the side."""
         sources = []
         for linear in self.trace.linear_maps.values():
-            if not has_fixed_shape(linear.node):  # experts that are chosen by their index
+            if not has_fixed_shape(linear.output):  # experts that are chosen by their index
                 continue
             plus = [Axis(linear.weight, linear.rows)]
             if linear.bias is not None:
                 plus.append(Axis(linear.bias))
-            sources.append((linear.weight, {linear.node: labels_of(linear.node)}, tuple(plus)))
+            sources.append((linear.weight, {linear.output: labels_of(linear.output)}, tuple(plus)))
         tables: dict[str, list[Node]] = defaultdict(list)
         for node in self.trace.graph.nodes:
             if operation(node) == "embedding" and (view := self.trace.parameter(arguments(node)[0])) is not None:
@@ -472,7 +472,7 @@ class Finding:
         Raises:
             NotProved: one output, a loss of another kind, or signs of one.
         """
-        if value_of(head.node).shape[-1] == 1:
+        if value_of(head.output).shape[-1] == 1:
             raise NotProved("it has one output, which a softmax makes constant: its loss is another one")
         if loss is not None:  # find_gauges leaves the shift out where it is another
             return
@@ -481,7 +481,7 @@ class Finding:
             raise NotProved(problem + ask)
         if (name := self.trace.output_name(self.trace.logits)) and name != "logits":
             raise NotProved(f"the output is called {name!r}, not logits{ask}")
-        related = self.trace.ancestors(head.node) | self.trace.descendants(head.node)
+        related = self.trace.ancestors(head.output) | self.trace.descendants(head.output)
         if any(each not in related and self.trace.depends_on_parameters(each) for each in self.trace.outputs):
             raise NotProved(f"the model has other outputs, of which the loss may be made{ask}")
 

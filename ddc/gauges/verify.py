@@ -96,7 +96,9 @@ class Subject:
         """All tensors that the model gives, in order, and those that it leaves on its modules, in float64."""
         generators = torch.get_rng_state(), random.getstate()
         modes = {module: module.training for module in self.model.modules()}
+        held = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         state = self.params | {name: b.clone() for name, b in self._buffers.items()}
+        in_place_of = {id(tensor): state[name] for name, tensor in held.items()}
         with preserved(self.model):
             before = {id(value) for module in modes for value in vars(module).values()}
             try:
@@ -104,8 +106,10 @@ class Subject:
                 random.seed(0)
                 for module in modes:
                     module.training = training
+                    for tensors_of in (module._parameters, module._buffers):
+                        tensors_of.update({key: in_place_of.get(id(x), x) for key, x in tensors_of.items()})
                 with InDouble():
-                    given = torch.func.functional_call(self.model, state, *inputs, tie_weights=True)
+                    given = self.model(*inputs[0], **inputs[1])
                 left = [v for module in modes for v in vars(module).values() if id(v) not in before]
             finally:
                 torch.set_rng_state(generators[0])
@@ -151,7 +155,7 @@ def generic(param: Tensor, generator: torch.Generator) -> Tensor:
         return param
     shape = param.shape
     fan = 1 if param.ndim < 2 else max(shape[-2:]) if param.ndim < 4 else math.prod(shape[1:])
-    noise = torch.randn(min(param.numel(), DRAWN), generator=generator, dtype=torch.float64)
+    noise = torch.randn(min(param.numel(), DRAWN), generator=generator, dtype=double(param.dtype))
     noise = noise.repeat(-(-param.numel() // DRAWN))[: param.numel()].view(shape).to(param.device)
     return noise.mul_(0.3 if param.ndim < 2 else fan**-0.5).add_(param)
 
