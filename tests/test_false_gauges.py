@@ -18,6 +18,7 @@ from ddc import DDCAdam, find_gauges
 from ddc.compatibility import provide_torchvision_operators
 from ddc.gauges import GaugeSet, named_parameters
 
+provide_torchvision_operators()
 WIDTH, HEADS, CLASSES = 8, 2, 5
 X = torch.randn(3, 6, WIDTH, generator=torch.Generator().manual_seed(0))
 
@@ -256,7 +257,6 @@ def test_a_key_and_a_value_of_their_own_at_the_end(packed: bool) -> None:
 
 
 def test_relative_positions_of_sam() -> None:
-    provide_torchvision_operators()
     import timm
 
     options = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 7}
@@ -469,14 +469,40 @@ def test_a_model_without_values_is_read_by_rules_and_says_so() -> None:
         assert not find_gauges(model, verify=False).unchecked
 
 
-def test_low_precision_does_not_hide_a_rotation() -> None:
-    """Sines in bfloat16 are off by a hundredth; the rules read them in float64."""
+def llama() -> nn.Module:
     import transformers
 
-    config = transformers.LlamaConfig(
-        vocab_size=11, hidden_size=16, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2
-    )
-    model = transformers.LlamaForCausalLM(config)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=11, **sizes))
+
+
+def test_what_is_too_large_is_tried_on_a_narrow_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    expected = find_gauges(model)
+    monkeypatch.setattr("ddc.gauges.verify.LARGEST", sum(p.numel() for p in model.parameters()) - 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gauges = find_gauges(model)
+    assert str(gauges) == str(expected)
+    assert not gauges.unchecked
+    model.config = None
+    with pytest.warns(UserWarning, match=r"parameters, and LlamaForCausalLM has no config to build a narrow twin"):
+        assert find_gauges(model, inputs={"input_ids": torch.arange(6).view(2, 3)}).unchecked
+
+
+def test_weights_on_the_meta_device_are_tried_on_a_narrow_twin() -> None:
+    with torch.device("meta"):
+        model = llama()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gauges = find_gauges(model)
+    assert kinds(gauges) == {"logit_shift", "gated_rescale", "norm_scale", "value_rotation"}
+    assert any("inv_freq is on the meta device and has no values" in r.reason for r in gauges.refused)
+
+
+def test_low_precision_does_not_hide_a_rotation() -> None:
+    """Sines in bfloat16 are off by a hundredth; the rules read them in float64."""
+    model = llama()
     expected = str(find_gauges(model))
     assert "qk_rotation" in expected
     assert str(find_gauges(model.bfloat16())) == expected

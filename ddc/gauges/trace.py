@@ -106,6 +106,11 @@ def inputs(node: Node) -> list[Node]:
     return node.all_input_nodes
 
 
+def readers(node: Node) -> list[Node]:
+    """The nodes that compute with the value of a node; not those that only look at its type or shape."""
+    return [user for user in node.users if node in inputs(user) and operation(user) != "_assert_tensor_metadata"]
+
+
 def operation(node: Node) -> str:
     """Name of what a node does: ``linear``, ``view``; ``getitem``; empty for what is no call."""
     if node.op != "call_function":
@@ -311,7 +316,7 @@ class Trace:
         """
         state: dict[Node, tuple[Any, float]] = {node: (labels, 1.0) for node, labels in sources.items()}
         flow = Flow([], set(), gated=False, dropout=False)
-        waiting = sorted({user for node in sources for user in node.users}, key=self.order.__getitem__)
+        waiting = sorted({user for node in sources for user in readers(node)}, key=self.order.__getitem__)
         seen = set(waiting)
         while waiting:
             node = waiting.pop(0)
@@ -324,7 +329,7 @@ class Trace:
                 ]
                 continue
             state[node] = after
-            fresh = [user for user in node.users if user not in seen]
+            fresh = [user for user in readers(node) if user not in seen]
             seen.update(fresh)
             waiting = sorted([*waiting, *fresh], key=self.order.__getitem__)
         return flow
@@ -387,15 +392,6 @@ class Trace:
         """Where to compute with the outputs of a linear map; the CPU for what has no values."""
         return computing_device(self.tensors[linear.weight].device)
 
-    @cached_property
-    def _live(self) -> set[Node]:
-        """What outputs, or operations that change a tensor in place, are computed from."""
-        found: set[Node] = set()
-        for node in self.graph.nodes:
-            if node.op == "output" or operation(node).endswith("_"):
-                found |= self.ancestors(node, found)
-        return found
-
     @torch.no_grad()
     def leak(self, source: LinearMap, rows: Sequence[int], target: Node, argument: int) -> Node | None:
         """An operation other than ``target``, at this argument alone, that reads these outputs of a linear map, if any.
@@ -419,9 +415,7 @@ class Trace:
         waiting = [source.output]
         while waiting:
             node = waiting.pop()
-            for user in node.users:
-                if user not in self._live or node not in inputs(user):
-                    continue
+            for user in readers(node):
                 if user is target:
                     taken = [i for i, each in enumerate([*user.args, *user.kwargs.values()]) if each is node]
                     if taken != [argument]:
