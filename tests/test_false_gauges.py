@@ -472,7 +472,7 @@ def test_a_model_without_values_is_read_by_rules_and_says_so() -> None:
 def llama() -> nn.Module:
     import transformers
 
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=11, **sizes))
 
 

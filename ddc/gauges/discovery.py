@@ -79,7 +79,10 @@ def _checked(model: nn.Module, gauges: GaugeSet, per_layer: bool, inputs: Inputs
     try:
         if not (reason := unfit(model)):
             return verified(gauges, model, *example(model, inputs))
-        of_twin = find_gauges(narrow_twin(model), per_layer, loss=loss)
+        twin = narrow_twin(model)
+        if still := unfit(twin):
+            return unchecked(gauges, f"{reason}, and of its narrow twin: {still}")
+        of_twin = find_gauges(twin, per_layer, loss=loss)
     except ValueError as error:
         return unchecked(gauges, f"{reason}, and {error}" if reason else str(error))
     return verified_by_twin(gauges, of_twin)
