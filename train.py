@@ -25,6 +25,7 @@ from ddc.report.rates import draw_readings
 from ddc.report.runs import Run, plot_curves, summary_table
 from ddc.training.checkpoint import CheckpointError
 from ddc.training.config import Config, check_choices, register_schemas, resolve
+from ddc.training.display import print_plainly
 from ddc.training.errors import explained
 from ddc.training.lock import BusyError
 from ddc.training.loop import DivergedError, prepare, train
@@ -95,6 +96,7 @@ def draw(folder: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
+    print_plainly()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's errors come here, to be said in one line
     try:
         check_choices(sys.argv[1:])

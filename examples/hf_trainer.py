@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from ddc import DDCAdam, find_gauges
+from ddc import DDCAdam, find_gauges, grad_norm
 from ddc.compatibility import provide_torchvision_operators
 from ddc.data import TextConfig, load_text
 from ddc.gauges import check
@@ -45,8 +45,7 @@ class ClipByInvariantNorm(TrainerCallback):  # type: ignore[misc]  # transformer
 
     def on_pre_optimizer_step(self, *_: Any, model: nn.Module, optimizer: Any, **__: Any) -> None:
         """Once a step, on gradients that are accumulated and unscaled; accelerate has wrapped the optimizer."""
-        norm = optimizer.optimizer.grad_norm()
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), self.max_norm, norm)
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), self.max_norm, grad_norm(optimizer))
 
 
 def blocks(tokens: np.ndarray) -> Dataset:

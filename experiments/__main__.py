@@ -20,6 +20,7 @@ from rich.table import Table
 from ddc.report import cost
 from ddc.report.book import Section, html, page
 from ddc.report.claims import FEW_SEEDS, Claim, Verdict, load_claims, rule, verdict_table
+from ddc.training.display import print_plainly
 from ddc.training.records import write_atomically
 from experiments.output import save_document
 from experiments.protocols import CLAIMS, ROOT, Stage
@@ -139,4 +140,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    print_plainly()
     main()

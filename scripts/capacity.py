@@ -32,6 +32,7 @@ from ddc.gauges import find_gauges, named_parameters
 from ddc.models import cross_entropy
 from ddc.report.capacity import capacity_table, plot_capacity
 from ddc.report.runs import Run
+from ddc.training.display import print_plainly
 from ddc.training.loop import Setup, evaluation_batches, measure, restore
 from ddc.training.records import provenance, write_json
 
@@ -129,4 +130,5 @@ def rounded(values: torch.Tensor) -> list[float]:
 
 
 if __name__ == "__main__":
+    print_plainly()
     main()

@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ddc.report.runs import RECORD_FILES, Run, markdown_table, plot_curves, summary_table
+from ddc.training.display import print_plainly
 
 
 def main() -> None:
@@ -37,10 +38,11 @@ def main() -> None:
                 shutil.copyfile(run.folder / name, kept / name)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     markdown = arguments.output.with_suffix(".md")
-    markdown.write_text(markdown_table(runs))
+    markdown.write_text(markdown_table(runs), encoding="utf-8")
     for path in (markdown, *plot_curves(runs, arguments.output)):
         print(path)
 
 
 if __name__ == "__main__":
+    print_plainly()
     main()

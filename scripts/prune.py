@@ -19,6 +19,7 @@ from rich.table import Table
 from ddc.capacity import feed_forward_blocks, pruned_parameters, unit_statistics
 from ddc.gauges import named_parameters
 from ddc.models import GPTConfig, ViTConfig, build_model, load_model, save_model
+from ddc.training.display import print_plainly
 from ddc.training.loop import Setup, evaluation_batches, measure, restore
 from ddc.training.records import provenance
 
@@ -78,4 +79,5 @@ def comparison(setups: dict[str, Setup]) -> Table:
 
 
 if __name__ == "__main__":
+    print_plainly()
     main()

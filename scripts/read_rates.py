@@ -34,6 +34,7 @@ from ddc.report.runs import Run
 from ddc.slt.observer import Observer
 from ddc.slt.rates import APPROACHES, read_cells
 from ddc.training.config import restored
+from ddc.training.display import print_plainly
 from ddc.training.loop import make_observer, prepare
 from ddc.training.records import provenance, write_atomically, write_json
 
@@ -112,4 +113,5 @@ def observer_of(run: Run, folder: Path) -> Observer:
 
 
 if __name__ == "__main__":
+    print_plainly()
     main()

@@ -14,6 +14,7 @@ import os
 import sys
 from pathlib import Path
 
+from ddc.training.display import print_plainly
 from ddc.training.sweep import ROOT, read_sweep, run_missing, summary
 
 
@@ -55,4 +56,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    print_plainly()
     main()

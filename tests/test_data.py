@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,44 @@ def test_bad_files(tmp_path: Path) -> None:
             load_text(TextConfig(name="file", path=str(path)), 8)
     with pytest.raises(DataError, match=r"the train split has 9 tokens.*data.train_tokens"):
         load_text(TextConfig(train_tokens=9), 32)
+
+
+TEXT = "To be, or not to be: a naïve question. " * 20
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("marked", [True, False])
+def test_text_that_is_not_utf_8_is_refused(tmp_path: Path, encoding: str, marked: bool) -> None:
+    path = tmp_path / "text.txt"
+    mark = "\ufeff" if marked and encoding[-1] == "e" else ""
+    path.write_text(mark + TEXT, encoding=encoding)
+    expected = encoding[:6].upper() if mark or encoding[-1] != "e" else "UTF-16 or UTF-32"
+    with pytest.raises(
+        DataError, match=rf"^data.path={re.escape(str(path))}: the file is {expected}.*: convert it to UTF-8"
+    ):
+        load_text(TextConfig(name="file", path=str(path)), 8)
+
+
+def test_a_mark_of_utf_8_is_left_out(tmp_path: Path) -> None:
+    plain, marked = tmp_path / "plain.txt", tmp_path / "marked.txt"
+    plain.write_text(TEXT, encoding="utf-8")
+    marked.write_text(TEXT, encoding="utf-8-sig")
+    assert marked.stat().st_size == plain.stat().st_size + 3
+    a, b = (load_text(TextConfig(name="file", path=str(path)), 8) for path in (plain, marked))
+    assert np.array_equal(a.train, b.train)
+    assert np.array_equal(a.validation, b.validation)
+    marked.write_bytes(b"\xef\xbb\xbf \n")
+    with pytest.raises(DataError, match="the file is empty"):
+        load_text(TextConfig(name="file", path=str(marked)), 8)
+
+
+def test_a_tokenizer_reads_utf_8_alone(tmp_path: Path) -> None:
+    """Bytes are bytes in any encoding; a tokenizer would see replacement characters."""
+    path = tmp_path / "latin.txt"
+    path.write_text(TEXT, encoding="latin-1")
+    assert load_text(TextConfig(name="file", path=str(path)), 8).vocab_size == 256
+    with pytest.raises(DataError, match=r"the file is not UTF-8 \(byte 25\).*data.tokenizer=bytes"):
+        load_text(TextConfig(name="file", path=str(path), tokenizer="any"), 8)
 
 
 def test_the_hub_out_of_reach_says_how_to_go_on() -> None:

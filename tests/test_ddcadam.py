@@ -712,22 +712,24 @@ def test_sparse_gradients_are_refused() -> None:
 
 
 @pytest.mark.slow
-def test_betas_that_change_at_every_step_end_compiling_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    """As OneCycleLR has it by default."""
-    torch.manual_seed(0)
-    model = nn.Linear(3, 2)
-    both = [copy.deepcopy(model) for _ in range(2)]
-    optimizers = [DDCAdam(m.named_parameters(), compiled=m is both[1]) for m in both]
+def test_switches_that_change_at_every_step_end_compiling_with_a_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers may change (tests/test_parameters.py). Compiled without the compiler's last stage, to save time."""
+    monkeypatch.setattr("ddc.optim.stacked.CPU_OPTIONS", {})
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    models = [relu_mlp(depth=2, width=3) for _ in range(2)]
+    optimizers = [DDCAdam(m.named_parameters(), relu_mlp_gauges(m), compiled=m is models[1]) for m in models]
     with torch._dynamo.config.patch(recompile_limit=2):
-        for seed in range(5):
-            grads = [torch.randn_like(p) for p in model.parameters()]
-            for m, optimizer in zip(both, optimizers, strict=True):
-                optimizer.param_groups[0]["betas"] = (0.9 - 0.01 * seed, 0.999)
-                for p, grad in zip(m.parameters(), grads, strict=True):
-                    p.grad = grad.clone()
+        for step in range(5):
+            for m, optimizer in zip(models, optimizers, strict=True):
+                optimizer.param_groups[0]["vertical"] = ("freeze", "balance")[step % 2]
+                optimizer.param_groups[0]["step_scale"] = ("init", "norm")[step // 2 % 2]
+                for p in m.parameters():
+                    p.grad = torch.sin(p.detach() * (step + 1))
                 optimizer.step()
     assert "compiled anew too often" in caplog.text
-    for a, b in zip(*(m.parameters() for m in both), strict=True):
+    for a, b in zip(*(m.parameters() for m in models), strict=True):
         torch.testing.assert_close(a, b)
 
 

@@ -479,6 +479,18 @@ def test_the_command_line_ends_with_summary_and_plots(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_terminal_in_ascii_gets_a_table_in_ascii(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "40"}
+    process = train_py("model.context=8", f"runs={tmp_path}", env=environment)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert output.isascii()
+    table = [line for line in output.splitlines() if line[:1] in ("|", "+")]
+    assert any(". at step" in line for line in table)
+    assert len({len(line) for line in table}) == 1
+
+
+@pytest.mark.slow
 def test_the_command_line_refuses_in_one_line(tmp_path: Path) -> None:
     process = train_py("data=file", "data.path=/no/such/file", f"runs={tmp_path}")
     output = process.communicate(timeout=300)[0]

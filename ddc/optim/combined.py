@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import ChainMap
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,13 +52,22 @@ class CombinedOptimizer(Optimizer):
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave.
+        """Load what :meth:`state_dict` gave. Where one part refuses its state, all are as they were.
 
         Raises:
             ValueError: it was saved by another kind of optimizer, or does not fit the parameters.
         """
         if len(state_dict.get("parts", ())) != len(self.parts):
             raise ValueError("the saved state is not of a combined optimizer with as many parts")
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
-        self._join()
+        before = [copy.deepcopy(part.state_dict()) for part in self.parts]
+        loaded = 0
+        try:
+            for part, state in zip(self.parts, state_dict["parts"], strict=True):
+                part.load_state_dict(state)
+                loaded += 1
+        except Exception:
+            for part, state in zip(self.parts[:loaded], before, strict=False):
+                part.load_state_dict(state)
+            raise
+        finally:
+            self._join()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import Any, overload
 
 import torch
@@ -14,9 +15,11 @@ from torch.optim import Optimizer
 from ddc.gauges import Gauge, Rescale, plain_name, whole
 from ddc.optim.closure import loss_of
 from ddc.optim.hidden import HiddenMatrices
+from ddc.optim.parameters import check_has_values, is_plain, listed, names_of, prepared
 from ddc.optim.plan import ChainPlan, Plan, PolarPlan, Role, make_plan
+from ddc.optim.saved import as_it_was_if_refused, check_shapes, in_own_order, parameter_names, saved_ids
 from ddc.optim.sharding import restore_, shards_of
-from ddc.optim.stacked import Arithmetic, Context, Dresser, Group, Hyper, Rates, StackedParameter
+from ddc.optim.stacked import Arithmetic, Context, Dresser, Group, Hyper, Rates, StackedParameter, as_tensors
 from ddc.optim.stacks import ChainStack, FreeStack, PolarStack
 
 VERTICAL_MODES = ("freeze", "adam", "balance")
@@ -63,8 +66,8 @@ class DDCAdam(Optimizer):
             function, or where layers are large as one for each stack of alike layers. That takes tens of seconds for a
             transformer, and on a CPU a C++ compiler; what it saves is in docs/speed.md. A step in which gradients are
             missing is compiled by stacks, but for those that miss one. Not compiled are parameters that are split over
-            ranks or of lower precision than float32; and all of it no longer once hyperparameters other than lr and
-            weight_decay have changed often.
+            ranks, of lower precision than float32 or complex; and all of it no longer once hyperparameters that are no
+            numbers have changed often. Numbers, such as lr and betas, may change at every step.
 
     Weights of lower precision than float32 have their state, and their arithmetic, in float32. State is
     complete from construction: ``exp_avg`` and ``exp_avg_sq`` as Adam's (the latter averaged as above),
@@ -114,16 +117,20 @@ class DDCAdam(Optimizer):
         }
         self._stacks: list[Stack] = []
         self._built: list[tuple[Sequence[int], list[Gauge]]] = []
+        self._placed: list[tuple[Tensor, torch.device]] = []
         self._ready = False
         self.compiled = compiled
-        super().__init__(params, defaults)
+        super().__init__(listed(params, type(self).__name__), defaults)
         self._build(range(len(self.param_groups)), gauges)
         self._ready = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in ``torch.optim``; parameters that come after construction are under no gauge."""
-        super().add_param_group(param_group)
-        check_hyperparameters(self.param_groups[-1])
+        """As in ``torch.optim``; parameters that come after construction are under no gauge.
+
+        They may come without names, as Lightning's callbacks add them that unfreeze layers.
+        """
+        check_hyperparameters({**self.defaults, **param_group})
+        super().add_param_group(prepared(param_group, self.param_groups))
         if self._ready:
             self._build([len(self.param_groups) - 1], ())
 
@@ -137,23 +144,50 @@ class DDCAdam(Optimizer):
             group = self.param_groups[index]
             if gauges and "param_names" not in group:
                 raise ValueError("gauges name parameters: pass model.named_parameters(), not parameters()")
-            names = group.get("param_names") or [f"{index}.{i}" for i in range(len(group["params"]))]
-            for name, param in zip(map(plain_name, names), group["params"], strict=True):
-                params[name], group_of[name] = param, index
+            for name, param in zip(map(plain_name, names_of(group, index)), group["params"], strict=True):
+                if is_plain(param):  # frozen quantised weights are left alone
+                    params[name], group_of[name] = param, index
         for stack in self._stacks_of(params, group_of, gauges):
             self.state.update(stack.states())
             self._stacks.append(stack)
         device = next((param.device for group in self.param_groups for param in group["params"]), torch.device("cpu"))
         self._advance, self._norm = Arithmetic(advance, device), Arithmetic(invariant_norm, device)
+        self._placed = [(param, param.device) for group in self.param_groups for param in group["params"]]
         self._check_groups()
 
     def _follow_parameters(self) -> None:
-        """Allocate the state anew, as zeros, where the parameters are by now."""
-        built, self._built, self._stacks, self._ready = self._built, [], [], False
-        self.state.clear()
-        for group_indices, gauges in built:
-            self._build(group_indices, gauges)
-            self._ready = True
+        """Go with what was done to the groups elsewhere: parameters moved to another device, groups put beside them.
+
+        Raises:
+            ValueError: they hold other parameters than the optimizer was made for.
+        """
+        if torch.compiler.is_compiling():
+            return
+        params = [param for group in self.param_groups for param in group["params"]]
+        if any(param is not mine for param, (mine, _) in zip_longest(params, self._placed, fillvalue=(None, None))):
+            self._build_groups_put_beside(params)
+        if any(param.device != device for param, device in self._placed):
+            before = self.state
+            built, self._built, self._stacks, self._ready = self._built, [], [], False
+            self.state = defaultdict(dict)
+            for group_indices, gauges in built:
+                self._build(group_indices, gauges)
+                self._ready = True
+            for param, state in self.state.items():
+                for key, value in state.items():
+                    if not before[param][key].is_meta:
+                        restore_(value, before[param][key])
+
+    def _build_groups_put_beside(self, params: Sequence[Tensor]) -> None:
+        """Build the groups that were put beside the others, as Lightning does where it resumes."""
+        first = sum(len(indices) for indices, _ in self._built)
+        known = sum(len(group["params"]) for group in self.param_groups[:first])
+        if known != len(self._placed) or any(p is not mine for p, (mine, _) in zip(params, self._placed, strict=False)):
+            raise ValueError(
+                "param_groups hold other parameters than those that the optimizer was made for: make it anew, after "
+                "whatever changed them, or add groups by add_param_group"
+            )
+        self._build(range(first, len(self.param_groups)), ())
 
     def _stacks_of(self, params: dict[str, Tensor], group_of: dict[str, int], gauges: list[Gauge]) -> list[Stack]:
         """The stacks that together step these parameters, in the order in which they step."""
@@ -169,7 +203,11 @@ class DDCAdam(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One optimization step; returns the loss of ``closure`` where there is one."""
         loss = loss_of(closure)
+        self._follow_parameters()
         self._check_groups()
+        if any(param.is_meta for param, _ in self._placed):
+            for name, (param, _) in zip(parameter_names(self), self._placed, strict=True):
+                check_has_values(name, param)
         whole = self._in_one_go()
         rates = [Rates.of(group, self.compiled) for group in self.param_groups]
         self._advance(whole, self._stacks, self._settings(), rates, self.compiled and not whole)
@@ -189,13 +227,17 @@ class DDCAdam(Optimizer):
         without one, look at the norm first if you want an error: torch's ``error_if_nonfinite`` waits for the
         device in the same way.
         """
+        self._follow_parameters()
         whole = self._in_one_go()
         norm: Tensor = self._norm(whole, self._stacks, self._settings(), self.compiled and not whole)
         return norm
 
     def _settings(self) -> list[Group]:
-        """:attr:`settings` of each group; what changes at every step a compiled one must not see."""
-        return [{key: value for key, value in group.items() if key in self.settings} for group in self.param_groups]
+        """:attr:`settings` of each group; a compiled step must not see numbers, which may change at every step."""
+        groups = [{key: value for key, value in group.items() if key in self.settings} for group in self.param_groups]
+        if not self.compiled:
+            return groups
+        return [{key: as_tensors(value) for key, value in group.items()} for group in groups]
 
     def _in_one_go(self) -> bool:
         """Whether to compile all of a step as one function: each stack is taken at once, and no gradient is missing."""
@@ -208,42 +250,53 @@ class DDCAdam(Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state, copying it into the buffers that exist, in their dtype and on their device.
 
-        If the parameters have moved to another device since, the buffers follow them first. So an optimizer made for a
-        model on the CPU works in the Trainer of transformers, which moves the model and then has accelerate load the
-        optimizer's own state.
+        Parameters are matched by name where optimizer and state have names (:func:`ddc.optim.saved.in_own_order`).
+        Where a state is refused, the optimizer is as it was. If parameters have moved to another device since, the
+        state follows them, here and in ``step``: so an optimizer made for a model on the CPU works in the Trainer of
+        transformers, which moves the model and then has accelerate load the optimizer's own state.
 
         Raises:
-            ValueError: the state was saved by another optimizer or with other gauges.
+            ValueError: the state was saved by another optimizer, with other gauges or of other parameters.
         """
-        own = self.state
-        super().load_state_dict({**state_dict, "state": {}})
-        self.state = own
-        if any(value.device != param.device for param, state in own.items() for value in state.values()):
-            self._follow_parameters()
+        self._follow_parameters()
+        saved, own = in_own_order(self, state_dict), self.state
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        names = chain.from_iterable(group.get("param_names", group["params"]) for group in self.param_groups)
-        saved_states = state_dict["state"]
-        for name, param, saved_id in zip(names, params, saved_ids, strict=True):
-            saved = saved_states.get(saved_id, {})
-            shapes = {key: tuple(value.shape) for key, value in own[param].items()}
-            saved_shapes = {key: tuple(torch.as_tensor(value).shape) for key, value in saved.items()}
-            if shapes != saved_shapes:
-                raise ValueError(
-                    f"the saved state of parameter {name if isinstance(name, str) else saved_id!r} is "
-                    f"{saved_shapes}, this optimizer's is {shapes}: it was saved with other gauges, another "
-                    "vertical mode or another optimizer"
-                )
-            for key, value in own[param].items():
-                restore_(value, torch.as_tensor(saved[key]))
+        states = [saved["state"].get(each, {}) for each in saved_ids(saved["param_groups"])]
+        for name, param, state in zip(parameter_names(self), params, states, strict=True):
+            check_shapes(name, state, own.get(param, {}))
+        with as_it_was_if_refused(self):
+            super().load_state_dict({**saved, "state": {}})
+            self.state = own
+            for group in self.param_groups:
+                check_hyperparameters(group)
+            self._check_agreement()
+        for param, state in zip(params, states, strict=True):
+            for key, value in own.get(param, {}).items():
+                restore_(value, torch.as_tensor(state[key]))
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("_gauges", "_hidden", "compiled", "_advance", "_norm")
+        names = ("_gauges", "_hidden", "compiled", "_advance", "_norm", "_placed")
         own = {key: value for key, value in vars(self).items() if key in names}
         return {**super().__getstate__(), "_stacks": self._stacks, "_built": self._built, "_ready": True, **own}
 
     def _check_groups(self) -> None:
         """Parameters under one gauge must share what the step shares; and gradients must be dense."""
+        self._check_agreement()
+        for stack in self._stacks:
+            for p in stack.parameters:
+                if any(param.grad is not None and param.grad.is_sparse for param in p.params):
+                    raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+            if isinstance(stack, PolarStack | ChainStack):
+                check_frozen(stack, self._gauges_of)
+
+    def _gauges_of(self, names: Iterable[str]) -> str:
+        """The gauges that several of these parameters are under, for messages."""
+        wanted = set(names)
+        gauges = [gauge for _, gauges in self._built for gauge in gauges]
+        return ", ".join(str(gauge) for gauge in gauges if len(wanted & set(gauge.parameters)) > 1)
+
+    def _check_agreement(self) -> None:
+        """Parameters under one gauge must share what the step shares."""
         for stack in self._stacks:
             indices = {index for p in stack.parameters for index in p.groups}
             if len(indices) > 1:
@@ -251,16 +304,12 @@ class DDCAdam(Optimizer):
                 for other in others:
                     for key in stack.shared:
                         if first[key] is not other[key] and first[key] != other[key]:
-                            names = ", ".join(p.names[0] for p in stack.parameters)
+                            names = [p.names[0] for p in stack.parameters]
                             raise ValueError(
                                 f"param groups disagree in {key} ({first[key]} and {other[key]}) over parameters "
-                                f"under one gauge: {names}. Put them in one group or leave the gauge out"
+                                f"under one gauge: {', '.join(names)}. Put them in one group or leave the gauge out "
+                                f"({self._gauges_of(names)})"
                             )
-            for p in stack.parameters:
-                if any(param.grad is not None and param.grad.is_sparse for param in p.params):
-                    raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-            if isinstance(stack, PolarStack | ChainStack):
-                check_frozen(stack)
 
 
 def advance(stacks: Sequence[Stack], groups: list[Group], rates: list[Rates], compiled: bool) -> None:
@@ -273,7 +322,7 @@ def advance(stacks: Sequence[Stack], groups: list[Group], rates: list[Rates], co
 def invariant_norm(stacks: Sequence[Stack], groups: list[Group], compiled: bool) -> Tensor:
     """:meth:`DDCAdam.grad_norm`."""
     context = Context(groups, [Rates(0.0, 1.0)] * len(groups), compiled)  # it does not depend on them
-    terms = [stack.grad_norm_squared(context) for stack in stacks]
+    terms = [stack.grad_norm_squared(context) for stack in stacks] or [torch.zeros(())]
     return torch.stack([term.to(terms[0]) for term in terms]).sum().sqrt()
 
 
@@ -289,8 +338,11 @@ def check_hyperparameters(group: Mapping[str, Any]) -> None:
             raise ValueError(f"Invalid {key}={group[key]!r}: expected one of {', '.join(choices)}")
 
 
-def check_frozen(stack: PolarStack | ChainStack) -> None:
-    """Raise ValueError where a parameter is frozen, and others that a gauge ties it to are not."""
+def check_frozen(stack: PolarStack | ChainStack, gauges_of: Callable[[Iterable[str]], str]) -> None:
+    """Raise ValueError where a parameter is frozen, and others that a gauge ties it to are not.
+
+    ``gauges_of`` gives the gauges of some parameters, for the message.
+    """
     named = [list(zip(p.names, p.params, strict=True)) for p in stack.parameters]
     tied = zip(*named, strict=True) if isinstance(stack, PolarStack) else [list(chain.from_iterable(named))]
     for layer in tied:
@@ -299,7 +351,8 @@ def check_frozen(stack: PolarStack | ChainStack) -> None:
                 if param.grad is None and not param.requires_grad:
                     raise ValueError(
                         f"{name!r} was frozen after the optimizer was made, but would move with what shares "
-                        "its gauge. Freeze that too, or make the optimizer anew without the gauge"
+                        f"its gauge ({gauges_of(each for each, _ in layer)}). Freeze that too, or make the optimizer "
+                        "anew without the gauge"
                     )
 
 

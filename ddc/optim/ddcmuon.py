@@ -11,7 +11,9 @@ from ddc.gauges import Gauge, HiddenMatrix, plain_name
 from ddc.optim.ddcadam import Builder, DDCAdam, Stack, check_not_zero
 from ddc.optim.hidden import Factor, FrameStack, HiddenMatrices, HiddenStack, Member, MuonHyper
 from ddc.optim.orthogonal import ORTHOGONALIZERS
+from ddc.optim.parameters import listed
 from ddc.optim.plan import Dressing, InnerPlan, Plan, make_plan
+from ddc.optim.saved import listing
 from ddc.optim.sharding import check_split_alike, shards_of
 from ddc.optim.stacks import PolarStack
 
@@ -102,6 +104,29 @@ class DDCMuon(DDCAdam):
             compiled=compiled,
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """As in ``torch.optim``, with the order of the hidden matrices, in which there is a state of their norms."""
+        return {**super().state_dict(), "hidden": self._order()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """As :meth:`ddc.DDCAdam.load_state_dict`.
+
+        Raises:
+            ValueError: as there; and for hidden matrices that come in another order than they were saved in.
+        """
+        saved, own = list(state_dict.get("hidden", self._order())), self._order()
+        if saved != own:
+            raise ValueError(
+                f"hidden matrices are in the order {listing(own)} and were saved in the order {listing(saved)}, which "
+                "the state of their norms has too: pass the same matrices as hidden, in the order of "
+                "state_dict['hidden'], and the same param groups"
+            )
+        super().load_state_dict(state_dict)
+
+    def _order(self) -> list[str]:
+        hidden = [stack for stack in self._stacks if isinstance(stack, HiddenMatrices)]
+        return [name for matrices in hidden for stack in matrices.stacks for name in stack.names]
+
     def routing(self) -> str:
         """A table: which parameter takes which step, and what conditions it."""
         rows = [("parameter", "step", "conditioned by")]
@@ -139,7 +164,7 @@ def split_groups(
     Raises:
         ValueError: parameters without names.
     """
-    given = list(params)
+    given = listed(params, DDCMuon.__name__)
     groups = [each if isinstance(each, dict) else None for each in given]
     whole = [{"params": given}] if not all(groups) else [group for group in groups if group is not None]
     split = []
@@ -159,13 +184,32 @@ def check_hidden(hidden: Mapping[str, HiddenMatrix], params: Mapping[str, Tensor
     """Raise ValueError for a hidden matrix that cannot be one."""
     for name, matrix in hidden.items():
         if name not in params:
-            raise ValueError(f"hidden matrix {name!r} is not among the optimizer's parameters")
+            raise ValueError(
+                f"hidden matrix {name!r} is not among the optimizer's parameters, or quantised. Pass "
+                "named_parameters() of the model that it was found in, or leave it out of hidden"
+            )
         param = params[name]
         if param.ndim != 2:
-            raise ValueError(f"hidden matrix {name!r} has shape {tuple(param.shape)}: expected a matrix")
+            raise ValueError(
+                f"hidden matrix {name!r} has shape {tuple(param.shape)}: expected a matrix. Leave it out of hidden"
+            )
+        if param.is_complex():
+            raise ValueError(
+                f"hidden matrix {name!r} is complex, and orthogonalised are real ones. Leave it out of hidden: it "
+                "takes AdamW's step then"
+            )
         if param.shape[matrix.axis] % matrix.heads:
-            raise ValueError(f"hidden matrix {name!r}: {matrix.heads} heads do not divide {param.shape[matrix.axis]}")
+            raise ValueError(
+                f"hidden matrix {name!r}: {matrix.heads} heads do not divide {param.shape[matrix.axis]}. Give it the "
+                "heads that it has, or heads=1"
+            )
         check_not_zero({name: param}, "its norm moves by multiplication", "leave it out of hidden")
+
+
+def gauges_of(plan: Plan, name: str) -> str:
+    """The gauges that link a hidden matrix to others, for messages."""
+    linking = [*(inner.gauge for inner in plan.inner), *(chain.gauge for chain in plan.chains)]
+    return " and ".join(str(gauge) for gauge in linking if name in gauge.parameters)
 
 
 class MuonBuilder(Builder):
@@ -206,7 +250,8 @@ class MuonBuilder(Builder):
             for name in (p, m):
                 if self.matrices[name].heads > 1:
                     raise ValueError(
-                        f"hidden matrix {name!r}: under a rescale of its units it cannot be taken by heads"
+                        f"hidden matrix {name!r}: under {gauges_of(plan, name)} it cannot be taken by heads. Make it "
+                        f"one matrix, HiddenMatrix({name!r}), or leave the gauge out"
                     )
         group = self.groups[stacks[0].groups[0]]
         return HiddenMatrices(frames, stacks, plan.linked, vertical=group["vertical"] == "adam")

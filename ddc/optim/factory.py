@@ -18,6 +18,8 @@ from ddc.optim.combined import CombinedOptimizer
 from ddc.optim.ddcadam import DDCAdam
 from ddc.optim.ddcmuon import DDCMuon
 from ddc.optim.muon import Muon
+from ddc.optim.parameters import listed
+from ddc.optim.saved import check_shapes, in_own_order, parameter_names, saved_ids
 from ddc.optim.sharding import split_like
 
 #: A step takes long to compile; what that saves in a smaller model does not make up for that in a run.
@@ -67,17 +69,24 @@ def make_muon(
 
 
 def make_adamw(groups: list[dict[str, Any]], **options: Any) -> AdamW:
-    """``torch.optim.AdamW``; like our own optimizers, it loads states of whole tensors where parameters are split."""
-    optimizer = AdamW(groups, fused=True, **options)
-    optimizer.register_load_state_dict_pre_hook(split_state)
+    """``torch.optim.AdamW``; like our own optimizers, it loads states by name, and of whole tensors where it has parts.
+
+    Raises:
+        ValueError: in ``load_state_dict``, a state of other parameters or of another optimizer.
+    """
+    optimizer = AdamW(listed(groups, AdamW.__name__), fused=True, **options)
+    optimizer.register_load_state_dict_pre_hook(fitted_state)
     return optimizer
 
 
-def split_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state dict with tensors of a parameter's shape split as the parameter is."""
+def fitted_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict in the optimizer's order, with tensors of a parameter's shape split as the parameter is."""
+    state_dict = in_own_order(optimizer, state_dict)
     params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-    param_of = dict(zip(ids, params, strict=False))  # torch says it, where there are not as many
+    param_of = dict(zip(saved_ids(state_dict["param_groups"]), params, strict=True))
+    for name, (i, param) in zip(parameter_names(optimizer), param_of.items(), strict=True):
+        if saved := state_dict["state"].get(i):  # it has none before its first step
+            check_shapes(name, saved, {"step": (), "exp_avg": param.shape, "exp_avg_sq": param.shape})
 
     def split(value: Any, param: Tensor) -> Any:
         return split_like(value, param) if isinstance(value, Tensor) and value.shape == param.shape else value
@@ -129,7 +138,7 @@ def make_optimizer(
 
 def compiled_step(wanted: bool | None, model: nn.Module) -> bool:
     """Whether to compile the step: see :func:`make_optimizer`."""
-    parameters = list(model.parameters())
+    parameters = listed(model.parameters(), "an optimizer")
     if any(isinstance(p, DTensor) for p in parameters):
         if wanted:
             raise ValueError(

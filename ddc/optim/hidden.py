@@ -23,7 +23,9 @@ from ddc.optim.stacked import (
     Arithmetic,
     Bias,
     Context,
+    Number,
     adam_,
+    approach_,
     is_compilable,
     layers_at_once,
     local_grads,
@@ -150,9 +152,9 @@ class HiddenLayers(NamedTuple):
 class MuonHyper(NamedTuple):
     """Hyperparameters of one step of a stack."""
 
-    lr: float | Tensor
-    decay: float | Tensor
-    momentum: float
+    lr: Number
+    decay: Number
+    momentum: Number
     nesterov: bool
     orthogonalizer: str
 
@@ -298,8 +300,8 @@ class HiddenStack:
         weight, grad = self.dressed(layers)
         direction = scaled(weight, self.spread(safe_power(norm, -1)))
         x = scaled(grad, self.spread(norm)).addcmul_(direction, self.spread(log_norm_grad), value=-1)
-        momentum = layers.momentum.lerp_(x, 1 - hyper.momentum)
-        mixed = x.lerp_(momentum, hyper.momentum) if hyper.nesterov else momentum
+        momentum = approach_(layers.momentum, x, 1 - hyper.momentum)
+        mixed = approach_(x, momentum, hyper.momentum) if hyper.nesterov else momentum
         o = self.shards.on_whole(lambda matrices: self._orthogonal(matrices, hyper.orthogonalizer), mixed)
         o = o.addcmul_(direction, self.spread(self.sums(o * direction)[0]), value=-1)
         inverse = safe_power(self.sums(o.square())[0].sqrt(), -1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,13 +11,40 @@ from torch.optim import Optimizer
 
 from ddc.optim.closure import loss_of
 from ddc.optim.orthogonal import ORTHOGONALIZERS
+from ddc.optim.parameters import check_has_values, is_plain, listed, names_of, prepared
 from ddc.optim.plan import compute_dtype
+from ddc.optim.saved import as_it_was_if_refused, check_shapes, in_own_order, parameter_names, saved_ids
 from ddc.optim.sharding import restore_, shards_of
 
 ADJUSTMENTS: dict[str, Callable[[int, int], float]] = {
     "original": lambda rows, columns: max(1.0, rows / columns) ** 0.5,
     "match_rms_adamw": lambda rows, columns: 0.2 * max(rows, columns) ** 0.5,
 }
+
+
+def check_hyperparameters(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for a hyperparameter out of range."""
+    for name, high in (("lr", None), ("weight_decay", None), ("momentum", 1)):
+        value = group[name]
+        if not value >= 0 or (high is not None and value >= high):
+            raise ValueError(f"Invalid {name}={value}: expected a number >= 0" + (" and < 1" if high else ""))
+    for name, choices in (("adjust_lr_fn", ADJUSTMENTS), ("orthogonalizer", ORTHOGONALIZERS)):
+        if group[name] not in choices:
+            raise ValueError(f"Invalid {name}={group[name]!r}: expected one of {', '.join(choices)}")
+
+
+def check_matrix(name: str, param: Tensor) -> None:
+    """Raise ValueError unless a parameter is a matrix of real numbers."""
+    if param.ndim != 2 or not is_plain(param) or param.is_complex():
+        raise ValueError(
+            f"Muon takes matrices of real numbers; {name!r} has shape {tuple(param.shape)} and {param.dtype}. Give it "
+            "to AdamW"
+        )
+
+
+def zero_state(param: Tensor) -> dict[str, Tensor]:
+    """The state of a matrix before the first step."""
+    return {"momentum_buffer": torch.zeros_like(param, dtype=compute_dtype(param))}
 
 
 class Muon(Optimizer):
@@ -51,41 +78,51 @@ class Muon(Optimizer):
         adjust_lr_fn: str = "original",
         orthogonalizer: str = "newton_schulz",
     ) -> None:
-        for name, value, high in (("lr", lr, None), ("weight_decay", weight_decay, None), ("momentum", momentum, 1)):
-            if value < 0 or (high is not None and value >= high):
-                raise ValueError(f"Invalid {name}={value}: expected a number >= 0" + (" and < 1" if high else ""))
-        if adjust_lr_fn not in ADJUSTMENTS:
-            raise ValueError(f"Invalid adjust_lr_fn={adjust_lr_fn!r}: expected one of {', '.join(ADJUSTMENTS)}")
-        if orthogonalizer not in ORTHOGONALIZERS:
-            raise ValueError(f"Invalid orthogonalizer={orthogonalizer!r}: expected one of {', '.join(ORTHOGONALIZERS)}")
         defaults = {
             "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov,
             "adjust_lr_fn": adjust_lr_fn, "orthogonalizer": orthogonalizer,
         }  # fmt: skip
-        super().__init__(params, defaults)
+        super().__init__(listed(params, type(self).__name__), defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in ``torch.optim``; state is made at once."""
-        super().add_param_group(param_group)
-        for param in self.param_groups[-1]["params"]:
-            if param.ndim != 2:
-                raise ValueError(f"Muon takes matrices; got a parameter of shape {tuple(param.shape)}")
-            self.state[param]["momentum_buffer"] = torch.zeros_like(param, dtype=compute_dtype(param))
+        check_hyperparameters({**self.defaults, **param_group})
+        group = prepared(param_group, self.param_groups)
+        for name, param in zip(names_of(group, len(self.param_groups)), group["params"], strict=True):
+            check_matrix(name, param)
+        super().add_param_group(group)
+        self.state.update({param: zero_state(param) for param in self.param_groups[-1]["params"]})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in ``torch.optim``, but momentum stays in float32 where weights are in less."""
-        super().load_state_dict(state_dict)
-        saved = state_dict["state"]
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        """As :meth:`ddc.DDCAdam.load_state_dict`; momentum stays in float32 where weights are in less.
+
+        Raises:
+            ValueError: the state was saved by another optimizer or of other parameters.
+        """
+        saved = in_own_order(self, state_dict)
         params = [param for group in self.param_groups for param in group["params"]]
-        for i, param in zip(ids, params, strict=True):
-            self.state[param]["momentum_buffer"] = torch.zeros_like(param, dtype=compute_dtype(param))
-            restore_(self.state[param]["momentum_buffer"], saved[i]["momentum_buffer"])
+        states = [saved["state"].get(i, {}) for i in saved_ids(saved["param_groups"])]
+        for name, param, state in zip(parameter_names(self), params, states, strict=True):
+            check_shapes(name, state, {"momentum_buffer": param.shape})
+        with as_it_was_if_refused(self):
+            super().load_state_dict({**saved, "state": {}})
+            for group in self.param_groups:
+                check_hyperparameters(group)
+            self.state.update({param: zero_state(param) for param in params})
+            for param, state in zip(params, states, strict=True):
+                restore_(self.state[param]["momentum_buffer"], state["momentum_buffer"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step; returns the loss of ``closure`` where there is one."""
         loss = loss_of(closure)
+        for name, param in zip(parameter_names(self), list(self.state), strict=True):
+            check_has_values(name, param)
+            if self.state[param]["momentum_buffer"].device != param.device:  # it was moved since
+                moved = zero_state(param)
+                if not self.state[param]["momentum_buffer"].is_meta:
+                    restore_(moved["momentum_buffer"], self.state[param]["momentum_buffer"])
+                self.state[param] = moved
         for group in self.param_groups:
             alike: dict[object, list[Tensor]] = {}
             for param in group["params"]:

@@ -137,11 +137,16 @@ def make_plan(params: Mapping[str, Tensor], gauges: Iterable[Gauge], hidden: Col
                 dressings.setdefault(name, []).append(Dressing(gauge, axis, degree))
         for name, _ in gauge.plus:
             if name in hidden and any(name == other for g in inner if g is not gauge for other, _ in g.plus):
-                raise ValueError(f"{name!r}: a hidden matrix on the plus side of two rescales is not supported")
+                others = [g for g in inner if g is gauge or any(name == other for other, _ in g.plus)]
+                raise ValueError(
+                    f"{name!r}: a hidden matrix cannot be on the plus side of two rescales, {named(*others)}. Leave it "
+                    f"out of hidden, or {without(*others)}"
+                )
     for name, several in dressings.items():
         axes = [dressing.axis for dressing in several]
         if len(set(axes)) != len(axes):
-            raise ValueError(f"{name!r}: {' and '.join(str(d.gauge) for d in several)} rescale the same axis")
+            both = [dressing.gauge for dressing in several]
+            raise ValueError(f"{name!r}: {named(*both)} rescale the same axis. Of these, {without(*both)}")
 
     plus_of = _sides(sided, plus=True)
     minus_of = _sides(sided, plus=False, but=dressings)
@@ -149,24 +154,37 @@ def make_plan(params: Mapping[str, Tensor], gauges: Iterable[Gauge], hidden: Col
     centred = _centred(gauges)
     averagings = _averagings(params, gauges)
 
+    def over(name: str, *kinds: type[Gauge]) -> list[Gauge]:
+        return [gauge for gauge in gauges if isinstance(gauge, kinds) and name in gauge.parameters]
+
     def role(name: str, axis: int | None) -> Role:
         averaging = averagings.get(name)
         if averaging is not None and averaging.dim - 1 == axis and (name in plus_of or name in minus_of):
-            raise ValueError(f"{name!r}: a rotation and a rescale along the same axis do not commute")
+            both = over(name, Rotation, Rescale)
+            raise ValueError(
+                f"{name!r}: {named(*both)} turn and rescale the same axis, which do not commute. Of these, "
+                f"{without(*both)}"
+            )
         if name in centred and (name in plus_of or name in minus_of) and axis == 0:
-            raise ValueError(f"{name!r}: a logit shift combines with a rescale of the columns only")
+            both = over(name, Shift, Rescale)
+            raise ValueError(
+                f"{name!r}: {named(*both)} do not combine: a logit shift goes with a rescale of the columns only. Of "
+                f"these, {without(*both)}"
+            )
         dressing = None
         if name in plus_of and name in minus_of:
             gauge, minus_axis = minus_of[name]
             if minus_axis == axis:
-                raise ValueError(f"{name!r}: {gauge} and {plus_of[name][0]} rescale the same axis")
+                both = [gauge, plus_of[name][0]]
+                raise ValueError(f"{name!r}: {named(*both)} rescale the same axis. Of these, {without(*both)}")
             dressing = Dressing(gauge, minus_axis, gauge.degree)
         elif name in dressings:
             dressing, *others = dressings[name]
             if others or name in plus_of or name in centred or averaging is not None:
+                both = over(name, Rescale, Rotation, Shift)
                 raise ValueError(
                     f"{name!r} shares a side of {dressing.gauge} with a hidden matrix and is under another gauge as "
-                    "well; make it hidden too, or leave a gauge out"
+                    f"well ({named(*both)}): make it hidden too, or {without(*both)}"
                 )
         return Role(name, axis, averaging, name in centred, dressing)
 
@@ -206,11 +224,42 @@ def _check_gauges(params: Mapping[str, Tensor], gauges: list[Gauge]) -> None:
         for name in gauge.parameters:
             if name not in params:
                 raise ValueError(
-                    f"{gauge}: its parameter {name!r} is not among the optimizer's. Pass named_parameters() of "
-                    "the model that the gauges were found in, or leave the gauge out"
+                    f"{gauge}: its parameter {name!r} is not among the optimizer's, or quantised. Pass "
+                    f"named_parameters() of the model that the gauges were found in, or {without(gauge)}"
                 )
             if not params[name].requires_grad:
-                raise ValueError(f"{gauge}: its parameter {name!r} is frozen. Unfreeze it or leave the gauge out")
+                raise ValueError(f"{gauge}: its parameter {name!r} is frozen. Unfreeze it, or {without(gauge)}")
+            if params[name].is_complex():
+                raise ValueError(
+                    f"{gauge}: its parameter {name!r} is complex, and gauges act on real ones: {without(gauge)}"
+                )
+        _check_sizes(params, gauge)
+
+
+def _check_sizes(params: Mapping[str, Tensor], gauge: Gauge) -> None:
+    """Raise ValueError for a gauge of parameters that have these names and other shapes."""
+    if not isinstance(gauge, Rescale | Rotation):
+        return
+    slots = [(*side, None) for side in gauge.plus + gauge.minus] if isinstance(gauge, Rescale) else gauge.slots
+    sizes = [params[name].shape[axis] if axis < params[name].ndim else -1 for name, axis, _ in slots]
+    needed = [sizes[0] if indices is None else 1 + int(indices.max()) for _, _, indices in slots]
+    fits = [size >= need for size, need in zip(sizes, needed, strict=True)]
+    if not all(fits) or (isinstance(gauge, Rescale) and len(set(sizes)) > 1):
+        there = ", ".join(f"{name!r} {tuple(params[name].shape)} along axis {axis}" for name, axis, _ in slots)
+        raise ValueError(
+            f"{gauge} does not fit the shapes of its parameters: {there}. Find the gauges of this very model, or "
+            f"{without(gauge)}"
+        )
+
+
+def named(*gauges: Gauge) -> str:
+    """Gauges in a message."""
+    return " and ".join(map(str, gauges))
+
+
+def without(*gauges: Gauge) -> str:
+    """How to leave out one of these gauges, in a message."""
+    return f"leave out one gauge: [gauge for gauge in gauges if str(gauge) != {str(gauges[-1])!r}]"
 
 
 def _check_chains(chains: list[Chain], rescales: list[Rescale]) -> None:
@@ -221,10 +270,11 @@ def _check_chains(chains: list[Chain], rescales: list[Rescale]) -> None:
             if name in rescaled:
                 raise ValueError(
                     f"{name!r} is under both {chain} and {rescaled[name]}: rescales of all neurons contain the rescale "
-                    "of their layer; leave the chain out, or the rescales"
+                    "of their layer; leave the chain out, or the rescales: "
+                    f"[gauge for gauge in gauges if gauge.kind != {chain.kind!r}]"
                 )
             if name in seen:
-                raise ValueError(f"{name!r} is under both {seen[name]} and {chain}")
+                raise ValueError(f"{name!r} is under both {seen[name]} and {chain}. Of these, {without(chain)}")
             seen[name] = chain
 
 
@@ -237,31 +287,46 @@ def _sides(rescales: list[Rescale], plus: bool, but: Collection[str] = ()) -> di
                 continue
             if name in found:
                 side = "plus" if plus else "minus"
-                raise ValueError(f"{name!r} is on the {side} side of both {found[name][0]} and {gauge}")
+                both = [found[name][0], gauge]
+                raise ValueError(f"{name!r} is on the {side} side of both {named(*both)}. Of these, {without(*both)}")
             found[name] = (gauge, axis)
     return found
 
 
 def _centred(gauges: list[Gauge]) -> set[str]:
-    names = [name for gauge in gauges if isinstance(gauge, Shift) for name in gauge.parameters]
-    if len(set(names)) != len(names):
-        raise ValueError("two logit shifts act on the same parameter")
-    return set(names)
+    found: dict[str, Gauge] = {}
+    for gauge in gauges:
+        for name in gauge.parameters if isinstance(gauge, Shift) else ():
+            if name in found:
+                both = [found[name], gauge]
+                raise ValueError(f"{name!r}: two logit shifts act on it, {named(*both)}. Of these, {without(*both)}")
+            found[name] = gauge
+    return set(found)
 
 
 def _averagings(params: Mapping[str, Tensor], gauges: list[Gauge]) -> dict[str, Averaging]:
-    slots: dict[str, list[tuple[int, np.ndarray]]] = {}
+    slots: dict[str, list[tuple[Rotation, int, np.ndarray]]] = {}
     for gauge in gauges:
         if isinstance(gauge, Rotation):
             for name, axis, indices in gauge.slots:
-                slots.setdefault(name, []).append((axis, indices.reshape(-1, indices.shape[2])))
+                slots.setdefault(name, []).append((gauge, axis, indices.reshape(-1, indices.shape[2])))
     averagings = {}
     for name, entries in slots.items():
-        axes = {axis for axis, _ in entries}
-        if len(axes) != 1:
-            raise ValueError(f"{name!r}: rotations along two axes of one parameter are not supported")
-        axis = axes.pop()
-        averagings[name] = Averaging(axis + 1, [block for _, block in entries], params[name].shape[axis])
+        axis = entries[0][1]
+        turned: dict[int, Rotation] = {}
+        for gauge, other, block in entries:
+            if other != axis:
+                both = [entries[0][0], gauge]
+                raise ValueError(f"{name!r}: {named(*both)} turn two axes of it. Of these, {without(*both)}")
+            for index in block.ravel().tolist():
+                if index in turned:
+                    both = [turned[index], gauge]
+                    raise ValueError(
+                        f"{name!r}: {named(*both)} turn the same index ({index} of axis {axis}). Of these, "
+                        f"{without(*both)}"
+                    )
+                turned[index] = gauge
+        averagings[name] = Averaging(axis + 1, [block for _, _, block in entries], params[name].shape[axis])
     return averagings
 
 
@@ -296,7 +361,11 @@ def _in_order(before: dict[Rescale, list[Rescale]]) -> dict[Rescale, int]:
     try:
         order = list(TopologicalSorter(before).static_order())
     except CycleError as error:
-        raise ValueError("rescale gauges dress each other in a circle: " + ", ".join(map(str, error.args[1]))) from None
+        circle = list(dict.fromkeys(error.args[1]))
+        names = ", ".join(sorted({repr(name) for gauge in circle for name in gauge.parameters}))
+        raise ValueError(
+            f"rescales dress each other in a circle: {named(*circle)} (over {names}). Of these, {without(*circle)}"
+        ) from None
     levels: dict[Rescale, int] = {}
     for gauge in order:
         levels[gauge] = 1 + max((levels[each] for each in before[gauge]), default=-1)
@@ -304,5 +373,5 @@ def _in_order(before: dict[Rescale, list[Rescale]]) -> dict[Rescale, int]:
 
 
 def compute_dtype(param: Tensor) -> torch.dtype:
-    """State and arithmetic are in float32 for lower precisions, else in the parameter's own dtype."""
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
+    """State and arithmetic are in float32 for lower precisions, else in the parameter's own dtype (or its parts')."""
+    return torch.float64 if param.dtype in (torch.float64, torch.complex128) else torch.float32

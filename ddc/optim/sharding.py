@@ -50,6 +50,16 @@ class Whole:
         return function(stacked)
 
 
+class Pairs(Whole):
+    """A complex parameter that is whole on this rank: pairs of real numbers, as to ``torch.optim.AdamW``."""
+
+    def local(self, tensor: Tensor) -> Tensor:
+        return torch.view_as_real(tensor.resolve_conj())  # a gradient may be a conjugated view, a weight may not
+
+    def state(self, local: Tensor, shape: Sequence[int]) -> Tensor:
+        return torch.view_as_complex(local)
+
+
 class Shards(Whole):
     """A parameter that is split along one axis over the ranks of one dimension of a mesh, as ``torch.chunk`` splits.
 
@@ -186,16 +196,18 @@ class CutAveraging:
         return x / divisor.index_select(self.averaging.dim, self.group_of)
 
 
-WHOLE = Whole()
+WHOLE, PAIRS = Whole(), Pairs()
 
 
 def shards_of(param: Tensor) -> Whole:
-    """How a parameter is split over ranks.
+    """How a parameter is split over ranks; and whether it is complex.
 
     Raises:
         ValueError: in a way that is not supported.
     """
-    return Shards(param) if isinstance(param, DTensor) else WHOLE
+    if isinstance(param, DTensor):
+        return Shards(param)
+    return PAIRS if param.is_complex() else WHOLE
 
 
 def check_split_alike(params: Iterable[tuple[str, Tensor]]) -> None:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Group = dict[str, Any]
+#: A hyperparameter: where a step is compiled a tensor of one element in float64, so that it may change.
+Number = float | Tensor
+Betas = tuple[Number, Number]
 #: Hyperparameters in which all parameters under one gauge must agree; weight decay is each one's own.
 SHARED = ("lr", "betas", "eps", "radial_rate", "vertical", "step_scale", "retract")
 
@@ -44,21 +47,24 @@ class Bias(NamedTuple):
         return self.root_second / self.first
 
     @classmethod
-    def at(cls, step: Tensor, betas: tuple[float, float], dtype: torch.dtype) -> Bias:
+    def at(cls, step: Tensor, betas: Betas, dtype: torch.dtype) -> Bias:
         """At these step counts; through expm1, which does not cancel where beta^t is near 1."""
-        first, second = (
-            (step.to(dtype) * math.log(beta)).expm1().neg() if beta else torch.ones_like(step, dtype=dtype)
-            for beta in betas
-        )
+        first, second = (cls._correction(step.to(dtype), beta) for beta in betas)
         return cls(first, second.sqrt())
+
+    @staticmethod
+    def _correction(step: Tensor, beta: Number) -> Tensor:
+        if isinstance(beta, Tensor):
+            return (step * beta.log()).expm1().neg()
+        return (step * math.log(beta)).expm1().neg() if beta else torch.ones_like(step)
 
 
 def adam_(
     x: Tensor,
     moments: tuple[Tensor, Tensor],
     bias: Bias,
-    betas: tuple[float, float],
-    eps: float,
+    betas: Betas,
+    eps: Number,
     averaging: Averaging | CutAveraging | None = None,
 ) -> Tensor:
     """Take x into the moments in place and return Adam's direction but for a factor of √(1 - beta2^t) / (1 - beta1^t).
@@ -67,8 +73,11 @@ def adam_(
     arXiv:1412.6980, algorithm 1 and the note after it.
     """
     exp_avg, exp_avg_sq = moments
-    exp_avg.lerp_(x, 1 - betas[0])
-    if averaging is None:
+    approach_(exp_avg, x, 1 - betas[0])
+    if isinstance(betas[1], Tensor):
+        square = x.square() if averaging is None else averaging.mean(x.square())
+        exp_avg_sq.mul_(betas[1]).add_(square * (1 - betas[1]))
+    elif averaging is None:
         exp_avg_sq.mul_(betas[1]).addcmul_(x, x, value=1 - betas[1])
     else:
         # no lerp_, which makes nan of what has overflowed to inf
@@ -77,6 +86,11 @@ def adam_(
     if averaging is None:
         return torch.div(exp_avg, denominator, out=denominator)
     return averaging.divide(exp_avg, denominator)
+
+
+def approach_(x: Tensor, end: Tensor, weight: Number) -> Tensor:
+    """``x.lerp_(end, weight)``, for a weight that is a tensor of one element as well, whatever its dtype and device."""
+    return x.lerp_(end, weight.to(x) if isinstance(weight, Tensor) else weight)
 
 
 def per_layer(values: Tensor, like: Tensor) -> Tensor:
@@ -265,17 +279,24 @@ def layers_at_once(layers: int, layer_size: int, device: torch.device) -> int:
 
 
 class Rates(NamedTuple):
-    """What may change from step to step in a param group: tensors where a step is compiled, which so holds for all."""
+    """Rates of a param group: tensors where a step is compiled, which so holds for all."""
 
-    lr: float | Tensor
-    decay: float | Tensor
+    lr: Number
+    decay: Number
 
     @classmethod
     def of(cls, group: Group, compiled: bool) -> Rates:
         """Learning rate, and the factor of decoupled weight decay."""
         rates = group["lr"], 1 - group["lr"] * group["weight_decay"]
-        as_tensors = compiled and not isinstance(group["lr"], Tensor)
-        return cls(*(torch.tensor(rate, dtype=torch.float64) for rate in rates) if as_tensors else rates)
+        return cls(*map(as_tensors, rates) if compiled else rates)
+
+
+def as_tensors(value: Any) -> Any:
+    """Numbers as tensors in float64, whose values a compiled step does not know; names and switches as they are."""
+    if isinstance(value, tuple | list):
+        return tuple(map(as_tensors, value))
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return torch.tensor(value, dtype=torch.float64) if number else value
 
 
 @dataclass
@@ -325,10 +346,10 @@ class Context:
 class Hyper(NamedTuple):
     """Hyperparameters of one step of a stack."""
 
-    lr: float | Tensor
-    betas: tuple[float, float]
-    eps: float
-    radial_rate: float
+    lr: Number
+    betas: Betas
+    eps: Number
+    radial_rate: Number
     vertical: str
     step_scale: str
     retract: bool
@@ -358,8 +379,8 @@ class Arithmetic:
             return self.compiled(*arguments)
         except FailOnRecompileLimitHit:
             log.warning(
-                "a compiled step was compiled anew too often, and goes on uncompiled: learning rates and weight decay "
-                "may change from step to step, but no other hyperparameter may"
+                "a compiled step was compiled anew too often, and goes on uncompiled: numbers, such as learning rates "
+                "and betas, may change from step to step, but not names and switches, such as vertical and retract"
             )
             self.compiled = self.function
             return self.function(*arguments)

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import codecs
+import io
+import sys
 import time
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ddc.training.records import Row
+
+#: What stands for a character that a terminal does not have: one for one, so that tables stay tables.
+PLAIN = {"…": ".", "–": "-", "−": "-", "×": "x", "±": "~", "²": "2", "≥": ">", "≤": "<", "→": ">"}
+
+
+def plain(error: UnicodeError) -> tuple[str, int]:
+    """An error handler of codecs: characters of :data:`PLAIN`, and question marks for others."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(PLAIN.get(character, "?") for character in error.object[error.start : error.end]), error.end
+
+
+def print_plainly() -> None:
+    """Print what a terminal cannot show, one in ASCII say, as :func:`plain` has it, where Python would raise."""
+    codecs.register_error("plain", plain)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's is another
+            stream.reconfigure(errors="plain")
 
 
 class Display:
