@@ -1,7 +1,7 @@
 """What the symmetries of a network are: actions, discovery from a model, check and audit."""
 
 from ddc.gauges.actions import Axis, Chain, Rescale, RotatedAxis, Rotation, Shift
-from ddc.gauges.base import KINDS, Gauge, Refusal, named_parameters, plain_name, whole
+from ddc.gauges.base import KINDS, Gauge, Refusal, named_parameters, plain_name, plain_names, whole
 from ddc.gauges.canonical import align_, balance_, nearest_turn, orbit_distance
 from ddc.gauges.discovery import find_gauges, read_gauges
 from ddc.gauges.gauge_set import GaugeSet, audit, check
@@ -29,6 +29,7 @@ __all__ = [
     "nearest_turn",
     "orbit_distance",
     "plain_name",
+    "plain_names",
     "read_gauges",
     "whole",
 ]

@@ -112,18 +112,19 @@ def plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def plain_names(names: Sequence[str], known: Collection[str]) -> list[str]:
+def plain_names(names: Sequence[str], known: Collection[str] | None = None) -> list[str]:
     """Names of parameters as the unwrapped model has them.
 
     Args:
         names: of all parameters, of a model that ``torch.compile`` or DDP may have wrapped.
         known: some names of the unwrapped model, by which the prefix ``module.`` that DDP puts before all names is told
-            from a submodule of that name.
+            from a submodule of that name; None takes what all names begin with for DDP's.
     """
     plain = [plain_name(name) for name in names]
-    inner = [name.removeprefix("module.") for name in plain]
-    wrapped = all(name.startswith("module.") for name in plain) and not {*known} <= {*plain}
-    return inner if wrapped else plain
+    wrapped = all(name.startswith("module.") for name in plain)
+    if known is not None and {*known} <= {*plain}:
+        wrapped = False
+    return [name.removeprefix("module.") for name in plain] if wrapped else plain
 
 
 def first_line(error: BaseException) -> str:

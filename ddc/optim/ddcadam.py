@@ -12,10 +12,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
-from ddc.gauges import Gauge, Rescale, plain_name, whole
+from ddc.gauges import Gauge, Rescale, plain_names, whole
 from ddc.optim.closure import loss_of
 from ddc.optim.hidden import HiddenMatrices
-from ddc.optim.parameters import check_has_values, is_plain, listed, names_of, prepared
+from ddc.optim.parameters import check_has_values, is_plain, listed, names_of, names_under, prepared
 from ddc.optim.plan import ChainPlan, Plan, PolarPlan, Role, make_plan
 from ddc.optim.saved import as_it_was_if_refused, check_shapes, in_own_order, parameter_names, saved_ids
 from ddc.optim.sharding import restore_, shards_of
@@ -138,15 +138,18 @@ class DDCAdam(Optimizer):
         """Plan, stack and allocate the state of these groups."""
         gauges = list(gauges)
         self._built.append((group_indices, gauges))
+        groups = [self.param_groups[index] for index in group_indices]
+        if gauges and not all("param_names" in group for group in groups):
+            raise ValueError("gauges name parameters: pass model.named_parameters(), not parameters()")
+        given = [name for group, index in zip(groups, group_indices, strict=True) for name in names_of(group, index)]
+        places = [
+            (param, index) for group, index in zip(groups, group_indices, strict=True) for param in group["params"]
+        ]
         params: dict[str, Tensor] = {}
         group_of: dict[str, int] = {}
-        for index in group_indices:
-            group = self.param_groups[index]
-            if gauges and "param_names" not in group:
-                raise ValueError("gauges name parameters: pass model.named_parameters(), not parameters()")
-            for name, param in zip(map(plain_name, names_of(group, index)), group["params"], strict=True):
-                if is_plain(param):  # frozen quantised weights are left alone
-                    params[name], group_of[name] = param, index
+        for name, (param, index) in zip(plain_names(given, names_under(gauges)), places, strict=True):
+            if is_plain(param):  # frozen quantised weights are left alone
+                params[name], group_of[name] = param, index
         for stack in self._stacks_of(params, group_of, gauges):
             self.state.update(stack.states())
             self._stacks.append(stack)

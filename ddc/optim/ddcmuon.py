@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ddc.gauges import Gauge, HiddenMatrix, plain_name
+from ddc.gauges import Gauge, HiddenMatrix, plain_names
 from ddc.optim.ddcadam import Builder, DDCAdam, Stack, check_not_zero
 from ddc.optim.hidden import Factor, FrameStack, HiddenMatrices, HiddenStack, Member, MuonHyper
 from ddc.optim.orthogonal import ORTHOGONALIZERS
-from ddc.optim.parameters import listed
+from ddc.optim.parameters import listed, names_under
 from ddc.optim.plan import Dressing, InnerPlan, Plan, make_plan
 from ddc.optim.saved import listing
 from ddc.optim.sharding import check_split_alike, shards_of
@@ -89,9 +89,10 @@ class DDCMuon(DDCAdam):
         if orthogonalizer not in ORTHOGONALIZERS:
             raise ValueError(f"Invalid orthogonalizer={orthogonalizer!r}: expected one of {', '.join(ORTHOGONALIZERS)}")
         self._hidden = {matrix.parameter: matrix for matrix in hidden}
+        gauges = list(gauges)
         muon = {"momentum": momentum, "nesterov": nesterov, "orthogonalizer": orthogonalizer}
         super().__init__(
-            split_groups(params, self._hidden, {"lr": lr, **muon}, {"lr": adam_lr}),
+            split_groups(params, self._hidden, names_under(gauges), {"lr": lr, **muon}, {"lr": adam_lr}),
             gauges,
             lr=adam_lr,
             betas=betas,
@@ -131,7 +132,7 @@ class DDCMuon(DDCAdam):
         """A table: which parameter takes which step, and what conditions it."""
         rows = [("parameter", "step", "conditioned by")]
         for group in self.param_groups:
-            for name, param in zip(map(plain_name, group["param_names"]), group["params"], strict=True):
+            for name, param in zip(group["param_names"], group["params"], strict=True):
                 rows.append((name, *self._route(name, param)))
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
         lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in rows]
@@ -156,10 +157,13 @@ class DDCMuon(DDCAdam):
 def split_groups(
     params: Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
     hidden: Mapping[str, HiddenMatrix],
+    known: set[str],
     muon: dict[str, Any],
     adam: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """Each param group as two: of its hidden matrices, with defaults ``muon``, and of the rest, with ``adam``.
+
+    Parameters are named as in the unwrapped model.
 
     Raises:
         ValueError: parameters without names.
@@ -167,14 +171,16 @@ def split_groups(
     given = listed(params, DDCMuon.__name__)
     groups = [each if isinstance(each, dict) else None for each in given]
     whole = [{"params": given}] if not all(groups) else [group for group in groups if group is not None]
+    pairs = [list(group["params"]) for group in whole]
+    if not all(isinstance(pair, tuple) for of_group in pairs for pair in of_group):
+        raise ValueError("hidden matrices are known by name: pass model.named_parameters(), not parameters()")
+    names = iter(plain_names([name for of_group in pairs for name, _ in of_group], known | hidden.keys()))
     split = []
-    for group in whole:
-        named = list(group["params"])
-        if not all(isinstance(pair, tuple) for pair in named):
-            raise ValueError("hidden matrices are known by name: pass model.named_parameters(), not parameters()")
+    for group, of_group in zip(whole, pairs, strict=True):
+        named = [(next(names), param) for _, param in of_group]
         own = {key: value for key, value in group.items() if key not in ("lr", "adam_lr")}
         for is_hidden, key, defaults in ((True, "lr", muon), (False, "adam_lr", adam)):
-            mine = [(name, p) for name, p in named if (plain_name(name) in hidden) == is_hidden]
+            mine = [(name, p) for name, p in named if (name in hidden) == is_hidden]
             if mine:
                 split.append({**defaults, **own, "lr": group.get(key, defaults["lr"]), "params": mine})
     return split

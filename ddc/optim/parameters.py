@@ -81,6 +81,11 @@ def names_of(group: dict[str, Any], index: int) -> list[str]:
     return group.get("param_names") or [f"group {index}, parameter {i}" for i in range(len(group["params"]))]
 
 
+def names_under(gauges: Iterable[Any]) -> set[str]:
+    """Names of all parameters under some gauges; what is no gauge, which is refused later, has none."""
+    return {name for gauge in gauges for name in getattr(gauge, "parameters", ())}
+
+
 def check_names(names: Iterable[str], groups: Sequence[dict[str, Any]]) -> None:
     """Raise ValueError for two parameters of one name, of which a step would move one alone."""
     seen = {plain_name(name): name for group in groups for name in group.get("param_names", ())}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ddc.gauges import plain_name
+from ddc.gauges import plain_names
 from ddc.optim.parameters import names_of
 
 Group = dict[str, Any]
@@ -50,6 +50,11 @@ def has_names(groups: Iterable[Group]) -> bool:
     return all("param_names" in group for group in groups if group["params"])
 
 
+def unwrapped_names(groups: Iterable[Group]) -> list[str]:
+    """Names of the parameters of all groups, as the unwrapped model has them."""
+    return plain_names([name for group in groups for name in group.get("param_names", ())])
+
+
 def settings(group: Group) -> Group:
     """The hyperparameters of a group."""
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
@@ -68,12 +73,9 @@ def by_position(own: Sequence[Group], theirs: Sequence[Group]) -> list[Group]:
 
 def by_name(own: Sequence[Group], theirs: Sequence[Group]) -> list[Group]:
     """Groups like the own ones, with what was saved of their parameters."""
-    home = {
-        plain_name(name): (index, saved_id)
-        for index, group in enumerate(theirs)
-        for name, saved_id in zip(group.get("param_names", ()), group["params"], strict=True)
-    }
-    names = [[plain_name(name) for name in group.get("param_names", ())] for group in own]
+    saved_names, own_names = iter(unwrapped_names(theirs)), iter(unwrapped_names(own))
+    home = {next(saved_names): (index, saved_id) for index, group in enumerate(theirs) for saved_id in group["params"]}
+    names = [[next(own_names) for _ in group["params"]] for group in own]
     check_same(list(chain.from_iterable(names)), list(home))
     sources = [sorted({home[name][0] for name in group}) for group in names]
     for group, indices in zip(names, sources, strict=True):
