@@ -141,10 +141,9 @@ class DDCAdam(Optimizer):
         groups = [self.param_groups[index] for index in group_indices]
         if gauges and not all("param_names" in group for group in groups):
             raise ValueError("gauges name parameters: pass model.named_parameters(), not parameters()")
-        given = [name for group, index in zip(groups, group_indices, strict=True) for name in names_of(group, index)]
-        places = [
-            (param, index) for group, index in zip(groups, group_indices, strict=True) for param in group["params"]
-        ]
+        indexed = list(zip(group_indices, groups, strict=True))
+        given = [name for index, group in indexed for name in names_of(group, index)]
+        places = [(param, index) for index, group in indexed for param in group["params"]]
         params: dict[str, Tensor] = {}
         group_of: dict[str, int] = {}
         for name, (param, index) in zip(plain_names(given, names_under(gauges)), places, strict=True):
