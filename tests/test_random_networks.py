@@ -1,7 +1,8 @@
-"""Properties of ``find_gauges`` on random networks: no gauge is false, no error is torch's, the model is left as it was."""
+"""``find_gauges`` on random networks: no gauge is false, no error is torch's, and the model is left as it was."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections import Counter
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from ddc import DDCAdam, find_gauges
 from ddc.gauges import Gauge, GaugeSet
-from tests.random_networks import Built, Network, build, clean_networks, expected, networks, simplest
+from tests.random_networks import MAY_BE_REFUSED, Built, Network, build, clean_networks, expected, networks, simplest
 
 FRESH_INPUTS = 3
 
@@ -34,7 +35,8 @@ class Examined:
         error: the message of its ValueError, if it raised one.
         crash: any other exception, or an error that is not one line of ours.
         left: what differs on the model afterwards.
-        unusable: what DDCAdam says of the gauges, if it refuses them.
+        unusable: what DDCAdam says of the gauges, if it refuses them without naming one.
+        may_be_refused: whether an error is right: the network does what no trace can hold, or has no parameters.
     """
 
     found: Counter[str]
@@ -44,19 +46,22 @@ class Examined:
     crash: str = ""
     left: tuple[str, ...] = ()
     unusable: str = ""
+    may_be_refused: bool = False
 
     @property
     def faults(self) -> list[str]:
         """Everything that must not be, in words."""
         found = [f"false: {gauge}, outputs change by {change:.1e}" for gauge, change in self.false.items()]
-        found += [f"crash: {self.crash}"] * bool(self.crash) + [f"left on the model: {what}" for what in self.left]
-        return found + [f"not usable: {self.unusable}"] * bool(self.unusable)
+        found += [f"left on the model: {what}" for what in self.left]
+        found += [f"refused as a whole: {self.error}"] * (bool(self.error) and not self.may_be_refused)
+        others = {"crash": self.crash, "not usable": self.unusable}
+        return found + [f"{name}: {text}" for name, text in others.items() if text]
 
 
 def examine(network: Network) -> Examined:
     """Find the gauges of a network, and compare all that it computes before and after random elements of them."""
     built = build(network)
-    examined = Examined(Counter(), Counter(), {})
+    examined = Examined(Counter(), Counter(), {}, may_be_refused=any(word in MAY_BE_REFUSED for word in network.words))
     before = Snapshot(built.model)
     try:
         gauges = found_in(built)
@@ -67,6 +72,7 @@ def examine(network: Network) -> Examined:
         else:
             examined.crash = f"{type(error).__name__}: {text}"
         examined.left = tuple(before.differences(built.model))
+        observed(network, built, (), shifted=False)  # it runs: what is at fault is not the network
         return examined
     examined.left = tuple(before.differences(built.model))
     examined.found.update(gauge.kind for gauge in gauges)
@@ -84,16 +90,16 @@ def examine(network: Network) -> Examined:
 
 def found_in(built: Built) -> GaugeSet:
     """``find_gauges``, told of the loss what a user would tell."""
-    if "loss" in inspect.signature(find_gauges).parameters:
-        try:
-            return find_gauges(built.model, inputs=built.inputs, loss=built.loss)  # type: ignore[call-arg]
-        except ValueError as error:
-            if "loss=" not in str(error) or not is_ours(str(error)):
-                raise
-        loss = "cross_entropy" if built.softmax else "other"
-        return find_gauges(built.model, inputs=built.inputs, loss=loss)  # type: ignore[call-arg]
-    gauges = find_gauges(built.model, inputs=built.inputs)
-    return gauges.only({gauge.kind for gauge in gauges} - {"logit_shift"}) if built.loss == "other" else gauges
+    given = {"per_layer": built.per_layer, "inputs": built.inputs}
+    if "loss" not in inspect.signature(find_gauges).parameters:
+        gauges = find_gauges(built.model, **given)
+        return gauges.only({gauge.kind for gauge in gauges} - {"logit_shift"}) if built.loss == "other" else gauges
+    try:
+        return find_gauges(built.model, **given, loss=built.loss)
+    except ValueError as error:
+        if "loss=" not in str(error) or not is_ours(str(error)):
+            raise
+    return find_gauges(built.model, **given, loss="cross_entropy" if built.softmax else "other")
 
 
 def is_ours(message: str) -> bool:
@@ -135,7 +141,7 @@ def observed(
 ) -> dict[str, Tensor]:
     """All that a network computes after random elements of gauges, by name: outputs, and losses kept as attributes.
 
-    In training mode and evaluation, on several inputs; if ``shifted``, the first output up to what softmax does not see.
+    In training mode and evaluation, on several inputs; if ``shifted``, the first output up to a shift of all logits.
     """
     model = generic(network)
     GaugeSet(tuple(gauges)).transform_(model, torch.Generator().manual_seed(2))
@@ -149,7 +155,7 @@ def observed(
                 outputs = model(**given_inputs) if isinstance(given_inputs, dict) else model(*given_inputs)
             mode = f"{'training' if training else 'evaluation'}, inputs {seed}"
             for i, value in enumerate(leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)):
-                logits = shifted and i == 0 and value.ndim
+                logits = shifted and i == 0 and value.ndim and value.is_floating_point()
                 values[f"output {i}, {mode}"] = (
                     value.log_softmax(1 if network.head == "classes first" else -1) if logits else value
                 )
@@ -161,15 +167,18 @@ def observed(
 
 
 def false_gauges(network: Network, built: Built, gauges: GaugeSet) -> dict[str, float]:
-    """The gauges that change what a network computes, with the largest relative change; "all together" if none does alone."""
+    """The gauges that change what a network computes, and by how much; "all together" if none does alone."""
     unshifted = [gauge for gauge in gauges if gauge.kind != "logit_shift"]
     shifts = [gauge for gauge in gauges if gauge.kind == "logit_shift"]
-    before = {shifted: observed(network, built, (), shifted) for shifted in (False, True)}
+
+    @functools.cache  # a model may remember what it has seen, so it sees the same before and after
+    def before(shifted: bool, inputs: range) -> dict[str, Tensor]:
+        return observed(network, built, (), shifted, inputs)
 
     def change(group: list[Gauge], inputs: range = range(FRESH_INPUTS)) -> float:
         shifted = any(gauge in shifts for gauge in group)
         after = observed(network, built, group, shifted, inputs)
-        changes = [largest_change(before[shifted][key], value) for key, value in after.items()]
+        changes = [largest_change(before(shifted, inputs)[key], value) for key, value in after.items()]
         return max(changes, key=lambda each: math.inf if math.isnan(each) else each)
 
     def is_true(change: float) -> bool:
