@@ -118,13 +118,13 @@ def make_optimizer(
     match name:
         case "adamw":
             return make_adamw(groups, **options)
-        case "ddcadam":
+        case "ddcadam" | "ddcadam_paper":
             return DDCAdam(groups, gauges, **options)
         case "muon":
             return make_muon(model, hidden, weight_decay, **options)
         case "ddcmuon":
             return DDCMuon(groups, gauges, hidden, **options)
-    raise ValueError(f"Invalid optimizer.name={name!r}: expected adamw, ddcadam, muon or ddcmuon")
+    raise ValueError(f"Invalid optimizer.name={name!r}: expected adamw, ddcadam, ddcadam_paper, muon or ddcmuon")
 
 
 def compiled_step(wanted: bool | None, model: nn.Module) -> bool:

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 Group = dict[str, Any]
 #: Hyperparameters in which all parameters under one gauge must agree; weight decay is each one's own.
-SHARED = ("lr", "betas", "eps", "radial_rate", "vertical", "step_scale", "retract")
+SHARED = ("lr", "betas", "eps", "radial_rate", "vertical", "step_scale", "retract", "additive")
 
 
 class Bias(NamedTuple):
@@ -332,6 +332,7 @@ class Hyper(NamedTuple):
     vertical: str
     step_scale: str
     retract: bool
+    additive: bool
 
 
 #: For a CPU, inductor fuses loops over rows with loops over columns, and works out what there is one of per unit once

@@ -32,7 +32,7 @@ from ddc.data import (
     load_modular,
     load_text,
 )
-from ddc.gauges import GaugeSet, HiddenMatrix, audit, find_gauges, hidden_matrices, named_parameters
+from ddc.gauges import GaugeSet, HiddenMatrix, audit, find_gauges, hidden_matrices, in_blocks, named_parameters
 from ddc.gauges.trace import in_evaluation
 from ddc.models import (
     GPT,
@@ -52,7 +52,7 @@ from ddc.slt.observer import Observer, joined
 from ddc.training.allocator import keep_freed_memory
 from ddc.training.calibration import calibration_error
 from ddc.training.checkpoint import checkpoints, load_checkpoint, read_checkpoint, save_checkpoint
-from ddc.training.config import Config, TrainingConfig, WandbConfig, restored
+from ddc.training.config import Config, GaugesConfig, TrainingConfig, WandbConfig, restored
 from ddc.training.display import Display
 from ddc.training.lock import only_process_in
 from ddc.training.mirror import Mirror
@@ -135,7 +135,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     keep_freed_memory()
     torch.manual_seed(config.seed)
     model = build_model(config.model, **data.sizes).to(device)
-    gauges = find_gauges(model, config.gauges.per_layer).only(config.gauges.kinds)
+    gauges = configured_gauges(config.gauges, model)
     start = {name: p.detach().to("cpu", copy=True) for name, p in named_parameters(model).items()}
     hidden = configured_hidden(config, model)
     folder = Path(config.runs) / config.name / config.run_id
@@ -218,6 +218,12 @@ def make_observer(config: Config, device: torch.device, data: Data, model: nn.Mo
     probe = windows(-(-config.slt.sequences // size), size)
     whole = joined(windows(len(data.train) // data.context, 1))
     return Observer(config.slt, model, probe, whole, config.training.steps, folder)
+
+
+def configured_gauges(config: GaugesConfig, model: nn.Module) -> GaugeSet:
+    """The gauges of a model that the optimizer is told of."""
+    gauges = find_gauges(model, config.per_layer).only(config.kinds)
+    return in_blocks(gauges) if config.granularity == "block" else gauges
 
 
 def configured_hidden(config: Config, model: nn.Module) -> Sequence[HiddenMatrix]:
