@@ -47,7 +47,8 @@ OF_KEY = {
     "model.context": "1 2 8 16 | 0 -1 5000 100000000 1.5",
     "model.patch": "4 7 14 28 | 0 5 -1 56",
     "model.name": "gpt vit deep_mlp | mlp null ???",
-    "optimizer.name": "adamw ddcadam ddcadam_paper muon ddcmuon | sgd null ???",
+    "optimizer.steps_of": "null | FOLDER FOLDER/absent",
+    "optimizer.name": "adamw adamw_relative ddcadam ddcadam_paper muon ddcmuon | sgd null ???",
     "optimizer.vertical": "freeze adam balance | up null",
     "optimizer.step_scale": "init norm | rho",
     "optimizer.compiled": "null false | 3",  # to compile takes half a minute
@@ -91,7 +92,7 @@ OF_KEY = {
 OF_GROUP = {
     "model": "gpt vit deep_mlp | nonsense [] null 5 [gpt,vit]",
     "data": "shakespeare mnist_5k modular file | tinystories cifar10 nonsense [] null",
-    "optimizer": "adamw ddcadam ddcadam_paper muon ddcmuon | sgd [] null [adamw,muon]",
+    "optimizer": "adamw adamw_relative ddcadam ddcadam_paper muon ddcmuon | sgd [] null [adamw,muon]",
     "gauges": f"all none [] [logit_shift,norm_scale] [all,chained_rescale] {' '.join(KINDS)} | none [x] false",
     "scale": "cpu | gpu nonsense [] 1",
     "slt": "none cells | nonsense false",
@@ -234,7 +235,7 @@ def test_memory_that_is_not_there_is_no_traceback() -> None:
         ("training.epochs=3", "error: Unknown key training.epochs: TrainingConfig has steps, "),
         ("+training.epochs=3", "error: Unknown key training.epochs: TrainingConfig has steps, "),
         ("slt=false", "error: Invalid slt=false: expected one of cells, full, none"),
-        ("--multirun optimizer=adamw,sgd", "error: Invalid optimizer=sgd: expected one of adamw, ddcadam, "),
+        ("--multirun optimizer=adamw,sgd", "error: Invalid optimizer=sgd: expected one of adamw, adamw_relative, "),
         ("model.heads=null", "error: Invalid model.heads: field 'model.heads' is not Optional; expected int"),
     ],
 )

@@ -93,6 +93,7 @@ CASES = [
     Case("layer", "ddcmuon", {"vertical": "adam"}),
     Case("layer", "ddcadam_paper", PAPER | {"vertical": "balance"}, blocks=True),
     Case("llama", "ddcmuon", PAPER, blocks=True),
+    Case("layer", "adamw_relative", {"adam_lr": 1e-3, "steps": {}}),
     Case("partial", "ddcadam"),
     Case("empty", "ddcadam", how="three"),
     Case("empty", "ddcmuon", {"per_head": True}, how="three"),
@@ -453,6 +454,8 @@ def assert_same_to_rounding(folder: Path, one: Path) -> None:
         for key in ("epoch", "lr", "train_loss", "validation_loss", "train_accuracy", "validation_accuracy"):
             assert row[key] == pytest.approx(other[key], rel=2e-5), (row["step"], key)
         assert (row["gauge_audit"] or 0) < 1e-4
+        for key, values in (row["matrix_step"] or {}).items():
+            assert values == pytest.approx(other["matrix_step"][key], rel=1e-3)
         assert row["gauge_drift"] == pytest.approx(other["gauge_drift"], rel=0.05, abs=1e-5)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -18,6 +18,7 @@ from ddc.optim.combined import CombinedOptimizer
 from ddc.optim.ddcadam import DDCAdam
 from ddc.optim.ddcmuon import DDCMuon
 from ddc.optim.muon import Muon
+from ddc.optim.relative_step import RelativeAdamW
 from ddc.optim.sharding import split_like
 
 #: A step takes long to compile; what that saves in a smaller model does not make up for that in a run.
@@ -73,6 +74,31 @@ def make_adamw(groups: list[dict[str, Any]], **options: Any) -> AdamW:
     return optimizer
 
 
+def make_relative_adamw(
+    model: nn.Module, weight_decay: float, *, lr: float, adam_lr: float, steps: Mapping[str, float], **options: Any
+) -> RelativeAdamW:
+    """AdamW whose step of each matrix has the length ``lr`` relative to it, times that of ``steps`` if these name it.
+
+    Raises:
+        ValueError: ``steps`` are given, and not of all matrices.
+    """
+    groups = [
+        {
+            **group,
+            "params": [(name, param)],
+            "lr": lr * steps.get(plain_name(name), 1.0) if param.ndim >= 2 else adam_lr,
+        }
+        for group in decay_groups(model, weight_decay)
+        for name, param in group["params"]
+    ]
+    matrices = {plain_name(name) for name, param in model.named_parameters() if param.ndim >= 2}
+    if steps and (missing := matrices - set(steps)):
+        raise ValueError(f"Invalid optimizer.steps_of: that run has no matrix {min(missing)}; take one of this model")
+    optimizer = RelativeAdamW(groups, fused=True, **options)
+    optimizer.register_load_state_dict_pre_hook(split_state)
+    return optimizer
+
+
 def split_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict with tensors of a parameter's shape split as the parameter is."""
     params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
@@ -118,13 +144,16 @@ def make_optimizer(
     match name:
         case "adamw":
             return make_adamw(groups, **options)
+        case "adamw_relative":
+            return make_relative_adamw(model, weight_decay, **options)
         case "ddcadam" | "ddcadam_paper":
             return DDCAdam(groups, gauges, **options)
         case "muon":
             return make_muon(model, hidden, weight_decay, **options)
         case "ddcmuon":
             return DDCMuon(groups, gauges, hidden, **options)
-    raise ValueError(f"Invalid optimizer.name={name!r}: expected adamw, ddcadam, ddcadam_paper, muon or ddcmuon")
+    names = "adamw, adamw_relative, ddcadam, ddcadam_paper, muon or ddcmuon"
+    raise ValueError(f"Invalid optimizer.name={name!r}: expected {names}")
 
 
 def compiled_step(wanted: bool | None, model: nn.Module) -> bool:

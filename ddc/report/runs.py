@@ -19,6 +19,7 @@ TITLES = {
     "muon": "Muon",
     "ddcmuon": "DDCMuon",
     "ddcadam_paper": "DDCAdam, the paper's step",
+    "adamw_relative": "AdamW, relative steps",
 }
 #: What a run folder holds besides checkpoints and mirrors.
 RECORD_FILES = ("run.json", "records.jsonl", "timing.jsonl", "readings.jsonl", "summary.json", "diverged.json")

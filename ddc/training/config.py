@@ -69,6 +69,24 @@ class AdamWConfig(OptimizerConfig):
 
 
 @dataclass
+class RelativeAdamWConfig(OptimizerConfig):
+    """:class:`ddc.optim.relative_step.RelativeAdamW`: AdamW whose steps of matrices have a given length.
+
+    ``lr`` is ``|ΔW| / |W|`` of every matrix, ``adam_lr`` AdamW's rate for vectors. With ``steps_of``, the folder of a
+    run, a matrix takes ``lr`` times the length that its steps have in the records of that run: their median.
+    """
+
+    name: str = "adamw_relative"
+    lr: float = 0.003
+    adam_lr: float = 1e-3
+    steps_of: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require("optimizer.adam_lr", self.adam_lr, self.adam_lr > 0, "a positive number")
+
+
+@dataclass
 class DDCAdamConfig(OptimizerConfig):
     """:class:`ddc.DDCAdam`, which documents the keys; ``compiled=null``: on a CPU, from five million parameters on."""
 
@@ -148,6 +166,7 @@ class DDCMuonConfig(DDCAdamConfig):
 
 OPTIMIZERS = {
     "adamw": AdamWConfig,
+    "adamw_relative": RelativeAdamWConfig,
     "ddcadam": DDCAdamConfig,
     "ddcadam_paper": DDCAdamPaperConfig,
     "muon": MuonConfig,
