@@ -114,7 +114,9 @@ def test_a_reader_that_is_not_linear_is_refused() -> None:
 
     model = make_model(MODELS["rms-swiglu-rope-gqa"])
     model.blocks[1].attention.key = Squared(SIZES["width"], SIZES["width"] // 2, bias=False)
-    refusals = [r for r in find_gauges(model).refused if r.where == "blocks.1.attention_norm"]
+    with pytest.warns(UserWarning, match="qk_rotation at blocks.1.attention is no symmetry"):
+        gauges = find_gauges(model)
+    refusals = [r for r in gauges.refused if r.where == "blocks.1.attention_norm"]
     assert len(refusals) == 1
     assert "blocks.1.attention.key is not a linear map" in refusals[0].reason
 
@@ -157,6 +159,15 @@ def test_blocks_are_subgroups(config: GPTConfig) -> None:
     pairs = [g for g in units if g.kind in hidden]
     assert blocks.dimension(model) == units.dimension(model) - len(pairs) * (config.hidden - 1)
     assert in_blocks(blocks) == blocks
+
+
+def test_blocks_of_units_that_were_not_tried_are_not_either() -> None:
+    units = find_gauges(make_model(MODELS["rms-swiglu-rope-gqa"]))
+    gated, norm = (units.only([kind])[0] for kind in ("gated_rescale", "norm_scale"))
+    blocks = in_blocks(GaugeSet(units.found, (), {gated: "no float64", norm: "no time"}))
+    block = next(gauge for gauge in blocks if gauge.where == gated.where and gauge.kind == gated.kind)
+    assert blocks.unchecked == {block: "no float64", norm: "no time"}
+    assert block != gated
 
 
 def test_a_chain_in_blocks_is_the_chained_rescale() -> None:

@@ -32,14 +32,16 @@ def in_blocks(gauges: GaugeSet) -> GaugeSet:
     others = [gauge for gauge in gauges if gauge not in rescales]
     found: list[Gauge] = []
     refused = list(gauges.refused)
+    unchecked = {gauge: reason for gauge, reason in gauges.unchecked.items() if gauge in others}
     for together in _connected(rescales):
-        if len(together) == 1:
-            found.append(replace(together[0], block=True))
-        elif reason := _no_chain(together, others):
+        if len(together) > 1 and (reason := _no_chain(together, others)):
             refused += [Refusal(gauge.kind, gauge.where, reason) for gauge in together]
-        else:
-            found.append(_as_chain(together))
-    return GaugeSet((*others, *found), tuple(refused))
+            continue
+        block = replace(together[0], block=True) if len(together) == 1 else _as_chain(together)
+        found.append(block)
+        for gauge in set(together) & set(gauges.unchecked):
+            unchecked[block] = gauges.unchecked[gauge]
+    return GaugeSet((*others, *found), tuple(refused), unchecked)
 
 
 def _connected(rescales: Sequence[Rescale]) -> list[list[Rescale]]:

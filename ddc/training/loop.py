@@ -222,9 +222,9 @@ def make_observer(config: Config, device: torch.device, data: Data, model: nn.Mo
     return Observer(config.slt, model, probe, whole, config.training.steps, folder)
 
 
-def configured_gauges(config: GaugesConfig, model: nn.Module) -> GaugeSet:
-    """The gauges of a model that the optimizer is told of."""
-    gauges = find_gauges(model, config.per_layer).only(config.kinds)
+def configured_gauges(config: GaugesConfig, model: nn.Module, verify: bool = True) -> GaugeSet:
+    """The gauges of a model that the optimizer is told of; ``verify`` as of :func:`ddc.find_gauges`."""
+    gauges = find_gauges(model, config.per_layer, verify=verify).only(config.kinds)
     return in_blocks(gauges) if config.granularity == "block" else gauges
 
 

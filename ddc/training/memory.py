@@ -36,7 +36,7 @@ def estimate_memory(config: Config, data: Data) -> MemoryEstimate:
     if isinstance(config.optimizer, DDCAdamConfig):  # what is fake cannot be compiled for
         config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, compiled=False))
     real = build_model(config.model, **data.sizes)  # what is traced must have values
-    gauges = configured_gauges(config.gauges, real)
+    gauges = configured_gauges(config.gauges, real, verify=False)
     with FakeCopyMode(fake):
         model = copy.deepcopy(real)
     hidden = configured_hidden(config, real)

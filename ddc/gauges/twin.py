@@ -1,0 +1,260 @@
+"""A narrow twin of a model: the same architecture and parameter names, from the same config with small widths.
+
+A gauge is a statement about operations, not about widths: a model and its twin have the same, by kind, place and
+parameters. So a model that is too large to compute with, or whose weights are nowhere (the meta device), can be checked
+on its twin.
+
+Configs are those of transformers in form: objects with ``to_dict`` whose attributes are sizes. They are read by the
+names of these attributes, so that no class is imported or named here; a twin that comes out otherwise than its model
+(other parameters, other ties between them) is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+#: Of a twin: width of its residual stream, its heads, and the width of one.
+WIDTH, HEADS, HEAD_WIDTH = 64, 4, 16
+#: At most how many parameters a twin has.
+LARGEST = 300_000_000
+#: Widths that are not the residual stream's are multiples of this.
+MULTIPLE = 8
+
+# What a number in a config counts, by the end of its name; the first that fits decides.
+_KEPT = re.compile(
+    r"(num|in|audio|image|input|mask_input|patch_embed_input)_channels$|token|mel|_id$|label|class|^chunk|spatial_merge"
+    r"|max_|image_size|patch_size|kernel|stride|window_size|_index|positions|num_frames|cross_attention_dim$|bins?$"
+)
+_LAYERS = re.compile(
+    r"(^|_)(n_?layers?|num_(hidden_|decoder_|encoder_)?layers|(en|de)coder_layers|depths?|num_blocks)$"
+)
+_EXPERTS = re.compile(r"(^|_)(num_(local_|routed_)?experts|n_routed_experts|moe_num_experts)$")
+_HEADS = re.compile(r"(^|_)(n_?heads?|(num_)?(attention_|key_value_|kv_|key_|value_)?heads)$")
+_HEAD_WIDTH = re.compile(r"(^|_)(head_dim|d_kv|d_head|dim_head|head_size|kv_channels|rotary_dim|head_v_dim)$")
+_WIDTH = re.compile(
+    r"(size|dims?|width|rank|channels|units|ratio_dim|filters|inner|embd|d_model|d_ff|dff|d_inner|planes|d_ssm|emb)s?$"
+    r"|hidden_size|hidden_dim|embed_dim|intermediate|d_model|n_embd|_dim_|_dims_|^(dim|width|hidden)$"
+)
+_PERIOD = re.compile(r"(period|_interval|every_n_layers|layer_group_size|window_pattern|max_window_layers)$")
+_FIRST_LAYERS = re.compile(r"(first_k_dense_replace|num_dense_layers|num_kv_shared_layers|layer_offset)$")
+_EXPERTS_USED = re.compile(r"(per_tok(en)?|moe_topk|moe_top_k|moe_k|top_k_experts|topk)$")
+_EXPERT_GROUPS = re.compile(r"(^n_group|topk_group|num_expert_group)$")
+_GROUPS = re.compile(r"groups$")
+
+
+def narrow_twin(model: nn.Module) -> nn.Module:
+    """A model of the same class and parameter names with small widths, on the CPU, in float32, weights at random.
+
+    What inputs show of a model stays: vocabulary, positions, images, labels. So inputs of the model are inputs of its
+    twin, but for those that are hidden states. The random state of torch is left as it was.
+
+    Args:
+        model: one that has a config in the manner of transformers. Only its parameters' names are read.
+
+    Raises:
+        ValueError: there is no such config, or what it builds, narrowed, does not have the parameters of the model; the
+            message is a reason in words.
+    """
+    config = getattr(model, "config", None)
+    name = type(model).__name__
+    if not _is_config(config):
+        raise ValueError(f"{name} has no config to build a narrow twin from")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            with torch.device("meta"):
+                twin = type(model)(narrow_config(config))
+            if (size := sum(parameter.numel() for parameter in twin.parameters())) <= LARGEST:
+                with torch.device("cpu"):
+                    twin = type(model)(narrow_config(config))
+    except Exception as error:
+        raise ValueError(f"{name} cannot be built from its config with small widths: {first_line(error)}") from error
+    if size > LARGEST:
+        raise ValueError(f"{name} has {size:,} parameters even where its config is narrowed")
+    if other := sorted(_ties(model) ^ _ties(twin)):
+        raise ValueError(f"{name} has other parameters than its config builds ({', '.join(other[0])}, for one)")
+    return twin.train(model.training)
+
+
+def narrow_config(config: Any, layers: int | None = None, vocabulary: int | None = None) -> Any:
+    """A config of the same architecture with small widths.
+
+    Args:
+        config: left as it is.
+        layers: how many layers each stack of them keeps, where it has more: one of each kind first. Experts are cut to
+            four then. None keeps all, and with them every parameter's name.
+        vocabulary: at most how many tokens the twin knows; special tokens beyond become its last. None keeps all.
+    """
+    config = copy.deepcopy(config)
+    tree = list(_configs(config))
+    streams = {width for each in tree for width in _streams(each)}
+    for each in tree:
+        _Narrowing(each, streams, layers, vocabulary).apply()
+    return config
+
+
+class _Narrowing:
+    """Sizes of one config, before and after."""
+
+    def __init__(self, config: Any, streams: set[int], layers: int | None, vocabulary: int | None) -> None:
+        self.config, self.streams, self.layers, self.vocabulary = config, streams, layers, vocabulary
+        width, self.heads = max(_streams(config), default=None), _size(config, "num_attention_heads")
+        self.factor = WIDTH / (width or 16 * WIDTH)
+        of_heads = width // self.heads if width and self.heads else None
+        self.head_width = _size(config, "head_dim") or of_heads
+        self.depth = _size(config, "num_hidden_layers")
+        self.kept = list(range(self.depth or 0)) if layers is None else self.kinds_of_layers(layers)
+
+    def kinds_of_layers(self, count: int) -> list[int]:
+        """Which layers are kept: ``count`` of them, of as many kinds as there are."""
+        lists = [value for value in vars(self.config).values() if self.is_by_layer(value)]
+        kinds = [repr(kind) for kind in zip(*lists, strict=True)] if lists else [""] * (self.depth or 0)
+        sources = len(kinds) - (_size(self.config, "num_kv_shared_layers") or 0)
+        if 0 < sources < len(kinds):  # the last layers share the keys and values of earlier ones of their type
+            types = self.config.layer_types
+            kept = first_of_each(types[:sources], count - count // 2)
+            return kept + [sources + types[sources:].index(types[i]) for i in kept][: count // 2]
+        return first_of_each(kinds, count)
+
+    def is_by_layer(self, value: object) -> bool:
+        return isinstance(value, list | tuple) and len(value) == self.depth and self.depth > 1
+
+    def apply(self) -> None:
+        for key, value in list(vars(self.config).items()):
+            if key.startswith("rope") and isinstance(value, dict):
+                setattr(self.config, key, self.rope(value))
+            elif key == "_heterogeneity_spec":
+                layers = {place: value.per_layer_overrides.get(i, {}) for place, i in enumerate(self.kept)}
+                value.per_layer_overrides = {
+                    place: {name: self.of(name, each) for name, each in own.items()} for place, own in layers.items()
+                }
+            elif not key.startswith("_") and (narrow := self.of(key, value)) is not value:
+                setattr(self.config, key, narrow)
+
+    def of(self, key: str, value: Any) -> Any:
+        """The value of an attribute after narrowing."""
+        if isinstance(value, list | tuple) and value:
+            return self.of_list(key, value)
+        if type(value) is not int or value <= 0:
+            return value
+        if self.vocabulary is not None and "vocab_size" in key:
+            return min(value, self.vocabulary)
+        if self.vocabulary is not None and re.search(r"token_(id|index)$", key):
+            return min(value, self.vocabulary - 1)
+        if _LAYERS.search(key) or _PERIOD.search(key):
+            return value if self.layers is None else min(value, self.layers)
+        if _FIRST_LAYERS.search(key):
+            return value if self.layers is None else min(value, self.layers // 2)
+        if _EXPERTS.search(key):
+            return value if self.layers is None else min(value, 4)
+        if _EXPERTS_USED.search(key):
+            return value if self.layers is None else min(value, 2)
+        if _EXPERT_GROUPS.search(key):
+            return value if self.layers is None else 1
+        if _KEPT.search(key):
+            return value
+        if _HEADS.search(key):
+            return self.of_heads(value)
+        if _HEAD_WIDTH.search(key):
+            return max(2, 2 * round(value * HEAD_WIDTH / (self.head_width or value) / 2))
+        if _GROUPS.search(key):
+            return WIDTH if value in self.streams else min(value, MULTIPLE)
+        return self.of_width(value) if _WIDTH.search(key) and "vocab" not in key else value
+
+    def of_heads(self, value: int) -> int:
+        if self.heads is None or value >= self.heads:
+            return min(HEADS, 2 ** int(math.log2(value)))
+        return 1 if value == 1 else HEADS // 2
+
+    def of_width(self, value: int) -> int:
+        """Widths of residual streams become one width; others keep their ratio to it, and stay different from it."""
+        if value in self.streams:
+            return WIDTH
+        narrow = max(1, round(value * self.factor / MULTIPLE)) * MULTIPLE
+        return min(value, narrow + MULTIPLE * (narrow == WIDTH))
+
+    def of_list(self, key: str, values: list[Any] | tuple[Any, ...]) -> list[Any] | tuple[Any, ...]:
+        kind = type(values)
+        if self.is_by_layer(values):
+            values = kind(values[i] for i in self.kept)
+        if not all(type(value) is int for value in values):
+            return values
+        if _HEADS.search(key):
+            common = math.gcd(*values)
+            return kind(value // common for value in values)
+        heads = [
+            each for name, each in vars(self.config).items() if _HEADS.search(name) and isinstance(each, list | tuple)
+        ]
+        if heads and len(heads[0]) == len(values) and _WIDTH.search(key):  # stages, each of its own heads
+            return kind(MULTIPLE * value for value in self.of_list("num_heads", heads[0]))
+        return kind(self.of(key, value) for value in values)
+
+    def rope(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """Frequencies are as many as planes: lists of numbers of them, or by them, are narrowed."""
+        planes = HEAD_WIDTH * parameters.get("partial_rotary_factor", 1.0) / 2
+        narrow = {}
+        for key, value in parameters.items():
+            if isinstance(value, dict):
+                value = self.rope(value)
+            elif key.endswith("section") and value:
+                value = sections(value, int(planes))
+            elif key in ("short_factor", "long_factor") and value:
+                value = value[: int(planes)]
+            narrow[key] = value
+        return narrow
+
+
+def first_of_each(kinds: list[str], count: int) -> list[int]:
+    """``count`` indices of a list, in their order, of as many kinds as there are."""
+    firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)][:count]
+    others = [i for i in range(len(kinds)) if i not in firsts]
+    return sorted(firsts + others[: max(0, count - len(firsts))])
+
+
+def sections(values: list[int], total: int) -> list[int]:
+    """A split of ``total`` in the proportions of ``values``."""
+    ends = [round(total * sum(values[: i + 1]) / sum(values)) for i in range(len(values))]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+
+
+def _is_config(value: Any) -> bool:
+    return hasattr(value, "to_dict") and hasattr(value, "model_type")
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    """A config and those that it holds, in their order."""
+    yield config
+    for value in list(vars(config).values()):
+        if _is_config(value):
+            yield from _configs(value)
+
+
+def _streams(config: Any) -> set[int]:
+    """Widths of residual streams in a config."""
+    sizes = {_size(config, name) for name in ("hidden_size", "d_model", "n_embd")}
+    return {size for size in sizes if size}
+
+
+def _size(config: Any, name: str) -> int | None:
+    """A number of a config, by its common name, if it is one."""
+    value = vars(config).get(getattr(config, "attribute_map", {}).get(name, name))
+    return value if type(value) is int and value > 0 else None
+
+
+def _ties(model: nn.Module) -> set[tuple[str, ...]]:
+    """The names of each parameter."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {tuple(each) for each in names.values()}
