@@ -37,6 +37,7 @@ REFUSED = {
         "name=a/b",
         "slt.readings=5",
         "model.norm=batch",
+        "gauges.granularity=layer",
     ),
     "Sizes that do not fit together": (
         "model.heads=3",
@@ -70,6 +71,8 @@ REFUSED = {
         "training.batch_size=null",
         f"{MLP} slt=cells",
         f"{VIT} optimizer=ddcmuon optimizer.per_head=true",
+        "optimizer=ddcmuon gauges.granularity=block model.bias=true",
+        "optimizer=ddcadam_paper optimizer.retract=true",
         "launcher.parallel=fsdp",
         "launcher=torchrun launcher.parallel=tcp",
     ),

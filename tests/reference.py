@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ddc.gauges import Gauge, Rescale, Rotation, Shift
+from ddc.gauges import Chain, Gauge, Rescale, Rotation, Shift
 
 
 class Adam:
@@ -195,3 +195,141 @@ class ReferenceDDCAdam:
 
     def _norm(self, side, unit, tensors):
         return self._inner(side, unit, tensors, tensors).sqrt()
+
+
+class ReferencePaperStep:
+    """The step of the paper's companion, in the order in which its machine-checked model states it, block by block.
+
+    Source: repository DeadDirections/DeadDirections, ``DdcAdamEquivariance.lean``. Per block: decay first, W := δ W,
+    which all that follows reads; ĝ = <g, W>; Adam's input ρ (g - ĝ W / ρ²); u projected again; then
+    W := e^(Δ log ρ) W - η ρ u. A block is a matrix (with its bias) on one side of a ReLU or gated rescale, a layer of a
+    chain, or channel j of a norm scale: (γ_j, β_j) against column j of its readers. Ours, since the model leaves it
+    open: a reader that is a block of another gauge is first multiplied by the sizes of its channels; degrees other than
+    1; ``balance``, as a motion along the gauge of all that the step makes of a block.
+
+    Args:
+        decays: λ by name.
+    """
+
+    def __init__(
+        self, params: dict[str, Tensor], gauges: list[Gauge], lr: float, decays: dict[str, float], vertical: str
+    ) -> None:
+        self.params, self.lr, self.decays, self.vertical = params, lr, decays, vertical
+        self.channels = [g for g in gauges if isinstance(g, Rescale) and g.kind == "norm_scale"]
+        self.pairs = [g for g in gauges if isinstance(g, Rescale) and g.kind != "norm_scale"]
+        self.chains = [g for g in gauges if isinstance(g, Chain)]
+        self.centred = {n for g in gauges if isinstance(g, Shift) for n in g.parameters}
+        self.turned: dict[str, list[tuple[int, list[int]]]] = {}
+        for gauge in gauges:
+            for name, axis, index in gauge.slots if isinstance(gauge, Rotation) else ():
+                turned = self.turned.setdefault(name, [])
+                turned.extend((axis, each) for each in index.reshape(-1, index.shape[2]).tolist())
+        self.adams: dict[object, Adam] = {}
+
+    def adam(self, key: object, x: Tensor) -> Tensor:
+        return self.adams.setdefault(key, Adam((0.9, 0.999), 1e-8))(x, self.turned.get(key, []))
+
+    def scalar_adam(self, key: object, x: float) -> float:
+        return float(self.adam(key, torch.tensor(x, dtype=torch.float64)))
+
+    def step(self) -> None:
+        self.w, self.g, means = {}, {}, {}
+        for name, p in self.params.items():
+            w, g = p.detach().clone(), p.grad.clone()
+            if name in self.centred:
+                means[name] = w.mean(0)
+                w, g = w - means[name], g - g.mean(0)
+            self.w[name], self.g[name] = (1 - self.lr * self.decays[name]) * w, g
+        shrunk, raw = {n: w.clone() for n, w in self.w.items()}, {n: g.clone() for n, g in self.g.items()}
+
+        in_pairs = {name for gauge in self.pairs for name in gauge.parameters}
+        sizes = {}
+        for gauge in self.channels:
+            for j in range(len(self.w[gauge.plus[0].parameter])):
+                sizes[gauge, j] = torch.stack([self.w[name][j] for name, _ in gauge.plus]).norm()
+                for name, _ in gauge.minus:
+                    if name in in_pairs:
+                        self.w[name][:, j] *= sizes[gauge, j]
+                        self.g[name][:, j] /= sizes[gauge, j]
+
+        # what each block consists of: a parameter and an index into it
+        blocks: list[tuple[object, list[tuple[list, list]], list[float]]] = []
+        for gauge in (*self.pairs, *self.chains):
+            chain = isinstance(gauge, Chain)
+            names = [[n] for n in gauge.weights] if chain else [[n for n, _ in s] for s in (gauge.plus, gauge.minus)]
+            blocks.append((gauge, [[(name, ...) for name in side] for side in names], [0.0] * len(names)))
+        for gauge in self.channels:
+            for j in range(len(self.w[gauge.plus[0].parameter])):
+                plus = [(name, j) for name, _ in gauge.plus]
+                minus = [(name, (slice(None), j)) for name, _ in gauge.minus if name not in in_pairs]
+                felt = sum(
+                    float((raw[n][:, j] * shrunk[n][:, j]).sum()) for n, _ in gauge.minus if n in in_pairs
+                )  # is undressed by the new γ_j, so that a move of γ_j leaves it as it is
+                blocks.append(((gauge, j), [plus, minus], [gauge.degree * felt, 0.0]))
+
+        directions = {}
+        for _, sides, _ in blocks:
+            for side in sides:
+                rho, ghat = self.inner(side, self.w, self.w).sqrt(), self.inner(side, self.g, self.w)
+                for name, at in side:
+                    x = directions.setdefault(name, torch.zeros_like(self.w[name]))
+                    x[at] = rho * (self.g[name][at] - ghat / rho**2 * self.w[name][at])
+        for name in self.params:
+            u = self.adam(name, directions.get(name, self.g[name]))
+            directions[name] = u - u.mean(0) if name in self.centred else u
+
+        new = {name: w - self.lr * directions[name] for name, w in self.w.items()}  # AdamW where there is no block
+        for key, sides, felt in blocks:
+            changes, relaxed = self.log_changes(key, sides, felt)
+            for side, change, relax in zip(sides, changes, relaxed, strict=True):
+                entries = sum(self.w[name][at].numel() for name, at in side)
+                if not entries:
+                    continue
+                rho2, overlap = self.inner(side, self.w, self.w), self.inner(side, directions, self.w)
+                for name, at in side:
+                    w, u = self.w[name][at], directions[name][at] - overlap / rho2 * self.w[name][at]
+                    u = torch.zeros_like(u) if entries == 1 else u
+                    new[name][at] = math.exp(change) * w - math.exp(relax) * self.lr * rho2.sqrt() * u
+
+        for gauge in self.channels:
+            for name, _ in gauge.minus:
+                for j in range(len(new[gauge.plus[0].parameter])) if name in in_pairs else ():
+                    new[name][:, j] /= torch.stack([new[n][j] for n, _ in gauge.plus]).norm()
+        for name, p in self.params.items():
+            p.data.copy_(new[name] + means.get(name, 0.0))
+
+    def log_changes(self, key: object, sides: list, felt: list[float]) -> tuple[list[float], list[float]]:
+        """Of each side: Δ log ρ, and how much of it balances."""
+        ghats = [float(self.inner(side, self.g, self.w)) - f for side, f in zip(sides, felt, strict=True)]
+        logs = [0.5 * math.log(float(self.inner(side, self.w, self.w))) if side else 0.0 for side in sides]
+        if not all(sides):  # all readers are blocks elsewhere
+            return [0.0, 0.0], [0.0, 0.0]
+        if isinstance(key, Chain):
+            return self.log_changes_of_chain(key, ghats, logs)
+        k = key.degree if isinstance(key, Rescale) else 1
+        norm = math.sqrt(1 + k * k)
+        radial = -self.lr * self.scalar_adam((key, "U"), (k * ghats[0] + ghats[1]) / norm)
+        vertical = 0.0
+        if self.vertical == "adam":
+            vertical = -self.lr * self.scalar_adam((key, "V"), (ghats[0] - k * ghats[1]) / norm)
+        if self.vertical == "balance":
+            vertical = -self.lr * (logs[0] - k * logs[1]) / norm
+        along = [vertical / norm, -k * vertical / norm]
+        changes = [k * radial / norm + along[0], radial / norm + along[1]]
+        return changes, along if self.vertical == "balance" else [0.0, 0.0]
+
+    def log_changes_of_chain(
+        self, key: Chain, ghats: list[float], logs: list[float]
+    ) -> tuple[list[float], list[float]]:
+        count = len(ghats)
+        shared = -self.lr * self.scalar_adam((key, "U"), sum(ghats) / math.sqrt(count)) / math.sqrt(count)
+        along = [0.0] * count
+        if self.vertical == "adam":
+            steps = [self.scalar_adam((key, i), ghat - sum(ghats) / count) for i, ghat in enumerate(ghats)]
+            along = [-self.lr * (step - sum(steps) / count) for step in steps]
+        if self.vertical == "balance":
+            along = [-self.lr * (log - sum(logs) / count) for log in logs]
+        return [shared + each for each in along], along if self.vertical == "balance" else [0.0] * count
+
+    def inner(self, side: list, a: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
+        return sum(((a[name][at] * b[name][at]).sum() for name, at in side), torch.zeros(()).double())

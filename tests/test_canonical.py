@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from ddc.gauges import Rescale, RotatedAxis, Rotation, Shift, balance_, find_gauges, named_parameters, orbit_distance
+from ddc.gauges import (
+    Rescale,
+    RotatedAxis,
+    Rotation,
+    Shift,
+    balance_,
+    find_gauges,
+    in_blocks,
+    named_parameters,
+    orbit_distance,
+)
 from ddc.models import GPTConfig, cross_entropy
 from ddc.optim.drift import gauge_coordinates, gauge_drift
 from ddc.optim.factory import make_optimizer
@@ -85,10 +95,11 @@ def test_float32_balances_to_its_rounding() -> None:
     balance_(named_parameters(model), relu_mlp_gauges(model))
 
 
-def test_coordinates_are_those_of_the_group_and_independent(config: GPTConfig) -> None:
+@pytest.mark.parametrize("granularity", [lambda gauges: gauges, in_blocks], ids=["unit", "block"])
+def test_coordinates_are_those_of_the_group_and_independent(config: GPTConfig, granularity) -> None:
     """One gauge moves, among all: its coordinates by 2 log c, or by the shift; no rescale's but its own."""
     model = make_model(config)
-    gauges = find_gauges(model)
+    gauges = granularity(find_gauges(model))
     now = {name: p.detach().clone() for name, p in named_parameters(model).items()}
     for moved in gauges:
         before = gauge_coordinates(now, gauges)

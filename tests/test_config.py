@@ -47,7 +47,8 @@ OF_KEY = {
     "model.context": "1 2 8 16 | 0 -1 5000 100000000 1.5",
     "model.patch": "4 7 14 28 | 0 5 -1 56",
     "model.name": "gpt vit deep_mlp | mlp null ???",
-    "optimizer.name": "adamw ddcadam muon ddcmuon | sgd null ???",
+    "optimizer.steps_of": "null | FOLDER FOLDER/absent",
+    "optimizer.name": "adamw adamw_relative ddcadam ddcadam_paper muon ddcmuon | sgd null ???",
     "optimizer.vertical": "freeze adam balance | up null",
     "optimizer.step_scale": "init norm | rho",
     "optimizer.compiled": "null false | 3",  # to compile takes half a minute
@@ -78,6 +79,7 @@ OF_KEY = {
     "slt.approach": "excess_loss arc_length step | time",
     "slt.learning_coefficient.every": "0 | -1",  # an estimate takes seconds: tests/test_readings.py
     "slt.rule.min_checkpoints": "6 8 | 5 0 -1 100",
+    "gauges.granularity": "unit block | layer null",
     "launcher.name": "local | torchrun ssh",
     "launcher.parallel": "null | ddp fsdp tcp",
     "wandb.mode": "disabled | loud null",
@@ -90,7 +92,7 @@ OF_KEY = {
 OF_GROUP = {
     "model": "gpt vit deep_mlp | nonsense [] null 5 [gpt,vit]",
     "data": "shakespeare mnist_5k modular file | tinystories cifar10 nonsense [] null",
-    "optimizer": "adamw ddcadam muon ddcmuon | sgd [] null [adamw,muon]",
+    "optimizer": "adamw adamw_relative ddcadam ddcadam_paper muon ddcmuon | sgd [] null [adamw,muon]",
     "gauges": f"all none [] [logit_shift,norm_scale] [all,chained_rescale] {' '.join(KINDS)} | none [x] false",
     "scale": "cpu | gpu nonsense [] 1",
     "slt": "none cells | nonsense false",
@@ -233,7 +235,7 @@ def test_memory_that_is_not_there_is_no_traceback() -> None:
         ("training.epochs=3", "error: Unknown key training.epochs: TrainingConfig has steps, "),
         ("+training.epochs=3", "error: Unknown key training.epochs: TrainingConfig has steps, "),
         ("slt=false", "error: Invalid slt=false: expected one of cells, full, none"),
-        ("--multirun optimizer=adamw,sgd", "error: Invalid optimizer=sgd: expected one of adamw, ddcadam, "),
+        ("--multirun optimizer=adamw,sgd", "error: Invalid optimizer=sgd: expected one of adamw, adamw_relative, "),
         ("model.heads=null", "error: Invalid model.heads: field 'model.heads' is not Optional; expected int"),
     ],
 )
@@ -286,9 +288,33 @@ def test_how_gauges_are_asked_for_does_not_name_a_run() -> None:
     kinds = [kind for kind in KINDS if kind not in ("chained_rescale", *all_of_them.model.absent_gauges)]
     assert composed(f"gauges=[{','.join(kinds)}]", "gauges.relu_rescale=null").run_id == all_of_them.run_id
     values = json.loads(json.dumps(dataclasses.asdict(all_of_them)))
-    values["gauges"] = {kind: wanted is not False for kind, wanted in values["gauges"].items()}
+    values["gauges"] = {kind: values["gauges"][kind] is not False for kind in KINDS}
     assert values["gauges"]["relu_rescale"] is True
     assert restored(values) == all_of_them
+
+
+def test_keys_that_came_later_leave_the_names_of_older_runs() -> None:
+    """Of each optimizer's runs in committed records: the configuration has the hash that the run is named by."""
+    seen = set()
+    for path in sorted((ROOT / "results").glob("*/runs.jsonl")):
+        for record in map(json.loads, path.read_text().splitlines()):
+            kind = path, *sorted(record["config"]["optimizer"]), record["config"]["optimizer"]["name"]
+            if kind not in seen:
+                seen.add(kind)
+                assert restored(record["config"]).run_id == record["id"]
+    assert {kind[-1] for kind in seen} >= {"adamw", "ddcadam", "muon", "ddcmuon"}
+    names = [composed("optimizer=ddcadam", f"gauges.granularity={each}").run_id for each in ("unit", "block")]
+    assert names[0] == composed("optimizer=ddcadam").run_id != names[1]
+
+
+def test_the_papers_step_takes_its_gauges_in_blocks(tmp_path: Path) -> None:
+    for override, block in (("seed=0", True), ("gauges.granularity=unit", False)):
+        setup = run(tmp_path, "optimizer=ddcadam_paper", override)
+        group = setup.optimizer.param_groups[0]
+        assert (group["step_scale"], group["retract"], group["additive"]) == ("norm", False, True)
+        assert [g.block for g in setup.gauges if g.kind == "gated_rescale"] == [block]
+        values = json.loads(json.dumps(dataclasses.asdict(setup.config)))
+        assert restored(values) == setup.config
 
 
 def test_a_run_whose_configuration_was_edited_is_not_read(tmp_path: Path) -> None:

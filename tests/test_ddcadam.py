@@ -16,31 +16,38 @@ from torch import nn
 
 from ddc import DDCAdam, find_gauges
 from ddc.data import TextData
-from ddc.gauges import KINDS, Axis, GaugeSet, Rescale, RotatedAxis, Rotation, Shift
+from ddc.gauges import KINDS, Axis, GaugeSet, Rescale, RotatedAxis, Rotation, Shift, in_blocks
 from ddc.gauges import named_parameters as params_of
-from ddc.models import GPT, GPTConfig
+from ddc.models import GPT, DeepMLP, DeepMLPConfig, GPTConfig
+from ddc.optim.drift import gauge_drift
+from ddc.optim.factory import decay_groups
 from experiments.equivariance import MODELS as TABLE_MODELS
 from experiments.equivariance import adamw, ddcadam, ddcmuon, orbit_divergence, random_model
 from tests.conftest import MODELS
 from tests.helpers import VOCABULARY, backward, make_model, relu_mlp, relu_mlp_gauges
-from tests.reference import ReferenceDDCAdam
+from tests.reference import ReferenceDDCAdam, ReferencePaperStep
 from tests.test_gauges import orbit_tangents
 
 LLAMA = TABLE_MODELS["RMSNorm, SwiGLU, RoPE, GQA"]
 LAYER = TABLE_MODELS["LayerNorm, biases, ReLU, learned positions"]
 RELU2 = TABLE_MODELS["RMSNorm, ReLU², partial RoPE, GQA"]
+#: The step of the paper's companion; its gauges are in blocks.
+PAPER = {"step_scale": "norm", "retract": False, "additive": True}
+VERTICAL = ["freeze", "adam", "balance"]
 
 
 # ---------------------------------------------------------------------------------------------- equivariance
 
 
-def divergence(config: GPTConfig, data: TextData, make=ddcadam, *, kinds=KINDS, dtype=torch.float64, **options):
+def divergence(
+    config: GPTConfig, data: TextData, make=ddcadam, *, kinds=KINDS, blocks=False, dtype=torch.float64, **options
+):
     model = random_model(config, data.vocab_size, 0, dtype)
     clip = options.pop("max_grad_norm", None)
     steps = options.pop("steps", 100)
-    return orbit_divergence(
-        model, find_gauges(model).only(kinds), functools.partial(make, **options), data, steps=steps, max_grad_norm=clip
-    )
+    gauges = find_gauges(model).only(kinds)
+    gauges = in_blocks(gauges) if blocks else gauges
+    return orbit_divergence(model, gauges, functools.partial(make, **options), data, steps=steps, max_grad_norm=clip)
 
 
 @pytest.mark.slow
@@ -73,12 +80,43 @@ def test_each_gauge_alone(config: GPTConfig, kind: str, shakespeare: TextData) -
         {"weight_decay": 0.0},
         {"max_grad_norm": 0.3},
         {"max_grad_norm": 0.3, "step_scale": "norm", "vertical": "balance", "retract": False},
+        {"blocks": True},
+        {"max_grad_norm": 0.3, "additive": True, "retract": False, "vertical": "adam"},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("config", [LLAMA, LAYER, RELU2], ids=["llama", "layer", "relu2"])
 def test_every_mode(config: GPTConfig, options: dict, shakespeare: TextData) -> None:
     assert divergence(config, shakespeare, **options) < 1e-7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vertical", VERTICAL)
+@pytest.mark.parametrize("name", TABLE_MODELS)
+def test_the_papers_step_in_blocks(name: str, vertical: str, shakespeare: TextData) -> None:
+    """Equivariant under its own group; with decay on all weights, and clipped."""
+    options = {"blocks": True, "vertical": vertical, "max_grad_norm": 1.0, **PAPER}
+    assert divergence(TABLE_MODELS[name], shakespeare, **options) < 1e-7
+
+
+@pytest.mark.parametrize("vertical", VERTICAL)
+@pytest.mark.parametrize("config", [LLAMA, LAYER], ids=["llama", "layer"])
+def test_the_papers_step_with_decay_on_matrices_alone(config: GPTConfig, vertical: str, shakespeare: TextData) -> None:
+    """Sides that decay at different rates: gamma does not, its readers do."""
+
+    def make(model: nn.Module, gauges: GaugeSet) -> DDCAdam:
+        return DDCAdam(decay_groups(model, 0.5), gauges, lr=3e-3, vertical=vertical, **PAPER)
+
+    assert divergence(config, shakespeare, make, blocks=True, steps=10) < 1e-9
+
+
+def test_in_blocks_it_is_not_equivariant_under_scales_of_units(shakespeare: TextData) -> None:
+    """The tests above can fail."""
+
+    def blocks(model: nn.Module, gauges: GaugeSet) -> DDCAdam:
+        return ddcadam(model, in_blocks(gauges), **PAPER)
+
+    assert divergence(LLAMA, shakespeare, blocks, steps=10) > 1e-2
 
 
 def test_euclidean_clipping_would_break_it(shakespeare: TextData) -> None:
@@ -207,6 +245,19 @@ def first_updates(model: GPT, gauges: GaugeSet, grads: torch.Tensor, eps: float,
     return torch.stack(rows)
 
 
+def test_blocks_keep_still_along_their_orbits() -> None:
+    """Up to rounding, in the recorded drift; and units, which are none of their gauges, do not."""
+    model = make_model(MODELS["layer-bias-swiglu-rope-mqa"])
+    units = find_gauges(model).only(["gated_rescale"])
+    start = {name: p.detach().clone() for name, p in params_of(model).items()}
+    optimizer = DDCAdam(model.named_parameters(), in_blocks(units), lr=1e-2)
+    for seed in range(10):
+        backward(model, seed)
+        optimizer.step()
+    assert gauge_drift(start, params_of(model), in_blocks(units))["gated_rescale"] < 1e-13
+    assert gauge_drift(start, params_of(model), units)["gated_rescale"] > 1e-3
+
+
 @pytest.mark.parametrize("vertical", ["freeze", "adam", "balance"])
 def test_vertical_modes(vertical: str) -> None:
     model = make_model(MODELS["layer-bias-swiglu-rope-mqa"])
@@ -300,6 +351,33 @@ def test_agrees_with_the_reference(config: GPTConfig, options: dict) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12, msg=name)
 
 
+@pytest.mark.parametrize("vertical", VERTICAL)
+def test_agrees_with_the_papers_step_in_plain_loops(config: GPTConfig, vertical: str) -> None:
+    assert_the_papers_step(make_model(dataclasses.replace(config, layers=1)), vertical)
+
+
+@pytest.mark.parametrize("vertical", VERTICAL)
+def test_agrees_with_the_papers_step_on_a_chain(vertical: str) -> None:
+    torch.manual_seed(0)
+    assert_the_papers_step(DeepMLP(DeepMLPConfig(depth=3, width=8), 7, 7).double(), vertical)
+
+
+def assert_the_papers_step(model: nn.Module, vertical: str) -> None:
+    """With random gradients, and decay on matrices alone."""
+    other, gauges = copy.deepcopy(model), in_blocks(find_gauges(model))
+    optimizer = DDCAdam(decay_groups(model, 0.3), gauges, lr=1e-2, vertical=vertical, **PAPER)
+    decays = {name: 0.3 if p.ndim > 1 else 0.0 for name, p in params_of(other).items()}
+    reference = ReferencePaperStep(params_of(other), list(gauges), 1e-2, decays, vertical)
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p) / 10
+        copy_gradients(model, other)
+        optimizer.step()
+        reference.step()
+    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12, msg=name)
+
+
 def test_agrees_with_the_reference_on_a_chain() -> None:
     model = relu_mlp()
     gauges = relu_mlp_gauges(model)
@@ -336,9 +414,10 @@ def test_without_gauges_it_is_adamw(config: GPTConfig, dtype: torch.dtype) -> No
 # ------------------------------------------------------------------------------------ optimizer citizenship
 
 
-def trained(optimizer_options: dict | None = None, steps: int = 3, dtype=torch.float64, seed: int = 0):
+def trained(optimizer_options: dict | None = None, steps: int = 3, dtype=torch.float64, seed: int = 0, blocks=False):
     model = make_model(MODELS["layer-bias-swiglu-rope-mqa"], seed, dtype)
-    optimizer = DDCAdam(model.named_parameters(), find_gauges(model), lr=1e-2, **(optimizer_options or {}))
+    gauges = in_blocks(find_gauges(model)) if blocks else find_gauges(model)
+    optimizer = DDCAdam(model.named_parameters(), gauges, lr=1e-2, **(optimizer_options or {}))
     for step in range(steps):
         backward(model, step)
         optimizer.step()
@@ -426,18 +505,31 @@ def test_state_of_another_optimizer_is_refused() -> None:
         optimizer.load_state_dict(plain.state_dict())
 
 
+@pytest.mark.parametrize("options", [{}, PAPER], ids=["ours", "paper"])
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-def test_copies_and_pickles(duplicate) -> None:
-    pair = trained()
+def test_copies_and_pickles(duplicate, options: dict) -> None:
+    pair = trained(options, blocks=bool(options))
     assert_same_future(pair, duplicate(pair))
 
 
-def test_state_is_no_larger_than_adamws(config: GPTConfig) -> None:
+def test_a_state_that_was_saved_before_a_hyperparameter_came() -> None:
+    (model, optimizer), (other, restored) = trained(), trained(steps=0)
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        del group["additive"]
+    other.load_state_dict(model.state_dict())
+    restored.load_state_dict(saved)
+    assert_same_future((model, optimizer), (other, restored))
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_state_is_no_larger_than_adamws(config: GPTConfig, blocks: bool) -> None:
     def size(optimizer: torch.optim.Optimizer) -> int:
         return sum(v.numel() for s in optimizer.state.values() for v in s.values())
 
     model = make_model(config)
-    ours, plain = ddcadam(model, find_gauges(model)), adamw(model, GaugeSet())
+    gauges = in_blocks(find_gauges(model)) if blocks else find_gauges(model)
+    ours, plain = ddcadam(model, gauges, vertical="adam"), adamw(model, GaugeSet())
     backward(model, 0)
     plain.step()
     assert size(ours) < size(plain)
@@ -465,11 +557,14 @@ def test_low_precision_weights_have_float32_state() -> None:
         assert all(torch.equal(a[key], b[key]) and b[key].dtype == torch.float32 for key in a)
 
 
-def test_low_precision_follows_the_rounded_norms() -> None:
+@pytest.mark.parametrize("options", [{}, {"additive": True, "retract": False, "weight_decay": 1e-3}], ids=str)
+def test_low_precision_follows_the_rounded_norms(options: dict) -> None:
     """Steps too small for bfloat16 move nothing, and so they must not move what is dressed either, however many."""
     model = relu_mlp().bfloat16()
     before = [p.detach().clone() for p in model.parameters()]
-    optimizer = DDCAdam(model.named_parameters(), relu_mlp_gauges(model), lr=1e-5, weight_decay=0.0)
+    optimizer = DDCAdam(
+        model.named_parameters(), relu_mlp_gauges(model), **{"lr": 1e-5, "weight_decay": 0.0, **options}
+    )
     torch.manual_seed(0)
     for _ in range(200):
         for p in model.parameters():
@@ -533,13 +628,16 @@ def test_param_groups_and_schedulers() -> None:
         optimizer.step()
 
 
-def test_weight_decay_of_groups_under_one_gauge() -> None:
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("options", [{}, PAPER], ids=["ours", "paper"])
+def test_weight_decay_of_groups_under_one_gauge(options: dict, blocks: bool) -> None:
     """Each parameter decays at its own rate, and no other moves for it."""
     model = make_model(MODELS["layer-bias-swiglu-rope-mqa"])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     named = list(model.named_parameters())
     groups = [{"params": [(n, p) for n, p in named if p.ndim == d], "weight_decay": w} for d, w in ((2, 0.5), (1, 0.0))]
-    optimizer = DDCAdam(groups, find_gauges(model), lr=0.1)
+    gauges = in_blocks(find_gauges(model)) if blocks else find_gauges(model)
+    optimizer = DDCAdam(groups, gauges, lr=0.1, **options)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -594,9 +692,13 @@ def test_compiled_step_equals_eager() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_arithmetic_is_the_same_step() -> None:
+@pytest.mark.parametrize("options", [{}, PAPER], ids=["ours", "paper"])
+def test_compiled_arithmetic_is_the_same_step(options: dict) -> None:
     """Compiled once for every rate, all of it or stack by stack; layers without gradients, copies and pickles go on."""
-    both = [trained({"weight_decay": 0.1, "compiled": c}, dtype=torch.float64, steps=0) for c in (False, True)]
+    both = [
+        trained({"weight_decay": 0.1, "compiled": c, **options}, dtype=torch.float64, steps=0, blocks=bool(options))
+        for c in (False, True)
+    ]
 
     def step(seed: int) -> None:
         for model, optimizer in both:
@@ -651,6 +753,7 @@ def test_prefixes_of_wrappers_are_seen_through() -> None:
         ({"radial_rate": -1.0}, "Invalid radial_rate"),
         ({"vertical": "frozen"}, "Invalid vertical='frozen': expected one of freeze, adam, balance"),
         ({"step_scale": "rms"}, "Invalid step_scale='rms': expected one of init, norm"),
+        ({"additive": True}, "Invalid retract=True with additive=True: .* set retract=False"),
     ],
 )
 def test_bad_hyperparameters(options: dict, message: str) -> None:

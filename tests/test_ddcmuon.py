@@ -12,7 +12,7 @@ from torch import nn
 
 from ddc import DDCAdam, DDCMuon, find_gauges, hidden_matrices
 from ddc.data import TextData
-from ddc.gauges import Axis, Chain, GaugeSet, HiddenMatrix, Rescale, check
+from ddc.gauges import Axis, Chain, GaugeSet, HiddenMatrix, Rescale, check, in_blocks
 from ddc.models import GPT, DeepMLP, DeepMLPConfig, GPTConfig, cross_entropy
 from ddc.optim.factory import make_muon
 from ddc.optim.hidden import HiddenMatrices, modes_of
@@ -21,6 +21,7 @@ from ddc.optim.orthogonal import newton_schulz, newton_schulz_bfloat16, polar_fa
 from ddc.optim.stacked import Context
 from experiments.equivariance import MODELS as TABLE_MODELS
 from experiments.equivariance import orbit_divergence, random_model
+from tests.conftest import MODELS
 from tests.helpers import VOCABULARY, backward, make_model, relu_mlp, relu_mlp_gauges
 
 PRIME = 11
@@ -87,6 +88,35 @@ def test_whole_product_group(name: str, per_head: bool, shakespeare: TextData) -
     model = random_model(TABLE_MODELS[name], shakespeare.vocab_size, 0, torch.float64)
     make = functools.partial(ddcmuon, per_head=per_head)
     assert orbit_divergence(model, find_gauges(model), make, shakespeare, max_grad_norm=1.0) < 1e-7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vertical", ["freeze", "adam", "balance"])
+@pytest.mark.parametrize("name", ["RMSNorm, SwiGLU, RoPE, GQA", "RMSNorm, ReLU², partial RoPE, GQA"])
+def test_blocks(name: str, vertical: str, shakespeare: TextData) -> None:
+    """With the paper's step for what is not hidden."""
+    model = random_model(TABLE_MODELS[name], shakespeare.vocab_size, 0, torch.float64)
+    make = functools.partial(ddcmuon, vertical=vertical, step_scale="norm", retract=False, additive=True)
+    assert orbit_divergence(model, in_blocks(find_gauges(model)), make, shakespeare, max_grad_norm=1.0) < 1e-7
+
+
+def test_blocks_of_hidden_matrices_keep_still_along_their_orbit() -> None:
+    """Norms of a pair move alike, and no bias may share their scale."""
+    model = make_model(MODELS["rms-swiglu-rope-gqa"])
+    gauges = in_blocks(find_gauges(model)).only(["gated_rescale"])
+    params = dict(model.named_parameters())
+    optimizer = ddcmuon(model, gauges)
+    before = [gauge.log_norms(params) for gauge in gauges]
+    for seed in range(10):
+        backward(model, seed)
+        optimizer.step()
+    for gauge, (plus, minus) in zip(gauges, before, strict=True):
+        now_plus, now_minus = gauge.log_norms(params)
+        assert (now_plus - plus).abs() > 1e-3
+        torch.testing.assert_close(now_plus - plus, now_minus - minus, rtol=0, atol=1e-12)
+    model = make_model(MODELS["layer-bias-swiglu-rope-mqa"])
+    with pytest.raises(ValueError, match=r"'blocks\.0\.mlp\.up\.bias' is not hidden.*gauges\.granularity=unit"):
+        ddcmuon(model, in_blocks(find_gauges(model)))
 
 
 @pytest.mark.slow

@@ -170,6 +170,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adam": {"vertical": "adam", "step_scale": "norm"},
     "balance": {"vertical": "balance", "retract": False},
     "still": {"radial_rate": 0.0},
+    "paper": {"additive": True, "step_scale": "norm", "retract": False, "vertical": "balance"},
 }
 
 

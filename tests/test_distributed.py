@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ddc import DDCAdam, DDCMuon, find_gauges
-from ddc.gauges import GaugeSet, Rotation, hidden_matrices, named_parameters, whole
+from ddc.gauges import GaugeSet, Rotation, hidden_matrices, in_blocks, named_parameters, whole
 from ddc.models import GPTConfig, cross_entropy
 from ddc.models.deep_mlp import DeepMLP, DeepMLPConfig
 from ddc.optim.drift import gauge_drift
@@ -69,16 +69,18 @@ class Case:
     how: str = "fsdp"
     dtype: torch.dtype = torch.float64
     per_layer: bool = False
+    blocks: bool = False
     transformed: bool = False
 
     def __str__(self) -> str:
-        flags = [key for key in ("per_layer", "transformed") if getattr(self, key)]
+        flags = [key for key in ("per_layer", "blocks", "transformed") if getattr(self, key)]
         options = [f"{key}={value}" for key, value in self.options.items()]
         return "-".join(
             [self.model, self.optimizer, *options, *flags, self.how, str(self.dtype).removeprefix("torch.")]
         )
 
 
+PAPER = {"step_scale": "norm", "retract": False, "additive": True}
 CASES = [
     Case("llama", "ddcadam", how="ddp"),
     Case("llama", "ddcadam"),
@@ -89,6 +91,9 @@ CASES = [
     Case("llama", "muon", {"orthogonalizer": "newton_schulz"}),
     Case("layer", "ddcadam", {"vertical": "adam", "step_scale": "norm", "retract": False}),
     Case("layer", "ddcmuon", {"vertical": "adam"}),
+    Case("layer", "ddcadam_paper", PAPER | {"vertical": "balance"}, blocks=True),
+    Case("llama", "ddcmuon", PAPER, blocks=True),
+    Case("layer", "adamw_relative", {"adam_lr": 1e-3, "steps": {}}),
     Case("partial", "ddcadam"),
     Case("empty", "ddcadam", how="three"),
     Case("empty", "ddcmuon", {"per_head": True}, how="three"),
@@ -140,7 +145,8 @@ class Training:
     def __init__(self, case: Case, mesh: DeviceMesh | None = None, seed: int = 0) -> None:
         self.case, self.mesh = case, mesh
         self.model = make_model(case.model, case.dtype, seed)
-        self.gauges: GaugeSet = find_gauges(self.model, per_layer=case.per_layer)
+        found = find_gauges(self.model, per_layer=case.per_layer)
+        self.gauges: GaugeSet = in_blocks(found) if case.blocks else found
         if case.transformed:
             self.gauges.transform_(self.model, torch.Generator().manual_seed(1))
         options = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, **case.options}
@@ -448,6 +454,8 @@ def assert_same_to_rounding(folder: Path, one: Path) -> None:
         for key in ("epoch", "lr", "train_loss", "validation_loss", "train_accuracy", "validation_accuracy"):
             assert row[key] == pytest.approx(other[key], rel=2e-5), (row["step"], key)
         assert (row["gauge_audit"] or 0) < 1e-4
+        for key, values in (row["matrix_step"] or {}).items():
+            assert values == pytest.approx(other["matrix_step"][key], rel=1e-3)
         assert row["gauge_drift"] == pytest.approx(other["gauge_drift"], rel=0.05, abs=1e-5)
 
 

@@ -485,9 +485,7 @@ def test_what_is_too_large_is_tried_on_a_narrow_twin(monkeypatch: pytest.MonkeyP
         gauges = find_gauges(model)
     assert str(gauges) == str(expected)
     assert not gauges.unchecked
-    with pytest.warns(
-        UserWarning, match=r"gauges .* parameters, and Sequential has no config to build a narrow twin"
-    ):
+    with pytest.warns(UserWarning, match=r"gauges .* parameters, and Sequential has no config to build a narrow twin"):
         assert find_gauges(
             nn.Sequential(*[each for _ in range(4) for each in (nn.Linear(300, 300), nn.ReLU())])
         ).unchecked

@@ -12,11 +12,24 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ddc import find_gauges
-from ddc.gauges import KINDS, Axis, GaugeSet, Refusal, Rescale, RotatedAxis, Rotation, Shift, audit, check
+from ddc.gauges import (
+    KINDS,
+    Axis,
+    Chain,
+    GaugeSet,
+    Refusal,
+    Rescale,
+    RotatedAxis,
+    Rotation,
+    Shift,
+    audit,
+    check,
+    in_blocks,
+)
 from ddc.gauges import named_parameters as params_of
-from ddc.models import GPT, GPTConfig
+from ddc.models import GPT, DeepMLP, DeepMLPConfig, GPTConfig
 from tests.conftest import MODELS, SIZES
-from tests.helpers import VOCABULARY, backward, batch, make_model
+from tests.helpers import VOCABULARY, backward, batch, make_model, relu_mlp, relu_mlp_gauges
 
 
 def log_probs(tokens: torch.Tensor):
@@ -25,14 +38,16 @@ def log_probs(tokens: torch.Tensor):
 
 def test_every_gauge_found_is_a_symmetry(config: GPTConfig) -> None:
     model = make_model(config)
-    changes = check(model, find_gauges(model), log_probs(batch(config, 0)))
+    units = find_gauges(model)
+    changes = check(model, {*units, *in_blocks(units)}, log_probs(batch(config, 0)))
     assert changes
     assert max(changes.values()) < 1e-12
 
 
 def test_every_gauge_moves_the_weights(config: GPTConfig) -> None:
     model = make_model(config)
-    for gauge in find_gauges(model):
+    units = find_gauges(model)
+    for gauge in {*units, *in_blocks(units)}:
         moved = copy.deepcopy(model)
         GaugeSet((gauge,)).transform_(moved, torch.Generator().manual_seed(0))
         for name, p in params_of(moved).items():
@@ -126,8 +141,59 @@ def test_only() -> None:
 def test_dimension_counts_the_orbit(config: GPTConfig) -> None:
     """The tangent vectors of the action, found by small group elements, span as many dimensions as claimed."""
     model = make_model(config)
-    tangents = orbit_tangents(model, find_gauges(model))
-    assert torch.linalg.matrix_rank(tangents, rtol=1e-9) == len(tangents) == find_gauges(model).dimension(model)
+    units = find_gauges(model)
+    for gauges in (units, in_blocks(units)):
+        tangents = orbit_tangents(model, gauges)
+        assert torch.linalg.matrix_rank(tangents, rtol=1e-9) == len(tangents) == gauges.dimension(model)
+
+
+def test_blocks_are_subgroups(config: GPTConfig) -> None:
+    """Their orbits lie in those of the units, and what is not between linear maps is as it was."""
+    model = make_model(config)
+    units = find_gauges(model)
+    blocks = in_blocks(units)
+    both = torch.cat([orbit_tangents(model, units), orbit_tangents(model, blocks)])
+    assert torch.linalg.matrix_rank(both, rtol=1e-9) == units.dimension(model)
+    hidden = {"relu_rescale", "gated_rescale"}
+    assert [g for g in units if g.kind not in hidden] == [g for g in blocks if g.kind not in hidden]
+    pairs = [g for g in units if g.kind in hidden]
+    assert blocks.dimension(model) == units.dimension(model) - len(pairs) * (config.hidden - 1)
+    assert in_blocks(blocks) == blocks
+
+
+def test_blocks_of_units_that_were_not_tried_are_not_either() -> None:
+    units = find_gauges(make_model(MODELS["rms-swiglu-rope-gqa"]))
+    gated, norm = (units.only([kind])[0] for kind in ("gated_rescale", "norm_scale"))
+    blocks = in_blocks(GaugeSet(units.found, (), {gated: "no float64", norm: "no time"}))
+    block = next(gauge for gauge in blocks if gauge.where == gated.where and gauge.kind == gated.kind)
+    assert blocks.unchecked == {block: "no float64", norm: "no time"}
+    assert block != gated
+
+
+def test_a_chain_in_blocks_is_the_chained_rescale() -> None:
+    model = DeepMLP(DeepMLPConfig(depth=4, width=8), 7, 7)
+    (chain,) = (gauge for gauge in in_blocks(find_gauges(model)) if isinstance(gauge, Chain))
+    (ours,) = (gauge for gauge in find_gauges(model, per_layer=True) if isinstance(gauge, Chain))
+    assert chain.weights == ours.weights
+    residual = DeepMLP(DeepMLPConfig(depth=4, width=8, residual=True), 7, 7)
+    assert [g.block for g in in_blocks(find_gauges(residual)) if isinstance(g, Rescale)] == [True, True]
+
+
+def test_layers_that_cannot_have_one_scale_each_are_refused() -> None:
+    model = relu_mlp(bias=False)
+    gauges = relu_mlp_gauges(model)
+    norm = Rescale("norm_scale", "norm", (Axis("gamma"),), (Axis("0.weight", 1),))
+    squared = [Rescale(g.kind, g.where, g.plus, g.minus, degree=2) for g in gauges]
+    for refused, reason in (
+        (relu_mlp_gauges(relu_mlp(bias=True)), "without biases"),
+        (squared, "degree 1 between them, here it is 2"),
+        ([*gauges, norm], "0.weight is under one"),
+    ):
+        blocks = in_blocks(GaugeSet(tuple(refused)))
+        assert [gauge for gauge in blocks if gauge.kind == "relu_rescale"] == []
+        assert [refusal.where for refusal in blocks.refused] == ["0-2", "2-4", "4-6"]
+        assert all(reason in refusal.reason for refusal in blocks.refused)
+    assert len(in_blocks(GaugeSet(tuple(gauges[::2])))) == 2  # which share no layer
 
 
 def orbit_tangents(model: GPT, gauges: GaugeSet) -> torch.Tensor:
@@ -154,6 +220,9 @@ def generators(gauge, params):
                 yield {gauge.weight: tangent}
             if gauge.bias is not None:
                 yield {gauge.bias: torch.ones_like(params[gauge.bias])}
+        case Rescale(block=True):
+            sides = ((gauge.plus, 1), (gauge.minus, -gauge.degree))
+            yield {name: sign * params[name] for side, sign in sides for name, _ in side}
         case Rescale():
             for unit in range(gauge.units(params)):
                 tangents = {}
@@ -238,7 +307,8 @@ def test_samples_are_uniform_in_spread_and_orthogonal() -> None:
 def test_audit_is_rounding_for_true_gauges(config: GPTConfig) -> None:
     model = make_model(config)
     backward(model, 0)
-    assert max(audit(model, find_gauges(model)).values()) < 1e-12
+    for gauges in (find_gauges(model), in_blocks(find_gauges(model))):
+        assert max(audit(model, gauges).values()) < 1e-12
 
 
 def test_audit_and_check_tell_false_gauges() -> None:
@@ -249,6 +319,7 @@ def test_audit_and_check_tell_false_gauges() -> None:
     false = [
         Rescale("relu_rescale", "a GELU", (up,), (down,)),
         Rescale("relu_rescale", "wrong degree", (up,), (down,), degree=2),
+        Rescale("relu_rescale", "a GELU as one block", (up,), (down,), block=True),
         Rescale("norm_scale", "one reader forgotten", (Axis("blocks.0.attention_norm.weight"),),
                 (Axis("blocks.0.attention.query.weight", 1),)),
         Shift("embedding.weight", where="a tied head"),

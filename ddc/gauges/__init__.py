@@ -5,6 +5,7 @@ from ddc.gauges.base import KINDS, Gauge, Refusal, named_parameters, plain_name,
 from ddc.gauges.canonical import align_, balance_, nearest_turn, orbit_distance
 from ddc.gauges.discovery import find_gauges, read_gauges
 from ddc.gauges.gauge_set import GaugeSet, audit, check
+from ddc.gauges.granularity import in_blocks
 from ddc.gauges.roles import HiddenMatrix, hidden_matrices
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "check",
     "find_gauges",
     "hidden_matrices",
+    "in_blocks",
     "named_parameters",
     "nearest_turn",
     "orbit_distance",

@@ -77,6 +77,7 @@ class Rescale(Gauge):
             one vector: a weight row with its bias entry, gamma_j with beta_j, the columns j of W_Q, W_K, W_V.
         degree: degree of homogeneity of what lies between the sides: 1, but 2 for ReLU². With the sides exchanged it
             is the reciprocal.
+        block: one scale for all units: each side as a whole is one unit (:func:`ddc.gauges.in_blocks`).
 
     Raises:
         ValueError: an unknown kind, a side without parameters, or a degree that is not positive.
@@ -87,6 +88,7 @@ class Rescale(Gauge):
     plus: tuple[Axis, ...]
     minus: tuple[Axis, ...]
     degree: float = 1
+    block: bool = False
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
@@ -99,10 +101,14 @@ class Rescale(Gauge):
     def parameters(self) -> tuple[str, ...]:
         return tuple(axis.parameter for axis in self.plus + self.minus)
 
+    def unit_axis(self, axis: int) -> int | None:
+        """Of the axis that an :class:`Axis` names: along it lie the units; None where the parameter is of one unit."""
+        return None if self.block else axis
+
     def units(self, params: Params) -> int:
-        """Number of units: neurons or channels."""
+        """Number of units: neurons or channels; 1 of a block."""
         name, axis = self.plus[0]
-        return params[name].shape[axis]
+        return 1 if self.block else params[name].shape[axis]
 
     def dimension(self, params: Params) -> int:
         return self.units(params)
@@ -114,16 +120,20 @@ class Rescale(Gauge):
     @torch.no_grad()
     def act_(self, params: Params, element: Tensor) -> None:
         for name, axis in self.plus:
-            unit_view(params[name], axis).mul_(element[:, None])
+            self._to_scale(params[name], axis).mul_(element[:, None])
         for name, axis in self.minus:
-            unit_view(params[name], axis).div_(element[:, None] ** self.degree)
+            self._to_scale(params[name], axis).div_(element[:, None] ** self.degree)
+
+    def _to_scale(self, tensor: Tensor, axis: int) -> Tensor:
+        """A view of a parameter that a column of unit scales multiplies."""
+        return torch.atleast_2d(tensor) if self.block else unit_view(tensor, axis)
 
     @torch.no_grad()
     def log_norms(self, params: Params) -> tuple[Tensor, Tensor]:
         """(log rho_P, log rho_M): logarithms of the two sides' norms, per unit, in float64."""
 
         def log_norm(side: tuple[Axis, ...]) -> Tensor:
-            squares = [unit_view(params[n], a).double().square().sum(1) for n, a in side]
+            squares = [unit_view(params[n], self.unit_axis(a)).double().square().sum(1) for n, a in side]
             return torch.stack(squares).sum(0).log() / 2
 
         return log_norm(self.plus), log_norm(self.minus)
@@ -131,7 +141,7 @@ class Rescale(Gauge):
     @torch.no_grad()
     def audit(self, params: Params, grads: Params) -> float:
         def radial(side: tuple[Axis, ...]) -> Tensor:
-            terms = [unit_view(params[n] * grads[n], a).double().sum(1) for n, a in side]
+            terms = [unit_view(params[n] * grads[n], self.unit_axis(a)).double().sum(1) for n, a in side]
             return torch.stack(terms).sum(0)
 
         plus, minus = radial(self.plus), radial(self.minus)

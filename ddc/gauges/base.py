@@ -29,8 +29,8 @@ KINDS = (
 class Gauge(ABC):
     """A continuous symmetry of the loss, acting on a few named parameters.
 
-    A *unit* is one index of the group: a neuron, a channel, a head, a frequency plane. All units of one
-    layer form one gauge, so that everything that reads a gauge can be batched over its units.
+    A *unit* is one index of the group: a neuron, a channel, a head, a frequency plane; or a whole layer, a *block*. All
+    units of one layer form one gauge, so that everything that reads a gauge can be batched over its units.
 
     Attributes:
         kind: one of :data:`KINDS`.
@@ -138,8 +138,10 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def unit_view(tensor: Tensor, axis: int) -> Tensor:
-    """View a vector or matrix as (units, entries of the unit); ``axis`` is the axis of the units."""
+def unit_view(tensor: Tensor, axis: int | None) -> Tensor:
+    """View a vector or matrix as (units, entries of the unit); ``axis`` is that of the units, None for a single one."""
+    if axis is None:
+        return tensor.reshape(1, -1)
     if tensor.ndim == 1:
         return tensor.unsqueeze(1)
     return tensor if axis == 0 else tensor.mT

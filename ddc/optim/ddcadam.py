@@ -62,6 +62,13 @@ class DDCAdam(Optimizer):
             ``"norm"`` is the paper's rho.
         retract: keep the norm under the tangential step (division above); without, every step lengthens W a
             little, as in the paper's statement.
+        additive: the order of the paper's companion: decay first, and the exponential on W alone. With
+            :math:`W \leftarrow (1 - \eta\lambda) W`, and all of the above read from this W,
+            :math:`W \leftarrow e^{\Delta}\, W - \eta s u`. Needs ``retract=False``. With ``step_scale="norm"`` and
+            gauges :func:`in blocks <ddc.gauges.in_blocks>` it is the step of the companion's machine-checked model
+            (repository DeadDirections/DeadDirections, ``DdcAdamEquivariance.lean``), but that ``"balance"``, which
+            that model does not have, moves all of the side along the gauge: with :math:`\Delta_V` its part of
+            :math:`\Delta`, :math:`W \leftarrow e^{\Delta}\, W - e^{\Delta_V} \eta s u`.
         compiled: compile the step, and :meth:`grad_norm`, with ``torch.compile`` when they are first called: as one
             function, or where layers are large as one for each stack of alike layers. That takes tens of seconds for a
             transformer, and on a CPU a C++ compiler; what it saves is in docs/speed.md. A step in which gradients are
@@ -103,6 +110,7 @@ class DDCAdam(Optimizer):
         vertical: str = "freeze",
         step_scale: str = "init",
         retract: bool = True,
+        additive: bool = False,
         compiled: bool = False,
     ) -> None:
         defaults = {
@@ -114,6 +122,7 @@ class DDCAdam(Optimizer):
             "vertical": vertical,
             "step_scale": step_scale,
             "retract": retract,
+            "additive": additive,
         }
         self._stacks: list[Stack] = []
         self._built: list[tuple[Sequence[int], list[Gauge]]] = []
@@ -281,6 +290,12 @@ class DDCAdam(Optimizer):
         own = {key: value for key, value in vars(self).items() if key in names}
         return {**super().__getstate__(), "_stacks": self._stacks, "_built": self._built, "_ready": True, **own}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As in ``torch.optim``: states that were saved before a hyperparameter came have its default."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("additive", False)
+
     def _check_groups(self) -> None:
         """Parameters under one gauge must share what the step shares; and gradients must be dense."""
         self._check_agreement()
@@ -338,6 +353,8 @@ def check_hyperparameters(group: Mapping[str, Any]) -> None:
     for key, choices in (("vertical", VERTICAL_MODES), ("step_scale", STEP_SCALES)):
         if group[key] not in choices:
             raise ValueError(f"Invalid {key}={group[key]!r}: expected one of {', '.join(choices)}")
+    if group["additive"] and group["retract"]:
+        raise ValueError("Invalid retract=True with additive=True: what is added is not retracted; set retract=False")
 
 
 def check_frozen(stack: PolarStack | ChainStack, gauges_of: Callable[[Iterable[str]], str]) -> None:

@@ -51,7 +51,8 @@ class DDCMuon(DDCAdam):
             ``torch.linalg.LinAlgError`` for a gradient that is not finite).
         betas, eps, radial_rate, vertical: as for :class:`DDCAdam`; on hidden matrices they are those of the norms.
             ``vertical="adam"`` steps on the norms' gauge coordinates, ``"balance"`` relaxes the frames to 1.
-        weight_decay, step_scale, retract: as for :class:`DDCAdam`.
+        weight_decay: as for :class:`DDCAdam`.
+        step_scale, retract, additive: as for :class:`DDCAdam`; hidden matrices have their own step, above.
         compiled: as for :class:`DDCAdam`.
 
     The state of a hidden matrix is its ``momentum_buffer``, half of AdamW's. A hidden matrix without a gradient is left
@@ -82,6 +83,7 @@ class DDCMuon(DDCAdam):
         vertical: str = "freeze",
         step_scale: str = "init",
         retract: bool = True,
+        additive: bool = False,
         compiled: bool = False,
     ) -> None:
         if not 0 <= momentum < 1:
@@ -102,6 +104,7 @@ class DDCMuon(DDCAdam):
             vertical=vertical,
             step_scale=step_scale,
             retract=retract,
+            additive=additive,
             compiled=compiled,
         )
 

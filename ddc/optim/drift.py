@@ -45,7 +45,6 @@ def gauge_coordinates(params: Mapping[str, Tensor], gauges: Iterable[Gauge]) -> 
             if role.dressing is not None:
                 factor = plus_norms[role.dressing.gauge] ** role.dressing.degree
                 values = factor[:, None] * values if role.dressing.axis == 0 else values * factor
-            assert role.axis is not None
             squares.append(unit_view(values, role.axis).square().sum(1))
         return torch.stack(squares).sum(0).log() / 2
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -19,6 +19,7 @@ from ddc.optim.ddcadam import DDCAdam
 from ddc.optim.ddcmuon import DDCMuon
 from ddc.optim.muon import Muon
 from ddc.optim.parameters import listed
+from ddc.optim.relative_step import RelativeAdamW
 from ddc.optim.saved import check_shapes, in_own_order, parameter_names, saved_ids
 from ddc.optim.sharding import split_like
 
@@ -79,6 +80,31 @@ def make_adamw(groups: list[dict[str, Any]], **options: Any) -> AdamW:
     return optimizer
 
 
+def make_relative_adamw(
+    model: nn.Module, weight_decay: float, *, lr: float, adam_lr: float, steps: Mapping[str, float], **options: Any
+) -> RelativeAdamW:
+    """AdamW whose step of each matrix has the length ``lr`` relative to it, times that of ``steps`` if these name it.
+
+    Raises:
+        ValueError: ``steps`` are given, and not of all matrices.
+    """
+    groups = [
+        {
+            **group,
+            "params": [(name, param)],
+            "lr": lr * steps.get(plain_name(name), 1.0) if param.ndim >= 2 else adam_lr,
+        }
+        for group in decay_groups(model, weight_decay)
+        for name, param in group["params"]
+    ]
+    matrices = {plain_name(name) for name, param in model.named_parameters() if param.ndim >= 2}
+    if steps and (missing := matrices - set(steps)):
+        raise ValueError(f"Invalid optimizer.steps_of: that run has no matrix {min(missing)}; take one of this model")
+    optimizer = RelativeAdamW(groups, fused=True, **options)
+    optimizer.register_load_state_dict_pre_hook(fitted_state)
+    return optimizer
+
+
 def fitted_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict in the optimizer's order, with tensors of a parameter's shape split as the parameter is."""
     state_dict = in_own_order(optimizer, state_dict)
@@ -127,13 +153,16 @@ def make_optimizer(
     match name:
         case "adamw":
             return make_adamw(groups, **options)
-        case "ddcadam":
+        case "adamw_relative":
+            return make_relative_adamw(model, weight_decay, **options)
+        case "ddcadam" | "ddcadam_paper":
             return DDCAdam(groups, gauges, **options)
         case "muon":
             return make_muon(model, hidden, weight_decay, **options)
         case "ddcmuon":
             return DDCMuon(groups, gauges, hidden, **options)
-    raise ValueError(f"Invalid optimizer.name={name!r}: expected adamw, ddcadam, muon or ddcmuon")
+    names = "adamw, adamw_relative, ddcadam, ddcadam_paper, muon or ddcmuon"
+    raise ValueError(f"Invalid optimizer.name={name!r}: expected {names}")
 
 
 def compiled_step(wanted: bool | None, model: nn.Module) -> bool:

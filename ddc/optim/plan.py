@@ -10,6 +10,8 @@ The rules, from which all overlaps follow (docs/method.md):
   parameter on the minus side is decomposed there too, unless it is on the plus side of another rescale: then that
   other one decomposes it, and this one only *dresses* it, by the norms of its plus side;
 - a chain decomposes each of its layers, but for the hidden ones, as a whole;
+- a rescale of blocks decomposes each side as one unit; where all of them are hidden it dresses nothing, for a hidden
+  matrix steps in its norm and its direction by itself;
 - a parameter under a logit shift is centred over the vocabulary;
 - a rotation averages the second moment over the indices it turns;
 - what nothing decomposes is *free*: plain Adam, centred, averaged and dressed where the above says so.
@@ -20,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import torch
@@ -116,10 +118,13 @@ def make_plan(params: Mapping[str, Tensor], gauges: Iterable[Gauge], hidden: Col
     chains = [gauge for gauge in gauges if isinstance(gauge, Chain)]
     rescales = [gauge for gauge in gauges if isinstance(gauge, Rescale)]
     _check_chains(chains, rescales)
-    inner, sided = [], []
+    blocks, inner, sided = [], [], []
     for gauge in rescales:
         plus_hidden, minus_hidden = (any(a.parameter in hidden for a in side) for side in (gauge.plus, gauge.minus))
-        if plus_hidden and minus_hidden:
+        if gauge.block and (plus_hidden or minus_hidden):
+            _check_block(gauge, hidden)
+            blocks.append(gauge)
+        elif plus_hidden and minus_hidden:
             inner.append(gauge)
         elif plus_hidden:  # the side that dresses comes first
             sided.append(Rescale(gauge.kind, gauge.where, gauge.minus, gauge.plus, 1 / gauge.degree))
@@ -174,7 +179,7 @@ def make_plan(params: Mapping[str, Tensor], gauges: Iterable[Gauge], hidden: Col
         dressing = None
         if name in plus_of and name in minus_of:
             gauge, minus_axis = minus_of[name]
-            if minus_axis == axis:
+            if minus_axis is None or minus_axis == axis:
                 both = [gauge, plus_of[name][0]]
                 raise ValueError(f"{name!r}: {named(*both)} rescale the same axis. Of these, {without(*both)}")
             dressing = Dressing(gauge, minus_axis, gauge.degree)
@@ -193,9 +198,11 @@ def make_plan(params: Mapping[str, Tensor], gauges: Iterable[Gauge], hidden: Col
         plan.polar.append(
             PolarPlan(
                 gauge,
-                plus=tuple(role(*axis) for axis in gauge.plus),
+                plus=tuple(role(name, gauge.unit_axis(axis)) for name, axis in gauge.plus),
                 minus=tuple(
-                    role(*axis) for axis in gauge.minus if axis.parameter in minus_of and axis.parameter not in plus_of
+                    role(name, gauge.unit_axis(axis))
+                    for name, axis in gauge.minus
+                    if name in minus_of and name not in plus_of
                 ),
                 dressed=tuple(
                     Role(*axis) for axis in gauge.minus if axis.parameter in minus_of and axis.parameter in plus_of
@@ -209,8 +216,9 @@ def make_plan(params: Mapping[str, Tensor], gauges: Iterable[Gauge], hidden: Col
         among = [name for name in chain.weights if name in hidden]
         plan.linked.extend((a, b, 1.0) for a, b in pairwise(among))
     plan.inner.extend(_inner_plans(inner, hidden))
-    for each in plan.inner:
-        plan.linked.extend((p.parameter, m.parameter, each.gauge.degree) for p in each.plus for m in each.minus)
+    for gauge in (*blocks, *(each.gauge for each in plan.inner)):
+        sides = ([a.parameter for a in side if a.parameter in hidden] for side in (gauge.plus, gauge.minus))
+        plan.linked.extend((p, m, gauge.degree) for p, m in product(*sides))
     plan.hidden.update({name: tuple(dressings[name]) for name in hidden})
     decomposed = {*plus_of, *minus_of, *chained, *hidden}
     plan.free.extend(role(name, 0) for name in params if name not in decomposed)
@@ -278,9 +286,18 @@ def _check_chains(chains: list[Chain], rescales: list[Rescale]) -> None:
             seen[name] = chain
 
 
-def _sides(rescales: list[Rescale], plus: bool, but: Collection[str] = ()) -> dict[str, tuple[Rescale, int]]:
+def _check_block(gauge: Rescale, hidden: Collection[str]) -> None:
+    free = [name for name in gauge.parameters if name not in hidden]
+    if free:
+        raise ValueError(
+            f"{gauge}: {free[0]!r} is not hidden, and shares one scale with a hidden matrix. An optimizer of hidden "
+            "matrices takes a block of them without biases; take scales of single units (gauges.granularity=unit)"
+        )
+
+
+def _sides(rescales: list[Rescale], plus: bool, but: Collection[str] = ()) -> dict[str, tuple[Rescale, int | None]]:
     """For each parameter on a plus (minus) side, the gauge and the axis; ``but`` are left out."""
-    found: dict[str, tuple[Rescale, int]] = {}
+    found: dict[str, tuple[Rescale, int | None]] = {}
     for gauge in rescales:
         for name, axis in gauge.plus if plus else gauge.minus:
             if name in but:
@@ -289,7 +306,7 @@ def _sides(rescales: list[Rescale], plus: bool, but: Collection[str] = ()) -> di
                 side = "plus" if plus else "minus"
                 both = [found[name][0], gauge]
                 raise ValueError(f"{name!r} is on the {side} side of both {named(*both)}. Of these, {without(*both)}")
-            found[name] = (gauge, axis)
+            found[name] = (gauge, gauge.unit_axis(axis))
     return found
 
 
@@ -331,7 +348,9 @@ def _averagings(params: Mapping[str, Tensor], gauges: list[Gauge]) -> dict[str, 
 
 
 def _levels(
-    rescales: list[Rescale], plus_of: Mapping[str, tuple[Rescale, int]], minus_of: Mapping[str, tuple[Rescale, int]]
+    rescales: list[Rescale],
+    plus_of: Mapping[str, tuple[Rescale, int | None]],
+    minus_of: Mapping[str, tuple[Rescale, int | None]],
 ) -> dict[Rescale, int]:
     """Gauges in an order in which whoever dresses moves before what it dresses; equal levels are independent."""
     dressers: dict[Rescale, list[Rescale]] = {gauge: [] for gauge in rescales}

@@ -32,7 +32,7 @@ Group = dict[str, Any]
 Number = float | Tensor
 Betas = tuple[Number, Number]
 #: Hyperparameters in which all parameters under one gauge must agree; weight decay is each one's own.
-SHARED = ("lr", "betas", "eps", "radial_rate", "vertical", "step_scale", "retract")
+SHARED = ("lr", "betas", "eps", "radial_rate", "vertical", "step_scale", "retract", "additive")
 
 
 class Bias(NamedTuple):
@@ -353,6 +353,7 @@ class Hyper(NamedTuple):
     vertical: str
     step_scale: str
     retract: bool
+    additive: bool
 
 
 #: For a CPU, inductor fuses loops over rows with loops over columns, and works out what there is one of per unit once

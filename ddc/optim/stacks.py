@@ -34,8 +34,13 @@ from ddc.optim.stacked import (
     unit_sums,
 )
 
-#: Weights and gradients of some layers.
-Pairs = tuple[list[Tensor], list[Tensor]]
+
+class Pairs(NamedTuple):
+    """Weights and gradients of some layers, and the factor of decoupled weight decay."""
+
+    weights: list[Tensor]
+    grads: list[Tensor]
+    decay: float | Tensor
 
 
 class FreeStack:
@@ -126,14 +131,16 @@ class Side:
         """What a step reads of each parameter, and where it writes."""
         return [p.gather(rows, context) for p in self.parameters]
 
-    def rounded_norm(self, layers: Sequence[Layers]) -> Tensor:
-        """Norms of the weights as they were rounded to a lower precision, decay apart, (L, U).
+    def rounded_norm(self, layers: Sequence[Layers], decayed: bool) -> Tensor:
+        """Norms of the weights as they were rounded to a lower precision, (L, U), with decay or apart from it.
 
         What this side dresses must follow these: a step too small for the weights' precision moves nothing.
         """
 
         def square(p: StackedParameter, i: int) -> Tensor:
-            weight = p.stack(layers[i].weights) / layers[i].decay
+            weight = p.stack(layers[i].weights)
+            if not decayed:
+                weight = weight / layers[i].decay
             if p.role.centred:
                 weight = p.centre(weight)
             factor = p.factor(layers[i].after)
@@ -141,15 +148,17 @@ class Side:
 
         return self.sums(square)[0].sqrt()
 
-    def read(self, layers: Sequence[Layers]) -> Block:
-        """Weights and gradients in the coordinates in which the side is decomposed."""
+    def read(self, layers: Sequence[Layers], decayed: bool = False) -> Block:
+        """Weights and gradients in the coordinates in which the side is decomposed; ``decayed``: after decay."""
         originals, weights, grads, means = [], [], [], []
-        for p, (weights_, grads_, _, before, *_) in zip(self.parameters, layers, strict=True):
+        for p, (weights_, grads_, _, before, _, _, decay) in zip(self.parameters, layers, strict=True):
             weight, grad, mean = p.stack(weights_), p.stack(grads_), None
             originals.append(weight)
             if p.role.centred:
                 mean = p.shards.row_mean(weight)
                 weight, grad = weight - mean, p.centre(grad)
+            if decayed:
+                weight = weight * decay
             if (factor := p.factor(before)) is not None:
                 weight, grad = weight * factor, scaled(grad, safe_power(factor, -1))
             weights.append(weight)
@@ -158,18 +167,20 @@ class Side:
         squares, log_norm_grad = self.sums(
             lambda p, i: p.unit_sum(weights[i].square()), lambda p, i: p.unit_sum(weights[i] * grads[i])
         )
-        return Block(self, layers, originals, weights, grads, means, squares.sqrt(), log_norm_grad)
+        return Block(self, layers, decayed, originals, weights, grads, means, squares.sqrt(), log_norm_grad)
 
 
 @dataclass
 class Block:
     """A side at one step: weights and gradients in centred, dressed coordinates, and what they sum to.
 
-    ``originals`` are the weights as they were, and used up where those coordinates are the weights' own.
+    ``decayed`` says whether weights are those after decay. ``originals`` are the weights as they were, and used up
+    where those coordinates are the weights' own.
     """
 
     side: Side
     layers: Sequence[Layers]
+    decayed: bool
     originals: list[Tensor]
     weights: list[Tensor]
     grads: list[Tensor]
@@ -186,12 +197,21 @@ class Block:
         """The step scale s per unit."""
         return norm * self.side.init_scale if step_scale == "init" else norm
 
-    def turn(self, norm: Tensor, log_change: Tensor, bias: Bias, hyper: Hyper) -> Turn:
+    def turn(
+        self, norm: Tensor, log_change: Tensor, bias: Bias, hyper: Hyper, along_gauge: Tensor | float = 0.0
+    ) -> Turn:
         """The step of the side: W becomes keep · W - turn · u, per unit.
 
         With u the Adam direction of x = rho g_tan and s the step scale, the turned side is
         W - eta s (u - <u, W> W / rho²), a combination of W and u; so only its two coefficients are worked out,
         and neither the projection nor the retraction takes a pass of its own.
+
+        Args:
+            norm: rho, or what stands for it.
+            log_change: of the norm.
+            bias: Adam's bias corrections.
+            hyper: hyperparameters.
+            along_gauge: the part of ``log_change`` that moves all of the side, where the rest scales W alone.
         """
         side, growth = self.side, log_change.exp()
         if side.unit_size == 1:
@@ -210,6 +230,11 @@ class Block:
         along = scale * inverse * products * alive
         across_squared = (scale.square() * squares - along.square()).clamp_(min=0)
         stride = hyper.lr * self.scale(norm, hyper.step_scale)
+        if hyper.additive:
+            stride = stride * torch.as_tensor(along_gauge).exp()
+            keep = growth + stride * inverse * along
+            new_norm = torch.hypot(growth * self.norm, stride * across_squared.sqrt())
+            return Turn(directions, keep, stride * scale, new_norm)
         angle = stride * inverse
         stretch = (1 + angle.square() * across_squared).sqrt()
         if hyper.retract:
@@ -220,9 +245,10 @@ class Block:
     def write(self, turn: Turn) -> None:
         """Write the weights after the step: combined, decayed, undressed by the new factors, with the mean row back."""
         for i, (p, layers) in enumerate(zip(self.side.parameters, self.layers, strict=True)):
-            weight = scaled(self.weights[i], p.spread(turn.keep * layers.decay))
+            decay = 1.0 if self.decayed else layers.decay
+            weight = scaled(self.weights[i], p.spread(turn.keep * decay))
             if turn.directions:
-                weight.addcmul_(turn.directions[i], p.spread(turn.turn * layers.decay), value=-1)
+                weight.addcmul_(turn.directions[i], p.spread(turn.turn * decay), value=-1)
             if (factor := p.factor(layers.after)) is not None:
                 # what a dead factor dresses has no effect, and stays as it is
                 undress = safe_power(factor, -1)
@@ -331,11 +357,11 @@ class PolarStack:
         context.norms[self] = (old, new)
 
     def _step(self, rows: slice, context: Context, compiled: bool) -> tuple[Tensor, Tensor]:
-        """One step of the given layers; returns the plus norms before and after, decay apart."""
+        """One step of the given layers; returns the plus norms before and after, decay apart where it comes last."""
         self.step_count[rows] += 1
         plus = self.plus.gather(rows, context)
         minus = self.minus.gather(rows, context) if self.minus is not None else []
-        dressed = [p.pairs(rows) for p in self.dressed]
+        dressed = [Pairs(*p.pairs(rows), context.decay(p)) for p in self.dressed]
         modes = {key: value[rows] for key, value in self.modes.items()}
         hyper = context.hyper(self.plus.parameters[0])
         old, new = self.move(compiled, self, plus, minus, dressed, modes, self.step_count[rows], hyper)
@@ -353,21 +379,21 @@ class PolarStack:
         """Move both sides; the plus norms before and after."""
         first = self.plus.parameters[0]
         bias = Bias.at(step_count, hyper.betas, first.dtype)
-        plus = self.plus.read(plus_layers)
+        plus = self.plus.read(plus_layers, hyper.additive)
         old = plus.norm
         if self.minus is None:  # the plus norm is the gauge coordinate: it keeps still
             turn = plus.turn(old, torch.zeros_like(old), bias, hyper)
         else:
-            minus = self.minus.read(minus_layers)
-            plus_change, minus_change = self._radial(plus, minus, dressed, modes, bias, hyper)
+            minus = self.minus.read(minus_layers, hyper.additive)
+            plus_change, minus_change, relaxed = self._radial(plus, minus, dressed, modes, bias, hyper)
             # A dead side (norm 0) has no direction. It steps in the other's covariant scale until it has one.
             plus_scale = torch.where(old > 0, old, safe_power(minus.norm, -1 / self.degree))
             minus_scale = torch.where(minus.norm > 0, minus.norm, safe_power(old, -self.degree))
-            turn = plus.turn(plus_scale, plus_change, bias, hyper)
-            minus.write(minus.turn(minus_scale, minus_change, bias, hyper))
+            turn = plus.turn(plus_scale, plus_change, bias, hyper, relaxed)
+            minus.write(minus.turn(minus_scale, minus_change, bias, hyper, -self.degree * relaxed))
         plus.write(turn)
         rounded = first.params[0].dtype != first.dtype
-        return old, self.plus.rounded_norm(plus_layers) if rounded else turn.norm
+        return old, self.plus.rounded_norm(plus_layers, hyper.additive) if rounded else turn.norm
 
     def _radial(
         self,
@@ -377,24 +403,33 @@ class PolarStack:
         modes: dict[str, Tensor],
         bias: Bias,
         hyper: Hyper,
-    ) -> tuple[Tensor, Tensor]:
-        """Changes of log rho_P and log rho_M: the shared radial step and the vertical mode."""
+    ) -> tuple[Tensor, Tensor, Tensor | float]:
+        """Changes of log rho_P and log rho_M: the shared radial step and the vertical mode.
+
+        The third is how far ``balance`` moves along the gauge, as log rho_P has it, which is in the first two as well.
+        """
         k, size = self.degree, math.sqrt(1 + self.degree**2)
 
         # What the plus side dresses is undressed by its new norms, so it does not feel the plus side's move.
         plus_grad = plus.log_norm_grad
         if self.dressed:
-            felt = unit_sums(self.dressed, lambda p, i: p.unit_sum(p.stack(dressed[i][0]) * p.stack(dressed[i][1])))[0]
-            plus_grad = plus_grad - k * felt
+
+            def log_norm_grad(p: StackedParameter, i: int) -> Tensor:
+                felt = p.unit_sum(p.stack(dressed[i].weights) * p.stack(dressed[i].grads))
+                return felt * dressed[i].decay if hyper.additive else felt
+
+            plus_grad = plus_grad - k * unit_sums(self.dressed, log_norm_grad)[0]
         radial = mode_step("radial", (k * plus_grad + minus.log_norm_grad) / size, modes, bias, hyper)
         if hyper.vertical == "freeze":
-            return radial * (k / size), radial / size
+            return radial * (k / size), radial / size, 0.0
+        relaxed: Tensor | float = 0.0
         if hyper.vertical == "adam":
             vertical = mode_step("vertical", (plus_grad - k * minus.log_norm_grad) / size, modes, bias, hyper)
         else:
             gap = plus.norm.log() - k * minus.norm.log()
             vertical = torch.where(gap.isfinite(), -hyper.lr * hyper.radial_rate * gap / size, 0.0)
-        return (k * radial + vertical) / size, (radial - k * vertical) / size
+            relaxed = vertical / size
+        return (k * radial + vertical) / size, (radial - k * vertical) / size, relaxed
 
 
 class ChainStack:
@@ -453,23 +488,25 @@ class ChainStack:
         self, layers: Sequence[Sequence[Layers]], modes: dict[str, Tensor], step_count: Tensor, hyper: Hyper
     ) -> None:
         bias = Bias.at(step_count, hyper.betas, self.parameters[0].dtype)
-        blocks = [side.read(each) for side, each in zip(self.sides, layers, strict=True)]
-        changes = self._radial(blocks, modes, bias, hyper).unsqueeze(1).split(self.layers)
-        for block, change in zip(blocks, changes, strict=True):
-            block.write(block.turn(block.norm, change, bias, hyper))
+        blocks = [side.read(each, hyper.additive) for side, each in zip(self.sides, layers, strict=True)]
+        radial = (each.unsqueeze(1).split(self.layers) for each in self._radial(blocks, modes, bias, hyper))
+        for block, change, relaxed in zip(blocks, *radial, strict=True):
+            block.write(block.turn(block.norm, change, bias, hyper, relaxed))
 
-    def _radial(self, blocks: list[Block], modes: dict[str, Tensor], bias: Bias, hyper: Hyper) -> Tensor:
-        """Changes of the layers' log-norms, (L,)."""
+    def _radial(self, blocks: list[Block], modes: dict[str, Tensor], bias: Bias, hyper: Hyper) -> tuple[Tensor, Tensor]:
+        """Changes of the layers' log-norms, (L,), and of these, how far ``balance`` moves along the gauge."""
         log_norm_grads = torch.cat([block.log_norm_grad.flatten() for block in blocks])
+        none = torch.zeros_like(log_norm_grads)
         if self.still:
-            return torch.zeros_like(log_norm_grads)
+            return none, none
         size = math.sqrt(sum(self.layers))
         shared = mode_step("radial", log_norm_grads.sum(0, keepdim=True) / size, modes, bias, hyper) / size
         if hyper.vertical == "freeze":
-            return shared.expand(sum(self.layers))
+            return shared.expand(sum(self.layers)), none
         if hyper.vertical == "adam":
             vertical = mode_step("vertical", log_norm_grads - log_norm_grads.mean(), modes, bias, hyper)
-            return shared + vertical - vertical.mean()
+            return shared + vertical - vertical.mean(), none
         log_norms = torch.cat([block.norm.flatten() for block in blocks]).log()
         gap = torch.where(log_norms.isfinite().all(), log_norms - log_norms.mean(), 0.0)
-        return shared - hyper.lr * hyper.radial_rate * gap
+        relaxed = -hyper.lr * hyper.radial_rate * gap
+        return shared + relaxed, relaxed

@@ -184,8 +184,9 @@ def plot(speed: Record, memory: Record, stem: Path) -> list[Path]:
         panel.set(xlabel="time / fused AdamW's", title=title)
     rows = {(row["model"], row["optimizer"]): row for row in memory["rows"]}
     models = list(dict.fromkeys(model for model, _ in rows))
-    state = {TITLES[n]: [rows[m, n]["optimizer_state"] / rows[m, n]["parameters"] for m in models] for n in TITLES}
-    peak = {TITLES[n]: [rows[m, n]["peak"] / rows[m, "adamw"]["peak"] for m in models] for n in TITLES}
+    names = [n for n in TITLES if all((m, n) in rows for m in models)]
+    state = {TITLES[n]: [rows[m, n]["optimizer_state"] / rows[m, n]["parameters"] for m in models] for n in names}
+    peak = {TITLES[n]: [rows[m, n]["peak"] / rows[m, "adamw"]["peak"] for m in models] for n in names}
     grouped_bars(axes[2], models, state)
     grouped_bars(axes[3], models, peak)
     axes[2].set(title="optimizer state", ylabel="bytes a parameter")

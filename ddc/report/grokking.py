@@ -283,7 +283,8 @@ def draw(records: Sequence[Record], folder: Path) -> Figures:
 
 def plot_accuracy(records: Sequence[Record], stem: Path) -> list[Path]:
     """Validation accuracy against steps, a line a seed, a panel an optimizer and protocol."""
-    figure, axes = subplots(len(PROTOCOLS), len(TITLES), figsize=(12, 5.5), sharex=True, sharey=True, squeeze=False)
+    columns = max(len(of_stage(records, protocol)) for protocol in PROTOCOLS)
+    figure, axes = subplots(len(PROTOCOLS), columns, figsize=(12, 5.5), sharex=True, sharey=True, squeeze=False)
     for i, protocol in enumerate(PROTOCOLS):
         for j, (name, settings) in enumerate(of_stage(records, protocol).items()):
             runs, panel = only_setting(settings), axes[i][j]

@@ -12,8 +12,15 @@ from rich.table import Table
 
 from ddc.report.figures import COLOURS, save_figure, subplots
 
-#: How optimizers are called in tables and figures.
-TITLES = {"adamw": "AdamW", "ddcadam": "DDCAdam", "muon": "Muon", "ddcmuon": "DDCMuon"}
+#: How optimizers are called in tables and figures; their order is that of columns and colours.
+TITLES = {
+    "adamw": "AdamW",
+    "ddcadam": "DDCAdam",
+    "muon": "Muon",
+    "ddcmuon": "DDCMuon",
+    "ddcadam_paper": "DDCAdam, the paper's step",
+    "adamw_relative": "AdamW, relative steps",
+}
 #: What a run folder holds besides checkpoints and mirrors.
 RECORD_FILES = ("run.json", "records.jsonl", "timing.jsonl", "readings.jsonl", "summary.json", "diverged.json")
 

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ddc.data import DataConfig, ImageConfig, ModularConfig, TextConfig
 from ddc.gauges import KINDS
+from ddc.gauges.granularity import GRANULARITIES
 from ddc.models import MODELS, GPTConfig, ModelConfig
 from ddc.optim.ddcadam import STEP_SCALES, VERTICAL_MODES
 from ddc.optim.muon import ADJUSTMENTS
@@ -68,6 +69,24 @@ class AdamWConfig(OptimizerConfig):
 
 
 @dataclass
+class RelativeAdamWConfig(OptimizerConfig):
+    """:class:`ddc.optim.relative_step.RelativeAdamW`: AdamW whose steps of matrices have a given length.
+
+    ``lr`` is ``|ΔW| / |W|`` of every matrix, ``adam_lr`` AdamW's rate for vectors. With ``steps_of``, the folder of a
+    run, a matrix takes ``lr`` times the length that its steps have in the records of that run: their median.
+    """
+
+    name: str = "adamw_relative"
+    lr: float = 0.003
+    adam_lr: float = 1e-3
+    steps_of: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require("optimizer.adam_lr", self.adam_lr, self.adam_lr > 0, "a positive number")
+
+
+@dataclass
 class DDCAdamConfig(OptimizerConfig):
     """:class:`ddc.DDCAdam`, which documents the keys; ``compiled=null``: on a CPU, from five million parameters on."""
 
@@ -76,6 +95,7 @@ class DDCAdamConfig(OptimizerConfig):
     vertical: str = "freeze"
     step_scale: str = "init"
     retract: bool = True
+    additive: bool = False
     compiled: bool | None = None
 
     def __post_init__(self) -> None:
@@ -83,6 +103,21 @@ class DDCAdamConfig(OptimizerConfig):
         require("optimizer.radial_rate", self.radial_rate, self.radial_rate >= 0, "a number >= 0")
         require_one_of("optimizer.vertical", self.vertical, VERTICAL_MODES)
         require_one_of("optimizer.step_scale", self.step_scale, STEP_SCALES)
+        if self.additive and self.retract:
+            raise ValueError("Invalid optimizer.retract=true with optimizer.additive=true: set one of them to false")
+
+
+@dataclass
+class DDCAdamPaperConfig(DDCAdamConfig):
+    """:class:`ddc.DDCAdam` with the step of the paper's companion, in place of ours.
+
+    ``optimizer=ddcadam_paper`` sets ``gauges.granularity=block`` as well, which belongs to that step.
+    """
+
+    name: str = "ddcadam_paper"
+    step_scale: str = "norm"
+    retract: bool = False
+    additive: bool = True
 
 
 @dataclass
@@ -129,7 +164,14 @@ class DDCMuonConfig(DDCAdamConfig):
         require_one_of("optimizer.orthogonalizer", self.orthogonalizer, ORTHOGONALIZERS)
 
 
-OPTIMIZERS = {"adamw": AdamWConfig, "ddcadam": DDCAdamConfig, "muon": MuonConfig, "ddcmuon": DDCMuonConfig}
+OPTIMIZERS = {
+    "adamw": AdamWConfig,
+    "adamw_relative": RelativeAdamWConfig,
+    "ddcadam": DDCAdamConfig,
+    "ddcadam_paper": DDCAdamPaperConfig,
+    "muon": MuonConfig,
+    "ddcmuon": DDCMuonConfig,
+}
 #: Which data a model reads.
 DATA = {"gpt": TextConfig, "vit": ImageConfig, "deep_mlp": ModularConfig}
 
@@ -140,6 +182,9 @@ class GaugesConfig:
 
     ``true``: the model must have the kind; ``null``: if the model has it; ``false``: not. ``chained_rescale`` is
     ``relu_rescale`` layer by layer instead of neuron by neuron: one of the two.
+
+    ``granularity`` is that of ReLU and gated rescales: ``unit``, a scale for each hidden unit, or ``block``, one for a
+    pair of matrices, or for a layer of a chain (:func:`ddc.gauges.in_blocks`).
     """
 
     logit_shift: bool | None = False
@@ -149,8 +194,10 @@ class GaugesConfig:
     norm_scale: bool | None = False
     value_rotation: bool | None = False
     qk_rotation: bool | None = False
+    granularity: str = "unit"
 
     def __post_init__(self) -> None:
+        require_one_of("gauges.granularity", self.granularity, GRANULARITIES)
         if {"chained_rescale", "relu_rescale"} <= set(self.kinds):
             raise ValueError(
                 "gauges.chained_rescale=true with gauges.relu_rescale=true: rescales of all neurons contain those of "
@@ -322,7 +369,13 @@ class Config:
         """All that decides the records of the run, and nothing else."""
         values = dataclasses.asdict(self)
         del values["launcher"], values["wandb"], values["runs"], values["training"]["resume"]
+        granularity = values["gauges"].pop("granularity")
         values["gauges"] = {kind: wanted is not False for kind, wanted in values["gauges"].items()}
+        # keys that came later are left out where they say what had been so before: older runs keep their names
+        if granularity != "unit":
+            values["gauges"]["granularity"] = granularity
+        if not values["optimizer"].get("additive", True):
+            del values["optimizer"]["additive"]
         if not self.slt.readings:
             del values["slt"]
         if values["optimizer"].get("compiled", False) is None:

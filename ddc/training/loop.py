@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from ddc.data import (
     load_modular,
     load_text,
 )
-from ddc.gauges import GaugeSet, HiddenMatrix, audit, find_gauges, hidden_matrices, named_parameters
+from ddc.gauges import GaugeSet, HiddenMatrix, audit, find_gauges, hidden_matrices, in_blocks, named_parameters
 from ddc.gauges.trace import in_evaluation
 from ddc.models import (
     GPT,
@@ -47,12 +48,13 @@ from ddc.models import (
 from ddc.optim import DDCAdam, DDCMuon
 from ddc.optim.drift import gauge_drift
 from ddc.optim.factory import make_optimizer
+from ddc.optim.relative_step import copied_matrices, relative_steps
 from ddc.optim.sharding import local_part
 from ddc.slt.observer import Observer, joined
 from ddc.training.allocator import keep_freed_memory
 from ddc.training.calibration import calibration_error
 from ddc.training.checkpoint import checkpoints, load_checkpoint, read_checkpoint, save_checkpoint
-from ddc.training.config import Config, TrainingConfig, WandbConfig, restored
+from ddc.training.config import Config, GaugesConfig, RelativeAdamWConfig, TrainingConfig, WandbConfig, restored
 from ddc.training.display import Display
 from ddc.training.lock import only_process_in
 from ddc.training.mirror import Mirror
@@ -135,7 +137,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     keep_freed_memory()
     torch.manual_seed(config.seed)
     model = build_model(config.model, **data.sizes).to(device)
-    gauges = find_gauges(model, config.gauges.per_layer).only(config.gauges.kinds)
+    gauges = configured_gauges(config.gauges, model)
     start = {name: p.detach().to("cpu", copy=True) for name, p in named_parameters(model).items()}
     hidden = configured_hidden(config, model)
     folder = Path(config.runs) / config.name / config.run_id
@@ -220,6 +222,12 @@ def make_observer(config: Config, device: torch.device, data: Data, model: nn.Mo
     return Observer(config.slt, model, probe, whole, config.training.steps, folder)
 
 
+def configured_gauges(config: GaugesConfig, model: nn.Module, verify: bool = True) -> GaugeSet:
+    """The gauges of a model that the optimizer is told of; ``verify`` as of :func:`ddc.find_gauges`."""
+    gauges = find_gauges(model, config.per_layer, verify=verify).only(config.kinds)
+    return in_blocks(gauges) if config.granularity == "block" else gauges
+
+
 def configured_hidden(config: Config, model: nn.Module) -> Sequence[HiddenMatrix]:
     """The matrices that the optimizer of a config takes for hidden, read from the model while it is whole.
 
@@ -238,7 +246,24 @@ def configured_optimizer(
     options = dataclasses.asdict(config.optimizer)
     name, weight_decay = options.pop("name"), options.pop("weight_decay")
     options.pop("per_head", None)  # is in ``hidden``
+    if isinstance(config.optimizer, RelativeAdamWConfig):
+        folder = options.pop("steps_of")
+        options["steps"] = {} if folder is None else recorded_steps(Path(folder))
     return make_optimizer(name, model, gauges, weight_decay, hidden, **options)
+
+
+def recorded_steps(folder: Path) -> dict[str, float]:
+    """The median length of the steps of each matrix, relative to it, in the records of a run.
+
+    Raises:
+        ValueError: there are none.
+    """
+    rows = Records(folder / "records.jsonl").read()
+    steps = [row["matrix_step"]["relative"] for row in rows if row.get("matrix_step")]
+    if not steps:
+        raise ValueError(f"Invalid optimizer.steps_of={folder}: expected the folder of a run that recorded matrix_step")
+    lengths = {name: [step[name] for step in steps if step[name] is not None] for name in steps[0]}
+    return {name: statistics.median(each) for name, each in lengths.items() if each}
 
 
 def choose_device(config: TrainingConfig) -> torch.device:
@@ -323,7 +348,8 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
     display = Display(training.steps, start, f"{config.name}/{config.run_id}", quiet=not ranks.first)
 
     with display, stop, mirror, noted(folder, ranks):
-        clock, last_row_step, gauge_audit, reading_seconds = time.perf_counter(), start, None, 0.0
+        clock, last_row_step, reading_seconds = time.perf_counter(), start, 0.0
+        gauge_audit, matrix_step = None, None
         for step in range(start, training.steps + 1):
             if observer and step in reading_steps and not (read and read[-1]["step"] == step):
                 check_finite(setup)
@@ -336,6 +362,7 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
                     **evaluate(setup, step, fixed),
                     "gauge_audit": gauge_audit,
                     "gauge_drift": gauge_drift(setup.start, named_parameters(model), setup.gauges),
+                    "matrix_step": matrix_step,
                     **({"loss_scale": scaler.get_scale()} if scaler.is_enabled() else {}),
                 }
                 check_finite(setup)  # an entry that the fixed batches do not read may be nan beside a good loss
@@ -359,7 +386,12 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
                 check_finite(setup)
                 save_checkpoint(folder, step, model, optimizer, scaler, ranks)
                 raise KeyboardInterrupt(f"stopped after step {step}; the same command goes on from there")
-            gauge_audit = train_step(setup, step, scaler, audited=step + 1 in evaluations)
+            if step + 1 in evaluations:
+                before = copied_matrices(named_parameters(model))
+                gauge_audit = train_step(setup, step, scaler, audited=True)
+                matrix_step = relative_steps(before, named_parameters(model))
+            else:
+                train_step(setup, step, scaler, audited=False)
             display.advance()
 
     summary = {

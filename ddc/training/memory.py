@@ -10,10 +10,9 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from ddc.data import Data
-from ddc.gauges import find_gauges
 from ddc.models import build_model, cross_entropy
 from ddc.training.config import Config, DDCAdamConfig
-from ddc.training.loop import configured_hidden, configured_optimizer
+from ddc.training.loop import configured_gauges, configured_hidden, configured_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +36,7 @@ def estimate_memory(config: Config, data: Data) -> MemoryEstimate:
     if isinstance(config.optimizer, DDCAdamConfig):  # what is fake cannot be compiled for
         config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, compiled=False))
     real = build_model(config.model, **data.sizes)  # what is traced must have values
-    gauges = find_gauges(real, config.gauges.per_layer, verify=False).only(config.gauges.kinds)
+    gauges = configured_gauges(config.gauges, real, verify=False)
     with FakeCopyMode(fake):
         model = copy.deepcopy(real)
     hidden = configured_hidden(config, real)

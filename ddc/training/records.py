@@ -4,7 +4,8 @@ A run folder holds
 
 - ``run.json``: configuration, seed, commit, versions, machine, data source, gauges found and refused;
 - ``records.jsonl``: one row an evaluation, nothing in it that depends on the machine's speed, so that an
-  interrupted and resumed run ends with the same bytes as an unbroken one;
+  interrupted and resumed run ends with the same bytes as an unbroken one. ``gauge_audit`` and ``matrix_step`` (of each
+  matrix, :func:`ddc.optim.relative_step.relative_steps`) are those of the step before;
 - ``timing.jsonl``: seconds and tokens per second at the same steps, and the seconds that readings took of them;
 - ``readings.jsonl``: one row a reading of singular structure (:mod:`ddc.slt`), where there are any;
 - ``snapshots/``: the weights at each reading;
