@@ -37,7 +37,7 @@ _LAYERS = re.compile(
 )
 _EXPERTS = re.compile(r"(^|_)(num_(local_|routed_)?experts|n_routed_experts|moe_num_experts)$")
 _HEADS = re.compile(r"(^|_)(n_?heads?|(num_)?(attention_|key_value_|kv_|key_|value_)?heads)$")
-_HEAD_WIDTH = re.compile(r"(^|_)(head_dim|d_kv|d_head|dim_head|head_size|kv_channels|rotary_dim|head_v_dim)$")
+_HEAD_WIDTH = re.compile(r"(^|_)(head_?dim|d_kv|d_head|dim_head|head_size|kv_channels|rotary_dim|head_v_dim)$")
 _WIDTH = re.compile(
     r"(size|dims?|width|rank|channels|units|ratio_dim|filters|inner|embd|d_model|d_ff|dff|d_inner|planes|d_ssm|emb)s?$"
     r"|hidden_size|hidden_dim|embed_dim|intermediate|d_model|n_embd|_dim_|_dims_|^(dim|width|hidden)$"
@@ -108,6 +108,14 @@ class _Narrowing:
         self.factor = WIDTH / (width or 16 * WIDTH)
         of_heads = width // self.heads if width and self.heads else None
         self.head_width = _size(config, "head_dim") or of_heads
+        #: Widths of state spaces, which their heads must fill exactly, by what they are before.
+        self.inner = {
+            expand * width: expand * WIDTH
+            for name in ("expand", "mamba_expand")
+            if (expand := _size(config, name)) and width
+        }
+        if inner := _size(config, "mamba_d_ssm"):
+            self.inner[inner] = self.of_width(inner)
         self.depth = _size(config, "num_hidden_layers")
         self.kept = list(range(self.depth or 0)) if layers is None else self.kinds_of_layers(layers)
 
@@ -162,12 +170,18 @@ class _Narrowing:
         if _HEADS.search(key):
             return self.of_heads(value)
         if _HEAD_WIDTH.search(key):
-            return max(2, 2 * round(value * HEAD_WIDTH / (self.head_width or value) / 2))
+            return self.of_head_width(value)
         if _GROUPS.search(key):
             return WIDTH if value in self.streams else min(value, MULTIPLE)
         return self.of_width(value) if _WIDTH.search(key) and "vocab" not in key else value
 
+    def of_head_width(self, value: int) -> int:
+        return max(2, 2 * round(value * HEAD_WIDTH / (self.head_width or value) / 2))
+
     def of_heads(self, value: int) -> int:
+        for key, width in vars(self.config).items():
+            if _HEAD_WIDTH.search(key) and type(width) is int and (inner := self.inner.get(value * width)):
+                return inner // self.of_head_width(width)
         if self.heads is None or value >= self.heads:
             return min(HEADS, 2 ** int(math.log2(value)))
         return 1 if value == 1 else HEADS // 2

@@ -1,0 +1,390 @@
+"""All architectures of transformers and timm, small and at random: which gauges are found, and whether they are real.
+
+``python -m experiments.zoo`` (or ``make zoo``). Of every model of ``experiments/architectures.py``, in a process of its own
+with a limit of time and of memory:
+
+- ``find_gauges`` on an example, with what it found, refused, and could not check;
+- each gauge by itself applied at random to a float64 copy, on other and longer inputs than it was traced on, in
+  evaluation and in training mode: the largest change of a log-probability. A model whose output is no vector of logits
+  (an encoder) is compared as it is. A gauge is *false* where this exceeds :data:`EXACT`, or :data:`COARSE` relative to the
+  output where the model computes in float32 inside, whatever its parameters are;
+- ten steps of DDCAdam and of DDCMuon in float32.
+
+One record a model in ``results/zoo/records.jsonl``, appended as it ends: an interrupted zoo goes on. ``docs/zoo.md`` is made of
+the records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import multiprocessing
+import os
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddc import DDCAdam, DDCMuon, find_gauges, hidden_matrices
+from ddc.gauges import KINDS, Gauge, GaugeSet, check
+from ddc.gauges.twin import first_line
+from ddc.training.records import Records, provenance, write_atomically
+from experiments.architectures import Architecture, Inputs, Made, architectures
+
+#: Change of a log-probability, or of an output, from which on a gauge is false: in float64; relative, in float32.
+EXACT, COARSE = 1e-9, 1e-4
+STEPS, LR, MUON_LR = 10, 1e-3, 0.01
+SECONDS, BYTES = 120.0, 4 << 30
+Record = dict[str, Any]
+
+
+# ---------------------------------------------------------------------------------------------- one model
+
+
+def examine(architecture: Architecture, progress: Callable[[Record], None]) -> Record:
+    """All that the zoo says of one model; ``progress`` is called with what is known so far."""
+    record: Record = {"library": architecture.library, "family": architecture.family, "model": architecture.name}
+    start = time.perf_counter()
+
+    def done(outcome: str, why: str = "") -> Record:
+        return record | {"outcome": outcome, "why": why, "seconds": round(time.perf_counter() - start, 2)}
+
+    torch.manual_seed(0)
+    try:
+        made = architecture.make()
+        randomize_(made.model)
+        for inputs in (made.example, made.others):
+            output(made.model.eval(), inputs)
+    except Exception as error:
+        return done("not built", f"{type(error).__name__}: {first_line(error)}")
+    record["parameters"] = sum(parameter.numel() for parameter in made.model.parameters())
+    progress(done("find_gauges did not end"))
+
+    before = time.perf_counter()
+    try:
+        gauges = find_gauges(made.model, inputs=made.example)
+    except ValueError as error:
+        clear = "\n" not in str(error).strip() and "Traceback" not in str(error)
+        return done("refused" if clear else "unclear", str(error))
+    except Exception as error:
+        return done("crashed", f"{type(error).__name__}: {first_line(error)}")
+    record["find_seconds"] = round(time.perf_counter() - before, 2)
+    record["found"] = Counter(gauge.kind for gauge in gauges)
+    record["refused"] = [[kind, reason, count] for (kind, reason), count in refusals(gauges).items()]
+    unchecked: Mapping[Gauge, str] = getattr(gauges, "unchecked", {})
+    record["unchecked"] = [[kind, why, n] for (kind, why), n in Counter((g.kind, w) for g, w in unchecked.items()).items()]
+    progress(done("the check did not end"))
+
+    try:
+        record |= verdicts(made, gauges)
+    except Exception as error:
+        return done("not checked", f"{type(error).__name__}: {first_line(error)}")
+    for name in ("DDCAdam", "DDCMuon"):
+        progress(done(f"{name} did not end"))
+        record[name] = ten_steps(name, made, gauges)
+    return done("checked")
+
+
+def refusals(gauges: GaugeSet) -> Counter[tuple[str, str]]:
+    """How often each kind was refused for each reason."""
+    return Counter((refusal.kind, refusal.reason) for refusal in gauges.refused)
+
+
+@torch.no_grad()
+def randomize_(model: nn.Module) -> None:
+    """Norm scales, biases and small matrices at random, so that no symmetry holds because something is zero or one."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if not parameter.is_floating_point():
+            continue
+        noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        if parameter.ndim < 2:
+            parameter.add_(0.2 * noise)
+        else:
+            scale = parameter[0].numel() ** -0.5
+            if parameter.std() < scale and parameter.mean().abs() < scale:
+                parameter.copy_(scale * noise)
+
+
+def output(model: nn.Module, inputs: Inputs) -> Tensor:
+    """The logits of a model, or the first tensor that it gives."""
+    result = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+    logits = getattr(result, "logits", None)
+    return logits if isinstance(logits, Tensor) else next(tensors(result))
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in an output, in their order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from tensors(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from tensors(each)
+
+
+def has_logits(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether what a model gives is called logits, or is all that it gives, as in timm."""
+    result = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+    return isinstance(result, Tensor) or isinstance(getattr(result, "logits", None), Tensor)
+
+
+@torch.no_grad()
+def verdicts(made: Made, gauges: GaugeSet) -> Record:
+    """How far each gauge, applied at random, moves what the model says."""
+    model, notes = copy.deepcopy(made.model).double(), []
+    if hasattr(model, "set_experts_implementation") and not computes(model.eval(), double(made.others)):
+        model.set_experts_implementation("eager")
+        notes.append("experts one by one: their grouped kernel has no float64")
+    inputs = [double(made.example), double(made.others)]
+    logits = has_logits(model.eval(), inputs[1])
+
+    def says(each: nn.Module, training: bool) -> Tensor:
+        torch.manual_seed(0)
+        each.train(training)
+        values = [output(each, x) for x in inputs]
+        return torch.cat([(value.log_softmax(-1) if logits else value).flatten() for value in values])
+
+    changes: dict[Gauge, float] = dict.fromkeys(gauges, 0.0)
+    coarse = computes_in_float32(lambda: says(model, False))
+    scale = max(1.0, float(says(model, False).abs().max())) if coarse else 1.0
+    for training in (False, True):
+        trial = copy.deepcopy(model)
+        try:
+            alike = torch.equal(says(trial, training), says(copy.deepcopy(model), training))
+        except Exception as error:
+            if not training:
+                raise
+            notes.append(f"does not run in training mode: {first_line(error)}")
+            continue
+        if not alike:
+            notes.append("draws at random in training mode" if training else "draws at random")
+            continue
+        for gauge, change in check(model, gauges, lambda each, training=training: says(each, training)).items():
+            changes[gauge] = max(changes[gauge], change / scale if change == change else float("inf"))
+    limit = COARSE if coarse else EXACT
+    return {
+        "compared": "log-probabilities" if logits else "output",
+        "precision": "float32 inside" if coarse else "float64",
+        "largest_change": max(changes.values(), default=None),
+        "largest_change_by_kind": {
+            kind: max(change for gauge, change in changes.items() if gauge.kind == kind)
+            for kind in KINDS
+            if any(gauge.kind == kind for gauge in changes)
+        },
+        "false": [[gauge.kind, gauge.where, change] for gauge, change in changes.items() if change > limit],
+        "notes": notes,
+    }
+
+
+def double(inputs: Inputs) -> Inputs:
+    def of(value: Any) -> Any:
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return {key: of(x) for key, x in inputs.items()} if isinstance(inputs, dict) else tuple(map(of, inputs))
+
+
+def computes(model: nn.Module, inputs: Inputs) -> bool:
+    try:
+        output(model, inputs)
+    except Exception:
+        return False
+    return True
+
+
+class _SawFloat32(TorchDispatchMode):
+    """Whether an operation gave a tensor of float32 or less that is no constant of one entry."""
+
+    seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = [x for x in tensors(list(args)) if x.is_floating_point()]
+        if given and any(x.dtype in (torch.float32, torch.bfloat16, torch.float16) for x in tensors(result)):
+            self.seen = True
+        return result
+
+
+def computes_in_float32(run: Callable[[], Any]) -> bool:
+    """Whether what runs in float64 computes in less somewhere."""
+    with _SawFloat32() as mode:
+        run()
+    return mode.seen
+
+
+def ten_steps(name: str, made: Made, gauges: GaugeSet) -> Record:
+    """First and last loss of ten steps on random targets, or why there were none."""
+    model = copy.deepcopy(made.model).train()
+    try:
+        if name == "DDCAdam":
+            optimizer: torch.optim.Optimizer = DDCAdam(model.named_parameters(), gauges, lr=LR)
+        else:
+            hidden = hidden_matrices(made.model, inputs=made.example)
+            optimizer = DDCMuon(model.named_parameters(), gauges, hidden, lr=MUON_LR, adam_lr=LR)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {first_line(error)}"}
+    losses = []
+    try:
+        for _ in range(STEPS + 1):
+            torch.manual_seed(0)
+            loss = objective(output(model, made.others))
+            losses.append(float(loss.detach()))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    except Exception as error:
+        return {"error": f"step: {type(error).__name__}: {first_line(error)}"}
+    sound = all(loss == loss and abs(loss) < 1.5 * losses[0] + 0.5 for loss in losses)
+    return {"first": losses[0], "last": losses[-1], "sound": sound}
+
+
+def objective(values: Tensor) -> Tensor:
+    """Cross-entropy against random classes."""
+    values = values.float().flatten(0, -2)
+    targets = torch.randint(values.shape[-1], values.shape[:1], generator=torch.Generator().manual_seed(0))
+    return F.cross_entropy(values, targets)
+
+
+# ---------------------------------------------------------------------------------------------- processes
+
+
+def in_processes(
+    models: Iterable[Architecture], about: Record, seconds: float = SECONDS, memory: int = BYTES
+) -> Iterator[Record]:
+    """The record of each model, each made by a process of its own; one that ends otherwise says how.
+
+    The processes are forked from this one, which has imported all that they need and must not have computed gradients
+    (a fork has none of the threads that these leave behind).
+    """
+    context = multiprocessing.get_context("fork")
+    for architecture in models:
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_child, args=(architecture, theirs), daemon=True)
+        start = time.perf_counter()
+        process.start()
+        theirs.close()
+        record, ended = _watch(process, ours, start + seconds, memory)
+        if ended:
+            stage = record.get("outcome", "")
+            record |= {"outcome": ended, "why": stage, "seconds": round(time.perf_counter() - start, 2)}
+        yield {"library": architecture.library, "family": architecture.family, "model": architecture.name} | record | about
+
+
+def _watch(process: Any, ours: Connection, deadline: float, memory: int) -> tuple[Record, str]:
+    """The last record that a process sent, and how it ended if it was not by itself."""
+    record: Record = {}
+    while True:
+        ended = ""
+        try:
+            while ours.poll(0.1):
+                record = ours.recv()
+        except EOFError:
+            process.join()
+            if process.exitcode:
+                ended = "crashed"
+                record["outcome"] = f"{record.get('outcome', '')} (exit status {process.exitcode})"
+            return record, ended
+        if time.perf_counter() > deadline:
+            ended = "out of time"
+        elif _resident(process.pid) > memory:
+            ended = "out of memory"
+        if ended:
+            process.kill()
+            process.join()
+            return record, ended
+
+
+def _resident(pid: int) -> int:
+    """Bytes of memory that a process holds."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def _child(architecture: Architecture, theirs: Connection) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    silence = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(silence, stream)
+    theirs.send(examine(architecture, theirs.send))
+    theirs.close()
+
+
+def warm() -> None:
+    """What every process needs, computed once before they are forked."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3))
+    find_gauges(model, inputs=(torch.randn(2, 3),))
+
+
+# ---------------------------------------------------------------------------------------------- command
+
+
+def version(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a record depends on beside its model."""
+    return record["commit"], *(record["versions"][name] for name in ("torch", "transformers", "timm"))
+
+
+def main() -> None:
+    """Examine the models that have no record of this version, then make the document."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("results/zoo"))
+    parser.add_argument("--document", type=Path, default=Path("docs/zoo.md"))
+    parser.add_argument("--fresh", action="store_true", help="make all records anew")
+    parser.add_argument("--only", nargs="*", default=(), help="names of models, families or libraries; no document")
+    parser.add_argument("--report", action="store_true", help="only make the document, from the records that there are")
+    arguments = parser.parse_args()
+    records = Records(arguments.output / "records.jsonl")
+    if not arguments.report:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        run(records, arguments.fresh, arguments.only)
+    if not arguments.only:
+        write_atomically(arguments.document, document(records.read()).encode())
+        print(arguments.document)
+
+
+def run(records: Records, fresh: bool = False, only: Sequence[str] = ()) -> None:
+    """Append a record of each model that has none of this version; older ones are dropped."""
+    torch.set_num_threads(1)
+    about = {key: value for key, value in provenance().items()}
+    kept = [] if fresh else [each for each in records.read() if version(each) == version(about)]
+    write_atomically(records.path, "".join(json.dumps(each) + "\n" for each in kept).encode())
+    done = {(each["library"], each["model"]) for each in kept}
+    waiting = [
+        each
+        for each in architectures()
+        if (each.library, each.name) not in done and (not only or {each.name, each.family, each.library} & set(only))
+    ]
+    warm()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, auto_refresh=False) as progress:  # no thread beside the forks
+        task = progress.add_task("zoo", total=len(waiting))
+        for record in in_processes(waiting, about):
+            records.append(record)
+            progress.update(task, advance=1, description=record["model"][:40])
+            progress.refresh()
+
+
+# ---------------------------------------------------------------------------------------------- document
+
+
+def document(records: Sequence[Record]) -> str:
+    """Placeholder until the records are settled."""
+    return ""
+
+
+if __name__ == "__main__":
+    main()
