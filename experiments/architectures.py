@@ -1,11 +1,15 @@
 """The architectures of transformers and timm, each in a small configuration, with examples of its inputs.
 
-Those of transformers are the classes of its auto-model mappings, built from their default configs narrowed to two layers
-(:func:`ddc.gauges.twin.narrow_config`); those of timm are one or more small members of each of its modules.
+Those of transformers are the classes of its auto-model mappings, built from their default configs narrowed to two
+layers (:func:`ddc.gauges.twin.narrow_config`); those of timm are one or more small members of each of its modules. The
+named models of the tests, which were picked by hand, come first.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +21,7 @@ from torch import Tensor, nn
 
 from ddc.compatibility import provide_torchvision_operators
 from ddc.gauges.twin import narrow_config
+from tests.zoo import ZOO
 
 provide_torchvision_operators()
 
@@ -29,7 +34,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: 
 transformers.logging.set_verbosity_error()
 
 VOCABULARY, LAYERS, LABELS = 160, 2, 5
-Inputs = dict[str, Any] | tuple[Tensor, ...]
+Inputs = Mapping[str, Any] | tuple[Tensor, ...]
 #: Tasks of transformers' auto-models, in the order of the table.
 TASKS = {
     "causal language": "CAUSAL_LM",
@@ -48,25 +53,40 @@ TASKS = {
 }
 #: What some default configs leave open.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "ReformerModelWithLMHead": {"is_decoder": True, "axial_pos_embds": False},
+    "reformer": {"axial_pos_embds": False},
     "nemotron": {"num_key_value_heads": 8},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "efficientnet": {"width_coefficient": 0.5, "depth_coefficient": 0.3},
+    "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "xmod": {"default_language": "en_XX"},
+    "esm": {"vocab_size": 33},
+    "wav2vec2-bert": {"vocab_size": 33},
+    "wav2vec2-conformer": {"vocab_size": 33},
 }
-#: Members of timm's modules beside the smallest of each: other norms, gates, positions, attention.
-MORE_OF_TIMM = (
-    *("vit_tiny_patch16_224", "vit_base_patch16_clip_quickgelu_224", "vit_base_patch16_rope_224", "vit_wee_patch16_reg1_gap_256"),
-    *("vit_medium_patch16_gap_240", "vit_little_patch16_reg4_gap_256", "vit_so150m_patch16_reg4_map_256", "vit_base_patch16_xp_224"),
-    *("vit_small_patch16_36x1_224", "vit_small_patch16_18x2_224", "vit_small_patch16_rope_mixed_224", "vit_small_patch16_dinov3"),
-    *("deit_tiny_distilled_patch16_224", "deit3_small_patch16_224", "beit_base_patch16_224", "beitv2_base_patch16_224"),
-    *("eva02_tiny_patch14_224", "eva02_base_patch14_224", "eva_giant_patch14_224", "aimv2_large_patch14_224"),
-    *("convnext_atto", "convnext_atto_ols", "convnextv2_atto", "resnet18", "resnet50", "resnext50_32x4d", "seresnet50", "wide_resnet50_2"),
-    *("mixer_s16_224", "gmlp_ti16_224", "resmlp_12_224", "gmixer_12_224", "vgg11", "vgg11_bn", "efficientnet_b0", "mobilenetv2_100"),
-    *("mobilenetv3_small_100", "mnasnet_100", "tf_efficientnetv2_s", "mobilenetv4_conv_small", "mobilenetv4_hybrid_medium"),
-    *("poolformer_s12", "poolformerv2_s12", "caformer_s18", "convformer_s18", "maxvit_nano_rw_256", "coatnet_nano_rw_224"),
-    *("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_224", "xcit_nano_12_p16_224", "volo_d1_224"),
-    *("vit_relpos_small_patch16_224", "vit_relpos_medium_patch16_rpn_224", "vit_srelpos_small_patch16_224", "samvit_base_patch16"),
-    *("mobilevit_xxs", "mobilevitv2_050", "halonet26t", "lambda_resnet26t", "botnet26t_256", "repvgg_a0", "gcresnet33ts"),
-    *("regnetx_002", "regnety_002", "nfnet_l0", "dm_nfnet_f0", "naflexvit_base_patch16_gap", "vit_pwee_patch16_reg1_gap_256"),
-)  # fmt: skip
+#: A model that is larger, though narrowed, is left out.
+LARGEST = 30_000_000
+#: Members of timm's modules that differ in norms, gates, positions, attention.
+OF_TIMM = """
+    vit_tiny_patch16_224 vit_base_patch16_clip_quickgelu_224 vit_base_patch16_rope_224
+    vit_wee_patch16_reg1_gap_256 vit_medium_patch16_gap_240 vit_little_patch16_reg4_gap_256
+    vit_so150m_patch16_reg4_map_256 vit_base_patch16_xp_224 vit_small_patch16_36x1_224
+    vit_small_patch16_18x2_224 vit_small_patch16_rope_mixed_224 vit_small_patch16_dinov3
+    deit_tiny_distilled_patch16_224 deit3_small_patch16_224 beit_base_patch16_224 beitv2_base_patch16_224
+    eva02_tiny_patch14_224 eva02_base_patch14_224 eva_giant_patch14_224 aimv2_large_patch14_224 convnext_atto
+    convnext_atto_ols convnextv2_atto resnet18 resnet50 resnext50_32x4d seresnet50 wide_resnet50_2 mixer_s16_224
+    gmlp_ti16_224 resmlp_12_224 gmixer_12_224 vgg11 vgg11_bn efficientnet_b0 mobilenetv2_100
+    mobilenetv3_small_100 mnasnet_100 tf_efficientnetv2_s mobilenetv4_conv_small mobilenetv4_hybrid_medium
+    poolformer_s12 poolformerv2_s12 caformer_s18 convformer_s18 maxvit_nano_rw_256 coatnet_nano_rw_224
+    swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 swinv2_cr_tiny_224 xcit_nano_12_p16_224 volo_d1_224
+    vit_relpos_small_patch16_224 vit_relpos_medium_patch16_rpn_224 vit_srelpos_small_patch16_224
+    samvit_base_patch16 mobilevit_xxs mobilevitv2_050 halonet26t lambda_resnet26t botnet26t_256 repvgg_a0
+    gcresnet33ts regnetx_002 regnety_002 nfnet_l0 dm_nfnet_f0 naflexvit_base_patch16_gap
+    vit_pwee_patch16_reg1_gap_256
+    levit_128s hrnet_w18_small densenet121 dla46x_c sam2_hiera_tiny legacy_seresnet18 twins_svt_small resnest14d
+    tresnet_m test_resnet test_nfnet test_convnext test_maxvit test_vit test_vit_relpos test_byobnet test_efficientnet
+"""
 
 
 @dataclass(frozen=True)
@@ -83,9 +103,9 @@ class Architecture:
     """One model of a library.
 
     Attributes:
-        library: transformers or timm.
+        library: transformers or timm; named for the models of the tests.
         family: the task of transformers, or the module of timm.
-        name: of the class, or of timm's model.
+        name: of the class, or of timm's model, or in the tests.
         make: builds it. Raises whatever the library does where it cannot.
     """
 
@@ -94,10 +114,26 @@ class Architecture:
     name: str
     make: Callable[[], Made]
 
+    @property
+    def names(self) -> dict[str, str]:
+        """What records call it."""
+        return {"library": self.library, "family": self.family, "model": self.name}
+
 
 def architectures() -> list[Architecture]:
     """All of them, each class once."""
-    return [*of_transformers(), *of_timm()]
+    return [*named(), *of_transformers(), *of_timm()]
+
+
+def named() -> Iterator[Architecture]:
+    """The models of the tests."""
+    for name in ZOO:
+        yield Architecture("named", "named", name, partial(make_named, name))
+
+
+def make_named(name: str) -> Made:
+    model, inputs = ZOO[name]()
+    return Made(model, inputs, inputs)
 
 
 # ---------------------------------------------------------------------------------------------- transformers
@@ -115,24 +151,39 @@ def of_transformers() -> Iterator[Architecture]:
 
 
 def make_of_transformers(kind: str, name: str) -> Made:
-    """The class ``name`` built from the narrowed default config of its ``kind``, or from the text part of that."""
-    config = CONFIG_MAPPING[kind](**OPTIONS.get(kind, {}))
+    """The class ``name`` built from the default config of its ``kind``, narrowed, or as it is where that is small.
+
+    Raises:
+        ValueError: what it takes is not known here, or it is large however narrow.
+    """
+    config = CONFIG_MAPPING[kind](**OPTIONS.get(name, OPTIONS.get(kind, {})))
     made = getattr(transformers, name)
     try:
-        config = small(config)
-        model = made(config)
-    except Exception:
-        text = config.get_text_config()
-        if text is config:
-            raise
-        config = small(text)
-        model = made(config)
-    return Made(model, inputs_of(model, 7, 0), inputs_of(model, 19, 1))
+        return _made(made, small(config))
+    except Exception as error:
+        for other in (lambda: small(config.get_text_config(decoder=True)), lambda: small(config, narrow=False)):
+            with contextlib.suppress(Exception):
+                return _made(made, other())
+        raise error
 
 
-def small(config: Any) -> Any:
+def _made(made: Any, config: Any) -> Made:
+    """The model of a config with inputs on which it computes."""
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in made(copy.deepcopy(config)).parameters())
+    if size > LARGEST:
+        raise ValueError(f"it has {size:,} parameters even where its config is narrowed")
+    model = made(config).eval()
+    example, others = inputs_of(model, 7, 0), inputs_of(model, 19, 1)
+    with torch.no_grad():
+        model(**example)
+        model(**others)
+    return Made(model, example, others)
+
+
+def small(config: Any, narrow: bool = True) -> Any:
     """A config narrowed, without dropout, with small images."""
-    config = narrow_config(config, LAYERS, VOCABULARY)
+    config = narrow_config(config, LAYERS, VOCABULARY) if narrow else copy.deepcopy(config)
     config.num_labels = LABELS
     for each in parts(config):
         for key, value in list(vars(each).items()):
@@ -145,8 +196,9 @@ def small(config: Any) -> Any:
             elif key == "head_dim" and value is None:
                 each.head_dim = each.hidden_size // each.num_attention_heads
             elif key == "image_size":
-                each.image_size = type(value)(s for s in (64, 64)) if isinstance(value, list | tuple) else image_size(each)
-            elif key in ("max_source_positions",) and type(value) is int:
+                side = image_size(each)
+                each.image_size = type(value)((side, side)) if isinstance(value, list | tuple) else side
+            elif key == "max_source_positions" and type(value) is int:
                 each.max_source_positions = 32
     return config
 
@@ -197,20 +249,24 @@ def inputs_of(model: Any, length: int, seed: int) -> dict[str, Any]:
     match main:
         case "input_ids":
             inputs = {"input_ids": tokens()}
-            if model.__class__.__name__.endswith(("CLIPModel", "SiglipModel", "AlignModel")):
-                inputs["pixel_values"] = pixels(first, random)
-        case "pixel_values":
-            inputs = {"pixel_values": pixels(first, random)}
-        case "pixel_values_videos":
-            inputs = {"pixel_values_videos": pixels(first, random)}
+        case "pixel_values" | "pixel_values_videos":
+            inputs = {main: pixels(first, random)}
+        case "input_values" if mel := first("num_mel_bins", 0):
+            inputs = {"input_values": random(2, first("max_length", 0), mel)}
         case "input_values":
             inputs = {"input_values": random(2, 1200 + 400 * (length > 7))}
+        case "input_features" if (long := first("max_source_positions", 0)) and (mel := first("num_mel_bins", 0)):
+            inputs = {"input_features": random(2, mel, 2 * long)}
         case "input_features":
-            mel = first("num_mel_bins", None) or first("input_feat_per_channel", 80)
-            long = first("max_source_positions", 0)
-            inputs = {"input_features": random(2, mel, 2 * long) if long else random(2, 4 * length, mel)}
+            names = ("feature_projection_input_dim", "input_feat_per_channel", "input_dim", "num_mel_bins")
+            width = next((size for name in names if (size := first(name, 0))), 80)
+            inputs = {"input_features": random(2, 4 * length, width)}
         case _:
             raise ValueError(f"no example of {main} is made here")
+    if {"input_ids", "pixel_values"} <= inspect.signature(
+        model.forward
+    ).parameters.keys() and model.base_model is model:
+        inputs = {"input_ids": tokens(), "pixel_values": pixels(first, random)}  # two towers
     if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = tokens()
     return inputs
@@ -226,8 +282,10 @@ def pixels(first: Callable[[str, Any], Any], random: Callable[..., Tensor]) -> T
 
 # ---------------------------------------------------------------------------------------------- timm
 
-#: Parts of names, from the smallest member of a module on.
-SMALL = re.compile(r"test_|atto|femto|pico|nano|xxtiny|xtiny|tiny|_ti|xxs|_xs|small|_s|mini|_050|_b0|_m0|_m1|_t0|18|26|_002|_h")
+#: Parts of names, from small members of a module to larger ones.
+SMALL = re.compile(
+    r"test_|atto|femto|pico|nano|xxtiny|xtiny|tiny|_ti|xxs|_xs|small|_s|mini|_050|_b0|_m0|_m1|_t0|18|26|_002|_h"
+)
 #: What makes some of them smaller still, each where it is taken.
 SMALLER: tuple[Mapping[str, Any], ...] = (
     {"img_size": 64},
@@ -243,13 +301,13 @@ SMALLER: tuple[Mapping[str, Any], ...] = (
 
 
 def of_timm() -> Iterator[Architecture]:
-    """The smallest member of each module, as far as names say, and some more."""
+    """Members of each module: those of :data:`OF_TIMM`, or else the smallest, as far as names say."""
     modules: dict[str, list[str]] = {}
     for name in timm.list_models():
         modules.setdefault(_model_to_module[name], []).append(name)
     for module, names in sorted(modules.items()):
         smallest = min(names, key=lambda name: (_rank(name), len(name), name))
-        for name in dict.fromkeys([smallest, *(more for more in MORE_OF_TIMM if more in names)]):
+        for name in [name for name in OF_TIMM.split() if name in names] or [smallest]:
             yield Architecture("timm", module, name, partial(make_of_timm, name))
 
 
@@ -265,14 +323,15 @@ def make_of_timm(name: str) -> Made:
         if _computes(name, {**options, **option}):
             options |= option
     model = timm.create_model(name, **options)
-    return Made(model, *((torch.randn(_shape(model, options), generator=torch.Generator().manual_seed(i)),) for i in (0, 1)))
+    shape = _shape(model, options)
+    example, others = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    return Made(model, (example,), (others,))
 
 
 def _shape(model: Any, options: Mapping[str, Any]) -> tuple[int, ...]:
     channels, height, width = model.default_cfg["input_size"]
-    fixed = model.default_cfg.get("fixed_input_size") or "img_size" in options
-    side = options.get("img_size") if "img_size" in options else None if fixed else max(64, 64)
-    return (2, channels, side or height, side or width)
+    side = options.get("img_size") or (None if model.default_cfg.get("fixed_input_size") else 64)
+    return 2, channels, side or height, side or width
 
 
 def _computes(name: str, options: Mapping[str, Any]) -> bool:

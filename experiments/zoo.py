@@ -1,17 +1,17 @@
 """All architectures of transformers and timm, small and at random: which gauges are found, and whether they are real.
 
-``python -m experiments.zoo`` (or ``make zoo``). Of every model of ``experiments/architectures.py``, in a process of its own
-with a limit of time and of memory:
+``python -m experiments.zoo`` (or ``make zoo``). Of every model of ``experiments/architectures.py``, in a process of its
+own with a limit of time and of memory:
 
 - ``find_gauges`` on an example, with what it found, refused, and could not check;
 - each gauge by itself applied at random to a float64 copy, on other and longer inputs than it was traced on, in
   evaluation and in training mode: the largest change of a log-probability. A model whose output is no vector of logits
-  (an encoder) is compared as it is. A gauge is *false* where this exceeds :data:`EXACT`, or :data:`COARSE` relative to the
-  output where the model computes in float32 inside, whatever its parameters are;
+  (an encoder) is compared as it is. A gauge is *false* where this exceeds :data:`EXACT`, or :data:`COARSE` relative to
+  the output where the model computes in float32 inside, whatever its parameters are;
 - ten steps of DDCAdam and of DDCMuon in float32.
 
-One record a model in ``results/zoo/records.jsonl``, appended as it ends: an interrupted zoo goes on. ``docs/zoo.md`` is made of
-the records.
+One record a model in ``results/zoo/records.jsonl``, appended as it ends: an interrupted zoo goes on. ``docs/zoo.md`` is
+made of the records.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import multiprocessing
 import os
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -40,24 +42,33 @@ from ddc.gauges import KINDS, Gauge, GaugeSet, check
 from ddc.gauges.twin import first_line
 from ddc.training.records import Records, provenance, write_atomically
 from experiments.architectures import Architecture, Inputs, Made, architectures
+from experiments.zoo_document import document
 
 #: Change of a log-probability, or of an output, from which on a gauge is false: in float64; relative, in float32.
 EXACT, COARSE = 1e-9, 1e-4
 STEPS, LR, MUON_LR = 10, 1e-3, 0.01
+#: What a process may use: seconds of processor time (and four times that by the clock), bytes of memory.
 SECONDS, BYTES = 120.0, 4 << 30
 Record = dict[str, Any]
-
 
 # ---------------------------------------------------------------------------------------------- one model
 
 
-def examine(architecture: Architecture, progress: Callable[[Record], None]) -> Record:
-    """All that the zoo says of one model; ``progress`` is called with what is known so far."""
-    record: Record = {"library": architecture.library, "family": architecture.family, "model": architecture.name}
-    start = time.perf_counter()
+def examine(architecture: Architecture, tell: Callable[[Record], None]) -> Record:
+    """All that the zoo says of one model.
+
+    Args:
+        architecture: the model.
+        tell: called before each stage with what is known so far, for the case that the process does not survive it.
+    """
+    record: Record = {**architecture.names, "outcome": ""}
+    start = time.process_time()
+
+    def at(stage: str) -> None:
+        tell(record | {"stage": stage, "seconds": round(time.process_time() - start, 2)})
 
     def done(outcome: str, why: str = "") -> Record:
-        return record | {"outcome": outcome, "why": why, "seconds": round(time.perf_counter() - start, 2)}
+        return record | {"outcome": outcome, "why": why, "seconds": round(time.process_time() - start, 2)}
 
     torch.manual_seed(0)
     try:
@@ -66,59 +77,67 @@ def examine(architecture: Architecture, progress: Callable[[Record], None]) -> R
         for inputs in (made.example, made.others):
             output(made.model.eval(), inputs)
     except Exception as error:
-        return done("not built", f"{type(error).__name__}: {first_line(error)}")
+        return done("not built", told(error))
     record["parameters"] = sum(parameter.numel() for parameter in made.model.parameters())
-    progress(done("find_gauges did not end"))
 
-    before = time.perf_counter()
+    at("find_gauges")
+    before = time.process_time()
     try:
         gauges = find_gauges(made.model, inputs=made.example)
-    except ValueError as error:
-        clear = "\n" not in str(error).strip() and "Traceback" not in str(error)
-        return done("refused" if clear else "unclear", str(error))
+    except ValueError as error:  # what cannot be traced is refused in one line
+        return done("refused" if "\n" not in str(error).strip() else "crashed", str(error))
     except Exception as error:
-        return done("crashed", f"{type(error).__name__}: {first_line(error)}")
-    record["find_seconds"] = round(time.perf_counter() - before, 2)
-    record["found"] = Counter(gauge.kind for gauge in gauges)
-    record["refused"] = [[kind, reason, count] for (kind, reason), count in refusals(gauges).items()]
-    unchecked: Mapping[Gauge, str] = getattr(gauges, "unchecked", {})
-    record["unchecked"] = [[kind, why, n] for (kind, why), n in Counter((g.kind, w) for g, w in unchecked.items()).items()]
-    progress(done("the check did not end"))
+        return done("crashed", told(error))
+    record["find_seconds"] = round(time.process_time() - before, 2)
+    record |= findings(gauges)
 
+    at("check")
     try:
         record |= verdicts(made, gauges)
     except Exception as error:
-        return done("not checked", f"{type(error).__name__}: {first_line(error)}")
+        return done("not checked", told(error))
     for name in ("DDCAdam", "DDCMuon"):
-        progress(done(f"{name} did not end"))
+        at(name)
         record[name] = ten_steps(name, made, gauges)
     return done("checked")
 
 
-def refusals(gauges: GaugeSet) -> Counter[tuple[str, str]]:
-    """How often each kind was refused for each reason."""
-    return Counter((refusal.kind, refusal.reason) for refusal in gauges.refused)
+def told(error: Exception) -> str:
+    """Kind and first line of an error."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def findings(gauges: GaugeSet) -> Record:
+    """What was found by kind, and what was refused and not checked by kind and reason."""
+    refused = Counter((refusal.kind, refusal.reason) for refusal in gauges.refused)
+    unchecked = Counter((gauge.kind, why) for gauge, why in getattr(gauges, "unchecked", {}).items())
+    return {
+        "found": Counter(gauge.kind for gauge in gauges),
+        "refused": [[*each, count] for each, count in refused.items()],
+        "unchecked": [[*each, count] for each, count in unchecked.items()],
+    }
 
 
 @torch.no_grad()
 def randomize_(model: nn.Module) -> None:
     """Norm scales, biases and small matrices at random, so that no symmetry holds because something is zero or one."""
     generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             continue
         noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
         if parameter.ndim < 2:
             parameter.add_(0.2 * noise)
         else:
-            scale = parameter[0].numel() ** -0.5
+            inputs = parameter.shape[-1] if "expert" in name else parameter[0].numel()
+            scale = inputs**-0.5
             if parameter.std() < scale and parameter.mean().abs() < scale:
                 parameter.copy_(scale * noise)
 
 
 def output(model: nn.Module, inputs: Inputs) -> Tensor:
     """The logits of a model, or the first tensor that it gives."""
-    result = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+    result = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
     logits = getattr(result, "logits", None)
     return logits if isinstance(logits, Tensor) else next(tensors(result))
 
@@ -137,7 +156,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 def has_logits(model: nn.Module, inputs: Inputs) -> bool:
     """Whether what a model gives is called logits, or is all that it gives, as in timm."""
-    result = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+    result = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
     return isinstance(result, Tensor) or isinstance(getattr(result, "logits", None), Tensor)
 
 
@@ -146,7 +165,7 @@ def verdicts(made: Made, gauges: GaugeSet) -> Record:
     """How far each gauge, applied at random, moves what the model says."""
     model, notes = copy.deepcopy(made.model).double(), []
     if hasattr(model, "set_experts_implementation") and not computes(model.eval(), double(made.others)):
-        model.set_experts_implementation("eager")
+        model.set_experts_implementation("eager")  # type: ignore[operator]
         notes.append("experts one by one: their grouped kernel has no float64")
     inputs = [double(made.example), double(made.others)]
     logits = has_logits(model.eval(), inputs[1])
@@ -172,8 +191,8 @@ def verdicts(made: Made, gauges: GaugeSet) -> Record:
         if not alike:
             notes.append("draws at random in training mode" if training else "draws at random")
             continue
-        for gauge, change in check(model, gauges, lambda each, training=training: says(each, training)).items():
-            changes[gauge] = max(changes[gauge], change / scale if change == change else float("inf"))
+        for gauge, change in check(model, gauges, partial(says, training=training)).items():
+            changes[gauge] = max(changes[gauge], float("inf") if math.isnan(change) else change / scale)
     limit = COARSE if coarse else EXACT
     return {
         "compared": "log-probabilities" if logits else "output",
@@ -193,7 +212,7 @@ def double(inputs: Inputs) -> Inputs:
     def of(value: Any) -> Any:
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    return {key: of(x) for key, x in inputs.items()} if isinstance(inputs, dict) else tuple(map(of, inputs))
+    return {key: of(x) for key, x in inputs.items()} if isinstance(inputs, Mapping) else tuple(map(of, inputs))
 
 
 def computes(model: nn.Module, inputs: Inputs) -> bool:
@@ -234,7 +253,7 @@ def ten_steps(name: str, made: Made, gauges: GaugeSet) -> Record:
             hidden = hidden_matrices(made.model, inputs=made.example)
             optimizer = DDCMuon(model.named_parameters(), gauges, hidden, lr=MUON_LR, adam_lr=LR)
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {first_line(error)}"}
+        return {"error": told(error)}
     losses = []
     try:
         for _ in range(STEPS + 1):
@@ -245,8 +264,8 @@ def ten_steps(name: str, made: Made, gauges: GaugeSet) -> Record:
             loss.backward()
             optimizer.step()
     except Exception as error:
-        return {"error": f"step: {type(error).__name__}: {first_line(error)}"}
-    sound = all(loss == loss and abs(loss) < 1.5 * losses[0] + 0.5 for loss in losses)
+        return {"error": f"in a step: {told(error)}"}
+    sound = all(math.isfinite(loss) and loss < 1.5 * losses[0] + 0.5 for loss in losses)
     return {"first": losses[0], "last": losses[-1], "sound": sound}
 
 
@@ -272,46 +291,45 @@ def in_processes(
     for architecture in models:
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(target=_child, args=(architecture, theirs), daemon=True)
-        start = time.perf_counter()
         process.start()
         theirs.close()
-        record, ended = _watch(process, ours, start + seconds, memory)
-        if ended:
-            stage = record.get("outcome", "")
-            record |= {"outcome": ended, "why": stage, "seconds": round(time.perf_counter() - start, 2)}
-        yield {"library": architecture.library, "family": architecture.family, "model": architecture.name} | record | about
+        yield {**architecture.names, **_watch(process, ours, seconds, memory), **about}
+        ours.close()
 
 
-def _watch(process: Any, ours: Connection, deadline: float, memory: int) -> tuple[Record, str]:
-    """The last record that a process sent, and how it ended if it was not by itself."""
-    record: Record = {}
+def _watch(process: Any, ours: Connection, seconds: float, memory: int) -> Record:
+    """The last record that a process sent; where the process did not end by itself, with how it did."""
+    start, record = time.perf_counter(), Record()
     while True:
-        ended = ""
         try:
-            while ours.poll(0.1):
+            while ours.poll(0.05):
                 record = ours.recv()
-        except EOFError:
-            process.join()
-            if process.exitcode:
-                ended = "crashed"
-                record["outcome"] = f"{record.get('outcome', '')} (exit status {process.exitcode})"
-            return record, ended
-        if time.perf_counter() > deadline:
-            ended = "out of time"
-        elif _resident(process.pid) > memory:
-            ended = "out of memory"
-        if ended:
+            used, resident = _use(process.pid)
+            clock = time.perf_counter() - start
+            ended = (
+                "out of time" if used > seconds or clock > 4 * seconds else "out of memory" if resident > memory else ""
+            )
+            if not ended:
+                continue
             process.kill()
-            process.join()
-            return record, ended
+        except EOFError:
+            ended = "crashed"
+        process.join()
+        if process.exitcode == 0:
+            return record
+        how = {"crashed": f"exit status {process.exitcode}", "out of time": f"{seconds:.0f} s"}
+        why = f"{how.get(ended, f'{memory >> 20} MiB')} in {record.get('stage', 'building')}"
+        return record | {"outcome": ended, "why": why}
 
 
-def _resident(pid: int) -> int:
-    """Bytes of memory that a process holds."""
+def _use(pid: int) -> tuple[float, int]:
+    """Seconds of processor time that a process has used, and bytes of memory that it holds; zero once it is gone."""
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return 0
+        return 0.0, 0
+    ticks = int(fields[11]) + int(fields[12])  # user and system
+    return ticks / os.sysconf("SC_CLK_TCK"), int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _child(architecture: Architecture, theirs: Connection) -> None:
@@ -352,14 +370,17 @@ def main() -> None:
         arguments.output.mkdir(parents=True, exist_ok=True)
         run(records, arguments.fresh, arguments.only)
     if not arguments.only:
-        write_atomically(arguments.document, document(records.read()).encode())
+        text = document(
+            records.read(), [each.name for each in architectures()], f"{SECONDS:.0f} s", f"{BYTES >> 30} GiB"
+        )
+        write_atomically(arguments.document, text.encode())
         print(arguments.document)
 
 
 def run(records: Records, fresh: bool = False, only: Sequence[str] = ()) -> None:
     """Append a record of each model that has none of this version; older ones are dropped."""
     torch.set_num_threads(1)
-    about = {key: value for key, value in provenance().items()}
+    about = provenance()
     kept = [] if fresh else [each for each in records.read() if version(each) == version(about)]
     write_atomically(records.path, "".join(json.dumps(each) + "\n" for each in kept).encode())
     done = {(each["library"], each["model"]) for each in kept}
@@ -376,14 +397,6 @@ def run(records: Records, fresh: bool = False, only: Sequence[str] = ()) -> None
             records.append(record)
             progress.update(task, advance=1, description=record["model"][:40])
             progress.refresh()
-
-
-# ---------------------------------------------------------------------------------------------- document
-
-
-def document(records: Sequence[Record]) -> str:
-    """Placeholder until the records are settled."""
-    return ""
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ MULTIPLE = 8
 # What a number in a config counts, by the end of its name; the first that fits decides.
 _KEPT = re.compile(
     r"(num|in|audio|image|input|mask_input|patch_embed_input)_channels$|token|mel|_id$|label|class|^chunk|spatial_merge"
-    r"|max_|image_size|patch_size|kernel|stride|window_size|_index|positions|num_frames|cross_attention_dim$|bins?$"
+    r"|max_|image_size|patch_size|kernel|stride|window_size|_index|positions|num_frames|input_dim|input_feat|cross_attention_dim$|bins?$"
 )
 _LAYERS = re.compile(
     r"(^|_)(n_?layers?|num_(hidden_|decoder_|encoder_)?layers|(en|de)coder_layers|depths?|num_blocks)$"
@@ -46,6 +46,7 @@ _PERIOD = re.compile(r"(period|_interval|every_n_layers|layer_group_size|window_
 _FIRST_LAYERS = re.compile(r"(first_k_dense_replace|num_dense_layers|num_kv_shared_layers|layer_offset)$")
 _EXPERTS_USED = re.compile(r"(per_tok(en)?|moe_topk|moe_top_k|moe_k|top_k_experts|topk)$")
 _EXPERT_GROUPS = re.compile(r"(^n_group|topk_group|num_expert_group)$")
+_PLACES = re.compile(r"(layer_ids|_layers)$")
 _GROUPS = re.compile(r"groups$")
 
 
@@ -116,13 +117,16 @@ class _Narrowing:
         }
         if inner := _size(config, "mamba_d_ssm"):
             self.inner[inner] = self.of_width(inner)
-        self.depth = _size(config, "num_hidden_layers")
+        by_layer = _LAYERS.search(_key(config, "num_hidden_layers"))  # some call the number of stages so
+        self.depth = _size(config, "num_hidden_layers") if by_layer else None
         self.kept = list(range(self.depth or 0)) if layers is None else self.kinds_of_layers(layers)
 
     def kinds_of_layers(self, count: int) -> list[int]:
         """Which layers are kept: ``count`` of them, of as many kinds as there are."""
-        lists = [value for value in vars(self.config).values() if self.is_by_layer(value)]
-        kinds = [repr(kind) for kind in zip(*lists, strict=True)] if lists else [""] * (self.depth or 0)
+        attributes = vars(self.config).items()
+        lists = [value for _, value in attributes if self.is_by_layer(value)]
+        places = [value for key, value in attributes if self.is_of_layers(key, value)]
+        kinds = [repr([[each[i] for each in lists], [i in each for each in places]]) for i in range(self.depth or 0)]
         sources = len(kinds) - (_size(self.config, "num_kv_shared_layers") or 0)
         if 0 < sources < len(kinds):  # the last layers share the keys and values of earlier ones of their type
             types = self.config.layer_types
@@ -132,6 +136,14 @@ class _Narrowing:
 
     def is_by_layer(self, value: object) -> bool:
         return isinstance(value, list | tuple) and len(value) == self.depth and self.depth > 1
+
+    def is_of_layers(self, key: str, value: object) -> bool:
+        """Whether a value is a list of indices of layers."""
+        return (
+            bool(self.depth and _PLACES.search(key) and isinstance(value, list | tuple) and value)
+            and not self.is_by_layer(value)
+            and all(type(i) is int for i in value)  # type: ignore[attr-defined]
+        )
 
     def apply(self) -> None:
         for key, value in list(vars(self.config).items()):
@@ -195,6 +207,8 @@ class _Narrowing:
 
     def of_list(self, key: str, values: list[Any] | tuple[Any, ...]) -> list[Any] | tuple[Any, ...]:
         kind = type(values)
+        if self.is_of_layers(key, values):
+            return kind(place for place, i in enumerate(self.kept) if i in values)
         if self.is_by_layer(values):
             values = kind(values[i] for i in self.kept)
         if not all(type(value) is int for value in values):
@@ -260,9 +274,14 @@ def _streams(config: Any) -> set[int]:
     return {size for size in sizes if size}
 
 
+def _key(config: Any, name: str) -> str:
+    """What a config calls the attribute of a common name."""
+    return getattr(config, "attribute_map", {}).get(name, name)
+
+
 def _size(config: Any, name: str) -> int | None:
     """A number of a config, by its common name, if it is one."""
-    value = vars(config).get(getattr(config, "attribute_map", {}).get(name, name))
+    value = vars(config).get(_key(config, name))
     return value if type(value) is int and value > 0 else None
 
 
