@@ -317,29 +317,33 @@ def _rank(name: str) -> int:
 
 
 def make_of_timm(name: str) -> Made:
-    """A model of timm with whatever of :data:`SMALLER` it takes and still computes."""
+    """A model of timm on small images, with whatever of :data:`SMALLER` it takes and still computes."""
     options: dict[str, Any] = {"num_classes": LABELS}
+    side = next((side for side in (64, 128) if _computes(name, options, side)), None)
     for option in SMALLER:
-        if _computes(name, {**options, **option}):
+        if _computes(name, {**options, **option}, side):
             options |= option
     model = timm.create_model(name, **options)
-    shape = _shape(model, options)
+    if (size := sum(parameter.numel() for parameter in model.parameters())) > LARGEST:
+        raise ValueError(f"it has {size:,} parameters even where it is small")
+    shape = _shape(model, options, side)
     example, others = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     return Made(model, (example,), (others,))
 
 
-def _shape(model: Any, options: Mapping[str, Any]) -> tuple[int, ...]:
+def _shape(model: Any, options: Mapping[str, Any], side: int | None) -> tuple[int, ...]:
+    """Of two images: as large as the model is built for, or else of this side, or of its usual size."""
     channels, height, width = model.default_cfg["input_size"]
-    side = options.get("img_size") or (None if model.default_cfg.get("fixed_input_size") else 64)
+    side = options.get("img_size", side)
     return 2, channels, side or height, side or width
 
 
-def _computes(name: str, options: Mapping[str, Any]) -> bool:
+def _computes(name: str, options: Mapping[str, Any], side: int | None) -> bool:
     """Whether a model of timm is built and computes, on the meta device."""
     try:
         with torch.device("meta"), torch.no_grad():
             model = timm.create_model(name, **options).eval()
-            model(torch.empty(_shape(model, options)))
+            model(torch.empty(_shape(model, options, side)))
     except Exception:
         return False
     return True
