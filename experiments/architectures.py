@@ -290,6 +290,7 @@ SMALL = re.compile(
 SMALLER: tuple[Mapping[str, Any], ...] = (
     {"img_size": 64},
     {"depth": 2},
+    {"num_blocks": 2},
     {"depths": (1, 1, 1, 1)},
     {"embed_dim": 32, "num_heads": 4},
     {"dims": (16, 24, 32, 48)},
