@@ -5,9 +5,9 @@ own with a limit of time and of memory:
 
 - ``find_gauges`` on an example, with what it found, refused, and could not check;
 - each gauge by itself applied at random to a float64 copy, on other and longer inputs than it was traced on, in
-  evaluation and in training mode: the largest change of a log-probability. A model whose output is no vector of logits
-  (an encoder) is compared as it is. A gauge is *false* where this exceeds :data:`EXACT`, or :data:`COARSE` relative to
-  the output where the model computes in float32 inside, whatever its parameters are;
+  evaluation and in training mode: the largest change of a log-probability, relative to the largest. A model whose
+  output is no vector of logits (an encoder) is compared as it is. A gauge is *false* where this exceeds :data:`EXACT`,
+  or :data:`COARSE` where the model computes in float32 inside, whatever its parameters are;
 - ten steps of DDCAdam and of DDCMuon in float32.
 
 One record a model in ``results/zoo/records.jsonl``, appended as it ends: an interrupted zoo goes on. ``docs/zoo.md`` is
@@ -44,7 +44,7 @@ from ddc.training.records import Records, provenance, write_atomically
 from experiments.architectures import Architecture, Inputs, Made, architectures
 from experiments.zoo_document import document
 
-#: Change of a log-probability, or of an output, from which on a gauge is false: in float64; relative, in float32.
+#: Relative change of what a model says from which on a gauge is false: in float64, and with float32 inside.
 EXACT, COARSE = 1e-9, 1e-4
 STEPS, LR, MUON_LR = 10, 1e-3, 0.01
 #: What a process may use: seconds of processor time (and four times that by the clock), bytes of memory.
@@ -162,23 +162,29 @@ def has_logits(model: nn.Module, inputs: Inputs) -> bool:
 
 @torch.no_grad()
 def verdicts(made: Made, gauges: GaugeSet) -> Record:
-    """How far each gauge, applied at random, moves what the model says."""
-    model, notes = copy.deepcopy(made.model).double(), []
-    if hasattr(model, "set_experts_implementation") and not computes(model.eval(), double(made.others)):
+    """How far each gauge, applied at random, moves what the model says, relative to the largest value (or one)."""
+    model, notes = copy.deepcopy(made.model).double().eval(), []
+    inputs, at_least = [double(made.example), double(made.others)], torch.float64
+    if not computes(model, inputs[1]) and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # type: ignore[operator]
         notes.append("experts one by one: their grouped kernel has no float64")
-    inputs = [double(made.example), double(made.others)]
-    logits = has_logits(model.eval(), inputs[1])
+    if not computes(model, inputs[1]):
+        inputs, at_least = [made.example, made.others], torch.float32
+        notes.append("computed in float32, from parameters in float64: it does not compute in float64")
+    logits = has_logits(made.model.eval(), made.others)
 
     def says(each: nn.Module, training: bool) -> Tensor:
         torch.manual_seed(0)
-        each.train(training)
-        values = [output(each, x) for x in inputs]
-        return torch.cat([(value.log_softmax(-1) if logits else value).flatten() for value in values])
+        each = copy.deepcopy(each).to(at_least).train(training)
+        values = [output(each, x).double() for x in inputs]
+        values = [(value.log_softmax(-1) if logits else value).flatten() for value in values]
+        return torch.cat(
+            [value.masked_fill(value == -torch.inf, 0.0) for value in values]
+        )  # what is masked is as masked
 
     changes: dict[Gauge, float] = dict.fromkeys(gauges, 0.0)
     coarse = computes_in_float32(lambda: says(model, False))
-    scale = max(1.0, float(says(model, False).abs().max())) if coarse else 1.0
+    scale = max(1.0, float(says(model, False).abs().max()))
     for training in (False, True):
         try:
             moved = check(model, gauges, partial(says, training=training))

@@ -21,8 +21,8 @@ train on them: each model small (two layers, width 64, mostly) and at random, wi
 its own that may use {seconds} of a core and {memory}. Those picked by hand are the models of `tests/zoo.py`.
 
 Every gauge was applied at random to a float64 copy, by itself, on other and longer inputs than it was traced on, in evaluation and
-in training mode. It is *false* where a log-probability (or an output, where that is no vector of logits) changes by more than 1e-9,
-or by 1e-4 of the largest where the model computes in float32 inside whatever its parameters are. Ten steps are on random targets in
+in training mode. It is *false* where a log-probability (or an output, where that is no vector of logits) changes by more than 1e-9
+of the largest, or 1e-4 where the model computes in float32 inside whatever its parameters are. Ten steps are on random targets in
 float32, learning rate 1e-3 (and 0.01 for hidden matrices); they are *sound* where every loss is finite and the last is not above the first by 0.5.
 
 Made by `make zoo` ({hours:.1f} hours of a core; `experiments/zoo.py`, `experiments/architectures.py`) from
@@ -33,8 +33,6 @@ suggests. *change* is the largest of all gauges of the model; (32) where it comp
 first and last loss. *seconds* are those of `find_gauges` and of everything.
 
 """  # noqa: E501
-
-
 REFUSED = """By reason, with the names of modules and operations left out. Numbers are those of the last table.
 
 """

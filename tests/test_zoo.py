@@ -30,7 +30,7 @@ FORTY = """
     T5ForConditionalGeneration BartForConditionalGeneration LlamaForSequenceClassification
     ViTForImageClassification SwinForImageClassification ConvNextForImageClassification CLIPModel Wav2Vec2ForCTC
     test_vit vit_srelpos_small_patch16_224 samvit_base_patch16 eva02_tiny_patch14_224 xcit_nano_12_p16_224 resnet18
-    convnext_atto mixer_s16_224 gmlp_ti16_224 levit_128s
+    convnext_atto poolformer_s12 test_mambaout levit_128s
 """.split()  # noqa: SIM905
 
 
