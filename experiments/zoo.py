@@ -5,9 +5,8 @@ own with a limit of time and of memory:
 
 - ``find_gauges`` on an example, with what it found, refused, and could not check;
 - each gauge by itself applied at random to a float64 copy, on other and longer inputs than it was traced on, in
-  evaluation and in training mode: the largest change of a log-probability, relative to the largest. A model whose
-  output is no vector of logits (an encoder) is compared as it is. A gauge is *false* where this exceeds :data:`EXACT`,
-  or :data:`COARSE` where the model computes in float32 inside, whatever its parameters are;
+  evaluation and in training mode: the largest change of a log-probability, relative to the largest logit. A model whose
+  output is no vector of logits (an encoder) is compared as it is. A gauge is *false* where this exceeds :data:`LIMIT`;
 - ten steps of DDCAdam and of DDCMuon in float32.
 
 One record a model in ``results/zoo/records.jsonl``, appended as it ends: an interrupted zoo goes on. ``docs/zoo.md`` is
@@ -35,17 +34,16 @@ import torch
 import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddc import DDCAdam, DDCMuon, find_gauges, hidden_matrices
 from ddc.gauges import KINDS, Gauge, GaugeSet, check
-from ddc.gauges.twin import first_line
+from ddc.gauges.base import first_line
 from ddc.training.records import Records, provenance, write_atomically
 from experiments.architectures import Architecture, Inputs, Made, architectures
 from experiments.zoo_document import document
 
-#: Relative change of what a model says from which on a gauge is false: in float64, and with float32 inside.
-EXACT, COARSE = 1e-9, 1e-4
+#: Relative change of what a model says from which on a gauge is false.
+LIMIT = 1e-9
 STEPS, LR, MUON_LR = 10, 1e-3, 0.01
 #: What a process may use: seconds of processor time (and four times that by the clock), bytes of memory.
 SECONDS, BYTES = 120.0, 4 << 30
@@ -81,8 +79,11 @@ def examine(architecture: Architecture, tell: Callable[[Record], None]) -> Recor
     record["parameters"] = sum(parameter.numel() for parameter in made.model.parameters())
 
     at("find_gauges")
-    before = time.process_time()
     try:
+        before = time.process_time()
+        find_gauges(made.model, inputs=made.example, verify=False)
+        record["rules_seconds"] = round(time.process_time() - before, 2)
+        before = time.process_time()
         gauges = find_gauges(made.model, inputs=made.example)
     except ValueError as error:  # what cannot be traced is refused in one line
         return done("refused" if "\n" not in str(error).strip() else "crashed", str(error))
@@ -163,28 +164,20 @@ def has_logits(model: nn.Module, inputs: Inputs) -> bool:
 @torch.no_grad()
 def verdicts(made: Made, gauges: GaugeSet) -> Record:
     """How far each gauge, applied at random, moves what the model says, relative to the largest value (or one)."""
-    model, notes = copy.deepcopy(made.model).double().eval(), []
-    inputs, at_least = [double(made.example), double(made.others)], torch.float64
-    if not computes(model, inputs[1]) and hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # type: ignore[operator]
-        notes.append("experts one by one: their grouped kernel has no float64")
-    if not computes(model, inputs[1]):
-        inputs, at_least = [made.example, made.others], torch.float32
-        notes.append("computed in float32, from parameters in float64: it does not compute in float64")
-    logits = has_logits(made.model.eval(), made.others)
+    model, inputs, notes = made.model.eval(), [made.example, made.others], []
+    logits = has_logits(model, made.others)
 
     def says(each: nn.Module, training: bool) -> Tensor:
         torch.manual_seed(0)
-        each = copy.deepcopy(each).to(at_least).train(training)
-        values = [output(each, x).double() for x in inputs]
+        each.train(training)
+        values = [output(each, x) for x in inputs]
         values = [(value.log_softmax(-1) if logits else value).flatten() for value in values]
         return torch.cat(
             [value.masked_fill(value == -torch.inf, 0.0) for value in values]
         )  # what is masked is as masked
 
     changes: dict[Gauge, float] = dict.fromkeys(gauges, 0.0)
-    coarse = computes_in_float32(lambda: says(model, False))
-    scale = max(1.0, float(says(model, False).abs().max()))
+    scale = max(1.0, float(output(model, made.others).abs().max()))
     for training in (False, True):
         try:
             moved = check(model, gauges, partial(says, training=training))
@@ -195,54 +188,17 @@ def verdicts(made: Made, gauges: GaugeSet) -> Record:
             continue
         for gauge, change in moved.items():
             changes[gauge] = max(changes[gauge], float("inf") if math.isnan(change) else change / scale)
-    limit = COARSE if coarse else EXACT
     return {
         "compared": "log-probabilities" if logits else "output",
-        "precision": "float32 inside" if coarse else "float64",
         "largest_change": max(changes.values(), default=None),
         "largest_change_by_kind": {
             kind: max(change for gauge, change in changes.items() if gauge.kind == kind)
             for kind in KINDS
             if any(gauge.kind == kind for gauge in changes)
         },
-        "false": [[gauge.kind, gauge.where, change] for gauge, change in changes.items() if change > limit],
+        "false": [[gauge.kind, gauge.where, change] for gauge, change in changes.items() if change > LIMIT],
         "notes": notes,
     }
-
-
-def double(inputs: Inputs) -> Inputs:
-    def of(value: Any) -> Any:
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    return {key: of(x) for key, x in inputs.items()} if isinstance(inputs, Mapping) else tuple(map(of, inputs))
-
-
-def computes(model: nn.Module, inputs: Inputs) -> bool:
-    try:
-        output(model, inputs)
-    except Exception:
-        return False
-    return True
-
-
-class _SawFloat32(TorchDispatchMode):
-    """Whether an operation gave a tensor of float32 or less that is no constant of one entry."""
-
-    seen = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = [x for x in tensors(list(args)) if x.is_floating_point()]
-        if given and any(x.dtype in (torch.float32, torch.bfloat16, torch.float16) for x in tensors(result)):
-            self.seen = True
-        return result
-
-
-def computes_in_float32(run: Callable[[], Any]) -> bool:
-    """Whether what runs in float64 computes in less somewhere."""
-    with _SawFloat32() as mode:
-        run()
-    return mode.seen
 
 
 def ten_steps(name: str, made: Made, gauges: GaugeSet) -> Record:

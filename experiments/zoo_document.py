@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ddc.gauges import KINDS
-from ddc.gauges.twin import first_line
+from ddc.gauges.base import first_line
 
 Record = dict[str, Any]
 LIBRARIES = {"transformers": "transformers", "timm": "timm", "named": "picked by hand"}
@@ -22,14 +22,14 @@ its own that may use {seconds} of a core and {memory}. Those picked by hand are 
 
 Every gauge was applied at random to a float64 copy, by itself, on other and longer inputs than it was traced on, in evaluation and
 in training mode. It is *false* where a log-probability (or an output, where that is no vector of logits) changes by more than 1e-9
-of the largest, or 1e-4 where the model computes in float32 inside whatever its parameters are. Ten steps are on random targets in
+of the largest. Ten steps are on random targets in
 float32, learning rate 1e-3 (and 0.01 for hidden matrices); they are *sound* where every loss is finite and the last is not above the first by 0.5.
 
 Made by `make zoo` ({hours:.1f} hours of a core; `experiments/zoo.py`, `experiments/architectures.py`) from
 `results/zoo/records.jsonl`: {versions}, commit {commit}.
 """  # noqa: E501
 LEGEND = """Numbers are gauges; r1, r2, … are the reasons above for which others of the kind were refused; – is a kind that nothing in the model
-suggests. *change* is the largest of all gauges of the model; (32) where it computes in float32 inside. The optimizers' columns are the
+suggests. *change* is the largest of all gauges of the model. The optimizers' columns are the
 first and last loss. *seconds* are those of `find_gauges` and of everything.
 
 """  # noqa: E501
@@ -74,10 +74,17 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def general(reason: str) -> str:
-    """A reason without the names of modules and operations."""
+    """A reason without names of modules and operations, and without numbers."""
+    if reason.startswith("outputs change by "):
+        return re.sub(r" by \S+ of their size", "", reason)
     return re.sub(
         r"^(its reader, )?(?!its\b|what\b|the\b)\S+?,? is ", lambda found: f"{found.group(1) or ''}… is ", reason
     )
+
+
+def dropped(record: Record) -> list[tuple[str, str, int]]:
+    """What the rules found in a model, and find_gauges then refused since it changes an output: kind, reason, times."""
+    return [tuple(each) for each in record.get("refused", ()) if each[1].startswith("outputs change by ")]
 
 
 def _reasons(traced: Sequence[Record]) -> dict[tuple[str, str], int]:
@@ -99,7 +106,8 @@ def _numbers(records: Sequence[Record]) -> list[list[object]]:
         "refused as a whole": lambda each: each["outcome"] == "refused",
         "with a gauge": lambda each: bool(each.get("found")),
         "each gauge checked": lambda each: "false" in each,
-        "in float64 throughout": lambda each: each.get("precision") == "float64",
+        "with a gauge that the rules found and the trial dropped": lambda each: bool(dropped(each)),
+        "with a gauge that find_gauges could not try": lambda each: bool(each.get("unchecked")),
         "**with a false gauge**": lambda each: bool(each.get("false")),
         "crashed, out of time or memory": lambda each: each["outcome"].startswith(("crashed", "out of")),
         "DDCAdam: ten steps sound": lambda each: each.get("DDCAdam", {}).get("sound", False),
@@ -109,7 +117,12 @@ def _numbers(records: Sequence[Record]) -> list[list[object]]:
         [name, *(sum(holds(each) for each in records if each["library"] == library) for library in LIBRARIES)]
         for name, holds in rows.items()
     ]
-    for name, key in (("seconds of find_gauges, median", "find_seconds"), ("seconds of all, median", "seconds")):
+    times = {
+        "seconds of find_gauges(verify=False), median": "rules_seconds",
+        "seconds of find_gauges, median": "find_seconds",
+        "seconds of everything, median": "seconds",
+    }
+    for name, key in times.items():
         of = [[each[key] for each in records if each["library"] == library and key in each] for library in LIBRARIES]
         numbers.append([name, *(f"{statistics.median(values):.1f}" if values else "–" for values in of)])
     return numbers
@@ -169,8 +182,7 @@ def _row(record: Record, reasons: Mapping[tuple[str, str], int]) -> list[object]
     for name in ("DDCAdam", "DDCMuon"):
         of = record.get(name, {})
         steps.append(f"{of['first']:.2f} → {of['last']:.2f}" if "last" in of else "–")
-    mark = "" if record.get("precision") == "float64" else " (32)"
-    shown = "–" if change is None else f"{change:.0e}{mark}"
+    shown = "–" if change is None else f"{change:.0e}"
     return [
         record["model"],
         record["family"],

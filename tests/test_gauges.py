@@ -99,7 +99,9 @@ def test_a_reader_that_is_not_linear_is_refused() -> None:
 
     model = make_model(MODELS["rms-swiglu-rope-gqa"])
     model.blocks[1].attention.key = Squared(SIZES["width"], SIZES["width"] // 2, bias=False)
-    refusals = [r for r in find_gauges(model).refused if r.where == "blocks.1.attention_norm"]
+    with pytest.warns(UserWarning, match="qk_rotation at blocks.1.attention is no symmetry"):
+        gauges = find_gauges(model)
+    refusals = [r for r in gauges.refused if r.where == "blocks.1.attention_norm"]
     assert len(refusals) == 1
     assert "blocks.1.attention.key is not a linear map" in refusals[0].reason
 

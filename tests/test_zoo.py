@@ -71,24 +71,6 @@ def test_a_false_gauge_is_seen() -> None:
         seen = verdicts(made, GaugeSet((gauge,)))
         assert len(seen["false"]) == false
         assert (seen["largest_change"] > 1e-3) == bool(false)
-        assert seen["precision"] == "float64"
-
-
-class InFloat32(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.relu(self.norm(x).float()).to(x.dtype))
-
-
-def test_float32_inside_is_seen_and_allowed_for() -> None:
-    model = InFloat32()
-    gauges = find_gauges(model, inputs=(torch.randn(3, 4),))
-    seen = verdicts(Made(model, (torch.randn(3, 4),), (torch.randn(3, 4),)), gauges)
-    assert seen["precision"] == "float32 inside"
-    assert not seen["false"]
 
 
 def sleep() -> Made:

@@ -3,7 +3,7 @@
 from ddc.gauges.actions import Axis, Chain, Rescale, RotatedAxis, Rotation, Shift
 from ddc.gauges.base import KINDS, Gauge, Refusal, named_parameters, plain_name, whole
 from ddc.gauges.canonical import align_, balance_, nearest_turn, orbit_distance
-from ddc.gauges.discovery import find_gauges
+from ddc.gauges.discovery import find_gauges, read_gauges
 from ddc.gauges.gauge_set import GaugeSet, audit, check
 from ddc.gauges.roles import HiddenMatrix, hidden_matrices
 
@@ -29,5 +29,6 @@ __all__ = [
     "nearest_turn",
     "orbit_distance",
     "plain_name",
+    "read_gauges",
     "whole",
 ]

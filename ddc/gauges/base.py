@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 Params = Mapping[str, Tensor]
 
@@ -92,14 +94,42 @@ def check_kind(kind: str) -> None:
         raise ValueError(f"Invalid {kind=}: expected one of {', '.join(KINDS)}")
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model that ``torch.compile``, DDP or DataParallel wraps, or the model itself."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # which takes a second to import, and is there if it wraps
+    if dynamo is not None and isinstance(model, dynamo.OptimizedModule):
+        return unwrapped(model._orig_mod)
+    return unwrapped(model.module) if isinstance(model, DistributedDataParallel | DataParallel) else model
+
+
 def named_parameters(model: nn.Module) -> dict[str, Tensor]:
     """Parameters by name, without the prefixes that ``torch.compile`` and DDP put before them."""
-    return {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    return {plain_name(name): parameter for name, parameter in unwrapped(model).named_parameters()}
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name as the unwrapped model has it."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
+    """A parameter's name without the mark of ``torch.compile`` on the modules that it compiled one by one."""
+    return name.replace("_orig_mod.", "")
+
+
+def plain_names(names: Sequence[str], known: Collection[str]) -> list[str]:
+    """Names of parameters as the unwrapped model has them.
+
+    Args:
+        names: of all parameters, of a model that ``torch.compile`` or DDP may have wrapped.
+        known: some names of the unwrapped model, by which the prefix ``module.`` that DDP puts before all names is told
+            from a submodule of that name.
+    """
+    plain = [plain_name(name) for name in names]
+    inner = [name.removeprefix("module.") for name in plain]
+    wrapped = all(name.startswith("module.") for name in plain) and not {*known} <= {*plain}
+    return inner if wrapped else plain
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, on one line; its class where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from functools import singledispatch
 from itertools import pairwise
 
@@ -9,41 +11,92 @@ import numpy as np
 from torch import Tensor, nn
 
 from ddc.gauges.actions import Axis, Chain, Rescale, RotatedAxis, Rotation, Shift
-from ddc.gauges.base import Gauge, Refusal
+from ddc.gauges.base import Gauge, Refusal, unwrapped
 from ddc.gauges.gauge_set import GaugeSet
-from ddc.gauges.trace import Inputs, traced
+from ddc.gauges.trace import Inputs, example, traced
 from ddc.gauges.traced import gauges_of_trace
+from ddc.gauges.twin import narrow_twin
+from ddc.gauges.verify import refuse, unchecked, unfit, verified, verified_by_twin
 from ddc.models import DeepMLP
 from ddc.models.gpt import GPT, MLP, Attention
 
+#: What may be said of a loss.
+LOSSES = ("cross_entropy", "other")
 
-@singledispatch
-def find_gauges(model: nn.Module, per_layer: bool = False, inputs: Inputs | None = None) -> GaugeSet:
+
+def find_gauges(
+    model: nn.Module,
+    per_layer: bool = False,
+    inputs: Inputs | None = None,
+    *,
+    loss: str | None = None,
+    verify: bool = True,
+) -> GaugeSet:
     """Read the gauges of a model: what was found, and what was refused with the reason. Never guesses.
 
     The model is traced on an example, and gauges are proved on the operations that it makes (``ddc.gauges.traced``).
-    The models of this package have readers of their own, which give the same and take no time; one for another
-    family is registered with ``find_gauges.register``.
+    Then they are tried: a random element of all groups at once must change no output of the model, with random weights
+    in float64, on the example and on others, longer ones too, in evaluation and in training (``ddc.gauges.verify``).
+    What fails is refused, with a warning; what cannot be tried is marked in :attr:`GaugeSet.unchecked`, with another.
 
     Args:
-        model: any model that ``torch.export`` traces. Its first output is taken for logits under softmax cross-entropy,
-            if a linear map gives it: under another loss, leave ``logit_shift`` out (:meth:`GaugeSet.only`).
+        model: any model that ``torch.export`` traces; left as it is.
         per_layer: where a chain of ReLU layers can be rescaled neuron by neuron, take the smaller group that rescales
             it layer by layer instead (the chained rescale).
         inputs: an example of what the model takes, as a tuple or, by keyword, a mapping: three positions or more, where
             there are positions. Not needed for models of transformers and timm, nor for ``nn.Sequential`` of linear
-            maps and torch's encoder layers.
+            maps and torch's encoder layers, nor where ``model.example_inputs()`` gives a tuple.
+        loss: ``"cross_entropy"`` if the model is trained by softmax cross-entropy of its output ``logits``, or of its
+            first; ``"other"`` if by anything else: the logit shift is a gauge of the former alone. None assumes the
+            former, but refuses the shift where the model speaks against it (one output, several,
+            ``config.problem_type``).
+        verify: whether to try the gauges. It takes a copy of the weights in float64, and some ten forward passes.
 
     Raises:
-        ValueError: the model cannot be traced, or ``inputs`` are needed.
+        ValueError: the model cannot be traced, ``inputs`` are needed, or an unknown ``loss``.
     """
-    if isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
-        return find_gauges(inner, per_layer, inputs)  # wrapped by torch.compile or DDP
-    return gauges_of_trace(traced(model, inputs), per_layer)
+    if loss is not None and loss not in LOSSES:
+        raise ValueError(f"Invalid {loss=}: expected None or one of {', '.join(LOSSES)}")
+    model = unwrapped(model)
+    gauges = read_gauges(model, per_layer, inputs, loss)
+    if loss == "other":
+        shifts = [gauge for gauge in gauges if gauge.kind == "logit_shift"]
+        gauges = refuse(gauges, dict.fromkeys(shifts, "the loss is not softmax cross-entropy"))
+    if not verify:
+        return gauges
+    checked = _checked(model, gauges, per_layer, inputs, loss)
+    reason_of = {(refusal.kind, refusal.where): refusal.reason for refusal in checked.refused}
+    for gauge in {*gauges} - {*checked}:
+        reason = reason_of[gauge.kind, gauge.where]
+        warnings.warn(f"find_gauges: {gauge} is no symmetry of the model and is left out: {reason}", stacklevel=2)
+    for reason, count in Counter(checked.unchecked.values()).items():
+        warnings.warn(f"find_gauges: {count} gauges were proved by rules alone and not tried: {reason}", stacklevel=2)
+    return checked
 
 
-@find_gauges.register
-def _(model: DeepMLP, per_layer: bool = False, inputs: Inputs | None = None) -> GaugeSet:
+def _checked(model: nn.Module, gauges: GaugeSet, per_layer: bool, inputs: Inputs | None, loss: str | None) -> GaugeSet:
+    """The gauges that a random element leaves without effect, on the model or, where it cannot be run, on a twin."""
+    try:
+        if not (reason := unfit(model)):
+            return verified(gauges, model, *example(model, inputs))
+        of_twin = find_gauges(narrow_twin(model), per_layer, loss=loss)
+    except ValueError as error:
+        return unchecked(gauges, f"{reason}, and {error}" if reason else str(error))
+    return verified_by_twin(gauges, of_twin)
+
+
+@singledispatch
+def read_gauges(model: nn.Module, per_layer: bool, inputs: Inputs | None, loss: str | None) -> GaugeSet:
+    """The gauges of a model by rules alone; arguments as for :func:`find_gauges`.
+
+    A family of models whose gauges can be told without a trace, as those of this package, has a reader of its own,
+    registered with ``read_gauges.register``, which gives the same and takes no time.
+    """
+    return gauges_of_trace(traced(model, inputs), per_layer, loss)
+
+
+@read_gauges.register
+def _(model: DeepMLP, per_layer: bool, inputs: Inputs | None, loss: str | None) -> GaugeSet:
     layers = [f"layers.{i}.weight" for i in range(len(model.layers))]
     shift = Shift("head.weight")
     if model.config.residual:
@@ -63,8 +116,8 @@ def _(model: DeepMLP, per_layer: bool = False, inputs: Inputs | None = None) -> 
     return GaugeSet((shift, first, *rescales), (Refusal("chained_rescale", "layers", reason),))
 
 
-@find_gauges.register
-def _(model: GPT, per_layer: bool = False, inputs: Inputs | None = None) -> GaugeSet:
+@read_gauges.register
+def _(model: GPT, per_layer: bool, inputs: Inputs | None, loss: str | None) -> GaugeSet:
     finding = _Finding(model)
     for i, _block in enumerate(model.blocks):
         place = f"blocks.{i}"

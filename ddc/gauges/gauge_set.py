@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TypeVar
 
@@ -12,16 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from ddc.gauges.base import KINDS, Gauge, Refusal, check_kind, named_parameters, whole
+from ddc.gauges.double import InDouble
 
 Entry = TypeVar("Entry", Gauge, Refusal)
 
 
 @dataclass(frozen=True)
 class GaugeSet(Sequence[Gauge]):
-    """A sequence of gauges, with the refusals beside them. Printed, it is a table of both."""
+    """A sequence of gauges, with the refusals beside them. Printed, it is a table of both.
+
+    Attributes:
+        found: the gauges.
+        refused: what was looked for and not granted.
+        unchecked: those of ``found`` that rules proved, but that could not be tried numerically, with the reason.
+    """
 
     found: tuple[Gauge, ...] = ()
     refused: tuple[Refusal, ...] = ()
+    unchecked: Mapping[Gauge, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.found)
@@ -44,6 +52,7 @@ class GaugeSet(Sequence[Gauge]):
         return GaugeSet(
             tuple(gauge for gauge in self.found if gauge.kind in kinds),
             tuple(refusal for refusal in self.refused if refusal.kind in kinds),
+            {gauge: reason for gauge, reason in self.unchecked.items() if gauge.kind in kinds},
         )
 
     def dimension(self, model: nn.Module) -> int:
@@ -57,9 +66,13 @@ class GaugeSet(Sequence[Gauge]):
         for gauge in self.found:
             gauge.act_(params, gauge.sample(params, generator, spread))
 
+    def _verdict(self, gauge: Gauge) -> str:
+        reason = self.unchecked.get(gauge)
+        return "found" if reason is None else f"found, not checked: {reason}"
+
     def __str__(self) -> str:
         header = ("gauge", "where", "verdict")
-        rows = [*_rows(self.found, lambda gauge: "found"), *_rows(self.refused, lambda r: f"refused: {r.reason}")]
+        rows = [*_rows(self.found, self._verdict), *_rows(self.refused, lambda r: f"refused: {r.reason}")]
         if not rows:
             return "no gauges"
         widths = [max(len(row[i]) for row in [header, *rows]) for i in range(2)]
@@ -99,15 +112,18 @@ def check(
         spread: of the random elements, as in :meth:`Gauge.sample`.
 
     Returns:
-        The largest absolute change of a log-probability for each gauge: about 1e-13 for a true symmetry.
+        The largest absolute change of a log-probability for each gauge: about 1e-13 for a true symmetry. All is
+        computed in float64, also what the model itself computes in float32 (:class:`ddc.gauges.double.InDouble`).
     """
     model = copy.deepcopy(model).double()
-    before = log_probs(model)
+    with InDouble():
+        before = log_probs(model)
     changes = {}
     for gauge in gauges:
         moved = copy.deepcopy(model)
         GaugeSet((gauge,)).transform_(moved, torch.Generator().manual_seed(seed), spread)
-        changes[gauge] = float((log_probs(moved) - before).abs().max())
+        with InDouble():
+            changes[gauge] = float((log_probs(moved) - before).abs().max())
     return changes
 
 

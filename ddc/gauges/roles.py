@@ -12,6 +12,7 @@ from functools import singledispatch
 
 from torch import nn
 
+from ddc.gauges.base import unwrapped
 from ddc.gauges.trace import Inputs, traced
 from ddc.models import GPT, DeepMLP
 
@@ -56,7 +57,7 @@ def hidden_matrices(model: nn.Module, per_head: bool = False, inputs: Inputs | N
     Raises:
         ValueError: the model cannot be traced, ``inputs`` are needed, or ``per_head`` is asked of another model.
     """
-    if isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+    if (inner := unwrapped(model)) is not model:
         return hidden_matrices(inner, per_head, inputs)  # wrapped by torch.compile or DDP
     if per_head:
         raise ValueError(

@@ -7,8 +7,10 @@ said of the operations, so it holds for any module that makes them, whatever its
 from __future__ import annotations
 
 import contextlib
+import inspect
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves, tree_map_only, tree_unflatten
 
-from ddc.gauges.base import plain_name
+from ddc.gauges.base import first_line, plain_name
+from ddc.gauges.double import InDouble
 
 #: Operations that put entries elsewhere, or leave them where they are.
 MOVES = frozenset(
@@ -66,6 +70,19 @@ POSITIONS = 8
 
 
 @contextlib.contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Afterwards all attributes of all modules are what they were: a forward pass may leave losses or caches there."""
+    before = {module: dict(vars(module)) for module in model.modules()}
+    inner = [(each, dict(each)) for of in before.values() for each in of.values() if isinstance(each, dict)]
+    try:
+        yield
+    finally:
+        for kept, attributes in [(vars(module), own) for module, own in before.items()] + inner:
+            kept.clear()
+            kept.update(attributes)
+
+
+@contextlib.contextmanager
 def in_evaluation(model: nn.Module) -> Iterator[None]:
     """A model in evaluation mode, each of its modules afterwards as it was."""
     training = {module: module.training for module in model.modules()}
@@ -89,6 +106,11 @@ def inputs(node: Node) -> list[Node]:
     return node.all_input_nodes
 
 
+def readers(node: Node) -> list[Node]:
+    """The nodes that compute with the value of a node; not those that only look at its type or shape."""
+    return [user for user in node.users if node in inputs(user) and operation(user) != "_assert_tensor_metadata"]
+
+
 def operation(node: Node) -> str:
     """Name of what a node does: ``linear``, ``view``; ``getitem``; empty for what is no call."""
     if node.op != "call_function":
@@ -104,6 +126,7 @@ class LinearMap:
 
     Attributes:
         node, input: the operation, and the node that it reads.
+        output: the node of what it gives: the operation, or the addition of the bias where that is one by itself.
         weight: name of the weight.
         rows: axis of the weight along which the outputs lie: 0, or 1 where the weight is stored as (in, out).
         bias: name of the bias where it is a parameter by itself, and the node of the bias whatever it is.
@@ -111,6 +134,7 @@ class LinearMap:
 
     node: Node
     input: Node
+    output: Node
     weight: str
     rows: int
     bias: str | None
@@ -137,6 +161,10 @@ class Flow:
     dropout: bool
 
 
+class NoValue(Exception):
+    """A value that is asked for follows from tensors on the meta device, which have none."""
+
+
 class Trace:
     """The graph of a model on example inputs.
 
@@ -150,10 +178,11 @@ class Trace:
 
     def __init__(self, model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> None:
         try:
-            with in_evaluation(model):
+            with preserved(model), in_evaluation(model), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The tensor attribute")  # what is left on the model is seen by trying
                 program = torch.export.export(model, tuple(args), dict(kwargs or {}), strict=False)
         except Exception as error:
-            raise ValueError(f"{type(model).__name__} cannot be traced by torch.export: {error}") from error
+            raise ValueError(f"{type(model).__name__} cannot be traced by torch.export: {first_line(error)}") from error
         self.model = model
         self.graph = program.graph
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
@@ -168,6 +197,7 @@ class Trace:
         }
         self.tensors: dict[str, Tensor] = {plain_name(name): parameter for name, parameter in named.items()}
         self.outputs = list(_output_nodes(self.graph))
+        self._output_names = _output_names(program)
         self._constants = self._constant_values(program, placeholders, args, kwargs or {})
         self._module = program.graph_module
 
@@ -181,7 +211,7 @@ class Trace:
             values[placeholders[node]] = program.state_dict.get(name, program.constants.get(name))
         for node, name in getattr(signature, "inputs_to_lifted_tensor_constants", {}).items():
             values[placeholders[node]] = program.constants[name]
-        flat = torch.utils._pytree.tree_leaves((tuple(args), dict(kwargs)))
+        flat = tree_leaves((tuple(args), dict(kwargs)))
         for node, value in zip(signature.user_inputs, flat, strict=False):
             if isinstance(node, str):
                 values[placeholders[node]] = value
@@ -219,12 +249,21 @@ class Trace:
         return len(self.uses.get(name, ())) == 1
 
     @cached_property
+    def logits(self) -> Node:
+        """The output that is called ``logits``, or the first."""
+        return next((node for node in self.outputs if self.output_name(node) == "logits"), self.outputs[0])
+
+    def output_name(self, node: Node) -> str:
+        """The key of an output, of a model that gives its outputs by name; empty for others."""
+        return self._output_names.get(node, "")
+
+    @cached_property
     def head(self) -> LinearMap | None:
-        """The linear map that gives the model's first output, as it is."""
-        node = self.outputs[0]
+        """The linear map that gives the model's logits, as it is."""
+        node = self.logits
         while operation(node) in ("alias", "to", "clone", "contiguous"):
             node = inputs(node)[0]
-        return self.linear_maps.get(node)
+        return next((linear for linear in self.linear_maps.values() if linear.output is node), None)
 
     @cached_property
     def linear_maps(self) -> dict[Node, LinearMap]:
@@ -244,9 +283,25 @@ class Trace:
             if view is None or self.tensors[view[0]].ndim != 2:
                 continue
             name, transposed = view
+            output = node
+            if bias is None and (added := self._added_bias(node)) is not None:
+                output, bias = added
             of_bias = self.parameter(bias)
-            maps[node] = LinearMap(node, x, name, (rows + transposed) % 2, of_bias[0] if of_bias else None, bias)
+            rows = (rows + transposed) % 2
+            maps[node] = LinearMap(node, x, output, name, rows, of_bias[0] if of_bias else None, bias)
         return maps
+
+    def _added_bias(self, node: Node) -> tuple[Node, Node] | None:
+        """The addition, and what it adds, where all that is done with a product is to add a parameter to its rows."""
+        users = list(node.users)
+        if len(users) != 1 or operation(users[0]) not in ("add", "add_") or len(arguments(users[0])) != 2:
+            return None
+        (add,) = users
+        (bias,) = [each for each in arguments(add) if each is not node] or [None]
+        view = self.parameter(bias)
+        if view is None or self.tensors[view[0]].shape != value_of(node).shape[-1:] or add.kwargs:
+            return None
+        return add, bias
 
     # ------------------------------------------------------------------------------------------ flow of scales
 
@@ -261,7 +316,7 @@ class Trace:
         """
         state: dict[Node, tuple[Any, float]] = {node: (labels, 1.0) for node, labels in sources.items()}
         flow = Flow([], set(), gated=False, dropout=False)
-        waiting = sorted({user for node in sources for user in node.users}, key=self.order.__getitem__)
+        waiting = sorted({user for node in sources for user in readers(node)}, key=self.order.__getitem__)
         seen = set(waiting)
         while waiting:
             node = waiting.pop(0)
@@ -274,7 +329,7 @@ class Trace:
                 ]
                 continue
             state[node] = after
-            fresh = [user for user in node.users if user not in seen]
+            fresh = [user for user in readers(node) if user not in seen]
             seen.update(fresh)
             waiting = sorted([*waiting, *fresh], key=self.order.__getitem__)
         return flow
@@ -283,6 +338,8 @@ class Trace:
         """Labels and degree of a node's value; None where the flow ends."""
         name, args = operation(node), arguments(node)
         scaled = [each for each in inputs(node) if each in state]
+        if not has_fixed_shape(node):
+            return None
         if name in ("mul", "div", "add", "sub") and len(args) == 2 and not node.kwargs:
             return self._combine(node, state, flow)
         if name in ("cat", "stack") and set(scaled) == set(args[0]):
@@ -291,6 +348,8 @@ class Trace:
         if scaled != [args[0]]:
             return None
         labels, degree = state[args[0]]
+        if isinstance(value := node.meta.get("val"), Tensor) and not value.is_floating_point():
+            return None  # rounded to integers
         if name == "getitem":
             return labels[args[1]], degree
         if name in MOVES:
@@ -302,6 +361,7 @@ class Trace:
             flow.activations.add(name.rstrip("_"))
             return labels, degree
         if name == "square" or (name == "pow" and isinstance(args[1], int | float) and args[1] > 0):
+            flow.activations.add("pow")
             return labels, degree * (2 if name == "square" else args[1])
         if name in ("mean", "sum") and len(args) > 1:
             keep = len(args) > 2 and bool(args[2])
@@ -317,6 +377,8 @@ class Trace:
             (labels, p), (others, q) = state[a], state[b]
             if name == "div" or (name != "mul" and p != q) or not torch.equal(labels, others):
                 return None
+            if name == "mul":
+                flow.activations.add("mul")
             return labels, p + q if name == "mul" else p
         scaled, other = (a, b) if a in state else (b, a)
         if name in ("add", "sub") or (name == "div" and scaled is b):
@@ -325,6 +387,45 @@ class Trace:
             return None  # a scale of its own
         flow.gated |= isinstance(other, Node) and self.depends_on_parameters(other)
         return state[scaled][0].broadcast_to(shape), state[scaled][1]
+
+    def device_of(self, linear: LinearMap) -> torch.device:
+        """Where to compute with the outputs of a linear map; the CPU for what has no values."""
+        return computing_device(self.tensors[linear.weight].device)
+
+    @torch.no_grad()
+    def leak(self, source: LinearMap, rows: Sequence[int], target: Node, argument: int) -> Node | None:
+        """An operation other than ``target``, at this argument alone, that reads these outputs of a linear map, if any.
+
+        Where outputs go is told by changing them: what is only moved, and does not change, does not hold them.
+        """
+        on_the_way = self.ancestors(arguments(target)[argument], [source.output])
+        generator = torch.Generator().manual_seed(0)
+        shape = value_of(source.output).shape
+        outputs = torch.randn(shape, generator=generator, dtype=torch.float64).to(self.device_of(source))
+        moved = outputs.clone()
+        moved[..., list(rows)] += 1
+        before: dict[Node, Any] = {source.output: outputs}
+        after: dict[Node, Any] = {source.output: moved}
+
+        def changes(node: Node) -> bool:
+            with InDouble():
+                values = (tree_leaves(self.value(node, each)) for each in (before, after))
+                return not all(torch.equal(a, b) for a, b in zip(*values, strict=True))
+
+        waiting = [source.output]
+        while waiting:
+            node = waiting.pop()
+            for user in readers(node):
+                if user is target:
+                    taken = [i for i, each in enumerate([*user.args, *user.kwargs.values()]) if each is node]
+                    if taken != [argument]:
+                        return user
+                elif user in on_the_way or operation(user) in MOVES | KEEPS | {"getitem"}:
+                    if changes(user):
+                        waiting.append(user)
+                else:
+                    return user
+        return None
 
     def depends_on_parameters(self, node: Node) -> bool:
         """Whether parameters decide the value of a node."""
@@ -361,19 +462,24 @@ class Trace:
         Args:
             node: what is asked for.
             given: values to start from, of any nodes.
+
+        Raises:
+            NoValue: it takes what is on the meta device.
         """
         for each in sorted(self.ancestors(node, given), key=self.order.__getitem__):
             if each in given:
                 continue
             if each.op == "placeholder":
                 given[each] = self._constants[each]
+                if isinstance(given[each], Tensor) and given[each].is_meta:
+                    raise NoValue(f"{each.name} is on the meta device and has no values")
             elif each.op == "get_attr":
                 given[each] = operator.attrgetter(str(each.target))(self._module)
             elif operation(each) == "type_as":
                 given[each] = given[inputs(each)[0]]
             else:
-                args = torch.fx.node.map_arg(arguments(each), given.__getitem__)
-                kwargs = torch.fx.node.map_arg(each.kwargs, given.__getitem__)
+                args, kwargs = torch.fx.node.map_arg((arguments(each), dict(each.kwargs)), given.__getitem__)
+                args, kwargs = tree_map_only(torch.device, computing_device, (args, kwargs))
                 if operation(each).endswith("_"):  # what was given is not to change
                     args = (args[0].clone(), *args[1:])
                 given[each] = callable_of(each)(*args, **kwargs)
@@ -385,41 +491,41 @@ class Trace:
 
         Returns:
             (outputs, heads, positions, entries) in float64, of the first example and of at most :data:`POSITIONS`
-            positions, evenly spread; None if an operation between the two is not linear.
+            positions, evenly spread; None if an operation between the two is not linear, or depends on parameters.
+
+        Raises:
+            NoValue: a constant on the way is on the meta device.
         """
-        between = self.ancestors(target, [source.node])
-        on_the_way = self.descendants(source.node) & between
-        for node in on_the_way:
-            if operation(node) not in LINEAR_OPERATIONS or _is_active_dropout(node):
-                return None
-            if (
-                operation(node) in ("mul", "div")
-                and sum(a in on_the_way or a is source.node for a in arguments(node)) > 1
-            ):
-                return None
-        shape = value_of(source.node).shape
-        length = value_of(target).shape[-2]
-        positions = torch.arange(min(POSITIONS, length)) * length // min(POSITIONS, length)
+        between = self.ancestors(target, [source.output])
+        on_the_way = self.descendants(source.output) & between
+        moving = {source.output, *on_the_way}
         fixed: dict[Node, Any] = {}
-        for node in on_the_way:
-            for argument in inputs(node):
-                if argument is not source.node and argument not in on_the_way:
-                    self.value(argument, fixed)
+        with InDouble():
+            for node in on_the_way:
+                if not _is_linear(node, moving):
+                    return None
+                for argument in inputs(node):
+                    if argument not in moving:
+                        if self.depends_on_parameters(argument):
+                            return None
+                        self.value(argument, fixed)
+            shape, length = value_of(source.output).shape, value_of(target).shape[-2]
+            positions = torch.arange(min(POSITIONS, length)) * length // min(POSITIONS, length)
 
-        def enter(outputs: Tensor) -> Tensor:
-            value = torch.as_tensor(self.value(target, {**fixed, source.node: outputs.broadcast_to(shape)}))
-            return value.reshape(-1, *value.shape[-3:])[0][:, positions]
+            def enter(outputs: Tensor) -> Tensor:
+                value = torch.as_tensor(self.value(target, {**fixed, source.output: outputs.broadcast_to(shape)}))
+                return value.reshape(-1, *value.shape[-3:])[0]
 
-        device = self.tensors[source.weight].device
-        units = torch.eye(shape[-1], dtype=torch.float64, device=device)
-        fixed = {
-            node: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-            for node, value in fixed.items()
-        }
-        zero = enter(torch.zeros_like(units[0]))
-        if zero.any():
-            return None  # a constant is added on the way
-        return torch.cat([torch.func.vmap(enter)(part) for part in units.split(at_once)]).cpu()
+            units = torch.eye(shape[-1], dtype=torch.float64, device=self.device_of(source))
+            if enter(torch.zeros_like(units[0])).any():
+                return None  # a constant is added on the way
+            enter_all = torch.func.vmap(lambda outputs: enter(outputs)[:, positions])
+            return torch.cat([enter_all(part) for part in units.split(at_once)]).cpu()
+
+
+def computing_device(device: torch.device) -> torch.device:
+    """Where to compute what a model computes on a device: on the CPU what it has no values for."""
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def module_path(node: Node) -> str:
@@ -429,8 +535,8 @@ def module_path(node: Node) -> str:
 
 
 def callable_of(node: Node) -> Any:
-    """What a node calls."""
-    return node.target
+    """What a node calls; a view is taken of any value, also where strides are others than in the model."""
+    return torch.ops.aten.reshape.default if node.target is torch.ops.aten.view.default else node.target
 
 
 def apply(node: Node, first: Any) -> Any:
@@ -438,8 +544,16 @@ def apply(node: Node, first: Any) -> Any:
     return callable_of(node)(first, *arguments(node)[1:], **node.kwargs)
 
 
-def _is_active_dropout(node: Node) -> bool:
-    return operation(node) == "dropout" and float(arguments(node)[1]) > 0
+def _is_linear(node: Node, moving: Collection[Node]) -> bool:
+    """Whether an operation is linear in those of its arguments that are among ``moving``."""
+    name, args = operation(node), arguments(node)
+    if name not in LINEAR_OPERATIONS or not value_of_any(node).is_floating_point():
+        return False
+    if name == "dropout":
+        return not float(args[1]) > 0
+    if name in ("mul", "div"):
+        return [argument in moving for argument in args].count(True) == 1 and (name == "mul" or args[1] not in moving)
+    return True
 
 
 def _output_nodes(graph: torch.fx.Graph) -> Iterator[Node]:
@@ -447,6 +561,14 @@ def _output_nodes(graph: torch.fx.Graph) -> Iterator[Node]:
     for node in _flat(output.args):
         if isinstance(node, Node):
             yield node
+
+
+def _output_names(program: Any) -> dict[Node, str]:
+    """Keys of the outputs that a model gives by name."""
+    (output,) = (node for node in program.graph.nodes if node.op == "output")
+    flat = list(output.args[0])[-len(program.graph_signature.user_outputs) :]
+    given = tree_unflatten(flat, program.call_spec.out_spec)
+    return {node: key for key, node in given.items() if isinstance(node, Node)} if isinstance(given, Mapping) else {}
 
 
 def _flat(values: Any) -> Iterator[Any]:
@@ -457,11 +579,23 @@ def _flat(values: Any) -> Iterator[Any]:
         yield values
 
 
+def value_of_any(node: Node) -> Tensor:
+    """As :func:`value_of`; the first of several."""
+    value = node.meta["val"]
+    return value_of(node) if isinstance(value, Tensor) else value[0]
+
+
 def value_of(node: Node) -> Tensor:
     """What the trace knows of a node's value: shape and type."""
     value = node.meta["val"]
     assert isinstance(value, Tensor)
     return value
+
+
+def has_fixed_shape(node: Node) -> bool:
+    """Whether the shape of a node's value does not depend on other values, as that of a selection does."""
+    value = node.meta.get("val")
+    return not isinstance(value, Tensor) or all(isinstance(size, int) for size in value.shape)
 
 
 def labels_of(node: Node) -> Tensor:
@@ -486,20 +620,47 @@ def traced(model: nn.Module, inputs: Inputs | None = None) -> Trace:
     Raises:
         ValueError: the model cannot be traced, or ``inputs`` are needed.
     """
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    args, kwargs = example(model, inputs)
+    return Trace(model, args, kwargs)
+
+
+def example(model: nn.Module, inputs: Inputs | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of ``inputs``, or of the example that the model's kind is known to take.
+
+    Raises:
+        ValueError: the model cannot be traced, or ``inputs`` are needed.
+    """
+    name, parameters = type(model).__name__, dict(model.named_parameters())
+    if not parameters:
+        raise ValueError(f"{name} has no parameters: there is nothing to condition")
+    if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
         raise ValueError("a model whose parameters are DTensors cannot be traced: find its gauges before fully_shard")
+    for key, parameter in parameters.items():
+        if not parameter.is_floating_point() and not parameter.is_complex():
+            raise ValueError(
+                f"parameter {key!r} of {name} is {parameter.dtype}, quantised: gauges move weights continuously, so "
+                "find them in the model before it is quantised"
+            )
     if inputs is None:
-        args, kwargs = example_inputs(model)
-        return Trace(model, args, kwargs)
-    return Trace(model, (), inputs) if isinstance(inputs, Mapping) else Trace(model, inputs)
+        return example_inputs(model)
+    args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
+    return args, _without_cache(model) | kwargs
+
+
+def _without_cache(model: nn.Module) -> dict[str, Any]:
+    """What tells a model of transformers not to return keys and values of a cache, which training does not use."""
+    takes = "use_cache" in inspect.signature(model.forward).parameters
+    return {"use_cache": False} if takes and hasattr(getattr(model, "config", None), "use_cache") else {}
 
 
 def example_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Small inputs for the models whose inputs are known: transformers', timm's, and torch's own.
+    """Small inputs for the models whose inputs are known: transformers', timm's, torch's, our own.
 
     Raises:
         ValueError: any other model.
     """
+    if callable(own := getattr(model, "example_inputs", None)):
+        return tuple(own()), {}
     weight = next(model.parameters())
 
     def random(*shape: int) -> Tensor:
@@ -511,8 +672,7 @@ def example_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
         height, width = (size, size) if isinstance(size, int) else size
         return (), {"pixel_values": random(2, channels, height, width)}
     if main_input == "input_ids":
-        use_cache = {"use_cache": False} if hasattr(config, "use_cache") else {}
-        return (), {"input_ids": torch.arange(6, device=weight.device).view(2, 3), **use_cache}
+        return (), {"input_ids": torch.arange(6, device=weight.device).view(2, 3), **_without_cache(model)}
     if (patches := getattr(model, "patch_embed", None)) is not None and getattr(patches, "img_size", None):
         return (random(2, weight_channels(patches), *patches.img_size),), {}
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.TransformerEncoderLayer)]

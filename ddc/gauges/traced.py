@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypeVar
 
 import numpy as np
@@ -23,8 +24,10 @@ from ddc.gauges.trace import (
     Arrival,
     Flow,
     LinearMap,
+    NoValue,
     Trace,
     arguments,
+    has_fixed_shape,
     labels_of,
     last_axis,
     module_path,
@@ -36,6 +39,20 @@ ATTENTION = "scaled_dot_product_attention"
 #: Two numbers of a rotary embedding count as equal within this; it is computed in single precision or less.
 CLOSE = 1e-3
 
+#: Kinds of loss in transformers (``model.loss_type``) that are softmax cross-entropy of the logits.
+SOFTMAX_LOSSES = frozenset(
+    [
+        "ForCausalLM",
+        "ForMaskedLM",
+        "ForSequenceClassification",
+        "ForImageClassification",
+        "ForVideoClassification",
+        "ForAudioClassification",
+        "ForTokenClassification",
+        "ForConditionalGeneration",
+        "ForCTC",
+    ]
+)
 
 Key = TypeVar("Key", bound=Hashable)
 #: By unit, the copies of k indices that it turns.
@@ -58,19 +75,26 @@ class Heads:
     planes: list[dict[tuple[int, int], tuple[int, int]]]
     rest: list[dict[int, int]]
 
+    def outputs(self) -> set[int]:
+        """All outputs that enter attention."""
+        pairs = chain.from_iterable(planes.values() for planes in self.planes)
+        return {*chain.from_iterable(pairs), *chain.from_iterable(rest.values() for rest in self.rest)}
 
-def gauges_of_trace(trace: Trace, per_layer: bool = False) -> GaugeSet:
+
+def gauges_of_trace(trace: Trace, per_layer: bool = False, loss: str | None = None) -> GaugeSet:
     """All gauges that the rules prove, and all that they refuse.
 
     Args:
         trace: of the model.
         per_layer: chains of ReLU layers without biases as one chained rescale each, in place of their neurons'.
+        loss: as for :func:`ddc.find_gauges`.
     """
     finding = Finding(trace)
     finding.norm_scales()
     finding.rescales()
     finding.rotations()
-    finding.logit_shift()
+    finding.logit_shift(loss)
+    finding.drop_overlaps()
     found = chained(finding.found) if per_layer else finding.found
     return GaugeSet(tuple(found), tuple(finding.refused))
 
@@ -110,10 +134,12 @@ class Finding:
         scales: set[str] = set()
         for node in self.trace.graph.nodes:
             if (scale := self._scale(node)) is not None:
-                source, plus = scale
+                source, plus, reason = scale
                 scales.update(plus)
                 where = owner(plus[0])
                 try:
+                    if reason:
+                        raise NotProved(reason)
                     self.found.append(self._norm_scale(source, plus, where))
                 except NotProved as reason:
                     self.refused.append(Refusal("norm_scale", where, str(reason)))
@@ -123,33 +149,43 @@ class Finding:
                 why = "the norm has no scale" if weight is None else "its weight does not multiply what the norm gives"
                 self.refused.append(Refusal("norm_scale", name, why))
 
-    def _scale(self, node: Node) -> tuple[Node, tuple[str, ...]] | None:
-        """A node whose entries along the last axis are scaled (and shifted) by parameters, and these."""
+    def _scale(self, node: Node) -> tuple[Node, tuple[str, ...], str] | None:
+        """A node whose entries along the last axis are scaled (and shifted), the parameters that do, and why not."""
         match operation(node), arguments(node):
-            case "layer_norm", (_, shape, gamma, *rest) if gamma is not None and len(shape) == 1:
-                beta = rest[0] if rest else None
-            case "rms_norm", (_, shape, gamma, *rest) if gamma is not None and len(shape) == 1:
-                beta = None
+            case (("layer_norm" | "rms_norm"), (_, shape, *rest)) if len(shape) == 1:
+                affine = [each for each in rest[:2] if isinstance(each, Node)]
+                scaled = bool(rest) and rest[0] is not None
             case "mul", (a, b):
                 gamma = a if self._is_vector(a, node) else b
                 if not self._is_vector(gamma, node) or (a is gamma and self._is_vector(b, node)):
                     return None
-                beta, users = None, list(node.users)
+                affine, users, scaled = [gamma], list(node.users), True
                 if len(users) == 1 and operation(users[0]) == "add" and self._is_vector(arguments(users[0])[1], node):
                     node = users[0]
-                    beta = arguments(node)[1]
+                    affine.append(arguments(node)[1])
             case _:
                 return None
-        names = [view[0] for each in (gamma, beta) if (view := self.trace.parameter(each)) is not None]
-        return (node, tuple(names)) if names else None
+        views = [self.trace.parameter(each) for each in affine]
+        if not (names := tuple(view[0] for view in views if view is not None)):
+            return None
+        if not scaled:
+            return node, names, "the norm has a shift, but no scale"
+        reason = "its scale and shift are not both parameters as they stand (computed, or a buffer)"
+        return node, names, "" if len(names) == len(affine) else reason
 
     def _is_vector(self, argument: object, node: Node) -> bool:
         view = self.trace.parameter(argument)
         return view is not None and self.trace.tensors[view[0]].shape == value_of(node).shape[-1:]
 
     def _norm_scale(self, source: Node, plus: Sequence[str], where: str) -> Rescale:
+        if not has_fixed_shape(source):
+            raise NotProved("how many positions it has depends on values")
         flow = self.trace.flow({source: labels_of(source)})
         readers = [self._reader(arrival) for arrival in flow.arrivals]
+        if not readers:
+            raise NotProved("nothing reads it")
+        if len({*plus}) < len(plus):
+            raise NotProved("its scale and shift are one parameter")
         if flow.activations or any(arrival.degree != 1 for arrival in flow.arrivals):
             raise NotProved("what reads it is not a linear map")
         self._require_single(plus, readers)
@@ -219,10 +255,12 @@ class Finding:
         """Weights whose output units may be scaled: name, nodes of the outputs with their labels, and the side."""
         sources = []
         for linear in self.trace.linear_maps.values():
+            if not has_fixed_shape(linear.output):  # experts that are chosen by their index
+                continue
             plus = [Axis(linear.weight, linear.rows)]
             if linear.bias is not None:
                 plus.append(Axis(linear.bias))
-            sources.append((linear.weight, {linear.node: labels_of(linear.node)}, tuple(plus)))
+            sources.append((linear.weight, {linear.output: labels_of(linear.output)}, tuple(plus)))
         tables: dict[str, list[Node]] = defaultdict(list)
         for node in self.trace.graph.nodes:
             if operation(node) == "embedding" and (view := self.trace.parameter(arguments(node)[0])) is not None:
@@ -313,14 +351,22 @@ class Finding:
         return found[0] if len(found) == 1 else None
 
     def _heads(self, node: Node, argument: int, what: str) -> tuple[LinearMap, Heads]:
+        """The linear map of an argument of attention, and its heads, whose outputs go nowhere else."""
         linear = self._origin(arguments(node)[argument])
         if linear is None:
             raise NotProved(f"its {what} do not come from one linear map")
         self._require_single([linear.weight])
-        matrix = self.trace.matrix(linear, arguments(node)[argument])
+        try:
+            matrix = self.trace.matrix(linear, arguments(node)[argument])
+        except NoValue as error:
+            raise NotProved(f"how its {what} enter attention is not known: {error}") from None
         if matrix is None:
             raise NotProved(f"its {what} pass through what is not linear (a QK-norm, say) before they meet")
-        return linear, heads_of(matrix, what)
+        heads = heads_of(matrix, what)
+        rows = [*heads.outputs()]
+        if (user := self.trace.leak(linear, rows, node, argument)) is not None:
+            raise NotProved(f"its {what} are read by {self.describe(user)} as well")
+        return linear, heads
 
     def _value_rotation(self, node: Node, where: str) -> list[Rotation]:
         value, heads = self._heads(node, 2, "values")
@@ -329,7 +375,7 @@ class Finding:
         query_heads, width = value_of(node).shape[-3], value_of(node).shape[-1]
         labels = torch.arange(query_heads)[:, None, None] * width + torch.arange(width)
         flow = self.trace.flow({node: labels.expand(value_of(node).shape)})
-        if flow.activations or flow.gated or flow.dropout or len(flow.arrivals) != 1:
+        if flow.activations or flow.gated or flow.dropout or len(flow.arrivals) != 1 or flow.arrivals[0].degree != 1:
             raise NotProved("what it gives does not go to one linear map alone, as it is")
         (arrival,) = flow.arrivals
         output = self.trace.linear_maps.get(arrival.node)
@@ -399,21 +445,58 @@ class Finding:
 
     # ------------------------------------------------------------------------------------------ logit shift
 
-    def logit_shift(self) -> None:
-        """The same vector added to all rows of the linear map that gives the first output."""
-        if (linear := self.trace.head) is None:
-            reason = f"{self.describe(self.trace.outputs[0])}, which gives the output, is not a linear map"
-            self.refused.append(Refusal("logit_shift", "output", reason))
-            return
-        where = owner(linear.weight)
-        if linear.rows != 0 or not self.trace.used_once(linear.weight):
-            embedding = any(operation(use) == "embedding" for use in self.trace.uses[linear.weight])
-            reason = "the head is tied to the embedding" if embedding else "the head is used more than once"
-            self.refused.append(Refusal("logit_shift", where, reason))
-        elif linear.bias_node is not None and linear.bias is None:
-            self.refused.append(Refusal("logit_shift", where, "its bias is not a parameter of its own"))
+    def logit_shift(self, loss: str | None) -> None:
+        """The same vector added to all rows of the linear map that gives the logits."""
+        linear = self.trace.head
+        where = "output" if linear is None else owner(linear.weight)
+        try:
+            if linear is None:
+                raise NotProved(f"{self.describe(self.trace.logits)}, which gives the output, is not a linear map")
+            self._require_softmax(linear, loss)
+            if linear.rows != 0 or not self.trace.used_once(linear.weight):
+                embedding = any(operation(use) == "embedding" for use in self.trace.uses[linear.weight])
+                raise NotProved("the head is tied to the embedding" if embedding else "the head is used more than once")
+            if linear.bias_node is not None and linear.bias is None:
+                raise NotProved("its bias is not a parameter of its own")
+            if linear.bias is not None:
+                self._require_single([linear.bias])
+        except NotProved as reason:
+            self.refused.append(Refusal("logit_shift", where, str(reason)))
         else:
+            assert linear is not None
             self.found.append(Shift(linear.weight, linear.bias, where=where))
+
+    def _require_softmax(self, head: LinearMap, loss: str | None) -> None:
+        """The loss is softmax cross-entropy of the logits: the caller says so, or no sign speaks against it.
+
+        Raises:
+            NotProved: one output, a loss of another kind, or signs of one.
+        """
+        if value_of(head.output).shape[-1] == 1:
+            raise NotProved("it has one output, which a softmax makes constant: its loss is another one")
+        if loss is not None:  # find_gauges leaves the shift out where it is another
+            return
+        ask = "; if it is softmax cross-entropy of this output, say so: find_gauges(model, loss='cross_entropy')"
+        if problem := other_loss(self.trace.model):
+            raise NotProved(problem + ask)
+        if (name := self.trace.output_name(self.trace.logits)) and name != "logits":
+            raise NotProved(f"the output is called {name!r}, not logits{ask}")
+        related = self.trace.ancestors(head.output) | self.trace.descendants(head.output)
+        if any(each not in related and self.trace.depends_on_parameters(each) for each in self.trace.outputs):
+            raise NotProved(f"the model has other outputs, of which the loss may be made{ask}")
+
+    def drop_overlaps(self) -> None:
+        """Refuse rotations that turn the same index: each by itself may be a symmetry, but they do not commute."""
+        turned: dict[tuple[str, int, int], set[Gauge]] = defaultdict(set)
+        for gauge in self.found:
+            if isinstance(gauge, Rotation):
+                for name, axis, indices in gauge.slots:
+                    for index in indices.flatten().tolist():
+                        turned[name, axis, index].add(gauge)
+        clashing = {gauge for gauges in turned.values() if len(gauges) > 1 for gauge in gauges}
+        reason = "another rotation turns the same heads"
+        self.refused += [Refusal(gauge.kind, gauge.where, reason) for gauge in self.found if gauge in clashing]
+        self.found = [gauge for gauge in self.found if gauge not in clashing]
 
     # ------------------------------------------------------------------------------------------ places
 
@@ -429,6 +512,17 @@ class Finding:
         if not path or isinstance(self.modules.get(path), nn.ModuleList | nn.Sequential):
             return owner(names[0])
         return path
+
+
+def other_loss(model: nn.Module) -> str:
+    """What a model of transformers says of its loss, if that is not softmax cross-entropy; empty otherwise."""
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    if problem in ("regression", "multi_label_classification"):
+        return f"config.problem_type is {problem!r}"
+    kind = getattr(model, "loss_type", None)
+    if isinstance(kind, str) and kind not in SOFTMAX_LOSSES:
+        return f"its loss is that of {kind}"
+    return ""
 
 
 def owner(parameter: str) -> str:
@@ -458,9 +552,9 @@ def heads_of(matrix: Tensor, what: str) -> Heads:
         NotProved: entries of a head that are no outputs as they are, nor pairs of them turned by position.
     """
     heads = Heads([], [])
+    met_by = (matrix != 0).any(2)
     for head in range(matrix.shape[1]):
-        block = matrix[:, head]  # (outputs, positions, entries)
-        met = (block.abs() > 0).any(1)
+        block, met = matrix[:, head], met_by[:, head]  # (outputs, positions, entries), (outputs, entries)
         outputs = met.any(1).nonzero().flatten().tolist()
         planes, rest, scales = {}, {}, []
         for rows, entries in components(met[outputs], outputs):

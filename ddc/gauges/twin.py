@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ddc.gauges.base import first_line
+
 #: Of a twin: width of its residual stream, its heads, and the width of one.
 WIDTH, HEADS, HEAD_WIDTH = 64, 4, 16
 #: At most how many parameters a twin has.
@@ -255,11 +257,6 @@ def sections(values: list[int], total: int) -> list[int]:
     """A split of ``total`` in the proportions of ``values``."""
     ends = [round(total * sum(values[: i + 1]) / sum(values)) for i in range(len(values))]
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
 
 
 def _is_config(value: Any) -> bool:

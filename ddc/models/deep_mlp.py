@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -68,6 +69,11 @@ class DeepMLP(nn.Module):
             gain = config.depth**-0.5 if config.residual and i % 2 else 1.0
             assert isinstance(layer, nn.Linear)
             nn.init.normal_(layer.weight, std=gain * (2 / config.width) ** 0.5)
+
+    def example_inputs(self) -> tuple[Tensor]:
+        """A batch of all pairs of the first tokens."""
+        tokens = torch.arange(min(self.tokens, 5), device=self.embedding.weight.device)
+        return (torch.cartesian_prod(tokens, tokens),)
 
     def forward(self, pairs: Tensor) -> Tensor:
         first, second = pairs.unbind(1)

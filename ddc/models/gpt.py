@@ -195,6 +195,13 @@ class GPT(nn.Module):
         if config.tied_head:
             self.head.weight = self.embedding.weight
 
+    def example_inputs(self) -> tuple[Tensor]:
+        """Tokens of a small batch."""
+        device = self.embedding.weight.device
+        return (
+            torch.arange(2 * min(self.config.context, 4), device=device).view(2, -1) % self.embedding.num_embeddings,
+        )
+
     def forward(self, tokens: Tensor) -> Tensor:
         time = tokens.shape[1]
         if time > self.config.context:

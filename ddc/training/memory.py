@@ -37,7 +37,7 @@ def estimate_memory(config: Config, data: Data) -> MemoryEstimate:
     if isinstance(config.optimizer, DDCAdamConfig):  # what is fake cannot be compiled for
         config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, compiled=False))
     real = build_model(config.model, **data.sizes)  # what is traced must have values
-    gauges = find_gauges(real, config.gauges.per_layer).only(config.gauges.kinds)
+    gauges = find_gauges(real, config.gauges.per_layer, verify=False).only(config.gauges.kinds)
     with FakeCopyMode(fake):
         model = copy.deepcopy(real)
     hidden = configured_hidden(config, real)

@@ -1,0 +1,49 @@
+"""Any model in float64: what a float64 copy alone does not do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+
+class InDouble(TorchDispatchMode):
+    """Every floating-point operation in float64, also where the model asks for another type.
+
+    Norms and rotary embeddings are computed in float32 by many models whatever the type of their weights; in this mode
+    they are not, so that rounding stays at 1e-15. Kernels that know no float64 are replaced.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(double, (args, kwargs or {}))
+        return tree_map(double, REPLACEMENTS.get(func.name(), func)(*args, **kwargs))
+
+
+def double(value: Any) -> Any:
+    """The value as it is in double precision: tensors and types of lower one are replaced."""
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value.is_floating_point else torch.complex128 if value.is_complex else value
+    if not isinstance(value, Tensor) or value.dtype in (torch.float64, torch.complex128):
+        return value
+    if value.is_floating_point():
+        return value.detach().to(torch.float64)
+    return value.detach().to(torch.complex128) if value.is_complex() else value
+
+
+def grouped_product(x: Tensor, weight: Tensor, ends: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Rows of ``x``, (rows, in), by the weights of their groups, (groups, in, out), which end at the rows ``ends``."""
+    bounds = [0, *ends.tolist()]
+    parts = [x[a:b] @ w for a, b, w in zip(bounds, bounds[1:], weight, strict=False)]
+    rest = x.new_zeros(x.shape[0] - bounds[-1], weight.shape[-1])
+    return torch.cat([*parts, rest])
+
+
+#: What stands in for operations that have no kernel for float64, by their names.
+REPLACEMENTS: dict[str, Callable[..., Any]] = {
+    "aten::_grouped_mm": grouped_product,
+    "transformers::grouped_mm_fallback": grouped_product,
+}
