@@ -22,7 +22,7 @@ define measure
 	done
 endef
 
-.PHONY: lm_overtrain grok vit fashion-mnist report slurm-test test lint docs overtraining rates status reproduce architectures refused equivariance precision known_rates learning_coefficients benchmark memory clean
+.PHONY: lm_overtrain grok vit fashion-mnist report slurm-test test lint docs overtraining rates status reproduce zoo refused equivariance precision known_rates learning_coefficients benchmark memory clean
 
 lm_overtrain: $(STAMP)  ## the main job: AdamW and DDCAdam side by side, one core each; tables and plots
 	@mkdir -p runs/main
@@ -94,8 +94,8 @@ equivariance: $(STAMP)  ## claim C6: the table of results/equivariance
 precision: $(STAMP)  ## float32, mixed and bfloat16 training against float64: results/precision
 	$(RUN) -m experiments.precision
 
-architectures: $(STAMP)  ## which gauges are found in models of timm and transformers: docs/architectures.md
-	$(RUN) -m experiments.architectures
+zoo: $(STAMP)  ## every architecture of transformers and timm, small: gauges, check, ten steps; docs/zoo.md; an hour; run again, it goes on
+	OMP_NUM_THREADS=1 $(RUN) -m experiments.zoo
 
 refused: $(STAMP)  ## which configurations are refused, and what is said of them: docs/refused.md
 	$(RUN) -m experiments.refused

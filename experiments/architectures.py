@@ -1,67 +1,350 @@
-"""Which gauges find_gauges finds in models that others wrote (``make architectures``).
+"""The architectures of transformers and timm, each in a small configuration, with examples of its inputs.
 
-The models are those of the tests (``tests/zoo.py``), small and with random weights. Every gauge is checked in float64.
+Those of transformers are the classes of its auto-model mappings, built from their default configs narrowed to two
+layers (:func:`ddc.gauges.twin.narrow_config`); those of timm are one or more small members of each of its modules. The
+named models of the tests, which were picked by hand, come first.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections import defaultdict
-from importlib.metadata import version
-from pathlib import Path
+import contextlib
+import copy
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from rich.progress import track
+from torch import Tensor, nn
 
-from ddc import find_gauges
-from ddc.gauges import KINDS, GaugeSet, check
-from ddc.training.records import write_atomically
-from tests.zoo import ZOO, logits, make
+from ddc.compatibility import provide_torchvision_operators
+from ddc.gauges.twin import narrow_config
+from tests.zoo import ZOO
 
-SHOWN = [kind for kind in KINDS if kind != "chained_rescale"]
+provide_torchvision_operators()
+
+import timm  # noqa: E402
+import transformers  # noqa: E402
+from timm.models._registry import _model_to_module  # noqa: E402
+from transformers.models.auto import modeling_auto  # noqa: E402
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
+
+transformers.logging.set_verbosity_error()
+
+VOCABULARY, LAYERS, LABELS = 160, 2, 5
+Inputs = Mapping[str, Any] | tuple[Tensor, ...]
+#: Tasks of transformers' auto-models, in the order of the table.
+TASKS = {
+    "causal language": "CAUSAL_LM",
+    "masked language": "MASKED_LM",
+    "sequence to sequence": "SEQ_TO_SEQ_CAUSAL_LM",
+    "sequence classification": "SEQUENCE_CLASSIFICATION",
+    "image classification": "IMAGE_CLASSIFICATION",
+    "image segmentation": "SEMANTIC_SEGMENTATION",
+    "video classification": "VIDEO_CLASSIFICATION",
+    "image and text": "IMAGE_TEXT_TO_TEXT",
+    "two towers": "ZERO_SHOT_IMAGE_CLASSIFICATION",
+    "text encoder": "TEXT_ENCODING",
+    "audio classification": "AUDIO_CLASSIFICATION",
+    "speech recognition": "CTC",
+    "speech to text": "SPEECH_SEQ_2_SEQ",
+}
+#: What some default configs leave open.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ReformerModelWithLMHead": {"is_decoder": True, "axial_pos_embds": False},
+    "reformer": {"axial_pos_embds": False},
+    "nemotron": {"num_key_value_heads": 8},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "efficientnet": {"width_coefficient": 0.5, "depth_coefficient": 0.3},
+    "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "xmod": {"default_language": "en_XX"},
+    "esm": {"vocab_size": 33},
+    "wav2vec2-bert": {"vocab_size": 33},
+    "wav2vec2-conformer": {"vocab_size": 33},
+}
+#: A model that is larger, though narrowed, is left out.
+LARGEST = 30_000_000
+#: Members of timm's modules that differ in norms, gates, positions, attention.
+OF_TIMM = """
+    vit_tiny_patch16_224 vit_base_patch16_clip_quickgelu_224 vit_base_patch16_rope_224
+    vit_wee_patch16_reg1_gap_256 vit_medium_patch16_gap_240 vit_little_patch16_reg4_gap_256
+    vit_so150m_patch16_reg4_map_256 vit_base_patch16_xp_224 vit_small_patch16_36x1_224
+    vit_small_patch16_18x2_224 vit_small_patch16_rope_mixed_224 vit_small_patch16_dinov3
+    deit_tiny_distilled_patch16_224 deit3_small_patch16_224 beit_base_patch16_224 beitv2_base_patch16_224
+    eva02_tiny_patch14_224 eva02_base_patch14_224 eva_giant_patch14_224 aimv2_large_patch14_224 convnext_atto
+    convnext_atto_ols convnextv2_atto resnet18 resnet50 resnext50_32x4d seresnet50 wide_resnet50_2 mixer_s16_224
+    gmlp_ti16_224 resmlp_12_224 gmixer_12_224 vgg11 vgg11_bn efficientnet_b0 mobilenetv2_100
+    mobilenetv3_small_100 mnasnet_100 tf_efficientnetv2_s mobilenetv4_conv_small mobilenetv4_hybrid_medium
+    poolformer_s12 poolformerv2_s12 caformer_s18 convformer_s18 maxvit_nano_rw_256 coatnet_nano_rw_224
+    swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 swinv2_cr_tiny_224 xcit_nano_12_p16_224 volo_d1_224
+    vit_relpos_small_patch16_224 vit_relpos_medium_patch16_rpn_224 vit_srelpos_small_patch16_224
+    samvit_base_patch16 mobilevit_xxs mobilevitv2_050 halonet26t lambda_resnet26t botnet26t_256 repvgg_a0
+    gcresnet33ts regnetx_002 regnety_002 nfnet_l0 dm_nfnet_f0 naflexvit_base_patch16_gap
+    vit_pwee_patch16_reg1_gap_256
+    levit_128s hrnet_w18_small densenet121 dla46x_c sam2_hiera_tiny legacy_seresnet18 twins_svt_small resnest14d
+    tresnet_m test_resnet test_nfnet test_convnext test_maxvit test_vit test_vit_relpos test_byobnet test_efficientnet
+"""
 
 
-def row(gauges: GaugeSet) -> list[str]:
-    """How many gauges of each kind were found, or why none was."""
-    found: dict[str, int] = defaultdict(int)
-    reasons: dict[str, list[str]] = defaultdict(list)
-    for gauge in gauges:
-        found[gauge.kind] += 1
-    for refusal in gauges.refused:
-        reasons[refusal.kind].append(refusal.reason)
-    cells = []
-    for kind in SHOWN:
-        why = "; ".join(dict.fromkeys(reasons[kind]))
-        cells.append(str(found[kind]) + (f" ({why})" if why else "") if found[kind] else why or "–")
-    return cells
+@dataclass(frozen=True)
+class Made:
+    """A small model, an example of its inputs for the tracing, and other, longer inputs for the check."""
+
+    model: nn.Module
+    example: Inputs
+    others: Inputs
 
 
-def main() -> None:
-    """Make the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("docs/architectures.md"))
-    output = parser.parse_args().output
-    torch.set_num_threads(1)
-    rows, largest = [], 0.0
-    for name in track(ZOO, "tracing"):
-        model, inputs = make(name)
-        gauges = find_gauges(model, inputs=inputs)
-        changes = check(model, gauges, lambda each, inputs=inputs: logits(each, inputs).log_softmax(-1))  # type: ignore[misc]
-        largest = max(largest, *changes.values())
-        rows.append([name, *row(gauges)])
-    header = ["model", *(kind.replace("_", " ") for kind in SHOWN)]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
-    text = f"""# Gauges of models that others wrote
+@dataclass(frozen=True)
+class Architecture:
+    """One model of a library.
 
-Number of gauges that `find_gauges` found in models of two blocks, or the reason why it refused; both where it did both. `–` is a
-kind that was not looked for, since nothing in the model suggests it. Each gauge was applied at random in float64: the largest
-change of a log-probability is {largest:.0e}. Made by `make architectures` (`experiments/architectures.py`, models in
-`tests/zoo.py`) with transformers {version("transformers")} and timm {version("timm")}.
+    Attributes:
+        library: transformers or timm; named for the models of the tests.
+        family: the task of transformers, or the module of timm.
+        name: of the class, or of timm's model, or in the tests.
+        make: builds it. Raises whatever the library does where it cannot.
+    """
 
-"""  # noqa: E501
-    write_atomically(output, (text + "\n".join(lines) + "\n").encode())
-    print(output)
+    library: str
+    family: str
+    name: str
+    make: Callable[[], Made]
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What records call it."""
+        return {"library": self.library, "family": self.family, "model": self.name}
 
 
-if __name__ == "__main__":
-    main()
+def architectures() -> list[Architecture]:
+    """All of them, each class once."""
+    return [*named(), *of_transformers(), *of_timm()]
+
+
+def named() -> Iterator[Architecture]:
+    """The models of the tests."""
+    for name in ZOO:
+        yield Architecture("named", "named", name, partial(make_named, name))
+
+
+def make_named(name: str) -> Made:
+    model, inputs = ZOO[name]()
+    return Made(model, inputs, inputs)
+
+
+# ---------------------------------------------------------------------------------------------- transformers
+
+
+def of_transformers() -> Iterator[Architecture]:
+    """The classes of the auto-model mappings, by task."""
+    seen: set[str] = set()
+    for task, mapping in TASKS.items():
+        for kind, classes in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").items():
+            for name in (classes,) if isinstance(classes, str) else classes:
+                if name not in seen:
+                    seen.add(name)
+                    yield Architecture("transformers", task, name, partial(make_of_transformers, kind, name))
+
+
+def make_of_transformers(kind: str, name: str) -> Made:
+    """The class ``name`` built from the default config of its ``kind``, narrowed, or as it is where that is small.
+
+    Raises:
+        ValueError: what it takes is not known here, or it is large however narrow.
+    """
+    config = CONFIG_MAPPING[kind](**OPTIONS.get(name, OPTIONS.get(kind, {})))
+    made = getattr(transformers, name)
+    try:
+        return _made(made, small(config))
+    except Exception as error:
+        for other in (lambda: small(config.get_text_config(decoder=True)), lambda: small(config, narrow=False)):
+            with contextlib.suppress(Exception):
+                return _made(made, other())
+        raise error
+
+
+def _made(made: Any, config: Any) -> Made:
+    """The model of a config with inputs on which it computes."""
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in made(copy.deepcopy(config)).parameters())
+    if size > LARGEST:
+        raise ValueError(f"it has {size:,} parameters even where its config is narrowed")
+    model = made(config).eval()
+    example, others = inputs_of(model, 7, 0), inputs_of(model, 19, 1)
+    with torch.no_grad():
+        model(**example)
+        model(**others)
+    return Made(model, example, others)
+
+
+def small(config: Any, narrow: bool = True) -> Any:
+    """A config narrowed, without dropout, with small images."""
+    config = narrow_config(config, LAYERS, VOCABULARY) if narrow else copy.deepcopy(config)
+    config.num_labels = LABELS
+    for each in parts(config):
+        for key, value in list(vars(each).items()):
+            if type(value) is float and ("drop" in key or re.fullmatch(r"mask_(time|feature)_prob", key)):
+                setattr(each, key, 0.0)
+            elif key == "use_cache":
+                each.use_cache = False
+            elif key == "pad_token_id" and value is None:
+                each.pad_token_id = 0
+            elif key == "head_dim" and value is None:
+                each.head_dim = each.hidden_size // each.num_attention_heads
+            elif key == "image_size":
+                side = image_size(each)
+                each.image_size = type(value)((side, side)) if isinstance(value, list | tuple) else side
+            elif key == "max_source_positions" and type(value) is int:
+                each.max_source_positions = 32
+    return config
+
+
+def image_size(config: Any) -> int:
+    """Four patches or more a side."""
+    patch = getattr(config, "patch_size", None)
+    return 4 * patch if isinstance(patch, int) and patch >= 8 else 64
+
+
+def parts(config: Any) -> Iterator[Any]:
+    """A config and those that it holds."""
+    yield config
+    for value in list(vars(config).values()):
+        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
+            yield from parts(value)
+
+
+def inputs_of(model: Any, length: int, seed: int) -> dict[str, Any]:
+    """Inputs at random, by the name of what the class takes first.
+
+    Raises:
+        ValueError: what it takes is not known here.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    config, main = model.config, model.main_input_name
+    every = list(parts(config))
+    special = {
+        value
+        for each in every
+        for key, value in vars(each).items()
+        if re.search(r"token_(id|index)$", key) and type(value) is int
+    }
+    ordinary = torch.tensor([token for token in range(3, VOCABULARY - 1) if token not in special])
+
+    def tokens() -> Tensor:
+        vocabulary = min((n for each in every if (n := vars(each).get("vocab_size"))), default=VOCABULARY)
+        usable = ordinary[ordinary < vocabulary]
+        return usable[torch.randint(len(usable), (2, length), generator=generator)]
+
+    def first(name: str, default: Any) -> Any:
+        return next((value for each in every if (value := getattr(each, name, None)) is not None), default)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    inputs: dict[str, Any]
+    match main:
+        case "input_ids":
+            inputs = {"input_ids": tokens()}
+        case "pixel_values" | "pixel_values_videos":
+            inputs = {main: pixels(first, random)}
+        case "input_values" if mel := first("num_mel_bins", 0):
+            inputs = {"input_values": random(2, first("max_length", 0), mel)}
+        case "input_values":
+            inputs = {"input_values": random(2, 1200 + 400 * (length > 7))}
+        case "input_features" if (long := first("max_source_positions", 0)) and (mel := first("num_mel_bins", 0)):
+            inputs = {"input_features": random(2, mel, 2 * long)}
+        case "input_features":
+            names = ("feature_projection_input_dim", "input_feat_per_channel", "input_dim", "num_mel_bins")
+            width = next((size for name in names if (size := first(name, 0))), 80)
+            inputs = {"input_features": random(2, 4 * length, width)}
+        case _:
+            raise ValueError(f"no example of {main} is made here")
+    if {"input_ids", "pixel_values"} <= inspect.signature(
+        model.forward
+    ).parameters.keys() and model.base_model is model:
+        inputs = {"input_ids": tokens(), "pixel_values": pixels(first, random)}  # two towers
+    if config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = tokens()
+    return inputs
+
+
+def pixels(first: Callable[[str, Any], Any], random: Callable[..., Tensor]) -> Tensor:
+    """Two images, or two videos where a model takes frames."""
+    size = first("image_size", 64)
+    height, width = (size, size) if isinstance(size, int) else size
+    frames = first("num_frames", None) or first("frames_per_clip", None)
+    return random(2, *((frames,) if frames else ()), first("num_channels", 3), height, width)
+
+
+# ---------------------------------------------------------------------------------------------- timm
+
+#: Parts of names, from small members of a module to larger ones.
+SMALL = re.compile(
+    r"test_|atto|femto|pico|nano|xxtiny|xtiny|tiny|_ti|xxs|_xs|small|_s|mini|_050|_b0|_m0|_m1|_t0|18|26|_002|_h"
+)
+#: What makes some of them smaller still, each where it is taken.
+SMALLER: tuple[Mapping[str, Any], ...] = (
+    {"img_size": 64},
+    {"depth": 2},
+    {"num_blocks": 2},
+    {"depths": (1, 1, 1, 1)},
+    {"embed_dim": 32, "num_heads": 4},
+    {"dims": (16, 24, 32, 48)},
+    {"channels": (16, 24, 32, 48)},
+    {"layers": (1, 1, 1, 1)},
+    {"drop_path_rate": 0.0},
+    {"drop_rate": 0.0},
+)
+
+
+def of_timm() -> Iterator[Architecture]:
+    """Members of each module: those of :data:`OF_TIMM`, or else the smallest, as far as names say."""
+    modules: dict[str, list[str]] = {}
+    for name in timm.list_models():
+        modules.setdefault(_model_to_module[name], []).append(name)
+    for module, names in sorted(modules.items()):
+        smallest = min(names, key=lambda name: (_rank(name), len(name), name))
+        for name in [name for name in OF_TIMM.split() if name in names] or [smallest]:
+            yield Architecture("timm", module, name, partial(make_of_timm, name))
+
+
+def _rank(name: str) -> int:
+    found = SMALL.search(name)
+    return SMALL.pattern.split("|").index(found.group()) if found else 99
+
+
+def make_of_timm(name: str) -> Made:
+    """A model of timm on small images, with whatever of :data:`SMALLER` it takes and still computes."""
+    options: dict[str, Any] = {"num_classes": LABELS}
+    side = next((side for side in (64, 128) if _computes(name, options, side)), None)
+    for option in SMALLER:
+        if _computes(name, {**options, **option}, side):
+            options |= option
+    model = timm.create_model(name, **options)
+    if (size := sum(parameter.numel() for parameter in model.parameters())) > LARGEST:
+        raise ValueError(f"it has {size:,} parameters even where it is small")
+    shape = _shape(model, options, side)
+    example, others = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    return Made(model, (example,), (others,))
+
+
+def _shape(model: Any, options: Mapping[str, Any], side: int | None) -> tuple[int, ...]:
+    """Of two images: as large as the model is built for, or else of this side, or of its usual size."""
+    channels, height, width = model.default_cfg["input_size"]
+    side = options.get("img_size", side)
+    return 2, channels, side or height, side or width
+
+
+def _computes(name: str, options: Mapping[str, Any], side: int | None) -> bool:
+    """Whether a model of timm is built and computes, on the meta device."""
+    try:
+        with torch.device("meta"), torch.no_grad():
+            model = timm.create_model(name, **options).eval()
+            model(torch.empty(_shape(model, options, side)))
+    except Exception:
+        return False
+    return True

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ddc.gauges.base import first_line
+
 #: Of a twin: width of its residual stream, its heads, and the width of one.
 WIDTH, HEADS, HEAD_WIDTH = 64, 4, 16
 #: At most how many parameters a twin has.
@@ -27,26 +29,31 @@ LARGEST = 300_000_000
 #: Widths that are not the residual stream's are multiples of this.
 MULTIPLE = 8
 
-# What a number in a config counts, by the end of its name; the first that fits decides.
-_KEPT = re.compile(
-    r"(num|in|audio|image|input|mask_input|patch_embed_input)_channels$|token|mel|_id$|label|class|^chunk|spatial_merge"
-    r"|max_|image_size|patch_size|kernel|stride|window_size|_index|positions|num_frames|cross_attention_dim$|bins?$"
-)
-_LAYERS = re.compile(
-    r"(^|_)(n_?layers?|num_(hidden_|decoder_|encoder_)?layers|(en|de)coder_layers|depths?|num_blocks)$"
-)
-_EXPERTS = re.compile(r"(^|_)(num_(local_|routed_)?experts|n_routed_experts|moe_num_experts)$")
-_HEADS = re.compile(r"(^|_)(n_?heads?|(num_)?(attention_|key_value_|kv_|key_|value_)?heads)$")
-_HEAD_WIDTH = re.compile(r"(^|_)(head_dim|d_kv|d_head|dim_head|head_size|kv_channels|rotary_dim|head_v_dim)$")
-_WIDTH = re.compile(
-    r"(size|dims?|width|rank|channels|units|ratio_dim|filters|inner|embd|d_model|d_ff|dff|d_inner|planes|d_ssm|emb)s?$"
-    r"|hidden_size|hidden_dim|embed_dim|intermediate|d_model|n_embd|_dim_|_dims_|^(dim|width|hidden)$"
-)
-_PERIOD = re.compile(r"(period|_interval|every_n_layers|layer_group_size|window_pattern|max_window_layers)$")
-_FIRST_LAYERS = re.compile(r"(first_k_dense_replace|num_dense_layers|num_kv_shared_layers|layer_offset)$")
-_EXPERTS_USED = re.compile(r"(per_tok(en)?|moe_topk|moe_top_k|moe_k|top_k_experts|topk)$")
-_EXPERT_GROUPS = re.compile(r"(^n_group|topk_group|num_expert_group)$")
-_GROUPS = re.compile(r"groups$")
+#: What a number in a config counts, by its name; the first that fits decides.
+MEANINGS = {
+    "vocabulary": r"vocab_size",
+    "token": r"token_(id|index)$",
+    "layers": r"(^|_)(n_?layers?|num_(hidden_|decoder_|encoder_)?layers|(en|de)coder_layers|depths?|num_blocks)$"
+    r"|(period|_interval|every_n_layers|layer_group_size|window_pattern|max_window_layers)$",
+    "first layers": r"(first_k_dense_replace|num_dense_layers|num_kv_shared_layers|layer_offset)$",
+    "experts": r"(^|_)(num_(local_|routed_)?experts|n_routed_experts|moe_num_experts)$",
+    "experts used": r"(per_tok(en)?|moe_topk|moe_top_k|moe_k|top_k_experts|topk)$",
+    "groups of experts": r"(^n_group|topk_group|num_expert_group)$",
+    "inputs": r"(num|in|audio|image|input|mask_input|patch_embed_input)_channels$|token|mel|_id$|label|class|^chunk"
+    r"|spatial_merge|max_|image_size|patch_size|kernel|stride|window_size|_index|positions|num_frames|input_dim"
+    r"|input_feat|cross_attention_dim$|bins?$",
+    "heads": r"(^|_)(n_?heads?|(num_)?(attention_|key_value_|kv_|key_|value_)?heads)$",
+    "width of a head": r"(^|_)(head_?dim|d_kv|d_head|dim_head|head_size|kv_channels|rotary_dim|head_v_dim)$",
+    "groups": r"groups$",
+    "places of layers": r"(layer_ids|_layers)$",
+    "width": r"(size|dims?|width|rank|channels|units|filters|inner|embd|d_model|d_ff|dff|planes|d_ssm|emb)s?$"
+    r"|hidden_size|hidden_dim|embed_dim|intermediate|d_model|n_embd|_dims?_|^hidden$",
+}
+
+
+def meaning(key: str) -> str:
+    """What a number of this name counts; empty where that has nothing to do with a width."""
+    return next((each for each, pattern in MEANINGS.items() if re.search(pattern, key)), "")
 
 
 def narrow_twin(model: nn.Module) -> nn.Module:
@@ -108,13 +115,24 @@ class _Narrowing:
         self.factor = WIDTH / (width or 16 * WIDTH)
         of_heads = width // self.heads if width and self.heads else None
         self.head_width = _size(config, "head_dim") or of_heads
-        self.depth = _size(config, "num_hidden_layers")
+        #: Widths of state spaces, which their heads must fill exactly, by what they are before.
+        self.inner = {
+            expand * width: expand * WIDTH
+            for name in ("expand", "mamba_expand")
+            if (expand := _size(config, name)) and width
+        }
+        if inner := _size(config, "mamba_d_ssm"):
+            self.inner[inner] = self.of_width(inner)
+        is_depth = meaning(_key(config, "num_hidden_layers")) == "layers"  # of some configs it is the number of stages
+        self.depth = _size(config, "num_hidden_layers") if is_depth else None
         self.kept = list(range(self.depth or 0)) if layers is None else self.kinds_of_layers(layers)
 
     def kinds_of_layers(self, count: int) -> list[int]:
         """Which layers are kept: ``count`` of them, of as many kinds as there are."""
-        lists = [value for value in vars(self.config).values() if self.is_by_layer(value)]
-        kinds = [repr(kind) for kind in zip(*lists, strict=True)] if lists else [""] * (self.depth or 0)
+        attributes = vars(self.config).items()
+        lists = [value for _, value in attributes if self.is_by_layer(value)]
+        places = [value for key, value in attributes if self.is_of_layers(key, value)]
+        kinds = [repr([[each[i] for each in lists], [i in each for each in places]]) for i in range(self.depth or 0)]
         sources = len(kinds) - (_size(self.config, "num_kv_shared_layers") or 0)
         if 0 < sources < len(kinds):  # the last layers share the keys and values of earlier ones of their type
             types = self.config.layer_types
@@ -124,6 +142,15 @@ class _Narrowing:
 
     def is_by_layer(self, value: object) -> bool:
         return isinstance(value, list | tuple) and len(value) == self.depth and self.depth > 1
+
+    def is_of_layers(self, key: str, value: object) -> bool:
+        """Whether a value is a list of indices of layers."""
+        return (
+            meaning(key) == "places of layers"
+            and isinstance(value, list | tuple)
+            and not self.is_by_layer(value)
+            and all(type(i) is int and 0 <= i < (self.depth or 0) for i in value)
+        )
 
     def apply(self) -> None:
         for key, value in list(vars(self.config).items()):
@@ -143,31 +170,39 @@ class _Narrowing:
             return self.of_list(key, value)
         if type(value) is not int or value <= 0:
             return value
-        if self.vocabulary is not None and "vocab_size" in key:
-            return min(value, self.vocabulary)
-        if self.vocabulary is not None and re.search(r"token_(id|index)$", key):
-            return min(value, self.vocabulary - 1)
-        if _LAYERS.search(key) or _PERIOD.search(key):
-            return value if self.layers is None else min(value, self.layers)
-        if _FIRST_LAYERS.search(key):
-            return value if self.layers is None else min(value, self.layers // 2)
-        if _EXPERTS.search(key):
-            return value if self.layers is None else min(value, 4)
-        if _EXPERTS_USED.search(key):
-            return value if self.layers is None else min(value, 2)
-        if _EXPERT_GROUPS.search(key):
-            return value if self.layers is None else 1
-        if _KEPT.search(key):
-            return value
-        if _HEADS.search(key):
-            return self.of_heads(value)
-        if _HEAD_WIDTH.search(key):
-            return max(2, 2 * round(value * HEAD_WIDTH / (self.head_width or value) / 2))
-        if _GROUPS.search(key):
-            return WIDTH if value in self.streams else min(value, MULTIPLE)
-        return self.of_width(value) if _WIDTH.search(key) and "vocab" not in key else value
+        cut = self.layers
+        match meaning(key):
+            case "vocabulary":
+                return value if self.vocabulary is None else min(value, self.vocabulary)
+            case "token":
+                return value if self.vocabulary is None else min(value, self.vocabulary - 1)
+            case "layers":
+                return value if cut is None else min(value, cut)
+            case "first layers":
+                return value if cut is None else min(value, cut // 2)
+            case "experts":
+                return value if cut is None else min(value, 4)
+            case "experts used":
+                return value if cut is None else min(value, 2)
+            case "groups of experts":
+                return value if cut is None else 1
+            case "heads":
+                return self.of_heads(value)
+            case "width of a head":
+                return self.of_head_width(value)
+            case "groups":
+                return WIDTH if value in self.streams else min(value, MULTIPLE)
+            case "width":
+                return self.of_width(value)
+        return value
+
+    def of_head_width(self, value: int) -> int:
+        return max(2, 2 * round(value * HEAD_WIDTH / (self.head_width or value) / 2))
 
     def of_heads(self, value: int) -> int:
+        for key, width in vars(self.config).items():
+            if meaning(key) == "width of a head" and type(width) is int and (inner := self.inner.get(value * width)):
+                return inner // self.of_head_width(width)
         if self.heads is None or value >= self.heads:
             return min(HEADS, 2 ** int(math.log2(value)))
         return 1 if value == 1 else HEADS // 2
@@ -181,18 +216,19 @@ class _Narrowing:
 
     def of_list(self, key: str, values: list[Any] | tuple[Any, ...]) -> list[Any] | tuple[Any, ...]:
         kind = type(values)
+        if self.is_of_layers(key, values):
+            return kind(place for place, i in enumerate(self.kept) if i in values)
         if self.is_by_layer(values):
             values = kind(values[i] for i in self.kept)
         if not all(type(value) is int for value in values):
             return values
-        if _HEADS.search(key):
+        if meaning(key) == "heads":
             common = math.gcd(*values)
             return kind(value // common for value in values)
-        heads = [
-            each for name, each in vars(self.config).items() if _HEADS.search(name) and isinstance(each, list | tuple)
-        ]
-        if heads and len(heads[0]) == len(values) and _WIDTH.search(key):  # stages, each of its own heads
-            return kind(MULTIPLE * value for value in self.of_list("num_heads", heads[0]))
+        lists = [each for each in vars(self.config).items() if isinstance(each[1], list | tuple)]
+        heads = next((each for name, each in lists if meaning(name) == "heads"), ())
+        if len(heads) == len(values) and meaning(key) == "width":  # stages, each of its own heads
+            return kind(MULTIPLE * value for value in self.of_list("heads", heads))
         return kind(self.of(key, value) for value in values)
 
     def rope(self, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -223,11 +259,6 @@ def sections(values: list[int], total: int) -> list[int]:
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
-
-
 def _is_config(value: Any) -> bool:
     return hasattr(value, "to_dict") and hasattr(value, "model_type")
 
@@ -246,9 +277,14 @@ def _streams(config: Any) -> set[int]:
     return {size for size in sizes if size}
 
 
+def _key(config: Any, name: str) -> str:
+    """What a config calls the attribute of a common name."""
+    return getattr(config, "attribute_map", {}).get(name, name)
+
+
 def _size(config: Any, name: str) -> int | None:
     """A number of a config, by its common name, if it is one."""
-    value = vars(config).get(getattr(config, "attribute_map", {}).get(name, name))
+    value = vars(config).get(_key(config, name))
     return value if type(value) is int and value > 0 else None
 
 
