@@ -34,10 +34,12 @@ import torch
 import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ddc import DDCAdam, DDCMuon, find_gauges, hidden_matrices
 from ddc.gauges import KINDS, Gauge, GaugeSet, check
 from ddc.gauges.base import first_line
+from ddc.gauges.double import double
 from ddc.training.records import Records, provenance, write_atomically
 from experiments.architectures import Architecture, Inputs, Made, architectures
 from experiments.zoo_document import document
@@ -164,7 +166,7 @@ def has_logits(model: nn.Module, inputs: Inputs) -> bool:
 @torch.no_grad()
 def verdicts(made: Made, gauges: GaugeSet) -> Record:
     """How far each gauge, applied at random, moves what the model says, relative to the largest value (or one)."""
-    model, inputs, notes = made.model.eval(), [made.example, made.others], []
+    model, inputs, notes = made.model.eval(), tree_map(double, [made.example, made.others]), []
     logits = has_logits(model, made.others)
 
     def says(each: nn.Module, training: bool) -> Tensor:
