@@ -34,10 +34,14 @@ import torch
 import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ddc import DDCAdam, DDCMuon, find_gauges, hidden_matrices
 from ddc.gauges import KINDS, Gauge, GaugeSet, check
 from ddc.gauges.base import first_line
+from ddc.gauges.double import double
+from ddc.gauges.trace import example
+from ddc.gauges.verify import verified
 from ddc.training.records import Records, provenance, write_atomically
 from experiments.architectures import Architecture, Inputs, Made, architectures
 from experiments.zoo_document import document
@@ -81,15 +85,15 @@ def examine(architecture: Architecture, tell: Callable[[Record], None]) -> Recor
     at("find_gauges")
     try:
         before = time.process_time()
-        find_gauges(made.model, inputs=made.example, verify=False)
-        record["rules_seconds"] = round(time.process_time() - before, 2)
-        before = time.process_time()
         gauges = find_gauges(made.model, inputs=made.example)
     except ValueError as error:  # what cannot be traced is refused in one line
         return done("refused" if "\n" not in str(error).strip() else "crashed", str(error))
     except Exception as error:
         return done("crashed", told(error))
     record["find_seconds"] = round(time.process_time() - before, 2)
+    before = time.process_time()
+    verified(gauges, made.model, *example(made.model, made.example))
+    record["trial_seconds"] = round(time.process_time() - before, 2)
     record |= findings(gauges)
 
     at("check")
@@ -164,7 +168,7 @@ def has_logits(model: nn.Module, inputs: Inputs) -> bool:
 @torch.no_grad()
 def verdicts(made: Made, gauges: GaugeSet) -> Record:
     """How far each gauge, applied at random, moves what the model says, relative to the largest value (or one)."""
-    model, inputs, notes = made.model.eval(), [made.example, made.others], []
+    model, inputs, notes = made.model.eval(), tree_map(double, [made.example, made.others]), []
     logits = has_logits(model, made.others)
 
     def says(each: nn.Module, training: bool) -> Tensor:
