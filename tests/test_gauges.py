@@ -354,3 +354,22 @@ def test_audit_without_gradients_is_an_error() -> None:
 def test_bad_declarations(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_check_and_audit_say_what_is_wrong_with_their_input() -> None:
+    model = make_model(MODELS["rms-swiglu-rope-gqa"])
+    gauges, other = find_gauges(model), Rescale("relu_rescale", "x", (Axis("a"),), (Axis("b", 1),))
+    log_probs = lambda m: m(batch(m.config, 0)[:, :-1]).log_softmax(-1)  # noqa: E731
+    for call in (lambda each: check(model, each, log_probs), lambda each: audit(model, each)):
+        with pytest.raises(TypeError, match=r"expected several gauges, got one: pass \[gauge\]"):
+            call(other)
+        with pytest.raises(TypeError, match="expected gauges as find_gauges returns them, got str"):
+            call(["logit_shift"])
+        with pytest.raises(ValueError, match="relu_rescale at x: the model has no parameter 'a'"):
+            call([other])
+    with pytest.raises(ValueError, match="log_probs gave a tuple: it must give a tensor"):
+        check(model, gauges, lambda m: (log_probs(m),))
+    with torch.device("meta"):
+        empty = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="'weight' is on the meta device and has no values"):
+        check(empty, [], lambda m: m)

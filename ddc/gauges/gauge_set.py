@@ -114,16 +114,30 @@ def check(
     Returns:
         The largest absolute change of a log-probability for each gauge: about 1e-13 for a true symmetry. All is
         computed in float64, also what the model itself computes in float32 (:class:`ddc.gauges.double.InDouble`).
+
+    Raises:
+        TypeError: something that is no gauge.
+        ValueError: a gauge of parameters that the model does not have or that have no values, or ``log_probs`` that
+            gives something else than a tensor.
     """
+    gauges = _gauges_of(model, gauges)
+    if nowhere := [name for name, p in named_parameters(model).items() if p.is_meta]:
+        raise ValueError(f"{nowhere[0]!r} is on the meta device and has no values: give the model weights first")
+
+    def evaluated(model: nn.Module) -> Tensor:
+        with InDouble():
+            value = log_probs(model)
+        if not isinstance(value, Tensor):
+            raise ValueError(f"log_probs gave a {type(value).__name__}: it must give a tensor, as log_softmax(-1) does")
+        return value
+
     model = copy.deepcopy(model).double()
-    with InDouble():
-        before = log_probs(model)
+    before = evaluated(model)
     changes = {}
     for gauge in gauges:
         moved = copy.deepcopy(model)
         GaugeSet((gauge,)).transform_(moved, torch.Generator().manual_seed(seed), spread)
-        with InDouble():
-            changes[gauge] = float((log_probs(moved) - before).abs().max())
+        changes[gauge] = float((evaluated(moved) - before).abs().max())
     return changes
 
 
@@ -137,8 +151,10 @@ def audit(model: nn.Module, gauges: Iterable[Gauge]) -> dict[Gauge, float]:
         :meth:`Gauge.audit` for each gauge: rounding error for a true symmetry, of order 1 for a false one.
 
     Raises:
-        ValueError: a parameter under a gauge has no gradient.
+        TypeError: something that is no gauge.
+        ValueError: a parameter under a gauge is none of the model's, or has no gradient.
     """
+    gauges = _gauges_of(model, gauges)
     split = named_parameters(model)
     grads = {name: whole(p.grad) for name, p in split.items() if p.grad is not None}
     params = {name: whole(p.detach()) for name, p in split.items()}
@@ -149,3 +165,18 @@ def audit(model: nn.Module, gauges: Iterable[Gauge]) -> dict[Gauge, float]:
             raise ValueError(f"{gauge}: no gradient on {', '.join(missing)}; call audit after backward()")
         ratios[gauge] = gauge.audit(params, grads)
     return ratios
+
+
+def _gauges_of(model: nn.Module, gauges: Iterable[Gauge]) -> list[Gauge]:
+    """The gauges as a list, all of them of parameters of the model."""
+    if isinstance(gauges, Gauge):
+        raise TypeError(f"expected several gauges, got one: pass [gauge] for {gauges}")
+    gauges = list(gauges)
+    names = named_parameters(model)
+    for gauge in gauges:
+        if not isinstance(gauge, Gauge):
+            raise TypeError(f"expected gauges as find_gauges returns them, got {type(gauge).__name__}")
+        for name in gauge.parameters:
+            if name not in names:
+                raise ValueError(f"{gauge}: the model has no parameter {name!r}; take the gauges of this very model")
+    return gauges
