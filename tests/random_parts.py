@@ -359,12 +359,18 @@ class Attention(nn.Module):
             shared[name] = module
         return shared[name]
 
+    @staticmethod
+    def _first(memory: Memory, name: str, value: Tensor) -> Tensor:
+        """The value of the first layer, if it has as many heads."""
+        first = memory.setdefault(name, value)
+        return first if first.shape == value.shape else value
+
     def _make_position(self, width: int) -> None:
         match self.block.position:
             case "learned bias":
-                self.bias = nn.Parameter(torch.randn(self.heads, CONTEXT, CONTEXT))
+                self.bias = nn.Parameter(torch.randn(self.heads, CONTEXT, CONTEXT + 1))
             case "relative to queries" | "relative to keys":
-                self.relative = nn.Parameter(torch.randn(CONTEXT, self.d))
+                self.relative = nn.Parameter(torch.randn(CONTEXT + 1, self.d))
             case "rope, learned":
                 self.frequency = nn.Parameter(torch.rand(self.d // 2))
             case "learned position in keys" | "learned position in values":
@@ -396,7 +402,7 @@ class Attention(nn.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         q, k, v = self._split(q, self.heads), self._split(k, self.kv_heads), self._split(v, self.kv_heads)
         if how == "lengthened keys":
-            k = k + self.longer(k)
+            k = k + self.longer(k.contiguous())
         if how == "a learned key is appended":
             k = torch.cat([k, self.extra_key.expand(len(x), -1, -1, -1)], 2)
             v = torch.cat([v, self.extra_value.expand(len(x), -1, -1, -1)], 2)
@@ -598,11 +604,11 @@ class Attention(nn.Module):
         q, k = self._normalise(q, k) if self.block.qk != "RMSNorm over heads" else (q, k)
         match self.block.after:
             case "values of the first layer":
-                v = v + memory.setdefault("values", v)
+                v = v + self._first(memory, "values", v)
             case "values of the first layer, learned share":
-                v = torch.lerp(v, memory.setdefault("values", v), self.share)
+                v = torch.lerp(v, self._first(memory, "values", v), self.share)
             case "keys of the first layer":
-                k = memory.setdefault("keys", k)
+                k = self._first(memory, "keys", k)
             case "values clamped":
                 v = v.clamp(-0.5, 0.5)
         q, k, v = self._place(q, k, v)
@@ -615,7 +621,7 @@ class Attention(nn.Module):
         if self.block.after == "two outputs":
             return self.output(flat) + self.gate(flat)
         if self.block.after == "half of the heads":
-            return self.output(flat) + self.rest(flat[..., : x.shape[-1] // 2])
+            return self.output(flat) + self.rest(flat[..., : x.shape[-1] // 2].contiguous())
         return self.output(flat)
 
 
@@ -891,7 +897,7 @@ class MLP(nn.Module):
                 first, second = self.between(act(self.up(x)), memory).split(
                     [self.units // 2, self.units - self.units // 2], -1
                 )
-                return self.down(first) + self.second(second)
+                return self.down(first.contiguous()) + self.second(second.contiguous())
             case "a half untouched":
                 first, second = self.up(x).chunk(2, -1)
                 return self.down(self.between(torch.cat([act(first), second], -1), memory))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -64,7 +65,9 @@ def examine(network: Network) -> Examined:
     examined = Examined(Counter(), Counter(), {}, may_be_refused=any(word in MAY_BE_REFUSED for word in network.words))
     before = Snapshot(built.model)
     try:
-        gauges = found_in(built)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "find_gauges: ")  # of what it found and then left out
+            gauges = found_in(built)
     except Exception as error:  # whatever it is, it is what we look for
         text = str(error)
         if type(error) is ValueError and is_ours(text):
