@@ -22,8 +22,8 @@ its own that may use {seconds} of a core and {memory}. Those picked by hand are 
 
 Every gauge was applied at random to a float64 copy, by itself, on other and longer inputs than it was traced on, in evaluation and
 in training mode. It is *false* where a log-probability (or an output, where that is no vector of logits) changes by more than 1e-9
-of the largest. Ten steps are on random targets in
-float32, learning rate 1e-3 (and 0.01 for hidden matrices); they are *sound* where every loss is finite and the last is not above the first by 0.5.
+of the largest. Ten steps are on random targets in float32, learning rate 1e-3 (and 0.01 for hidden matrices); they are *sound* where
+every loss is finite and the last is not above the first by 0.5.
 
 Made by `make zoo` ({hours:.1f} hours of a core; `experiments/zoo.py`, `experiments/architectures.py`) from
 `results/zoo/records.jsonl`: {versions}, commit {commit}.
@@ -73,13 +73,21 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |\n" for cells in lines)
 
 
+#: Names and numbers in reasons, which are put together without them.
+PARTICULARS = (
+    r"^(?!its\b|what\b|the\b)\S+(?= is | are )",
+    r"^\S+(?=, which gives the output)",
+    r"(?<=^its reader, )(?!the\b).+?(?=, is )",
+    r"(?<=are read by )\S+(?= as well)",
+    r"(?<=^outputs change by )\S+",
+)
+
+
 def general(reason: str) -> str:
     """A reason without names of modules and operations, and without numbers."""
-    if reason.startswith("outputs change by "):
-        return re.sub(r" by \S+ of their size", "", reason)
-    return re.sub(
-        r"^(its reader, )?(?!its\b|what\b|the\b)\S+?,? is ", lambda found: f"{found.group(1) or ''}… is ", reason
-    )
+    for particular in PARTICULARS:
+        reason = re.sub(particular, "…", reason)
+    return reason
 
 
 def dropped(record: Record) -> list[tuple[str, str, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ from ddc.gauges import Axis, GaugeSet, Rescale
 from ddc.training.records import Records, provenance
 from experiments.architectures import Architecture, Made, architectures
 from experiments.zoo import findings, in_processes, run, verdicts
-from experiments.zoo_document import document
+from experiments.zoo_document import document, general
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Chosen for what differs: norms, gates, positions, shared maps, state spaces, experts, stages, towers, losses.
@@ -85,6 +86,7 @@ def grow() -> Made:
 
 
 def abort() -> Made:
+    faulthandler.disable()  # pytest's would tell of it
     os.abort()
 
 
@@ -124,3 +126,19 @@ def test_findings_count_kinds_and_reasons() -> None:
     found = findings(find_gauges(model))
     assert found["found"] == {"norm_scale": 1, "logit_shift": 1}
     assert [(kind, count) for kind, _, count in found["refused"]] == [("relu_rescale", 1)]
+
+
+@pytest.mark.parametrize(
+    ("reason", "without"),
+    [
+        ("its reader, add, is not a linear map", "its reader, …, is not a linear map"),
+        ("its reader, the output of the model, is not a linear map",) * 2,
+        ("mul, which gives the output, is not a linear map", "…, which gives the output, is not a linear map"),
+        ("wte is tied to another parameter", "… is tied to another parameter"),
+        ("the head is tied to the embedding",) * 2,
+        ("its values are read by new_empty as well", "its values are read by … as well"),
+        ("outputs change by 1.2e-01 of their size", "outputs change by … of their size"),
+    ],
+)
+def test_reasons_are_counted_without_names(reason: str, without: str) -> None:
+    assert general(reason) == without
