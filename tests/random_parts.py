@@ -1388,7 +1388,7 @@ def wrapped(model: nn.Module, network: Network) -> nn.Module:
             return Wrapper(model, network.wrapper, outputs)
         case "nn.DataParallel":
             return nn.DataParallel(model)
-        case "nn.Sequential":
+        case "nn.Sequential" if network.inputs not in ("tokens and mask", "tokens and floats", "keyword arguments"):
             return nn.Sequential(model)
         case "two networks added":
             return Several(network.wrapper, model, NetworkModule(network))

@@ -37,6 +37,7 @@ class Examined:
         crash: any other exception, or an error that is not one line of ours.
         left: what differs on the model afterwards.
         unusable: what DDCAdam says of the gauges, if it refuses them without naming one.
+        unchecked: gauges that it marks as not tried, though the weights have values.
         may_be_refused: whether an error is right: the network does what no trace can hold, or has no parameters.
     """
 
@@ -47,6 +48,7 @@ class Examined:
     crash: str = ""
     left: tuple[str, ...] = ()
     unusable: str = ""
+    unchecked: str = ""
     may_be_refused: bool = False
 
     @property
@@ -55,7 +57,7 @@ class Examined:
         found = [f"false: {gauge}, outputs change by {change:.1e}" for gauge, change in self.false.items()]
         found += [f"left on the model: {what}" for what in self.left]
         found += [f"refused as a whole: {self.error}"] * (bool(self.error) and not self.may_be_refused)
-        others = {"crash": self.crash, "not usable": self.unusable}
+        others = {"crash": self.crash, "not usable": self.unusable, "not checked": self.unchecked}
         return found + [f"{name}: {text}" for name, text in others.items() if text]
 
 
@@ -81,7 +83,11 @@ def examine(network: Network) -> Examined:
     examined.found.update(gauge.kind for gauge in gauges)
     examined.refused.update(refusal.kind for refusal in gauges.refused)
     examined.false = false_gauges(network, built, gauges)
-    if gauges and not any(parameter.is_meta for parameter in built.model.parameters()):
+    without_values = any(parameter.is_meta for parameter in built.model.parameters())
+    if said := {str(gauge) for gauge in getattr(gauges, "unchecked", {})}:  # who is told so is not misled
+        examined.false = {name: change for name, change in examined.false.items() if name not in said}
+        examined.unchecked = "" if without_values else "; ".join(sorted(said))
+    if gauges and not without_values:
         try:
             DDCAdam(built.model.named_parameters(), gauges)
         except ValueError as error:
@@ -199,10 +205,11 @@ def false_gauges(network: Network, built: Built, gauges: GaugeSet) -> dict[str, 
 
 def largest_change(before: Tensor, after: Tensor) -> float:
     """Of any entry, relative to the largest entry."""
-    if before.shape != after.shape or not bool(before.isfinite().all()):
+    if before.shape != after.shape or not torch.equal(before.isfinite(), after.isfinite()):
         return float("nan")
     if not before.is_floating_point():
         return float((before != after).any())
+    before, after = before.nan_to_num(), after.nan_to_num()  # the mean of no tokens, say
     return float((before - after).abs().max() / (1 + before.abs().max())) if before.numel() else 0.0
 
 
