@@ -109,11 +109,12 @@ learning_coefficients: $(STAMP)  ## closed forms against estimates: results/lear
 memory: $(STAMP)  ## memory of a training step by model and optimizer, on fake tensors: results/benchmark/memory.md
 	$(RUN) -m benchmarks.memory
 
-benchmark: memory  ## times of a step, of a reading, and of SGLD beside devinterp's: results/benchmark
+benchmark: memory  ## times of a step, of a reading, of SGLD beside devinterp's, and of W&B: results/benchmark
 	$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[benchmark]'
 	OMP_NUM_THREADS=1 $(RUN) -m benchmarks.speed
 	$(RUN) -m benchmarks.probe
 	$(RUN) -m benchmarks.learning_coefficient
+	$(RUN) -m benchmarks.mirror
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -83,9 +83,10 @@ def summary(claims: Mapping[str, Claim], verdicts: list[Verdict]) -> str:
 def cost_section() -> Section:
     """What a step costs, from the records of the benchmarks."""
     folder = ROOT / "results/benchmark"
-    speed, memory = (json.loads((folder / f"{name}.json").read_text()) for name in ("speed", "memory"))
-    tables = cost.speed_table(speed), cost.memory_table(memory)
-    for name, document in zip(("speed", "memory"), tables, strict=True):
+    names = ("speed", "memory", "mirror")
+    speed, memory, mirror = (json.loads((folder / f"{name}.json").read_text()) for name in names)
+    tables = cost.speed_table(speed), cost.memory_table(memory), cost.mirror_table(mirror)
+    for name, document in zip(names, tables, strict=True):
         save_document(folder / f"{name}.md", document)
     return Section("Cost", (), "make benchmark", "\n".join(tables), cost.draw(speed, memory, folder))
 

@@ -25,7 +25,7 @@ from ddc.report.claims import Claim, Verdict
 from ddc.report.runs import RECORD_FILES, Run, markdown_table, plot_curves
 from ddc.training.sweep import SweepRun, parse_sweep
 from experiments.output import save_document
-from experiments.protocols import ROOT, Stage, command_line
+from experiments.protocols import ROOT, Stage, command_line, wandb_names
 
 RESULTS = ROOT / "results/rates"
 OPTIMIZERS = ("adamw", "ddcadam")
@@ -42,8 +42,9 @@ READ = ("small", "deep")
 def plan(stage: str, runs: str) -> list[str]:
     """The runs of a stage as the lines of a sweep file."""
     overrides, seeds = STAGES[stage]
+    names = wandb_names("rates", stage, "matched")
     return [
-        f"+experiment=lm_overtrain wandb=disabled runs={runs} seed={seed} optimizer={optimizer} {overrides}"
+        f"+experiment=lm_overtrain runs={runs} seed={seed} optimizer={optimizer} {overrides} {names}"
         for seed, optimizer in itertools.product(seeds, OPTIMIZERS)
     ]
 

@@ -181,7 +181,7 @@ def test_wandb_gets_numbers_spectra_and_figures(tmp_path: Path) -> None:
     figures = draw_readings(Run.read(setup.folder), setup.folder)
     for row in readings(setup.folder):
         mirror.log_reading(row)
-    mirror.finish({"steps": 12}, lambda: figures)
+    mirror.finish({"steps": 12}, draw=lambda: figures)
     assert mirror._run is not None
     assert "slt/block 1/gradient_lambda_min" in sent[0]
     assert type(sent[0]["slt/block 1/gradient_spectrum"]).__name__ == "Histogram"

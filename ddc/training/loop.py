@@ -323,6 +323,7 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
     display = Display(training.steps, start, f"{config.name}/{config.run_id}", quiet=not ranks.first)
 
     with display, stop, mirror, noted(folder, ranks):
+        mirror.catch_up([{**times, **row} for times, row in zip(timed, rows, strict=False)], read)
         clock, last_row_step, gauge_audit, reading_seconds = time.perf_counter(), start, None, 0.0
         for step in range(start, training.steps + 1):
             if observer and step in reading_steps and not (read and read[-1]["step"] == step):
@@ -349,7 +350,7 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
                 if observer:
                     ranks.on_first(observer.forget)
                 rows.append(row)
-                mirror.log({**row, **speed})
+                mirror.log({**times, **row})
                 display.evaluated(row, speed)
                 elapsed, observing = elapsed + seconds, observing + reading_seconds
                 clock, last_row_step, reading_seconds = time.perf_counter(), step, 0.0
@@ -369,7 +370,7 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     ranks.on_first(lambda: write_json(folder / "summary.json", summary))
-    mirror.finish(summary, lambda: draw(folder))
+    mirror.finish(summary, read, lambda: draw(folder))
     return summary
 
 
