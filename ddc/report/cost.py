@@ -56,25 +56,23 @@ def mirror_table(mirror: Record) -> str:
     """One row a run: what its offline mirror to W&B takes, and the share of the run that this is."""
     rows = []
     for row in mirror["rows"]:
-        parts = [row[key] for key in ("start", "rows_and_readings", "figures", "end")]
+        parts = [row[key] for key in ("start", "rows_and_readings", "figures", "end", "service")]
         rows.append(
             [
                 row["run"],
                 f"{row['rows']}, {row['readings']}",
                 *(f"{part:.2f}" for part in parts),
-                f"{row['processor']:.2f}",
                 f"{row['bytes'] / 2**20:.2f}",
                 f"{row['run_seconds']:.0f}",
                 f"{100 * sum(parts) / row['run_seconds']:.1f}%",
             ]
         )
-    header = ["offline mirror to W&B", "rows, readings", "start, s", "rows and readings, s", "figures, s", "end, s"]
-    header += ["processor, s", "MiB on disk", "run, s", "share of it"]
+    header = ["offline mirror to W&B", "rows, readings", "start", "rows and readings", "figures", "end"]
+    header += ["W&B's process", "MiB on disk", "run, s", "share of it"]
     note = (
-        "Committed runs, sent again in a process of their own, from the import of wandb until the file is whole. "
-        "*Processor*: of this process and W&B's. *Share*: of the first four. Medians of "
-        f"{mirror['turns']} turns, {mirror['machine']['cpu']}, commit {mirror['commit']}. Made by "
-        "`python -m benchmarks.mirror`."
+        "Seconds of the processor: committed runs, sent again in a process of their own, from the import of wandb until "
+        f"the file is whole. Medians of {mirror['turns']} turns, {mirror['machine']['cpu']}, commit {mirror['commit']}. "
+        "Made by `python -m benchmarks.mirror`."
     )
     return f"{table(header, rows)}\n\n{note}\n"
 
