@@ -2,8 +2,8 @@
 
 Runs of the claims are sent again from their committed records, by what sends them while they train, each in a process
 of its own: from the import of wandb until the file is whole. Counted are seconds of the processor, so that other work
-on the machine does not count. Beside them stands the time of the run. System metrics, which W&B samples every quarter of
-a minute while a run trains, are not in it.
+on the machine does not count. Beside them stands the time of the run. System metrics, which W&B samples while a run
+trains, are not in it.
 """
 
 from __future__ import annotations

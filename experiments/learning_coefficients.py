@@ -17,6 +17,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from ddc.report.runs import read_lines
 from ddc.slt.known_coefficients import (
     Coefficient,
     aoyagi_watanabe,
@@ -33,12 +34,14 @@ from ddc.slt.known_coefficients import (
 )
 from ddc.slt.learning_coefficient import Estimate, Settings, TemperatureFit, estimate, fit_temperatures, minibatches
 from ddc.training.records import provenance
-from experiments.output import save_document, save_records
+from experiments.output import Results, save_document, save_records
 
 #: Six factors of 3.2. Below, the neglected powers of 1/τ (1/τ at k = 1, τ^-½ at k = 2) exceed the errors; above, the
 #: trajectories are too short to go along the arms of the posterior, of which the narrowest are √τ longer than wide.
 FIRST_TEMPERATURE = {1: 1e2, 2: 1e3}
 SAMPLES, BATCH, NOISE = 5000, 100, 0.1
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results/learning_coefficients"
 
 
 @dataclass(frozen=True)
@@ -227,11 +230,16 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def results() -> list[Results]:
+    """The table of the committed records."""
+    return [Results(RESULTS, {"table": lambda: table(read_lines(RESULTS / "records.jsonl"))})]
+
+
 def main() -> None:
     """Measure and write the records and the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[8])
-    parser.add_argument("--output", type=Path, default=Path("results/learning_coefficients"))
+    parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     records = measure(arguments.seeds)

@@ -20,7 +20,7 @@ from scipy.special import gammaln
 from ddc.report import cost, equivariance, overtraining, singular
 from ddc.report.book import Section, latex, page
 from ddc.report.claims import Effect, effect, load_claims, verdict
-from ddc.report.figures import save_figure, subplots
+from ddc.report.figures import drawn, save_figure, subplots
 from ddc.report.paired import interval, quantity_table, seeds_table, stage_runs
 from ddc.report.runs import read_lines
 from ddc.report.stages import table
@@ -31,6 +31,7 @@ from ddc.report.statistics import (
     paired_p,
     share_difference_interval,
 )
+from experiments import __main__ as command
 from experiments import rates, vit
 from experiments.protocols import CLAIMS, ROOT
 
@@ -267,7 +268,7 @@ def test_the_page_shows_every_figure_with_its_caption() -> None:
 
 def test_cost_is_drawn_from_its_records(tmp_path: Path) -> None:
     speed, memory = (json.loads((ROOT / f"results/benchmark/{name}.json").read_text()) for name in ("speed", "memory"))
-    figures = [path.name for path in cost.draw(speed, memory, tmp_path)]
+    figures = [path.name for path in drawn(cost.drawings(speed, memory), tmp_path)]
     assert figures == ["cost.png", "scaling.png"]
     assert (ROOT / "results/benchmark/speed.md").read_text() == cost.speed_table(speed)
     assert (ROOT / "results/benchmark/memory.md").read_text() == cost.memory_table(memory)
@@ -293,6 +294,40 @@ def test_the_readme_gives_the_verdicts() -> None:
     expected = re.findall(row, main_table, re.MULTILINE)
     assert len(expected) >= 10
     assert rows == expected
+
+
+def test_every_table_and_figure_is_a_target() -> None:
+    """None is committed that cannot be made by its path, and none can be made that is not committed."""
+    named = {path for source in command.sources(CLAIM).values() for each in source() for path in each.paths}
+    there = {path for suffix in ("md", "tex", "png", "pdf") for path in (ROOT / "results").rglob(f"*.{suffix}")}
+    assert {str(path.relative_to(ROOT)) for path in there ^ named} == set()
+
+
+def test_one_figure_is_made_by_its_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    monkeypatch.setattr(vit, "RESULTS", tmp_path / "results/vit")
+    command.make(["results/vit/units.pdf"])
+    assert sorted(path.name for path in (tmp_path / "results/vit").iterdir()) == ["units.pdf", "units.png"]
+    with pytest.raises(
+        ValueError, match=r"results/vit/runs\.pdf is no table or figure; there are results/vit/table\.md"
+    ):
+        command.make(["results/vit/runs.pdf"])
+
+
+def test_make_knows_its_targets_and_states_no_time_that_is_not_recorded() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    assert not re.findall(
+        r"\d+ (?:seconds?|minutes?|hours?)\b|\b(?:a|an|two|three|eight) (?:minute|hour)s?\b", makefile
+    )
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    targets = {name for line in re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE) for name in line.split()}
+    assert {line.split()[0] for line in shown.splitlines()} == targets - {"FORCE"} | {"results/%"}
+    dry = subprocess.run(
+        ["make", "-n", "results/overtraining/losses.pdf"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert "-m experiments make results/overtraining/losses.pdf" in dry
+    hours = re.findall(r"([0-9.]+) hours of one core", (ROOT / "README.md").read_text())
+    assert hours == [f"{command.recorded_seconds() / 3600:.1f}"]
 
 
 @pytest.mark.slow

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from ddc.report.claims import Claim, Effect, Verdict, rule, verdict, verdict_table
-from ddc.report.figures import Figures, nth_style, save_figure, subplots
+from ddc.report.figures import Drawing, nth_style, save_figure, subplots
 from ddc.report.runs import TITLES
 from ddc.report.stages import Record, table
 
@@ -72,13 +73,15 @@ def markdown(records: Sequence[Record], claim: Claim) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def draw(records: Sequence[Record], claim: Claim, folder: Path) -> Figures:
-    """All figures of the experiment, with their captions."""
+def drawings(records: Sequence[Record], claim: Claim) -> dict[str, Drawing]:
+    """All figures of the experiment, by name."""
     seeds = len({record["seed"] for record in records})
-    divergence, *_ = plot(records, claim.level, folder / "divergence")
     return {
-        divergence: "Equivariance: largest difference of log-probabilities within 100 steps from two starts on one "
-        f"gauge orbit, by optimizer and dtype; largest of {seeds} seeds. Dotted: the bound of the claim's rule."
+        "divergence": Drawing(
+            partial(plot, records, claim.level),
+            "Equivariance: largest difference of log-probabilities within 100 steps from two starts on one gauge "
+            f"orbit, by optimizer and dtype; largest of {seeds} seeds. Dotted: the bound of the claim's rule.",
+        )
     }
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from ddc.report.claims import Claim, Effect, Verdict, rule, verdict, verdict_table
-from ddc.report.figures import COLOURS, MARKERS, Figures, save_figure, subplots
+from ddc.report.figures import COLOURS, MARKERS, Drawing, save_figure, subplots
 from ddc.report.runs import TITLES
 from ddc.report.stages import PROTOCOLS, Record, commits, is_shared, of_stage, only_setting, table
 from ddc.report.statistics import fisher_p, holm, mean_interval, share_difference_interval, share_interval
@@ -269,15 +270,19 @@ def depth_table(records: Sequence[Record]) -> str:
     return table(header, rows)
 
 
-def draw(records: Sequence[Record], folder: Path) -> Figures:
-    """All figures of the experiment, with their captions."""
-    accuracy, *_ = plot_accuracy(records, folder / "accuracy")
-    depth, *_ = plot_depth(records, folder / "depth")
+def drawings(records: Sequence[Record]) -> dict[str, Drawing]:
+    """All figures of the experiment, by name."""
     return {
-        accuracy: "Grokking: validation accuracy against steps, a line a seed (11); training accuracy in grey; dotted, "
-        "the 0.95 that counts. In the titles how many grok; rates, decay, schedule.",
-        depth: "Grokking: share of three seeds that grok, and their best validation accuracy, against depth, at the "
-        "tuned settings.",
+        "accuracy": Drawing(
+            partial(plot_accuracy, records),
+            "Grokking: validation accuracy against steps, a line a seed (11); training accuracy in grey; dotted, the "
+            "0.95 that counts. In the titles how many grok; rates, decay, schedule.",
+        ),
+        "depth": Drawing(
+            partial(plot_depth, records),
+            "Grokking: share of three seeds that grok, and their best validation accuracy, against depth, at the tuned "
+            "settings.",
+        ),
     }
 
 

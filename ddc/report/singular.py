@@ -10,13 +10,14 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ddc.report.claims import FEW_SEEDS, Claim, Verdict, effect, rule, verdict, verdict_table
-from ddc.report.figures import COLOURS, HATCHES, Figures, nth_style, save_figure, subplots
+from ddc.report.figures import COLOURS, HATCHES, Drawing, nth_style, save_figure, subplots
 from ddc.report.paired import BASELINE, SUBJECT, interval, p_cell
 from ddc.report.rates import APPROACH_TITLES, COLUMNS, heat_map, largest_slope, settings
 from ddc.report.rates import markdown as cells_table
@@ -126,34 +127,42 @@ def markdown(readings: Sequence[Reading], claim: Claim) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def draw(readings: Sequence[Reading], estimated: Sequence[Run], folder: Path) -> Figures:
-    """All figures of the experiment, with their captions.
+def drawings(readings: Sequence[Reading], estimated: Sequence[Run]) -> dict[str, Drawing]:
+    """All figures of the experiment, by name.
 
     Args:
         readings: what :func:`load` found.
         estimated: runs with estimates of the learning coefficient.
-        folder: of the figures.
     """
-    figures: Figures = {}
-    for name, seeds in grids(readings).items():
-        cells, *_ = plot_grids(seeds, folder / f"cells-{name.replace(' × ', 'x')}")
-        figures[cells] = (
+    cells = {
+        f"cells-{name.replace(' × ', 'x')}": Drawing(
+            partial(plot_grids, seeds),
             f"Cells of the {name} grid, AdamW left, DDCAdam right, a row a seed ({len(seeds)} seeds). Numbers are "
-            "slopes with half their interval; a word is the reason of a refusal."
+            "slopes with half their interval; a word is the reason of a refusal.",
         )
-    refusals, *_ = plot_refusals(readings, folder / "refusals")
-    fits, *_ = plot_fits(readings, folder / "fits")
-    arc, *_ = plot_arc_length(readings, folder / "arc_length")
-    coefficient, *_ = plot_coefficients(estimated, folder / "learning_coefficient")
-    return figures | {
-        refusals: "Cells read and refused by reason, each run; and the share of cells that the same rule reads in null "
-        "controls, against excess loss.",
-        fits: "Single cells that are read, at most the first four of each optimizer, first seed: the observable "
-        "against excess loss, the points of the window filled, the fitted power as a line.",
-        arc: "Distance travelled across gauge orbits: arc length in the invariant metric since the start, a line a "
-        "run. A function of orbits, unlike the drift along them.",
-        coefficient: "Estimates of the learning coefficient over training, with intervals over chains, one setting for "
-        "all; one seed.",
+        for name, seeds in grids(readings).items()
+    }
+    return cells | {
+        "refusals": Drawing(
+            partial(plot_refusals, readings),
+            "Cells read and refused by reason, each run; and the share of cells that the same rule reads in null "
+            "controls, against excess loss.",
+        ),
+        "fits": Drawing(
+            partial(plot_fits, readings),
+            "Single cells that are read, at most the first four of each optimizer, first seed: the observable against "
+            "excess loss, the points of the window filled, the fitted power as a line.",
+        ),
+        "arc_length": Drawing(
+            partial(plot_arc_length, readings),
+            "Distance travelled across gauge orbits: arc length in the invariant metric since the start, a line a run. "
+            "A function of orbits, unlike the drift along them.",
+        ),
+        "learning_coefficient": Drawing(
+            partial(plot_coefficients, estimated),
+            "Estimates of the learning coefficient over training, with intervals over chains, one setting for all; one "
+            "seed.",
+        ),
     }
 
 

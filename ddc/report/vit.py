@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy as np
 from ddc.report.capacity import TOLERANCE, spare_share
 from ddc.report.claims import Claim, Verdict, effect, rule, verdict, verdict_table
 from ddc.report.curves import plot_losses
-from ddc.report.figures import Figures, nth_style, save_figure, subplots
+from ddc.report.figures import Drawing, nth_style, save_figure, subplots
 from ddc.report.paired import (
     BASELINE,
     QUANTITY_NOTE,
@@ -206,19 +207,25 @@ def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def draw(records: Sequence[Record], folder: Path) -> Figures:
-    """All figures of the experiment, with their captions."""
+def drawings(records: Sequence[Record]) -> dict[str, Drawing]:
+    """All figures of the experiment, by name."""
     runs = {protocol: stage_runs(records, protocol) for protocol in PROTOCOLS}
-    losses, *_ = plot_losses(runs, setting_title, folder / "losses")
-    pruning, *_ = plot_pruning(runs, folder / "pruning")
-    units, *_ = plot_units(runs, folder / "units")
     return {
-        losses: "Vision: losses against steps, and the gap against the train loss. A line a seed; in brackets rate and "
-        "decay.",
-        pruning: "Vision: losses and accuracy when only part of the hidden units is kept, without training afterwards: "
-        "mean and every seed.",
-        units: "Vision: distribution of what single hidden units do to the validation loss, and of their "
-        "gauge-invariant norms. A line a seed.",
+        "losses": Drawing(
+            partial(plot_losses, runs, setting_title),
+            "Vision: losses against steps, and the gap against the train loss. A line a seed; in brackets rate and "
+            "decay.",
+        ),
+        "pruning": Drawing(
+            partial(plot_pruning, runs),
+            "Vision: losses and accuracy when only part of the hidden units is kept, without training afterwards: mean "
+            "and every seed.",
+        ),
+        "units": Drawing(
+            partial(plot_units, runs),
+            "Vision: distribution of what single hidden units do to the validation loss, and of their gauge-invariant "
+            "norms. A line a seed.",
+        ),
     }
 
 
