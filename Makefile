@@ -22,7 +22,7 @@ define measure
 	done
 endef
 
-.PHONY: help tables figures FORCE lm_overtrain grok vit fashion-mnist report slurm-test test lint docs overtraining rates status reproduce architectures refused equivariance precision known_rates learning_coefficients benchmark memory clean
+.PHONY: coverage help tables figures FORCE lm_overtrain grok vit fashion-mnist report slurm-test test lint docs overtraining rates status reproduce architectures refused equivariance precision known_rates learning_coefficients benchmark memory clean
 
 help:  ## this list
 	@awk -F ':.*  ## ' '/^[a-z_%\/-]+:.*  ## / {printf "%-24s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -63,6 +63,7 @@ rates: $(STAMP)  ## claim C2: all runs, their cells read, tables, figures; two a
 	$(call sweep,rates)
 	$(call measure,rates,small deep,scripts/read_rates.py)
 	$(RUN) -m experiments.rates collect
+	$(RUN) -m experiments.walks
 	$(RUN) -m experiments.rates report
 
 status: $(STAMP)  ## which runs the claims need, which are recorded, which are missing, and the hours of both
@@ -82,7 +83,7 @@ results/%: $(STAMP) FORCE  ## one table or figure from committed records: make r
 	@$(RUN) -m experiments make $@
 
 reproduce:  ## all runs anew, one experiment after the other; make status has the hours that the recorded ones took
-	@for target in overtraining rates vit grok equivariance precision known_rates learning_coefficients benchmark report; do \
+	@for target in overtraining rates vit grok equivariance precision known_rates coverage learning_coefficients benchmark report; do \
 	    $(MAKE) --no-print-directory $$target || exit 1; \
 	done
 
@@ -115,6 +116,9 @@ refused: $(STAMP)  ## which configurations are refused, and what is said of them
 
 known_rates: $(STAMP)  ## analytic rates, expected and recovered: results/known_rates
 	$(RUN) -m experiments.known_rates
+
+coverage: $(STAMP)  ## how often the intervals of rates hold the true slope: results/coverage
+	$(RUN) -m experiments.coverage
 
 learning_coefficients: $(STAMP)  ## closed forms against estimates: results/learning_coefficients
 	$(RUN) -m experiments.learning_coefficients

@@ -25,12 +25,14 @@ from ddc.report.book import Section
 from ddc.report.claims import Claim, Verdict
 from ddc.report.figures import Drawing, drawn
 from ddc.report.rates import cells_of, plot_cells, plot_spectra, settings, titled
-from ddc.report.runs import RECORD_FILES, Run, markdown_table, plot_curves
+from ddc.report.runs import RECORD_FILES, Run, markdown_table, plot_curves, read_lines
 from ddc.training.sweep import SweepRun, parse_sweep
 from experiments.output import Results
 from experiments.protocols import ROOT, Stage, command_line, wandb_names
 
 RESULTS = ROOT / "results/rates"
+#: What :mod:`experiments.walks` makes.
+WALKS = RESULTS / "walks.jsonl"
 OPTIMIZERS = ("adamw", "ddcadam")
 #: Overrides and seeds of each stage.
 STAGES = {
@@ -106,12 +108,12 @@ def readings() -> list[report.Reading]:
 
 def verdicts(claims: Mapping[str, Claim]) -> list[Verdict]:
     """What the records say on the claim."""
-    return report.verdicts(readings(), claims["C2"])
+    return report.verdicts(readings(), read_lines(WALKS), claims["C2"])
 
 
 def results(claims: Mapping[str, Claim]) -> list[Results]:
     """Tables and figures of the records, then those of each run that was read."""
-    found = readings()
+    found, walks = readings(), read_lines(WALKS)
     estimated = [Run.read(path.parent) for path in sorted((RESULTS / "coefficients").glob("*/run.json"))]
     small = sorted((each.run for each in report.load(RESULTS / "small")), key=lambda run: run.info["id"])
     figures = report.drawings(found, estimated)
@@ -119,7 +121,7 @@ def results(claims: Mapping[str, Claim]) -> list[Results]:
         partial(plot_curves, small),
         "The runs of the 5 × 5 grid: loss curves, and the gap against the train loss, a line a run.",
     )
-    tables = {"table": lambda: report.markdown(found, claims["C2"]), "comparison": lambda: markdown_table(small)}
+    tables = {"table": lambda: report.markdown(found, walks, claims["C2"]), "comparison": lambda: markdown_table(small)}
     return [Results(RESULTS, tables, figures), *(of_run(each.run) for each in found)]
 
 

@@ -193,7 +193,7 @@ def test_a_gap_that_was_never_reached_counts_as_no_seed() -> None:
 
 def test_cells_are_compared_grid_by_grid() -> None:
     readings = singular.load(ROOT / "results/rates/small")
-    found = {each.protocol: each for each in singular.verdicts(readings, CLAIM["C2"])}
+    found = {each.protocol: each for each in singular.verdicts(readings, [], CLAIM["C2"])}
     small = found["matched, 5 × 5 cells"]
     assert (small.seeds, small.p, small.verdict) == ("3", "–", "direction only")
     assert small.ours.startswith("DDCAdam 5, 4, 4; AdamW 1, 2, 1: +3.0")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddc.report.claims import Claim, Verdict, effect, rule, verdict, verdict_table
+from ddc.report.claims import Claim, Verdict, effect, rule, tested, verdict, verdict_table
 from ddc.report.curves import plot_losses
 from ddc.report.figures import Drawing, nth_style, save_figure, subplots
 from ddc.report.paired import (
@@ -95,8 +95,19 @@ def verdicts(records: Sequence[Record], claim: Claim) -> list[Verdict]:
         )
         scale = "GPT, 0.8M parameters, 40 kB of text"
         seeds = seeds_cell(len(found_on), ran)
-        found.append(Verdict(claim.id, protocol, ours, p_cell(p), seeds, scale, verdict([shown])))
+        against = untuned_rate(records) if protocol == "tuned" else "–"
+        found.append(Verdict(claim.id, protocol, ours, p_cell(p), seeds, tested(p), scale, verdict([shown]), against))
     return found
+
+
+def untuned_rate(records: Sequence[Record]) -> str:
+    """Whether the tuning left an optimizer's learning rate alone."""
+    rates = {
+        name: {run["config"]["optimizer"]["lr"] for runs in settings.values() for run in runs}
+        for name, settings in of_stage(records, "tuning").items()
+    }
+    alone = {name: min(each) for name, each in rates.items() if len(each) == 1}
+    return "; ".join(f"{TITLES[name]}'s learning rate was not tuned ({rate:g})" for name, rate in alone.items()) or "–"
 
 
 def grid(records: Sequence[Record], name: str) -> dict[tuple[float, float], Record]:

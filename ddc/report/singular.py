@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from ddc.report.claims import FEW_SEEDS, Claim, Verdict, effect, rule, verdict, verdict_table
+from ddc.report.claims import FEW_SEEDS, Claim, Verdict, effect, rule, tested, verdict, verdict_table
 from ddc.report.figures import COLOURS, HATCHES, Drawing, nth_style, save_figure, subplots
 from ddc.report.paired import BASELINE, SUBJECT, interval, p_cell
 from ddc.report.rates import APPROACH_TITLES, COLUMNS, heat_map, largest_slope, settings
 from ddc.report.rates import markdown as cells_table
 from ddc.report.runs import TITLES, Run
-from ddc.report.stages import Record, commits
+from ddc.report.stages import Record, commits, table
 from ddc.report.statistics import holm, paired_p
 from ddc.slt.rates import log_approach, log_observables
 
@@ -78,8 +78,11 @@ def grids(readings: Sequence[Reading]) -> dict[str, dict[int, dict[str, Reading]
     }
 
 
-def verdicts(readings: Sequence[Reading], claim: Claim) -> list[Verdict]:
-    """Claim C2 by grid: cells read, DDCAdam - AdamW, paired by seed; p-values adjusted over the grids."""
+def verdicts(readings: Sequence[Reading], walks: Sequence[Record], claim: Claim) -> list[Verdict]:
+    """Claim C2 by grid: cells read, DDCAdam - AdamW, paired by seed; p-values adjusted over the grids.
+
+    ``walks`` are the records of :mod:`experiments.walks`, of which what is known against the verdict takes its numbers.
+    """
     found, by_grid = [], grids(readings)
     gains = {
         name: [float(pair[SUBJECT].read - pair[BASELINE].read) for pair in seeds.values()]
@@ -100,21 +103,73 @@ def verdicts(readings: Sequence[Reading], claim: Claim) -> list[Verdict]:
                 f"{ours}: {interval(gains[name], '.1f')}",
                 p_cell(p_values[name]),
                 str(len(seeds)),
+                tested(p_values[name]),
                 f"GPT, {config['model']['layers']} layers, width {config['model']['width']}, 40 kB of text",
                 verdict([effect(gains[name], p_values[name], claim.level, enough)]),
+                invariant(seeds, walks),
             )
         )
     return found
 
 
-def markdown(readings: Sequence[Reading], claim: Claim) -> str:
+def invariant(seeds: Mapping[int, Mapping[str, Reading]], walks: Sequence[Record]) -> str:
+    """What the counted cells are, and how often walks that move as they do together read as many."""
+    pairs = [pair[optimizer] for pair in seeds.values() for optimizer in OPTIMIZERS]
+    read = [cell for each in pairs for cell in each.primary["cells"] if cell["verdict"] == "read"]
+    volumes = sum(cell["observable"] == "activation_log_volume" for cell in read)
+    text = (
+        "all cells are gauge-invariant, so drift along orbits cannot blur them; "
+        f"{volumes} of the {len(read)} cells read are log-volumes of activations, which move together"
+    )
+    by_run = {record["run"]: record for record in walks}
+    chances = [
+        np.mean(np.array(by_run[each.run.info["id"]]["correlated"]) >= each.read)
+        for each in pairs
+        if each.optimizer == SUBJECT and each.run.info["id"] in by_run
+    ]
+    if chances:
+        span = " to ".join(dict.fromkeys(f"{chance:.2f}" for chance in (min(chances), max(chances))))
+        text += f": correlated walks read as many as DDCAdam's runs with probability {span}"
+    return text
+
+
+def walk_table(readings: Sequence[Reading], walks: Sequence[Record]) -> str:
+    """One row a run: cells read, and what walks read, independent or with the cells' own correlation."""
+    by_run = {record["run"]: record for record in walks}
+    rows = []
+    for each in readings:
+        if (record := by_run.get(each.run.info["id"])) is None:
+            continue
+        correlated, independent = (np.array(record[key]) for key in ("correlated", "independent"))
+        rows.append(
+            [
+                f"{each.run.label}, {each.primary['total']} cells",
+                str(each.read),
+                f"{statistics.median(record['block_correlation']):.2f}",
+                *(f"{counts.mean():.1f}, {np.quantile(counts, 0.95):.0f}" for counts in (independent, correlated)),
+                *(f"{np.mean(counts >= each.read):.3f}" for counts in (independent, correlated)),
+            ]
+        )
+    header = ["run", "cells read", "correlation of log-volumes", "independent walks: mean, 95th percentile"]
+    header += ["correlated walks: mean, 95th percentile", "p, independent", "p, correlated"]
+    return table(header, rows)
+
+
+def markdown(readings: Sequence[Reading], walks: Sequence[Record], claim: Claim) -> str:
     """All tables."""
     parts = [
         "A *cell* is one layer by one observable. It is read, or refused for a reason, by one rule for all runs "
         "(docs/measurement.md).",
         "## Claim C2",
-        verdict_table({claim.id: claim}, verdicts(readings, claim)),
+        verdict_table({claim.id: claim}, verdicts(readings, walks, claim)),
         f"{rule(claim)} {FEW_SEEDS}",
+        "## Random walks that move as the cells do",
+        walk_table(readings, walks),
+        f"Of {len(walks[0]['correlated'])} grids of random walks each, against the primary approach parameter: "
+        "independent ones, and ones whose increments correlate as those of the run's own cells. Correlation: median "
+        "over pairs of blocks, of the increments of the log-volume of activations. p: share of the grids in which at "
+        "least as many cells are read as in the run. Layers that move together are read together, so independent walks "
+        f"are too easy a null. Commit {commits(walks)}. Made by `python -m experiments.walks`.",
     ]
     for name, seeds in grids(readings).items():
         reports = [pair[optimizer].rates for optimizer in OPTIMIZERS for pair in seeds.values()]
