@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ddc.gauges import find_gauges
 from ddc.models import GPTConfig
 from ddc.slt.observables import (
     OBSERVABLES,
@@ -25,6 +27,7 @@ from ddc.slt.observables import (
     observe,
     spectrum,
 )
+from tests.conftest import MODELS
 from tests.helpers import VOCABULARY, make_model, relu_mlp
 
 
@@ -253,6 +256,20 @@ def test_any_model_by_the_names_of_its_modules() -> None:
     assert [len(reading.activation.values) for reading in readings] == [12, 12, 24, 12]
     assert readings[3].gradient.removed == {"softmax does not see the mean of the logits": 1}
     assert model.training
+
+
+@pytest.mark.parametrize("name", ["rms-swiglu-rope-gqa", "layer-bias-relu-learned"])
+def test_every_cell_is_gauge_invariant(name: str) -> None:
+    """So drift along an orbit cannot blur one, whatever the optimizer."""
+    model = make_model(MODELS[name])
+    turned = copy.deepcopy(model)
+    find_gauges(model).transform_(turned, torch.Generator().manual_seed(3))
+    assert any(not torch.allclose(a, b) for a, b in zip(model.parameters(), turned.parameters(), strict=True))
+    batches = probe(MODELS[name])
+    for before, after in zip(
+        *(observe(each, layers_of(each), batches, categorical_score(0)) for each in (model, turned)), strict=True
+    ):
+        assert after.values == pytest.approx(before.values, rel=1e-9)
 
 
 def test_observing_changes_nothing(config: GPTConfig) -> None:

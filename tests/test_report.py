@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import itertools
 import json
@@ -18,6 +19,7 @@ from scipy import stats
 from scipy.special import gammaln
 
 from ddc.report import cost, equivariance, overtraining, singular
+from ddc.report import vit as vit_report
 from ddc.report.book import Section, latex, page
 from ddc.report.claims import Effect, effect, load_claims, verdict
 from ddc.report.figures import drawn, save_figure, subplots
@@ -32,7 +34,7 @@ from ddc.report.statistics import (
     share_difference_interval,
 )
 from experiments import __main__ as command
-from experiments import rates, vit
+from experiments import learning_coefficients, rates, vit
 from experiments.protocols import CLAIMS, ROOT
 
 CLAIM = load_claims(CLAIMS)
@@ -189,6 +191,41 @@ def test_a_gap_that_was_never_reached_counts_as_no_seed() -> None:
     records[-1] |= {"diverged": True}  # no less than half of the gap, but not on every seed
     found = overtraining.verdicts(records, CLAIM["C1"])
     assert [(each.seeds, each.verdict) for each in found] == [("5 of 6", "direction only")] * 2
+
+
+def test_the_main_table_says_what_speaks_against_a_verdict() -> None:
+    found = {(each.claim, each.protocol): each for each in command.all_verdicts(CLAIM)}
+    assert found["C3", "tuned"].verdict == "direction only"  # by the rule
+    assert "not reproduced with settings beyond the grid" in found["C3", "tuned"].against
+    assert "0.702 (DDCAdam) against 0.659 (AdamW)" in found["C3", "tuned"].against
+    assert "rate × decay is 4 times DDCAdam's" in found["C4", "tuned"].against
+    assert "DDCAdam's learning rate was not tuned (0.001)" in found["C1", "tuned"].against
+    assert "17 of the 17 cells read are log-volumes" in found["C2", "matched, 5 × 5 cells"].against
+    assert "at the corner of its grid" in found["C5", "tuned"].against
+    assert [each.tested for key, each in found.items() if key[0] in ("C2", "C6")] == [
+        *["no: fewer than 5 seeds"] * 2, *["no: a bound"] * 2
+    ]  # fmt: skip
+    for (claim, protocol), each in found.items():
+        assert protocol in CLAIM[claim].fixed
+        if claim in ("C1", "C3", "C4", "C5"):
+            assert each.tested == "yes"
+
+
+def test_beyond_the_grid_speaks_against_a_verdict_only_where_it_does() -> None:
+    records = vit.EXPERIMENT.records
+    worse = copy.deepcopy(records)
+    for record in worse:
+        if "beyond" in record["stages"] and record["config"]["optimizer"]["name"] == "adamw":
+            record["summary"]["validation_loss"] += 1
+    assert "0.659" in vit_report.beyond(records)
+    assert vit_report.beyond(worse) == vit_report.beyond([r for r in records if "beyond" not in r["stages"]]) == "–"
+
+
+def test_23_of_28_learning_coefficients_are_near_the_true_one() -> None:
+    records = read_lines(ROOT / "results/learning_coefficients/records.jsonl")
+    assert learning_coefficients.near(records) == 23
+    for text in (ROOT / "README.md").read_text(), learning_coefficients.table(records):
+        assert re.search(r"23 (of 28 estimates are )?within 5% of", " ".join(text.split()))
 
 
 def test_cells_are_compared_grid_by_grid() -> None:
