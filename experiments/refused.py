@@ -68,7 +68,6 @@ REFUSED = {
         "model=vit",
         "model=deep_mlp data=shakespeare",
         "training.batch_size=null",
-        f"{MLP} slt=cells",
         f"{VIT} optimizer=ddcmuon optimizer.per_head=true",
         "launcher.parallel=fsdp",
         "launcher=torchrun launcher.parallel=tcp",

@@ -326,11 +326,9 @@ class Config:
                 )
         if self.training.batch_size is None and not isinstance(data, ModularConfig):
             raise ValueError("training.batch_size=null takes the whole training split, which only data=modular allows")
-        if not isinstance(self.model, GPTConfig):
-            readings = self.slt.readings
-            require("slt.readings", readings, not readings, f"0, for model={model} has no readings: set slt=none")
-            if isinstance(self.optimizer, DDCMuonConfig) and self.optimizer.per_head:
-                raise ValueError("Invalid optimizer.per_head=true: only model=gpt is taken by heads; set it to false")
+        by_heads = isinstance(self.optimizer, DDCMuonConfig) and self.optimizer.per_head
+        if by_heads and not isinstance(self.model, GPTConfig):
+            raise ValueError("Invalid optimizer.per_head=true: only model=gpt is taken by heads; set it to false")
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -35,7 +35,6 @@ from ddc.data import (
 from ddc.gauges import GaugeSet, HiddenMatrix, audit, find_gauges, hidden_matrices, named_parameters
 from ddc.gauges.trace import in_evaluation
 from ddc.models import (
-    GPT,
     DeepMLPConfig,
     GPTConfig,
     ModelConfig,
@@ -203,20 +202,17 @@ def load_data(config: DataConfig, model: ModelConfig, seed: int) -> Data:
 
 
 def make_observer(config: Config, device: torch.device, data: Data, model: nn.Module, folder: Path) -> Observer:
-    """What reads singular structure along the run; its probe is taken from the training text.
+    """What reads singular structure along the run; its probe is taken evenly from the training split, of pairs all."""
 
-    Raises:
-        ValueError: a model that has no readings.
-    """
-    if not isinstance(data, TextData) or not isinstance(model, GPT):
-        raise ValueError("slt.readings is for model=gpt: set slt=none")
-
-    def windows(count: int, size: int) -> list[Batch]:
+    def samples(count: int, size: int) -> list[Batch]:
         return [(x.to(device), y.to(device)) for x, y in data.evaluation_batches("train", count, size)]
 
+    def whole() -> Batch:
+        count = len(data.train) // data.context if isinstance(data, TextData) else data.train_units
+        return joined(samples(count, 1))
+
     size = min(16, config.slt.sequences)
-    probe = windows(-(-config.slt.sequences // size), size)
-    whole = joined(windows(len(data.train) // data.context, 1))
+    probe = samples(-(-config.slt.sequences // size), size)
     return Observer(config.slt, model, probe, whole, config.training.steps, folder)
 
 
