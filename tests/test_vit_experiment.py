@@ -133,7 +133,7 @@ def fake(name: str, seed: int, loss: float, spare: float, rise: float) -> dict:
     pruning = [{"keep": 1.0, "validation_loss": loss}, {"keep": 0.5, "validation_loss": loss + rise}]
     return {
         "stages": {"matched": name, "tuned": name},
-        "config": {"optimizer": {"name": name}},
+        "config": {"optimizer": {"name": name, "lr": 1e-3, "weight_decay": 0.1}},
         "seed": seed,
         "diverged": False,
         "summary": {"validation_loss": loss},

@@ -213,12 +213,17 @@ def cut_off(records: Sequence[Record], protocol: str) -> str:
     runs = only_setting(of_stage(records, protocol)["muon"])
     if protocol == "matched":
         return f"the rates are DDCMuon's choice: Muon fits on {fitted(runs)}"
-    tried = [run["config"]["optimizer"] for each in of_stage(records, "tuning")["muon"].values() for run in each]
+    tried = [
+        run["config"]["optimizer"] for each in of_stage(records, "tuning").get("muon", {}).values() for run in each
+    ]
+    if not tried:
+        return "–"
     chosen = runs[0]["config"]["optimizer"]
     at_end = [key for key in ("lr", "adam_lr", "weight_decay") if chosen[key] == max(each[key] for each in tried)]
-    best = max(best_accuracy(run) for run in runs if step_of(run) is None)
     place = "the corner" if len(at_end) == 3 else "the edge" if at_end else "the inside"
-    return f"Muon's setting is at {place} of its grid; the budget ends at accuracies up to {best:.2f}, not grokked"
+    left = [best_accuracy(run) for run in runs if step_of(run) is None]
+    end = f"; the budget ends at accuracies up to {max(left):.2f}, not grokked" if left else ""
+    return f"Muon's setting is at {place} of its grid{end}"
 
 
 def tuning_table(records: Sequence[Record]) -> str:

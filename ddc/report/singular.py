@@ -23,7 +23,7 @@ from ddc.report.rates import APPROACH_TITLES, COLUMNS, heat_map, largest_slope, 
 from ddc.report.rates import markdown as cells_table
 from ddc.report.runs import TITLES, Run
 from ddc.report.stages import Record, commits, table
-from ddc.report.statistics import holm, paired_p
+from ddc.report.statistics import combined_p, holm, paired_p
 from ddc.slt.rates import log_approach, log_observables
 
 OPTIMIZERS = (BASELINE, SUBJECT)
@@ -155,6 +155,20 @@ def walk_table(readings: Sequence[Reading], walks: Sequence[Record]) -> str:
     return table(header, rows)
 
 
+def together(readings: Sequence[Reading], walks: Sequence[Record]) -> str:
+    """What the p-values of correlated walks come to over the seeds of each grid and optimizer, by Fisher's method."""
+    by_run = {record["run"]: record for record in walks}
+    parts = []
+    for name, seeds in grids(readings).items():
+        for optimizer in OPTIMIZERS:
+            mine = [pair[optimizer] for pair in seeds.values() if pair[optimizer].run.info["id"] in by_run]
+            counts = [np.array(by_run[each.run.info["id"]]["correlated"]) for each in mine]
+            p = [(np.sum(c >= each.read) + 1) / (len(c) + 1) for c, each in zip(counts, mine, strict=True)]
+            if len(p) > 1:
+                parts.append(f"{TITLES[optimizer]}, {name} cells, {len(p)} seeds: {combined_p(p):.2g}")
+    return f"Over seeds together, by Fisher's method, against correlated walks: {'; '.join(parts) or '–'}."
+
+
 def markdown(readings: Sequence[Reading], walks: Sequence[Record], claim: Claim) -> str:
     """All tables."""
     parts = [
@@ -165,6 +179,7 @@ def markdown(readings: Sequence[Reading], walks: Sequence[Record], claim: Claim)
         f"{rule(claim)} {FEW_SEEDS}",
         "## Random walks that move as the cells do",
         walk_table(readings, walks),
+        together(readings, walks),
         f"Of {len(walks[0]['correlated'])} grids of random walks each, against the primary approach parameter: "
         "independent ones, and ones whose increments correlate as those of the run's own cells. Correlation: median "
         "over pairs of blocks, of the increments of the log-volume of activations. p: share of the grids in which at "
