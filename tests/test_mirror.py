@@ -147,7 +147,8 @@ def test_the_table_of_c1_follows_from_wandb(tmp_path: Path) -> None:
                 }
             )
     assert len(rebuilt) == 20
-    expected = c1.verdicts(list(committed.values()), CLAIM["C1"])
+    protocols = [record for record in committed.values() if {"matched", "tuned"} & {*record["stages"]}]
+    expected = c1.verdicts(protocols, CLAIM["C1"])
     assert verdict_table(CLAIM, c1.verdicts(rebuilt, CLAIM["C1"])) == verdict_table(CLAIM, expected)
 
 
@@ -161,7 +162,8 @@ def test_the_table_of_c2_follows_from_wandb(tmp_path: Path) -> None:
         assert (found.group, found.job_type, found.tags) == ("rates", "small", ["C2", "matched"])
         primary = found.config["slt"]["approach"]
         cells = [row for row in found.tables["cells"] if row["approach"] == primary]
-        approaches = {primary: {"total": len(cells), "counts": {"read": sum(c["verdict"] == "read" for c in cells)}}}
+        counts = {"read": sum(cell["verdict"] == "read" for cell in cells)}
+        approaches = {primary: {"total": len(cells), "counts": counts, "cells": cells}}
         info = {"id": found.id, "config": found.config, "seed": found.config["seed"]}
         rebuilt.append(c2.Reading(Run(tmp_path, info, [], [], None), {"primary": primary, "approaches": approaches}))
         recorded = committed[folder].primary["cells"]
