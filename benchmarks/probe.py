@@ -18,6 +18,7 @@ import torch
 
 from ddc.data import TextConfig, load_text
 from ddc.models import GPT, GPTConfig
+from ddc.report.cost import reading_table
 from ddc.slt.observables import categorical_score, layers_of, observe
 from ddc.training.records import provenance, write_atomically, write_json
 
@@ -50,13 +51,11 @@ def main() -> None:
     cells = [(sequences, threads) for threads in (1, 2) for sequences in (128, 512, 2048)]
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         rows = pool.starmap(measure, cells, chunksize=1)
-    lines = ["| sequences of 128 | threads | seconds | memory grown, MiB |", "| ---: | ---: | ---: | ---: |"]
-    lines += [f"| {r['sequences']} | {r['threads']} | {r['seconds']:.2f} | {r['grown_mib']:.0f} |" for r in rows]
-    lines.append(f"\nGPT of scale=cpu, embedding and 4 blocks. Commit {provenance()['commit']}.")
+    record = {"rows": rows, **provenance()}
     arguments.output.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.output / "probe.json", {"rows": rows, **provenance()})
-    write_atomically(arguments.output / "probe.md", ("\n".join(lines) + "\n").encode())
-    print("\n".join(lines))
+    write_json(arguments.output / "probe.json", record)
+    write_atomically(arguments.output / "probe.md", reading_table(record).encode())
+    print(reading_table(record))
 
 
 if __name__ == "__main__":

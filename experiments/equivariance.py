@@ -32,9 +32,10 @@ from ddc.optim.factory import make_muon
 from ddc.report import equivariance as report
 from ddc.report.book import Section
 from ddc.report.claims import Claim, Verdict, load_claims
+from ddc.report.figures import drawn
 from ddc.report.runs import read_lines
 from ddc.training.records import provenance
-from experiments.output import save_document, save_records
+from experiments.output import Results, save_records
 from experiments.protocols import CLAIMS, ROOT, Stage
 
 RESULTS, SEEDS = ROOT / "results/equivariance", (0, 1, 2)
@@ -222,12 +223,17 @@ def verdicts(claims: Mapping[str, Claim]) -> list[Verdict]:
     return report.verdicts(read_lines(RESULTS / "records.jsonl"), claims["C6"])
 
 
-def section(claims: Mapping[str, Claim]) -> Section:
+def results(claims: Mapping[str, Claim]) -> list[Results]:
     """Table and figure of the records."""
-    records = read_lines(RESULTS / "records.jsonl")
-    document = report.markdown(records, claims["C6"])
-    save_document(RESULTS / "table.md", document)
-    return Section("Equivariance", ("C6",), "make equivariance", document, report.draw(records, claims["C6"], RESULTS))
+    records, claim = read_lines(RESULTS / "records.jsonl"), claims["C6"]
+    return [Results(RESULTS, {"table": lambda: report.markdown(records, claim)}, report.drawings(records, claim))]
+
+
+def section(claims: Mapping[str, Claim]) -> Section:
+    """Both, made."""
+    (made,) = results(claims)
+    document, figures = made.table("table"), drawn(made.figures, RESULTS)
+    return Section("Equivariance", ("C6",), "make equivariance", document, figures)
 
 
 def main() -> None:

@@ -25,9 +25,10 @@ from collections.abc import Mapping, Sequence
 from ddc.report import grokking as report
 from ddc.report.book import Section
 from ddc.report.claims import Claim, Verdict
+from ddc.report.figures import drawn
 from ddc.report.grokking import GROKS, best_accuracy
 from ddc.report.stages import Record
-from experiments.output import save_document, save_records
+from experiments.output import Results, save_records
 from experiments.protocols import ROOT, Experiment, Plan, Stage, command_line, product
 
 RESULTS = ROOT / "results/grokking"
@@ -118,12 +119,17 @@ def verdicts(claims: Mapping[str, Claim]) -> list[Verdict]:
     return report.verdicts(EXPERIMENT.committed(), claims["C5"])
 
 
-def section(claims: Mapping[str, Claim]) -> Section:
+def results(claims: Mapping[str, Claim]) -> list[Results]:
     """Tables and figures of the records."""
     records = EXPERIMENT.committed()
-    document = report.markdown(records, claims["C5"])
-    save_document(RESULTS / "table.md", document)
-    return Section("Grokking", ("C5",), "make grok", document, report.draw(records, RESULTS))
+    return [Results(RESULTS, {"table": lambda: report.markdown(records, claims["C5"])}, report.drawings(records))]
+
+
+def section(claims: Mapping[str, Claim]) -> Section:
+    """All of them, made."""
+    (made,) = results(claims)
+    document, figures = made.table("table"), drawn(made.figures, RESULTS)
+    return Section("Grokking", ("C5",), "make grok", document, figures)
 
 
 if __name__ == "__main__":

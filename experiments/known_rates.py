@@ -13,10 +13,14 @@ from typing import Any
 
 import torch
 
+from ddc.report.runs import read_lines
 from ddc.slt.known_rates import known_rates
 from ddc.slt.rates import RateRule
 from ddc.training.records import provenance
-from experiments.output import save_document, save_records
+from experiments.output import Results, save_document, save_records
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results/known_rates"
 
 
 def measure() -> list[dict[str, Any]]:
@@ -66,10 +70,15 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def results() -> list[Results]:
+    """The table of the committed records."""
+    return [Results(RESULTS, {"table": lambda: table(read_lines(RESULTS / "records.jsonl"))})]
+
+
 def main() -> None:
     """Measure and write the records and the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("results/known_rates"))
+    parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     records = measure()

@@ -1,8 +1,9 @@
 """Estimated against known learning coefficients: ``python -m experiments.learning_coefficients``.
 
-Each known case is estimated once a seed. ``expected`` is what the estimator is to find: at one temperature of a normal
-crossing the exact energy at that temperature, everywhere else the asymptotic coefficient in closed form. The settings
-were chosen on seeds 0, 1, 7, 11, 21, 41 and 42.
+Each known case is estimated once a seed, and compared with ``truth``, the coefficient in closed form. ``expected`` is
+what the sampler is to find: at one temperature of a normal crossing of multiplicity over 1 the exact energy at that
+temperature, which falls short of the coefficient, everywhere else the coefficient itself. The settings were chosen on
+seeds 0, 1, 7, 11, 21, 41 and 42.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from ddc.report.runs import read_lines
 from ddc.slt.known_coefficients import (
     Coefficient,
     aoyagi_watanabe,
@@ -33,12 +35,14 @@ from ddc.slt.known_coefficients import (
 )
 from ddc.slt.learning_coefficient import Estimate, Settings, TemperatureFit, estimate, fit_temperatures, minibatches
 from ddc.training.records import provenance
-from experiments.output import save_document, save_records
+from experiments.output import Results, save_document, save_records
 
 #: Six factors of 3.2. Below, the neglected powers of 1/τ (1/τ at k = 1, τ^-½ at k = 2) exceed the errors; above, the
 #: trajectories are too short to go along the arms of the posterior, of which the narrowest are √τ longer than wide.
 FIRST_TEMPERATURE = {1: 1e2, 2: 1e3}
 SAMPLES, BATCH, NOISE = 5000, 100, 0.1
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results/learning_coefficients"
 
 
 @dataclass(frozen=True)
@@ -197,41 +201,56 @@ def describe(result: Estimate | TemperatureFit) -> dict[str, Any]:
     return {name: value for name, value in vars(result).items() if name != "trace"}
 
 
+def near(records: list[dict[str, Any]]) -> int:
+    """How many estimates are within 5% of the true coefficient."""
+    return sum(abs(record["value"] / record["truth"] - 1) < 0.05 for record in records)
+
+
 def table(records: list[dict[str, Any]]) -> str:
     """Markdown, one row a record."""
     lines = [
-        "| case | method | λ, m | expected | estimate | 95% interval | off | met | R-hat | ESS | seconds |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: |",
+        "| case | method | λ, m | estimate | 95% interval | off λ | met | energy at this τ | off it | R-hat | ESS "
+        "| seconds |",
+        "| --- | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for r in records:
         low, high = r["interval"]
-        off = r["value"] / r["expected"] - 1
-        met = [text for text, holds in (("5%", abs(off) < 0.05), ("interval", low <= r["expected"] <= high)) if holds]
+        off = r["value"] / r["truth"] - 1
+        met = [text for text, holds in (("5%", abs(off) < 0.05), ("interval", low <= r["truth"] <= high)) if holds]
+        at_tau = ["–", "–"]
+        if r["expected"] != r["truth"]:
+            at_tau = [f"{r['expected']:.4f}", f"{100 * (r['value'] / r['expected'] - 1):+.1f}%"]
         found = f"{r['value']:.4f}" + (f", m={r['multiplicity']}" if "multiplicity" in r else "")
         lines.append(
             f"| {r['family']}: {r['case']} | {r['method']} | {r['truth']:g}, {r['truth_multiplicity']} "
-            f"| {r['expected']:.4f} | {found} | {low:.4f} to {high:.4f} | {100 * off:+.1f}% "
-            f"| {' and '.join(met) or 'no'} | {r['r_hat']:.3f} | {r['ess']:.0f} | {r['seconds']:.1f} |"
+            f"| {found} | {low:.4f} to {high:.4f} | {100 * off:+.1f}% | {' and '.join(met) or 'no'} "
+            f"| {' | '.join(at_tau)} | {r['r_hat']:.3f} | {r['ess']:.0f} | {r['seconds']:.1f} |"
         )
     first = records[0]
     lines += [
         "",
-        "Expected: of a normal crossing with m > 1 at one τ, the exact energy at that τ by quadrature; of all others "
-        "the coefficient λ in closed form, of which one τ falls short by about (m - 1)/log τ (log τ is 14 for HMC on "
-        "reduced rank, 6 for SGLD). The fit over τ takes the next pole of w1^2 w2^4 for a multiplicity: a limit of its "
-        "form. The interval covers the error of sampling alone. Fits give the largest R-hat "
-        f"and smallest ESS of their temperatures. SGLD on {SAMPLES} samples with noise {NOISE}, batches of {BATCH}. "
+        f"{near(records)} of {len(records)} estimates are within 5% of the coefficient λ in closed form. At one τ an "
+        "estimate falls short of it by about (m - 1)/log τ (log τ is 14 for HMC on reduced rank, 6 for SGLD): of a "
+        "normal crossing with m > 1 the exact energy at that τ, by quadrature, stands beside it, for it is what the "
+        "sampler is to find there. The fit over τ takes the next pole of w1^2 w2^4 for a multiplicity: a limit of its "
+        "form. The interval covers the error of sampling alone. Fits give the largest R-hat and smallest ESS of their "
+        f"temperatures. SGLD on {SAMPLES} samples with noise {NOISE}, batches of {BATCH}. "
         f"One thread of {first['machine']['cpu']}, seeds {sorted({r['seed'] for r in records})}, commit "
         f"{first['commit']}. Made by `python -m experiments.learning_coefficients` from `records.jsonl` beside it.",
     ]
     return "\n".join(lines) + "\n"
 
 
+def results() -> list[Results]:
+    """The table of the committed records."""
+    return [Results(RESULTS, {"table": lambda: table(read_lines(RESULTS / "records.jsonl"))})]
+
+
 def main() -> None:
     """Measure and write the records and the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[8])
-    parser.add_argument("--output", type=Path, default=Path("results/learning_coefficients"))
+    parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     records = measure(arguments.seeds)

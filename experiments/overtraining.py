@@ -37,8 +37,9 @@ from collections.abc import Callable, Mapping, Sequence
 from ddc.report import overtraining as report
 from ddc.report.book import Section
 from ddc.report.claims import Claim, Verdict
+from ddc.report.figures import drawn
 from ddc.report.stages import Record
-from experiments.output import save_document, save_records
+from experiments.output import Results, save_records
 from experiments.protocols import ROOT, TUNING_SEED, Experiment, Plan, Stage, command_line, product
 
 RESULTS = ROOT / "results/overtraining"
@@ -139,12 +140,16 @@ def verdicts(claims: Mapping[str, Claim]) -> list[Verdict]:
     return report.verdicts(EXPERIMENT.committed(), claims["C1"])
 
 
-def section(claims: Mapping[str, Claim]) -> Section:
+def results(claims: Mapping[str, Claim]) -> list[Results]:
     """Tables and figures of the records."""
     records = EXPERIMENT.committed()
-    document = report.markdown(records, claims["C1"])
-    save_document(RESULTS / "table.md", document)
-    figures = report.draw(records, RESULTS)
+    return [Results(RESULTS, {"table": lambda: report.markdown(records, claims["C1"])}, report.drawings(records))]
+
+
+def section(claims: Mapping[str, Claim]) -> Section:
+    """All of them, made."""
+    (made,) = results(claims)
+    document, figures = made.table("table"), drawn(made.figures, RESULTS)
     return Section("A language model past the point of fit", ("C1",), "make overtraining", document, figures)
 
 

@@ -44,7 +44,7 @@ from experiments.equivariance import (
     muon,
     random_model,
 )
-from experiments.output import save_document, save_records
+from experiments.output import Results, save_document, save_records
 from experiments.protocols import ROOT
 
 RESULTS = ROOT / "results/precision"
@@ -212,6 +212,11 @@ def document(records: Sequence[dict[str, Any]]) -> str:
         f"Commit {commits(records)}. Made by `make precision` from `records.jsonl` beside this file.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def results() -> list[Results]:
+    """The tables of the committed records."""
+    return [Results(RESULTS, {"table": lambda: document(read_lines(RESULTS / "records.jsonl"))})]
 
 
 def main() -> None:

@@ -35,6 +35,8 @@ Plan = list[tuple[str, int]]
 TUNING_SEED, FINAL_SEEDS = 100, (101, 102)
 FINALISTS = 2
 STAGES = ("matched", "tuning", "finals", "tuned")
+#: The protocol that a stage is a part of; further stages are of none.
+PROTOCOL_OF = {"matched": "matched", "tuning": "tuned", "finals": "tuned", "tuned": "tuned"}
 
 
 @dataclass(frozen=True)
@@ -203,12 +205,13 @@ class Experiment:
         return self.best(self.finalists(optimizer, runs), [TUNING_SEED, *self.final_seeds], runs)[0]
 
     def plan_lines(self, stage: str, runs: str) -> list[str]:
-        """The runs of a stage as the lines of a sweep file."""
-        return self.lines(self.plan(stage, runs), runs)
+        """The runs of a stage as the lines of a sweep file, with their names in W&B."""
+        names = wandb_names(self.results.name, stage, PROTOCOL_OF.get(stage))
+        return [f"{line} {names}" for line in self.lines(self.plan(stage, runs), runs)]
 
     def lines(self, planned: Plan, runs: str) -> list[str]:
-        """A plan as the lines of a sweep file."""
-        return [f"{self.overrides} wandb=disabled runs={runs} seed={seed} {each}" for each, seed in planned]
+        """A plan as overrides."""
+        return [f"{self.overrides} runs={runs} seed={seed} {each}" for each, seed in planned]
 
     def sweep(self, planned: Plan, runs: str) -> list[SweepRun]:
         """A plan as runs, in its order."""
@@ -259,6 +262,16 @@ class Experiment:
         fresh = track(here.items(), "collecting")
         collected = [{"stages": s, **self.record(Run.read(f)), **more(f, s)} for f, s in fresh]
         return [*collected, *kept.values()]
+
+
+def wandb_names(experiment: str, stage: str, protocol: str | None) -> str:
+    """Overrides that name a run in W&B: its experiment, its stage, and as tags the claims and the protocol.
+
+    They are no part of a run's id. A run that two stages share keeps the names of the one that ran it.
+    """
+    claims = [claim.id for claim in load_claims(CLAIMS).values() if claim.experiment == experiment]
+    tags = ",".join(claims + ([protocol] if protocol else []))
+    return f"wandb.group={experiment} wandb.job_type={stage} wandb.tags=[{tags}]"
 
 
 @cache

@@ -17,17 +17,22 @@ import json
 import shutil
 import statistics
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from ddc.report import singular as report
 from ddc.report.book import Section
 from ddc.report.claims import Claim, Verdict
-from ddc.report.runs import RECORD_FILES, Run, markdown_table, plot_curves
+from ddc.report.figures import Drawing, drawn
+from ddc.report.rates import cells_of, plot_cells, plot_spectra, settings, titled
+from ddc.report.runs import RECORD_FILES, Run, markdown_table, plot_curves, read_lines
 from ddc.training.sweep import SweepRun, parse_sweep
-from experiments.output import save_document
-from experiments.protocols import ROOT, Stage, command_line
+from experiments.output import Results
+from experiments.protocols import ROOT, Stage, command_line, wandb_names
 
 RESULTS = ROOT / "results/rates"
+#: What :mod:`experiments.walks` makes.
+WALKS = RESULTS / "walks.jsonl"
 OPTIMIZERS = ("adamw", "ddcadam")
 #: Overrides and seeds of each stage.
 STAGES = {
@@ -42,8 +47,9 @@ READ = ("small", "deep")
 def plan(stage: str, runs: str) -> list[str]:
     """The runs of a stage as the lines of a sweep file."""
     overrides, seeds = STAGES[stage]
+    names = wandb_names("rates", stage, "matched")
     return [
-        f"+experiment=lm_overtrain wandb=disabled runs={runs} seed={seed} optimizer={optimizer} {overrides}"
+        f"+experiment=lm_overtrain runs={runs} seed={seed} optimizer={optimizer} {overrides} {names}"
         for seed, optimizer in itertools.product(seeds, OPTIMIZERS)
     ]
 
@@ -102,20 +108,40 @@ def readings() -> list[report.Reading]:
 
 def verdicts(claims: Mapping[str, Claim]) -> list[Verdict]:
     """What the records say on the claim."""
-    return report.verdicts(readings(), claims["C2"])
+    return report.verdicts(readings(), read_lines(WALKS), claims["C2"])
+
+
+def results(claims: Mapping[str, Claim]) -> list[Results]:
+    """Tables and figures of the records, then those of each run that was read."""
+    found, walks = readings(), read_lines(WALKS)
+    estimated = [Run.read(path.parent) for path in sorted((RESULTS / "coefficients").glob("*/run.json"))]
+    small = sorted((each.run for each in report.load(RESULTS / "small")), key=lambda run: run.info["id"])
+    figures = report.drawings(found, estimated)
+    figures["comparison"] = Drawing(
+        partial(plot_curves, small),
+        "The runs of the 5 × 5 grid: loss curves, and the gap against the train loss, a line a run.",
+    )
+    tables = {"table": lambda: report.markdown(found, walks, claims["C2"]), "comparison": lambda: markdown_table(small)}
+    return [Results(RESULTS, tables, figures), *(of_run(each.run) for each in found)]
+
+
+def of_run(run: Run) -> Results:
+    """The figures of one run, as ``scripts/read_rates.py`` draws them."""
+    _, primary, _ = settings(run)
+    return Results(
+        run.folder,
+        figures={
+            "rates": Drawing(partial(plot_cells, cells_of(run), titled(run, primary)), "Cells of the run."),
+            "rates-spectra": Drawing(partial(plot_spectra, run.readings, run.label), "Spectra along the run."),
+        },
+    )
 
 
 def section(claims: Mapping[str, Claim]) -> Section:
-    """Tables and figures of the records."""
-    found = readings()
-    document = report.markdown(found, claims["C2"])
-    save_document(RESULTS / "table.md", document)
-    estimated = [Run.read(path.parent) for path in sorted((RESULTS / "coefficients").glob("*/run.json"))]
-    figures = report.draw(found, estimated, RESULTS)
-    small = sorted((each.run for each in report.load(RESULTS / "small")), key=lambda run: run.info["id"])
-    save_document(RESULTS / "comparison.md", markdown_table(small))
-    comparison, *_ = plot_curves(small, RESULTS / "comparison")
-    figures[comparison] = "The runs of the 5 × 5 grid: loss curves, and the gap against the train loss, a line a run."
+    """Those of all runs together, made."""
+    made = results(claims)[0]
+    document, _ = made.table("table"), made.table("comparison")
+    figures = drawn(made.figures, RESULTS)
     return Section("Dead-direction rates and learning coefficients", ("C2",), "make rates", document, figures)
 
 

@@ -69,7 +69,6 @@ REFUSED = {
         "model=vit",
         "model=deep_mlp data=shakespeare",
         "training.batch_size=null",
-        f"{MLP} slt=cells",
         f"{VIT} optimizer=ddcmuon optimizer.per_head=true",
         "optimizer=ddcmuon gauges.granularity=block model.bias=true",
         "optimizer=ddcadam_paper optimizer.retract=true",

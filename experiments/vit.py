@@ -29,8 +29,9 @@ from pathlib import Path
 from ddc.report import vit as report
 from ddc.report.book import Section
 from ddc.report.claims import Claim, Verdict
+from ddc.report.figures import drawn
 from ddc.report.stages import PROTOCOLS, Record
-from experiments.output import save_document, save_records
+from experiments.output import Results, save_records
 from experiments.protocols import FINAL_SEEDS, ROOT, TUNING_SEED, Experiment, Plan, Stage, command_line, product
 
 RESULTS = ROOT / "results/vit"
@@ -97,12 +98,16 @@ def verdicts(claims: Mapping[str, Claim]) -> list[Verdict]:
     return report.verdicts(EXPERIMENT.committed(), claims)
 
 
-def section(claims: Mapping[str, Claim]) -> Section:
+def results(claims: Mapping[str, Claim]) -> list[Results]:
     """Tables and figures of the records."""
     records = EXPERIMENT.committed()
-    document = report.markdown(records, claims)
-    save_document(RESULTS / "table.md", document)
-    figures = report.draw(records, RESULTS)
+    return [Results(RESULTS, {"table": lambda: report.markdown(records, claims)}, report.drawings(records))]
+
+
+def section(claims: Mapping[str, Claim]) -> Section:
+    """All of them, made."""
+    (made,) = results(claims)
+    document, figures = made.table("table"), drawn(made.figures, RESULTS)
     return Section("A vision transformer from scratch", ("C3", "C4"), "make vit", document, figures)
 
 

@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.progress import track
 
 from ddc.report.rates import (
-    APPROACH_TITLES,
     counts,
     grid_table,
     markdown,
@@ -29,6 +28,7 @@ from ddc.report.rates import (
     plot_cells,
     plot_spectra,
     settings,
+    titled,
 )
 from ddc.report.runs import Run
 from ddc.slt.observer import Observer
@@ -93,7 +93,7 @@ def read_run(folder: Path, recorded: bool, output: Path, console: Console) -> di
             "null_controls": null_controls(rows, untrained, approach, rule, loss_floor),
             "cells": [cell.record() for cell in cells],
         }
-        title = f"{run.label}, against {APPROACH_TITLES[approach]}"
+        title = titled(run, approach)
         console.print(grid_table(cells, title))
         if approach == primary:
             output.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from ddc.report.claims import load_claims
-from ddc.report.grokking import delay, draw, fit_step, grokked, markdown, step_of, verdicts
+from ddc.report.figures import drawn
+from ddc.report.grokking import delay, drawings, fit_step, grokked, markdown, step_of, verdicts
 from ddc.report.runs import read_lines
 from ddc.training.config import compose_config
 from ddc.training.records import provenance
@@ -147,7 +148,7 @@ def test_the_committed_table_is_what_its_records_make() -> None:
 
 
 def test_figures_from_records(tmp_path: Path) -> None:
-    figures = draw(read_lines(RECORDS), tmp_path)
+    figures = drawn(drawings(read_lines(RECORDS)), tmp_path)
     assert {path.name for path in figures} == {"accuracy.png", "depth.png"}
     assert all(path.stat().st_size > 10_000 for png in figures for path in (png, png.with_suffix(".pdf")))
 

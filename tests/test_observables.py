@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ddc.gauges import find_gauges
 from ddc.models import GPTConfig
+from ddc.models.deep_mlp import DeepMLP, DeepMLPConfig
+from ddc.models.vit import ViTConfig, vision_transformer
 from ddc.slt.observables import (
     OBSERVABLES,
     Layer,
@@ -25,6 +30,7 @@ from ddc.slt.observables import (
     observe,
     spectrum,
 )
+from tests.conftest import MODELS
 from tests.helpers import VOCABULARY, make_model, relu_mlp
 
 
@@ -199,7 +205,7 @@ def test_rank_limits() -> None:
     ).double()
     x = torch.randn(50, 6, dtype=torch.float64)
     first, _, third = observe(chain, layers_of(chain), [(x, x)], gaussian_score(0))
-    assert third.activation.removed == {"linear maps of width 2 before it": 4}
+    assert third.activation.removed == {"at most 2 directions come in": 4}
     assert len(first.gradient.values) == 2
     with_relu = nn.Sequential(nn.Linear(6, 2), nn.ReLU(), nn.Linear(2, 6), nn.ReLU(), nn.Linear(6, 3)).double()
     assert [layer.activation_rank for layer in layers_of(with_relu)] == [6, 2, 6]
@@ -253,6 +259,88 @@ def test_any_model_by_the_names_of_its_modules() -> None:
     assert [len(reading.activation.values) for reading in readings] == [12, 12, 24, 12]
     assert readings[3].gradient.removed == {"softmax does not see the mean of the logits": 1}
     assert model.training
+
+
+def vision(**options: object) -> tuple[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """A small vision transformer in float64, and a probe of six images."""
+    config = ViTConfig(layers=2, width=16, heads=2, hidden=12, patch=2, **options)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    model = vision_transformer(config, (1, 4, 4), 5).double()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.4, mean=float(p.ndim == 1))
+    images = torch.randn(6, 1, 4, 4, dtype=torch.float64)
+    return model, [(images[:3], torch.zeros(3).long()), (images[3:], torch.zeros(3).long())]
+
+
+def deep(**options: object) -> tuple[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """A small deep MLP in float64, and all pairs."""
+    torch.manual_seed(0)
+    model = DeepMLP(DeepMLPConfig(depth=4, width=16, **options), tokens=5, classes=5).double()  # type: ignore[arg-type]
+    pairs = torch.cartesian_prod(torch.arange(5), torch.arange(5))
+    return model, [(pairs, pairs.sum(1) % 5)]
+
+
+def of_gpt(name: str) -> tuple[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]]:
+    return make_model(MODELS[name]), probe(MODELS[name])
+
+
+def changes(model: nn.Module, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> list[float]:
+    """Largest relative change of each layer's observables under a random element of all gauges."""
+    turned = copy.deepcopy(model)
+    gauges = find_gauges(model, inputs=(batches[0][0],))
+    gauges.transform_(turned, torch.Generator().manual_seed(3))
+    assert len(gauges) > 1
+    readings = [observe(each, layers_of(each), batches, categorical_score(0)) for each in (model, turned)]
+    return [
+        max(abs(after.values[key] - value) / abs(value) for key, value in before.values.items() if value)
+        for before, after in zip(*readings, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: of_gpt("rms-swiglu-rope-gqa"),
+        lambda: of_gpt("layer-bias-relu-learned"),
+        vision,
+        lambda: vision(class_token=True, mlp="swiglu"),
+    ],
+)
+def test_every_cell_of_a_residual_stream_is_gauge_invariant(
+    make: Callable[[], tuple[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]]],
+) -> None:
+    """So drift along an orbit cannot blur one, whatever the optimizer."""
+    assert max(changes(*make())) < 1e-9
+
+
+def test_cells_of_a_deep_mlp_are_read_at_hidden_units_which_rescale() -> None:
+    assert min(changes(*deep())) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("make", "removed"),
+    [
+        (vision, {"embedding": (8, 1), "block 1": (0, 1), "block 2": (0, 10)}),
+        (lambda: vision(class_token=True), {"embedding": (7, 1), "block 1": (0, 1), "block 2": (0, 10)}),
+        (lambda: deep(residual=True), {"layer 1": (7, 0), "layer 4": (0, 12), "head": (0, 1)}),
+    ],
+)
+def test_algebraic_zeros_of_other_models_are_all_there_are(
+    make: Callable[[], tuple[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]]], removed: dict[str, tuple[int, int]]
+) -> None:
+    """What is removed is zero, of every layer; and of these layers nothing else is."""
+    model, batches = make()
+    layers = layers_of(model)
+    moments = accumulate(model, layers, batches, categorical_score(0))
+    readings = observe(model, layers, batches, categorical_score(0))
+    for layer, moment, reading in zip(layers, moments, readings, strict=True):
+        sides = ((moment.activation, reading.activation), (moment.gradient, reading.gradient))
+        for i, (matrix, found) in enumerate(sides):
+            values = torch.linalg.eigvalsh(matrix)
+            zeros = int((values < 1e-12 * values[-1]).sum())
+            assert zeros >= sum(found.removed.values())
+            if layer.name in removed:
+                assert zeros == sum(found.removed.values()) == removed[layer.name][i]
 
 
 def test_observing_changes_nothing(config: GPTConfig) -> None:

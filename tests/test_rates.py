@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from ddc.slt.observables import OBSERVABLES
 from ddc.slt.rates import (
     RateRule,
     fit_line,
+    increment_correlation,
     log_approach,
     log_observables,
     noise_share,
@@ -18,6 +20,7 @@ from ddc.slt.rates import (
     read_cells,
     read_rate,
     shuffled_share,
+    walk_counts,
 )
 
 LOG_T = np.linspace(0, -4 * math.log(10), 32)
@@ -241,3 +244,41 @@ def test_slopes_without_an_order() -> None:
 def test_constants_out_of_range(key: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"Invalid slt\.rule\.{key}={value}"):
         RateRule(**{key: value})
+
+
+def made_up_rows(values: np.ndarray) -> list[dict]:
+    """Readings of one layer whose observables, as logarithms, are the rows of ``values``; the loss falls by a power."""
+    names = list(OBSERVABLES)
+    found = []
+    for i, column in enumerate(values.T):
+        numbers = {
+            name: value if name.endswith("volume") else math.exp(value)
+            for name, value in zip(names, column, strict=True)
+        }
+        layer = {"layer": "block 1", "values": numbers, "activation": {"rank": 3}, "gradient": {"rank": 3}}
+        found.append({"step": i, "loss": math.exp(LOG_T[i]), "layers": [layer]})
+    return found
+
+
+def test_the_correlation_of_increments_is_that_of_numpy() -> None:
+    steps = np.random.default_rng(0).normal(size=(len(OBSERVABLES), 31))
+    steps[1] = 0.8 * steps[0] + 0.2 * steps[1]
+    values = np.concatenate([np.zeros((len(OBSERVABLES), 1)), steps.cumsum(1)], axis=1)
+    expected = np.corrcoef(np.diff(values, axis=1))
+    np.testing.assert_allclose(increment_correlation(made_up_rows(values)), expected, atol=1e-6)
+    values[2] = 1.0  # a cell that never moves
+    correlation = increment_correlation(made_up_rows(values))
+    assert correlation[2, 2] == 1
+    np.testing.assert_allclose(np.delete(correlation[2], 2), 0, atol=1e-12)
+
+
+def test_walks_that_move_together_are_read_together() -> None:
+    """The same mean count as independent walks, all or none of the grid."""
+    walk = np.random.default_rng(0).normal(size=31).cumsum()
+    values = np.tile(np.concatenate([[0.0], walk]), (len(OBSERVABLES), 1))
+    rows = made_up_rows(values)
+    together = walk_counts(rows, "excess_loss", RULE, runs=400)
+    alone = walk_counts(rows, "excess_loss", RULE, runs=400, correlated=False)
+    assert {0, len(OBSERVABLES)} == set(together)
+    assert abs(np.mean(together) - np.mean(alone)) < 4 * math.sqrt(np.var(together) / 400)
+    assert np.var(together) > 2 * np.var(alone)

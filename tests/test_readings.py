@@ -73,6 +73,35 @@ def test_readings_change_no_training_number(tmp_path: Path, optimizer: str) -> N
     assert 0 < summary["reading_seconds"] < summary["seconds"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "layers"),
+    [
+        (["+experiment=vit_scratch"], ["embedding", "block 1"]),
+        (["+experiment=vit_scratch", "model.class_token=true", "optimizer=adamw"], ["embedding", "block 1"]),
+        (["+experiment=grok_mlp", "optimizer=ddcmuon"], ["layer 1", "layer 2", "head"]),
+        (["+experiment=grok_mlp", "model.residual=true", "optimizer=muon"], ["layer 1", "layer 2", "head"]),
+    ],
+)
+def test_other_models_are_read_and_train_as_without(tmp_path: Path, overrides: list[str], layers: list[str]) -> None:
+    plain, observed = run(tmp_path / "plain", *overrides), run(tmp_path / "observed", *overrides, *READ, *LLC)
+    train(plain)
+    train(observed)
+    assert_same_run(plain.folder, observed.folder)
+    rows = readings(observed.folder)
+    assert [layer["layer"] for layer in rows[-1]["layers"]] == layers
+    assert all(math.isfinite(rows[-1]["learning_coefficient"][key]) for key in ("value", "low", "high"))
+    assert rows[-1]["arc_length"] > 0
+    assert observed.observer is not None
+    again = [row | {"layers": None} for row in observed.observer.read_again()]
+    assert again == [{key: row[key] for key in ("step", "arc_length", "loss")} | {"layers": None} for row in rows]
+    others = list(observed.observer.read_untrained(rows[:2]))
+    assert [row["step"] for row in others] == [row["step"] for row in rows[:2]]
+    assert others[0]["layers"] != others[1]["layers"]
+    figures = draw_readings(Run.read(observed.folder), tmp_path)
+    assert {path.name for path in figures} == {"cells.png", "cells.pdf", "spectra.png", "spectra.pdf"}
+
+
 def test_a_run_without_readings_keeps_its_name() -> None:
     assert composed("slt.sequences=8").run_id == composed().run_id
     assert composed(*READ).run_id != composed().run_id
@@ -181,7 +210,7 @@ def test_wandb_gets_numbers_spectra_and_figures(tmp_path: Path) -> None:
     figures = draw_readings(Run.read(setup.folder), setup.folder)
     for row in readings(setup.folder):
         mirror.log_reading(row)
-    mirror.finish({"steps": 12}, lambda: figures)
+    mirror.finish({"steps": 12}, draw=lambda: figures)
     assert mirror._run is not None
     assert "slt/block 1/gradient_lambda_min" in sent[0]
     assert type(sent[0]["slt/block 1/gradient_spectrum"]).__name__ == "Histogram"

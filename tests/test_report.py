@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import itertools
 import json
@@ -18,9 +19,10 @@ from scipy import stats
 from scipy.special import gammaln
 
 from ddc.report import cost, equivariance, overtraining, singular
+from ddc.report import vit as vit_report
 from ddc.report.book import Section, latex, page
 from ddc.report.claims import Effect, effect, load_claims, verdict
-from ddc.report.figures import save_figure, subplots
+from ddc.report.figures import drawn, save_figure, subplots
 from ddc.report.paired import interval, quantity_table, seeds_table, stage_runs
 from ddc.report.runs import read_lines
 from ddc.report.stages import table
@@ -31,7 +33,8 @@ from ddc.report.statistics import (
     paired_p,
     share_difference_interval,
 )
-from experiments import rates, vit
+from experiments import __main__ as command
+from experiments import learning_coefficients, rates, vit
 from experiments.protocols import CLAIMS, ROOT
 
 CLAIM = load_claims(CLAIMS)
@@ -190,9 +193,44 @@ def test_a_gap_that_was_never_reached_counts_as_no_seed() -> None:
     assert [(each.seeds, each.verdict) for each in found] == [("5 of 6", "direction only")] * 2
 
 
+def test_the_main_table_says_what_speaks_against_a_verdict() -> None:
+    found = {(each.claim, each.protocol): each for each in command.all_verdicts(CLAIM)}
+    assert found["C3", "tuned"].verdict == "direction only"  # by the rule
+    assert "not reproduced with settings beyond the grid" in found["C3", "tuned"].against
+    assert "0.702 (DDCAdam) against 0.659 (AdamW)" in found["C3", "tuned"].against
+    assert "rate × decay is 4 times DDCAdam's" in found["C4", "tuned"].against
+    assert "DDCAdam's learning rate was not tuned (0.001)" in found["C1", "tuned"].against
+    assert "17 of the 17 cells read are log-volumes" in found["C2", "matched, 5 × 5 cells"].against
+    assert "at the corner of its grid" in found["C5", "tuned"].against
+    assert [each.tested for key, each in found.items() if key[0] in ("C2", "C6")] == [
+        *["no: fewer than 5 seeds"] * 2, *["no: a bound"] * 2
+    ]  # fmt: skip
+    for (claim, protocol), each in found.items():
+        assert protocol in CLAIM[claim].fixed
+        if claim in ("C1", "C3", "C4", "C5"):
+            assert each.tested == "yes"
+
+
+def test_beyond_the_grid_speaks_against_a_verdict_only_where_it_does() -> None:
+    records = vit.EXPERIMENT.records
+    worse = copy.deepcopy(records)
+    for record in worse:
+        if "beyond" in record["stages"] and record["config"]["optimizer"]["name"] == "adamw":
+            record["summary"]["validation_loss"] += 1
+    assert "0.659" in vit_report.beyond(records)
+    assert vit_report.beyond(worse) == vit_report.beyond([r for r in records if "beyond" not in r["stages"]]) == "–"
+
+
+def test_23_of_28_learning_coefficients_are_near_the_true_one() -> None:
+    records = read_lines(ROOT / "results/learning_coefficients/records.jsonl")
+    assert learning_coefficients.near(records) == 23
+    for text in (ROOT / "README.md").read_text(), learning_coefficients.table(records):
+        assert re.search(r"23 (of 28 estimates are )?within 5% of", " ".join(text.split()))
+
+
 def test_cells_are_compared_grid_by_grid() -> None:
     readings = singular.load(ROOT / "results/rates/small")
-    found = {each.protocol: each for each in singular.verdicts(readings, CLAIM["C2"])}
+    found = {each.protocol: each for each in singular.verdicts(readings, [], CLAIM["C2"])}
     small = found["matched, 5 × 5 cells"]
     assert (small.seeds, small.p, small.verdict) == ("3", "–", "direction only")
     assert small.ours.startswith("DDCAdam 5, 4, 4; AdamW 1, 2, 1: +3.0")
@@ -267,7 +305,7 @@ def test_the_page_shows_every_figure_with_its_caption() -> None:
 
 def test_cost_is_drawn_from_its_records(tmp_path: Path) -> None:
     speed, memory = (json.loads((ROOT / f"results/benchmark/{name}.json").read_text()) for name in ("speed", "memory"))
-    figures = [path.name for path in cost.draw(speed, memory, tmp_path)]
+    figures = [path.name for path in drawn(cost.drawings(speed, memory), tmp_path)]
     assert figures == ["cost.png", "scaling.png"]
     assert (ROOT / "results/benchmark/speed.md").read_text() == cost.speed_table(speed)
     assert (ROOT / "results/benchmark/memory.md").read_text() == cost.memory_table(memory)
@@ -293,6 +331,40 @@ def test_the_readme_gives_the_verdicts() -> None:
     expected = re.findall(row, main_table, re.MULTILINE)
     assert len(expected) >= 10
     assert rows == expected
+
+
+def test_every_table_and_figure_is_a_target() -> None:
+    """None is committed that cannot be made by its path, and none can be made that is not committed."""
+    named = {path for source in command.sources(CLAIM).values() for each in source() for path in each.paths}
+    there = {path for suffix in ("md", "tex", "png", "pdf") for path in (ROOT / "results").rglob(f"*.{suffix}")}
+    assert {str(path.relative_to(ROOT)) for path in there ^ named} == set()
+
+
+def test_one_figure_is_made_by_its_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    monkeypatch.setattr(vit, "RESULTS", tmp_path / "results/vit")
+    command.make(["results/vit/units.pdf"])
+    assert sorted(path.name for path in (tmp_path / "results/vit").iterdir()) == ["units.pdf", "units.png"]
+    with pytest.raises(
+        ValueError, match=r"results/vit/runs\.pdf is no table or figure; there are results/vit/table\.md"
+    ):
+        command.make(["results/vit/runs.pdf"])
+
+
+def test_make_knows_its_targets_and_states_no_time_that_is_not_recorded() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    assert not re.findall(
+        r"\d+ (?:seconds?|minutes?|hours?)\b|\b(?:a|an|two|three|eight) (?:minute|hour)s?\b", makefile
+    )
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    targets = {name for line in re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE) for name in line.split()}
+    assert {line.split()[0] for line in shown.splitlines()} == targets - {"FORCE"} | {"results/%"}
+    dry = subprocess.run(
+        ["make", "-n", "results/overtraining/losses.pdf"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert "-m experiments make results/overtraining/losses.pdf" in dry
+    hours = re.findall(r"([0-9.]+) hours of one core", (ROOT / "README.md").read_text())
+    assert hours == [f"{command.recorded_seconds() / 3600:.1f}"]
 
 
 @pytest.mark.slow

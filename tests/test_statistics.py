@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ddc.report.statistics import fisher_p, holm, mean_interval, share_interval
+from ddc.report.statistics import combined_p, fisher_p, holm, mean_interval, share_interval
 
 
 @pytest.mark.parametrize(("seeds", "coverage"), [(3, 0.95), (5, 0.95), (11, 0.905)])
@@ -34,3 +34,10 @@ def test_shares_and_counts_agree_with_closed_forms() -> None:
 
 def test_holm_multiplies_the_smallest_most_and_keeps_the_order() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+
+
+def test_a_combined_p_is_fishers() -> None:
+    p = [0.05, 0.2, 0.6]
+    product = np.prod(p)  # of three uniform numbers, the chance of a product as small, in closed form
+    assert combined_p(p) == pytest.approx(product * (1 - np.log(product) + np.log(product) ** 2 / 2))
+    assert combined_p([0.03]) == pytest.approx(0.03)

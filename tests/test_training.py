@@ -443,6 +443,8 @@ def test_wandb_gets_what_was_held_back_when_a_run_stops(tmp_path: Path) -> None:
     statuses: list[int] = []
 
     class Recorder:
+        summary: dict = {}  # noqa: RUF012
+
         def finish(self, exit_code: int) -> None:
             statuses.append(exit_code)
 

@@ -12,13 +12,14 @@ import torch
 
 from ddc.models import load_model
 from ddc.report.claims import load_claims
+from ddc.report.figures import drawn
 from ddc.report.runs import read_lines
 from ddc.report.vit import (
     HALVED,
     LAST_LOSS,
     SPARE,
     differences,
-    draw,
+    drawings,
     markdown,
     stage_runs,
     verdicts,
@@ -132,7 +133,7 @@ def fake(name: str, seed: int, loss: float, spare: float, rise: float) -> dict:
     pruning = [{"keep": 1.0, "validation_loss": loss}, {"keep": 0.5, "validation_loss": loss + rise}]
     return {
         "stages": {"matched": name, "tuned": name},
-        "config": {"optimizer": {"name": name}},
+        "config": {"optimizer": {"name": name, "lr": 1e-3, "weight_decay": 0.1}},
         "seed": seed,
         "diverged": False,
         "summary": {"validation_loss": loss},
@@ -186,7 +187,7 @@ def test_the_committed_table_is_what_its_records_make() -> None:
 
 
 def test_figures_from_records(tmp_path: Path) -> None:
-    figures = draw(read_lines(RECORDS), tmp_path)
+    figures = drawn(drawings(read_lines(RECORDS)), tmp_path)
     assert {path.stem for path in figures} == {"losses", "pruning", "units"}
     assert all(path.stat().st_size > 10_000 for png in figures for path in (png, png.with_suffix(".pdf")))
 

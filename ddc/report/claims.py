@@ -40,7 +40,7 @@ class Claim:
         reproduced: rule for this verdict.
         direction_only: likewise; whatever is neither is not reproduced.
         level: p-values below it count.
-        fixed: when this rule was written, relative to the runs.
+        fixed: when this rule was written, relative to the runs, by protocol as the main table names it.
         enough: share of the paper's effect that *reproduced* needs; 0 where the rule has no such number.
     """
 
@@ -57,7 +57,7 @@ class Claim:
     reproduced: str
     direction_only: str
     level: float
-    fixed: str
+    fixed: dict[str, str]
     enough: float = 0.0
 
 
@@ -85,8 +85,10 @@ class Verdict:
         ours: our figures, as text, with a 95% interval.
         p: adjusted p-value or values, as text.
         seeds: how many.
+        tested: whether a test decided, or why not.
         scale: model and data in a few words.
         verdict: reproduced, direction only, not reproduced, or not tested.
+        against: what is known against it, from the same records.
     """
 
     claim: str
@@ -94,8 +96,10 @@ class Verdict:
     ours: str
     p: str
     seeds: str
+    tested: str
     scale: str
     verdict: str
+    against: str = "–"
 
 
 def load_claims(path: Path) -> dict[str, Claim]:
@@ -147,12 +151,21 @@ def verdict(effects: Sequence[Effect]) -> str:
     return "reproduced" if min(directions) > 0 and all(each.enough for each in effects) else "direction only"
 
 
+def tested(p: float | None) -> str:
+    """Whether there were seeds enough for a test of paired differences, in a word of the main table."""
+    return "yes" if p is not None else f"no: fewer than {TESTED_FROM} seeds"
+
+
 def verdict_table(claims: Mapping[str, Claim], verdicts: Iterable[Verdict]) -> str:
     """The paper's figures beside ours, in the order of the claims."""
     verdicts = list(verdicts)
-    header = ["claim", "paper", "protocol", "ours (95%)", "p (Holm)", "seeds", "scale", "verdict"]
+    header = ["claim", "paper", "protocol", "ours (95%)", "p (Holm)", "seeds", "tested", "rule written", "scale"]
+    header += ["known against it", "verdict"]
     rows = [
-        [f"{claim.id}: {claim.title}", claim.paper, v.protocol, v.ours, v.p, v.seeds, v.scale, f"**{v.verdict}**"]
+        [
+            *(f"{claim.id}: {claim.title}", claim.paper, v.protocol, v.ours, v.p, v.seeds, v.tested),
+            *(claim.fixed.get(v.protocol, "–"), v.scale, v.against, f"**{v.verdict}**"),
+        ]
         for claim in claims.values()
         for v in verdicts
         if v.claim == claim.id
@@ -164,5 +177,6 @@ def rule(claim: Claim) -> str:
     """The rule of a claim's verdict in a sentence."""
     return (
         f"{claim.id}: {claim.metric}; {claim.comparison}. *Reproduced*: {claim.reproduced}. *Direction only*: "
-        f"{claim.direction_only}. Else not reproduced. Rule written {claim.fixed}."
+        f"{claim.direction_only}. Else not reproduced. Rule written "
+        f"{'; '.join(f'{when} ({protocol})' for protocol, when in claim.fixed.items())}."
     )

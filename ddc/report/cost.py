@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ from ddc.report.figures import (
     COLOURS,
     HATCHES,
     MARKERS,
-    Figures,
+    Drawing,
     nth_style,
     plain_log_ticks,
     save_figure,
@@ -50,6 +52,65 @@ def memory_table(memory: Record) -> str:
         f"Commit {memory['commit']}. Made by `make memory`."
     )
     return f"{table(header, rows, left=2)}\n\n{note}\n"
+
+
+def mirror_table(mirror: Record) -> str:
+    """One row a run: what its offline mirror to W&B takes, and the share of the run that this is."""
+    rows = []
+    for row in mirror["rows"]:
+        parts = [row[key] for key in ("start", "rows_and_readings", "figures", "end", "service")]
+        rows.append(
+            [
+                row["run"],
+                f"{row['rows']}, {row['readings']}",
+                *(f"{part:.2f}" for part in parts),
+                f"{row['bytes'] / 2**20:.2f}",
+                f"{row['run_seconds']:.0f}",
+                f"{100 * sum(parts) / row['run_seconds']:.1f}%",
+            ]
+        )
+    header = ["offline mirror to W&B", "rows, readings", "start", "rows and readings", "figures", "end"]
+    header += ["W&B's process", "MiB on disk", "run, s", "share of it"]
+    note = (
+        "Seconds of the processor: committed runs, sent again in a process of their own, from the import of wandb "
+        f"until the file is whole. Medians of {mirror['turns']} turns, {mirror['machine']['cpu']}, commit "
+        f"{mirror['commit']}. Made by `python -m benchmarks.mirror`."
+    )
+    return f"{table(header, rows)}\n\n{note}\n"
+
+
+def sampling_table(record: Record) -> str:
+    """Two rows a problem: what ddc and devinterp estimate, and their times."""
+    lines = [
+        "| problem | truth | package | estimate (standard error) of each turn | median seconds | devinterp / ddc |",
+        "| --- | ---: | --- | ---: | ---: | ---: |",
+    ]
+    for name, result in record["results"].items():
+        seconds = {p: statistics.median(run["seconds"] for run in result[p]) for p in ("ddc", "devinterp")}
+        for package in ("ddc", "devinterp"):
+            values = ", ".join(f"{run['value']:.2f} ({run['error']:.2f})" for run in result[package])
+            ratio = f"{seconds['devinterp'] / seconds['ddc']:.1f}" if package == "ddc" else ""
+            truth = "unknown" if result["truth"] is None else f"{result['truth']:g}"
+            lines.append(f"| {name} | {truth} | {package} | {values} | {seconds[package]:.2f} | {ratio} |")
+    machine = record["machine"]
+    lines += [
+        "",
+        "Same model, data, loss, step size, nβ, γ, batch size, chains and draws, without burn-in, which lowers both. "
+        "ddc runs its chains in one batch and takes L(w*) on each draw's own batch; devinterp runs them in turn, "
+        "takes L(w*) once, over all samples, and writes every loss to a zarr store, which its seconds include. "
+        f"One thread of {machine['cpu']}, float32. Commit {record['commit']}. "
+        "Made by `python -m benchmarks.learning_coefficient`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def reading_table(probe: Record) -> str:
+    """One row a size of the probe and number of threads: what a reading takes."""
+    rows = [
+        [str(r["sequences"]), str(r["threads"]), f"{r['seconds']:.2f}", f"{r['grown_mib']:.0f}"] for r in probe["rows"]
+    ]
+    header = ["sequences of 128", "threads", "seconds", "memory grown, MiB"]
+    return f"{table(header, rows, left=0)}\n\nGPT of scale=cpu, embedding and 4 blocks. Commit {probe['commit']}.\n"
 
 
 def speed_table(speed: Record) -> str:
@@ -160,20 +221,22 @@ def slope_table(scaling: Record) -> str:
     return table(header, rows, left=2)
 
 
-def draw(speed: Record, memory: Record, folder: Path) -> Figures:
-    """All figures of the benchmarks, with their captions."""
-    cost, *_ = plot(speed, memory, folder / "cost")
-    figures = {
-        cost: "Cost: time of an optimizer's step and of a whole training step (medians of turns, "
-        f"{', '.join(dict.fromkeys(part['machine']['cpu'] for part in speed['models'].values()))}), "
-        "and state and peak memory of a training step. One machine, no seeds."
+def drawings(speed: Record, memory: Record) -> dict[str, Drawing]:
+    """All figures of the benchmarks, by name."""
+    machines = ", ".join(dict.fromkeys(part["machine"]["cpu"] for part in speed["models"].values()))
+    found = {
+        "cost": Drawing(
+            partial(plot, speed, memory),
+            f"Cost: time of an optimizer's step and of a whole training step (medians of turns, {machines}), and state "
+            "and peak memory of a training step. One machine, no seeds.",
+        )
     }
     if "scaling" in speed:
-        scaling, *_ = plot_scaling(speed["scaling"], folder / "scaling")
-        figures[scaling] = (
-            "Time of an optimizer's step along width, depth and number of heads of a GPT; log-log slopes."
+        found["scaling"] = Drawing(
+            partial(plot_scaling, speed["scaling"]),
+            "Time of an optimizer's step along width, depth and number of heads of a GPT; log-log slopes.",
         )
-    return figures
+    return found
 
 
 def plot(speed: Record, memory: Record, stem: Path) -> list[Path]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,25 @@ if TYPE_CHECKING:
 
 #: PNG files with their captions; each has a PDF beside it.
 Figures = dict[Path, str]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure that is not drawn yet.
+
+    Attributes:
+        plot: draws it as ``stem``.png and ``stem``.pdf and returns both paths.
+        caption: of the figure.
+    """
+
+    plot: Callable[[Path], list[Path]]
+    caption: str
+
+
+def drawn(drawings: Mapping[str, Drawing], folder: Path) -> Figures:
+    """Draw figures, each under its name."""
+    return {drawing.plot(folder / name)[0]: drawing.caption for name, drawing in drawings.items()}
+
 
 #: Okabe and Ito's colours, safe for the colour-blind.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

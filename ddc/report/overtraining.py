@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from ddc.report.claims import Claim, Verdict, effect, rule, verdict, verdict_table
+from ddc.report.claims import Claim, Verdict, effect, rule, tested, verdict, verdict_table
 from ddc.report.curves import plot_losses
-from ddc.report.figures import Figures, nth_style, save_figure, subplots
+from ddc.report.figures import Drawing, nth_style, save_figure, subplots
 from ddc.report.paired import (
     BASELINE,
     QUANTITY_NOTE,
@@ -94,8 +95,19 @@ def verdicts(records: Sequence[Record], claim: Claim) -> list[Verdict]:
         )
         scale = "GPT, 0.8M parameters, 40 kB of text"
         seeds = seeds_cell(len(found_on), ran)
-        found.append(Verdict(claim.id, protocol, ours, p_cell(p), seeds, scale, verdict([shown])))
+        against = untuned_rate(records) if protocol == "tuned" else "–"
+        found.append(Verdict(claim.id, protocol, ours, p_cell(p), seeds, tested(p), scale, verdict([shown]), against))
     return found
+
+
+def untuned_rate(records: Sequence[Record]) -> str:
+    """Whether the tuning left an optimizer's learning rate alone."""
+    rates = {
+        name: {run["config"]["optimizer"]["lr"] for runs in settings.values() for run in runs}
+        for name, settings in of_stage(records, "tuning").items()
+    }
+    alone = {name: min(each) for name, each in rates.items() if len(each) == 1}
+    return "; ".join(f"{TITLES[name]}'s learning rate was not tuned ({rate:g})" for name, rate in alone.items()) or "–"
 
 
 def grid(records: Sequence[Record], name: str) -> dict[tuple[float, float], Record]:
@@ -202,28 +214,39 @@ def markdown(records: Sequence[Record], claim: Claim) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def draw(records: Sequence[Record], folder: Path) -> Figures:
-    """All figures of the experiment, with their captions."""
+def drawings(records: Sequence[Record]) -> dict[str, Drawing]:
+    """All figures of the experiment, by name."""
     runs = {stage: stage_runs(records, stage) for stage in STAGE_TITLES}
-    losses, *_ = plot_losses({name: runs[name] for name in PROTOCOLS}, setting_title, folder / "losses")
-    cells, *_ = plot_grid(records, folder / "grid")
-    frontier, *_ = plot_frontier(records, folder / "frontier")
-    sets, *_ = plot_gauge_sets(records, folder / "gauge_sets")
-    drift, *_ = plot_drift(runs["matched"], folder / "drift")
     return {
-        losses: "Language model: losses against steps, and the gap against the train loss: on one vertical the train "
-        "loss is equal. A line a seed.",
-        cells: "Language model: the grid, seed 100. Above DDCAdam, radial rate × decay; below AdamW, rate × decay. "
-        "Small: the train loss at the end, for a low validation loss may be one of a model that does not fit. Grey: "
-        "never reached. Framed: chosen by this question; the middle one among settings that fit (train loss at most "
-        "0.5).",
-        frontier: "Language model: where each setting of the grid ends (seed 100), and the decisive settings on their "
-        "own seeds. The validation loss at the end, and the best one, against the train loss at the end.",
-        sets: "Language model: DDCAdam told of part of the gauges, at radial rates 0 and 1 (rate 0.001, decay 0.1, "
-        "seed 100). Without gauges it is AdamW.",
-        drift: "Language model, matched: how far the weights have moved along their gauge orbits, where no loss sees "
-        "them. Root mean square over units, a line a seed. Of rescales the change of log ρ_P - log ρ_M; DDCAdam holds "
-        "it still, but for decay, which acts on matrices and not on vectors (norm scale); rotations it does not hold.",
+        "losses": Drawing(
+            partial(plot_losses, {name: runs[name] for name in PROTOCOLS}, setting_title),
+            "Language model: losses against steps, and the gap against the train loss: on one vertical the train loss "
+            "is equal. A line a seed.",
+        ),
+        "grid": Drawing(
+            partial(plot_grid, records),
+            "Language model: the grid, seed 100. Above DDCAdam, radial rate × decay; below AdamW, rate × decay. Small: "
+            "the train loss at the end, for a low validation loss may be one of a model that does not fit. Grey: never "
+            "reached. Framed: chosen by this question; the middle one among settings that fit (train loss at most "
+            "0.5).",
+        ),
+        "frontier": Drawing(
+            partial(plot_frontier, records),
+            "Language model: where each setting of the grid ends (seed 100), and the decisive settings on their own "
+            "seeds. The validation loss at the end, and the best one, against the train loss at the end.",
+        ),
+        "gauge_sets": Drawing(
+            partial(plot_gauge_sets, records),
+            "Language model: DDCAdam told of part of the gauges, at radial rates 0 and 1 (rate 0.001, decay 0.1, seed "
+            "100). Without gauges it is AdamW.",
+        ),
+        "drift": Drawing(
+            partial(plot_drift, runs["matched"]),
+            "Language model, matched: how far the weights have moved along their gauge orbits, where no loss sees "
+            "them. Root mean square over units, a line a seed. Of rescales the change of log ρ_P - log ρ_M; DDCAdam "
+            "holds it still, but for decay, which acts on matrices and not on vectors (norm scale); rotations it does "
+            "not hold.",
+        ),
     }
 
 

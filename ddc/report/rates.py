@@ -155,14 +155,24 @@ def plot_spectra(rows: Sequence[Mapping[str, Any]], title: str, stem: Path) -> l
     return save_figure(figure, stem)
 
 
+def cells_of(run: Run) -> list[Cell]:
+    """The cells of a run's own readings, against the approach parameter that was fixed before it ran."""
+    rule, approach, loss_floor = settings(run)
+    return read_cells(run.readings, approach, rule, loss_floor)
+
+
+def titled(run: Run, approach: str) -> str:
+    """The title of a run's grid of cells."""
+    return f"{run.label}, against {APPROACH_TITLES[approach]}"
+
+
 def draw_readings(run: Run, folder: Path) -> list[Path]:
     """Heat map and spectra of a run's own readings, as ``cells`` and ``spectra`` in a folder; none without readings."""
     if not run.readings:
         return []
-    rule, approach, loss_floor = settings(run)
-    cells = read_cells(run.readings, approach, rule, loss_floor)
-    title = f"{run.label}, against {APPROACH_TITLES[approach]}"
-    return [*plot_cells(cells, title, folder / "cells"), *plot_spectra(run.readings, run.label, folder / "spectra")]
+    _, approach, _ = settings(run)
+    cells = plot_cells(cells_of(run), titled(run, approach), folder / "cells")
+    return [*cells, *plot_spectra(run.readings, run.label, folder / "spectra")]
 
 
 def markdown(reports: Sequence[Mapping[str, Any]]) -> str:

@@ -10,19 +10,20 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ddc.report.claims import FEW_SEEDS, Claim, Verdict, effect, rule, verdict, verdict_table
-from ddc.report.figures import COLOURS, HATCHES, Figures, nth_style, save_figure, subplots
+from ddc.report.claims import FEW_SEEDS, Claim, Verdict, effect, rule, tested, verdict, verdict_table
+from ddc.report.figures import COLOURS, HATCHES, Drawing, nth_style, save_figure, subplots
 from ddc.report.paired import BASELINE, SUBJECT, interval, p_cell
 from ddc.report.rates import APPROACH_TITLES, COLUMNS, heat_map, largest_slope, settings
 from ddc.report.rates import markdown as cells_table
 from ddc.report.runs import TITLES, Run
-from ddc.report.stages import Record, commits
-from ddc.report.statistics import holm, paired_p
+from ddc.report.stages import Record, commits, table
+from ddc.report.statistics import combined_p, holm, paired_p
 from ddc.slt.rates import log_approach, log_observables
 
 OPTIMIZERS = (BASELINE, SUBJECT)
@@ -77,8 +78,11 @@ def grids(readings: Sequence[Reading]) -> dict[str, dict[int, dict[str, Reading]
     }
 
 
-def verdicts(readings: Sequence[Reading], claim: Claim) -> list[Verdict]:
-    """Claim C2 by grid: cells read, DDCAdam - AdamW, paired by seed; p-values adjusted over the grids."""
+def verdicts(readings: Sequence[Reading], walks: Sequence[Record], claim: Claim) -> list[Verdict]:
+    """Claim C2 by grid: cells read, DDCAdam - AdamW, paired by seed; p-values adjusted over the grids.
+
+    ``walks`` are the records of :mod:`experiments.walks`, of which what is known against the verdict takes its numbers.
+    """
     found, by_grid = [], grids(readings)
     gains = {
         name: [float(pair[SUBJECT].read - pair[BASELINE].read) for pair in seeds.values()]
@@ -99,21 +103,88 @@ def verdicts(readings: Sequence[Reading], claim: Claim) -> list[Verdict]:
                 f"{ours}: {interval(gains[name], '.1f')}",
                 p_cell(p_values[name]),
                 str(len(seeds)),
+                tested(p_values[name]),
                 f"GPT, {config['model']['layers']} layers, width {config['model']['width']}, 40 kB of text",
                 verdict([effect(gains[name], p_values[name], claim.level, enough)]),
+                invariant(seeds, walks),
             )
         )
     return found
 
 
-def markdown(readings: Sequence[Reading], claim: Claim) -> str:
+def invariant(seeds: Mapping[int, Mapping[str, Reading]], walks: Sequence[Record]) -> str:
+    """What the counted cells are, and how often walks that move as they do together read as many."""
+    pairs = [pair[optimizer] for pair in seeds.values() for optimizer in OPTIMIZERS]
+    read = [cell for each in pairs for cell in each.primary["cells"] if cell["verdict"] == "read"]
+    volumes = sum(cell["observable"] == "activation_log_volume" for cell in read)
+    text = (
+        "all cells are gauge-invariant, so drift along orbits cannot blur them; "
+        f"{volumes} of the {len(read)} cells read are log-volumes of activations, which move together"
+    )
+    by_run = {record["run"]: record for record in walks}
+    chances = [
+        np.mean(np.array(by_run[each.run.info["id"]]["correlated"]) >= each.read)
+        for each in pairs
+        if each.optimizer == SUBJECT and each.run.info["id"] in by_run
+    ]
+    if chances:
+        span = " to ".join(dict.fromkeys(f"{chance:.2f}" for chance in (min(chances), max(chances))))
+        text += f": correlated walks read as many as DDCAdam's runs with probability {span}"
+    return text
+
+
+def walk_table(readings: Sequence[Reading], walks: Sequence[Record]) -> str:
+    """One row a run: cells read, and what walks read, independent or with the cells' own correlation."""
+    by_run = {record["run"]: record for record in walks}
+    rows = []
+    for each in readings:
+        if (record := by_run.get(each.run.info["id"])) is None:
+            continue
+        correlated, independent = (np.array(record[key]) for key in ("correlated", "independent"))
+        rows.append(
+            [
+                f"{each.run.label}, {each.primary['total']} cells",
+                str(each.read),
+                f"{statistics.median(record['block_correlation']):.2f}",
+                *(f"{counts.mean():.1f}, {np.quantile(counts, 0.95):.0f}" for counts in (independent, correlated)),
+                *(f"{np.mean(counts >= each.read):.3f}" for counts in (independent, correlated)),
+            ]
+        )
+    header = ["run", "cells read", "correlation of log-volumes", "independent walks: mean, 95th percentile"]
+    header += ["correlated walks: mean, 95th percentile", "p, independent", "p, correlated"]
+    return table(header, rows)
+
+
+def together(readings: Sequence[Reading], walks: Sequence[Record]) -> str:
+    """What the p-values of correlated walks come to over the seeds of each grid and optimizer, by Fisher's method."""
+    by_run = {record["run"]: record for record in walks}
+    parts = []
+    for name, seeds in grids(readings).items():
+        for optimizer in OPTIMIZERS:
+            mine = [pair[optimizer] for pair in seeds.values() if pair[optimizer].run.info["id"] in by_run]
+            counts = [np.array(by_run[each.run.info["id"]]["correlated"]) for each in mine]
+            p = [(np.sum(c >= each.read) + 1) / (len(c) + 1) for c, each in zip(counts, mine, strict=True)]
+            if len(p) > 1:
+                parts.append(f"{TITLES[optimizer]}, {name} cells, {len(p)} seeds: {combined_p(p):.2g}")
+    return f"Over seeds together, by Fisher's method, against correlated walks: {'; '.join(parts) or '–'}."
+
+
+def markdown(readings: Sequence[Reading], walks: Sequence[Record], claim: Claim) -> str:
     """All tables."""
     parts = [
         "A *cell* is one layer by one observable. It is read, or refused for a reason, by one rule for all runs "
         "(docs/measurement.md).",
         "## Claim C2",
-        verdict_table({claim.id: claim}, verdicts(readings, claim)),
+        verdict_table({claim.id: claim}, verdicts(readings, walks, claim)),
         f"{rule(claim)} {FEW_SEEDS}",
+        "## Random walks that move as the cells do",
+        walk_table(readings, walks),
+        together(readings, walks),
+        f"Of {len(walks[0]['correlated'])} grids of random walks each, against the primary approach parameter: "
+        "independent ones, and ones whose increments correlate as those of the run's own cells. Correlation: median "
+        "over pairs of blocks, of the increments of the log-volume of activations. p: share of the grids in which at "
+        "least as many cells are read as in the run. Layers that move together are read together, so independent walks "
+        f"are too easy a null. Commit {commits(walks)}. Made by `python -m experiments.walks`.",
     ]
     for name, seeds in grids(readings).items():
         reports = [pair[optimizer].rates for optimizer in OPTIMIZERS for pair in seeds.values()]
@@ -126,34 +197,42 @@ def markdown(readings: Sequence[Reading], claim: Claim) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def draw(readings: Sequence[Reading], estimated: Sequence[Run], folder: Path) -> Figures:
-    """All figures of the experiment, with their captions.
+def drawings(readings: Sequence[Reading], estimated: Sequence[Run]) -> dict[str, Drawing]:
+    """All figures of the experiment, by name.
 
     Args:
         readings: what :func:`load` found.
         estimated: runs with estimates of the learning coefficient.
-        folder: of the figures.
     """
-    figures: Figures = {}
-    for name, seeds in grids(readings).items():
-        cells, *_ = plot_grids(seeds, folder / f"cells-{name.replace(' × ', 'x')}")
-        figures[cells] = (
+    cells = {
+        f"cells-{name.replace(' × ', 'x')}": Drawing(
+            partial(plot_grids, seeds),
             f"Cells of the {name} grid, AdamW left, DDCAdam right, a row a seed ({len(seeds)} seeds). Numbers are "
-            "slopes with half their interval; a word is the reason of a refusal."
+            "slopes with half their interval; a word is the reason of a refusal.",
         )
-    refusals, *_ = plot_refusals(readings, folder / "refusals")
-    fits, *_ = plot_fits(readings, folder / "fits")
-    arc, *_ = plot_arc_length(readings, folder / "arc_length")
-    coefficient, *_ = plot_coefficients(estimated, folder / "learning_coefficient")
-    return figures | {
-        refusals: "Cells read and refused by reason, each run; and the share of cells that the same rule reads in null "
-        "controls, against excess loss.",
-        fits: "Single cells that are read, at most the first four of each optimizer, first seed: the observable "
-        "against excess loss, the points of the window filled, the fitted power as a line.",
-        arc: "Distance travelled across gauge orbits: arc length in the invariant metric since the start, a line a "
-        "run. A function of orbits, unlike the drift along them.",
-        coefficient: "Estimates of the learning coefficient over training, with intervals over chains, one setting for "
-        "all; one seed.",
+        for name, seeds in grids(readings).items()
+    }
+    return cells | {
+        "refusals": Drawing(
+            partial(plot_refusals, readings),
+            "Cells read and refused by reason, each run; and the share of cells that the same rule reads in null "
+            "controls, against excess loss.",
+        ),
+        "fits": Drawing(
+            partial(plot_fits, readings),
+            "Single cells that are read, at most the first four of each optimizer, first seed: the observable against "
+            "excess loss, the points of the window filled, the fitted power as a line.",
+        ),
+        "arc_length": Drawing(
+            partial(plot_arc_length, readings),
+            "Distance travelled across gauge orbits: arc length in the invariant metric since the start, a line a run. "
+            "A function of orbits, unlike the drift along them.",
+        ),
+        "learning_coefficient": Drawing(
+            partial(plot_coefficients, estimated),
+            "Estimates of the learning coefficient over training, with intervals over chains, one setting for all; one "
+            "seed.",
+        ),
     }
 
 

@@ -38,6 +38,11 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def combined_p(p_values: Sequence[float]) -> float:
+    """One p-value of independent ones, by Fisher's method."""
+    return float(stats.combine_pvalues(p_values, "fisher").pvalue)
+
+
 def interquartile_mean(values: Sequence[float]) -> float:
     """Mean of what is left when a quarter of the values (rounded down) goes at each end."""
     return float(stats.trim_mean(values, 0.25))

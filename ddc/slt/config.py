@@ -11,7 +11,7 @@ LABELS = ("model", "data")
 
 @dataclass
 class LearningCoefficientConfig:
-    """Estimates of the local learning coefficient beside the readings, by SGLD on the training text.
+    """Estimates of the local learning coefficient beside the readings, by SGLD on the training data.
 
     They compare weights under one setting. An estimate whose chains have not mixed (R-hat over 1.1) says so.
 
@@ -50,11 +50,12 @@ class SLTConfig:
 
     Args:
         readings: how many, at log-spaced steps, the first at step 0 and the last at the end; 0 for none.
-        sequences: size of the fixed probe batch, taken evenly from the training text.
+        sequences: size of the fixed probe batch, taken evenly from the training split: windows of a text, or images. Of
+            pairs of residues the probe is all.
         labels: ``model``: gradients for labels drawn from the model, so that G is a Fisher block; ``data``: for the
             text's own.
         approach: parameter against which cells are read: ``excess_loss``, ``arc_length`` or ``step``.
-        loss_floor: loss per token at the minimum; the excess loss is what is above it.
+        loss_floor: loss per prediction at the minimum; the excess loss is what is above it.
         keep_snapshots: keep the weights at every reading (4 bytes a parameter each), so that they can be read again.
         rule: constants by which a cell is read or refused.
         learning_coefficient: estimates beside the readings.

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import singledispatch
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ddc.models import GPT
+from ddc.models.deep_mlp import DeepMLP
 
 #: Observables of a layer, in the order of tables: what is read, and whether it is a second moment of a single
 #: direction (so that its slope is 2(k - 1)), the root of one, or a log-volume.
@@ -59,6 +61,8 @@ class Layer:
         gradient_ones: the all-ones vector is an exact null vector of D: the output is read by softmax, or by
             LayerNorms only, which subtract the mean.
         activation_rank, gradient_rank: bounds that follow from the architecture.
+        pooled: what follows reads one vector a sample, a mean over positions or a single position: so D has no more
+            directions than the probe has samples.
     """
 
     name: str
@@ -67,6 +71,7 @@ class Layer:
     gradient_ones: str | None = None
     activation_rank: int | None = None
     gradient_rank: int | None = None
+    pooled: bool = False
 
     def __post_init__(self) -> None:
         if self.reads not in ("input", "output"):
@@ -80,6 +85,9 @@ def layers_of(model: nn.Module) -> list[Layer]:
     Raises:
         TypeError: no rule for this class of model; name the modules with :func:`named_layers`.
     """
+    timm = sys.modules.get("timm.models.vision_transformer")  # a model of timm is here only if timm is
+    if timm is not None and isinstance(model, timm.VisionTransformer):
+        return layers_of_vision_transformer(model)
     raise TypeError(
         f"no default layers for {type(model).__name__}: name its modules, as in named_layers(model, ['blocks.0', …])"
     )
@@ -90,6 +98,30 @@ def _(model: GPT) -> list[Layer]:
     ones = "read by LayerNorms only, which subtract the mean" if model.config.norm == "layer" else None
     names = [("embedding", "embedding"), *((f"block {i + 1}", f"blocks.{i}") for i in range(len(model.blocks)))]
     return [Layer(name, module, gradient_ones=ones) for name, module in names]
+
+
+def layers_of_vision_transformer(model: Any) -> list[Layer]:
+    """Embedding (patches and positions) and blocks of timm's vision transformer, read at the residual stream."""
+    readers = [norm for block in model.blocks for norm in (block.norm1, block.norm2)]
+    last = model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
+    only_norms = all(isinstance(each, nn.LayerNorm) for each in (*readers, last))
+    ones = "read by LayerNorms only, which subtract the mean" if only_norms else None
+    pixels, tokens = model.patch_embed.proj.weight[0].numel(), model.pos_embed.shape[1]
+    stream = [("embedding", "norm_pre"), *((f"block {i + 1}", f"blocks.{i}") for i in range(len(model.blocks)))]
+    layers = [Layer(name, module, gradient_ones=ones) for name, module in stream]
+    layers[0] = replace(layers[0], activation_rank=pixels + tokens)  # a linear map of pixels, and a vector a position
+    layers[-1] = replace(layers[-1], pooled=True)
+    return layers
+
+
+@layers_of.register
+def _(model: DeepMLP) -> list[Layer]:
+    names = [(f"layer {i + 1}", f"layers.{i}") for i in range(len(model.layers))]
+    layers = [Layer(name, module, "input") for name, module in (*names, ("head", "head"))]
+    if model.config.residual:  # the stream is a sum of two tables at first, and the head reads it as it is at last
+        layers[0] = replace(layers[0], activation_rank=2 * model.tokens - 1)
+        layers[-2] = replace(layers[-2], gradient_rank=model.head.out_features - 1)
+    return layers
 
 
 @layers_of.register
@@ -169,6 +201,7 @@ class Moments:
     Attributes:
         activation, gradient: XᵀX and DᵀD, float64.
         rows: N.
+        samples: of the probe; N counts their positions.
         epsilon: machine epsilon of the activations' dtype.
         seen: for an embedding, which of its rows the probe has touched.
         activation_zeros, gradient_zeros: exact null vectors.
@@ -177,6 +210,7 @@ class Moments:
     activation: Tensor
     gradient: Tensor
     rows: int
+    samples: int
     epsilon: float
     seen: Tensor | None
     activation_zeros: list[Zeros]
@@ -395,6 +429,7 @@ def add(moments: Moments | None, layer: Layer, call: Call, gradient: Tensor, sof
             activation=x.new_zeros(x.shape[1], x.shape[1]),
             gradient=d.new_zeros(d.shape[1], d.shape[1]),
             rows=0,
+            samples=0,
             epsilon=torch.finfo(call.activation.dtype).eps,
             seen=x.new_zeros(call.module.num_embeddings, dtype=torch.bool)
             if isinstance(call.module, nn.Embedding)
@@ -405,6 +440,7 @@ def add(moments: Moments | None, layer: Layer, call: Call, gradient: Tensor, sof
     moments.activation.addmm_(x.T, x)
     moments.gradient.addmm_(d.T, d)
     moments.rows += len(x)
+    moments.samples += len(call.activation)
     if moments.seen is not None:
         moments.seen[call.inputs.flatten()] = True
     return moments
@@ -434,15 +470,17 @@ def rank_limits(layer: Layer, moments: Moments) -> list[Zeros]:
         seen = int(moments.seen.sum())
         limits.append(Zeros(f"only {seen} different tokens", rank=seen))
     if layer.activation_rank is not None:
-        limits.append(Zeros(f"linear maps of width {layer.activation_rank} before it", rank=layer.activation_rank))
+        limits.append(Zeros(f"at most {layer.activation_rank} directions come in", rank=layer.activation_rank))
     return limits
 
 
 def gradient_limits(layer: Layer, moments: Moments) -> list[Zeros]:
     """Bounds on the rank of the output gradients."""
     limits = [Zeros(f"only {moments.rows} samples", rank=moments.rows)]
+    if layer.pooled:
+        limits.append(Zeros(f"one direction of each of {moments.samples} samples", rank=moments.samples))
     if layer.gradient_rank is not None:
-        limits.append(Zeros(f"linear maps of width {layer.gradient_rank} after it", rank=layer.gradient_rank))
+        limits.append(Zeros(f"at most {layer.gradient_rank} directions go on", rank=layer.gradient_rank))
     return limits
 
 

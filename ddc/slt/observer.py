@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ddc.gauges import GaugeSet, find_gauges, named_parameters, orbit_distance
+from ddc.gauges.trace import in_evaluation
 from ddc.models import check_fit, cross_entropy
 from ddc.slt.config import SLTConfig
 from ddc.slt.learning_coefficient import Settings, estimate, minibatches, module_loss
@@ -37,10 +39,10 @@ class Observer:
 
     Args:
         config: what to read.
-        model: a language model that :func:`ddc.slt.observables.layers_of` knows.
+        model: one that :func:`ddc.slt.observables.layers_of` knows.
         probe: the probe's inputs and targets, in batches.
-        training_text: inputs and targets of all of the training text, each (windows, context), for the learning
-            coefficient.
+        training_data: gives the inputs and targets of the whole training split, for the learning coefficient and the
+            null control: windows of a text, images, pairs. Asked once, if at all.
         steps: of the whole training.
         folder: for the snapshots.
     """
@@ -50,11 +52,12 @@ class Observer:
         config: SLTConfig,
         model: nn.Module,
         probe: Batches,
-        training_text: tuple[Tensor, Tensor],
+        training_data: Callable[[], tuple[Tensor, Tensor]],
         steps: int,
         folder: Path,
     ) -> None:
-        self.config, self.model, self.probe, self.training_text = config, model, probe, training_text
+        self.config, self.model, self.probe = config, model, probe
+        self.training_data = functools.cache(training_data)
         self.folder = folder
         self.steps = reading_steps(config.readings, steps)
         self.layers = layers_of(model) if self.steps else []
@@ -102,15 +105,19 @@ class Observer:
             yield {"step": step, "arc_length": arc_length, **self.observe()}
 
     def read_untrained(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Null control: the model as it is, read on another part of the text, with other labels, for every row.
+        """Null control: the model as it is, read on another part of the data, with other labels, for every row.
 
         What differs between these readings is the noise of a probe; what they are paired with, step, loss and arc
         length, are those of the given rows.
         """
-        inputs, targets = self.training_text
+        inputs, targets = self.training_data()
+        size = len(self.probe[0][0])
+        count = sum(len(x) for x, _ in self.probe)
+        if count >= len(inputs):  # the probe is all there is: another part is another half
+            count = len(inputs) // 2
         for i, row in enumerate(rows):
-            order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(i))[: self.config.sequences]
-            probe = list(zip(inputs[order].split(16), targets[order].split(16), strict=True))
+            order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(i))[:count]
+            probe = list(zip(inputs[order].split(size), targets[order].split(size), strict=True))
             yield {**row, "layers": self.observe(probe, PROBE_SEED * (i + 2))["layers"]}
 
     def forget(self) -> None:
@@ -120,25 +127,26 @@ class Observer:
                 snapshot_path(self.folder, step).unlink()
 
     def observe(self, probe: Batches | None = None, seed: int = PROBE_SEED) -> dict[str, Any]:
-        """Loss of the probe, in nats per token, and the reading of every layer."""
+        """Loss of the probe, in nats per prediction, and the reading of every layer."""
         meter = LossMeter(categorical_score(seed) if self.config.labels == "model" else label_score)
         layers = [reading.record() for reading in observe(self.model, self.layers, probe or self.probe, meter)]
         return {"loss": meter.mean, "layers": layers}
 
     def learning_coefficient(self) -> dict[str, Any]:
-        """An estimate at the present weights, on the training text."""
-        config = self.config.learning_coefficient
-        tokens = self.training_text[1].numel()
+        """An estimate at the present weights, on the training data."""
+        config, data = self.config.learning_coefficient, self.training_data()
+        predictions = data[1].numel()
         settings = Settings(config.chains, config.draws, config.burn_in, gamma=config.gamma)
-        result = estimate(
-            module_loss(self.model, cross_entropy),
-            named_parameters(self.model),
-            tokens,
-            config.n_beta / tokens,
-            batches=minibatches(self.training_text, config.batch_size, settings),
-            gauges=self.gauges,
-            settings=settings,
-        )
+        with in_evaluation(self.model):
+            result = estimate(
+                module_loss(self.model, cross_entropy),
+                named_parameters(self.model),
+                predictions,
+                config.n_beta / predictions,
+                batches=minibatches(data, config.batch_size, settings),
+                gauges=self.gauges,
+                settings=settings,
+            )
         return {
             "value": result.value,
             "low": result.interval[0],

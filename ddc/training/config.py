@@ -316,15 +316,30 @@ class LauncherConfig:
 class WandbConfig:
     """Where Weights & Biases mirrors a run; the run's own records are the truth.
 
-    ``auto`` is online where a key is configured and offline where none is.
+    Nothing of it changes the run or its id.
+
+    Args:
+        mode: ``offline`` writes to the run's folder, for ``wandb sync``; ``auto`` is online where a key is configured
+            and offline where none is.
+        project, entity: where the runs go.
+        group: of runs: the experiment; null: ``name``.
+        job_type: what the run is for: the stage of the experiment.
+        tags: claims and protocol.
     """
 
-    mode: str = "auto"
+    mode: str = "offline"
     project: str = "ddc"
     entity: str | None = None
+    group: str | None = None
+    job_type: str = "train"
+    tags: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         require("wandb.mode", self.mode, self.mode in WANDB_MODES, f"one of {', '.join(WANDB_MODES)}")
+        for key, name, longest in (("group", self.group, 128), ("job_type", self.job_type, 64)):
+            require(f"wandb.{key}", name, name is None or 0 < len(name) <= longest, f"1 to {longest} characters")
+        fits = all(0 < len(tag) <= 64 for tag in self.tags) and len({*self.tags}) == len(self.tags)
+        require("wandb.tags", self.tags, fits, "different tags of 1 to 64 characters")
 
 
 @dataclass
@@ -358,11 +373,9 @@ class Config:
                 )
         if self.training.batch_size is None and not isinstance(data, ModularConfig):
             raise ValueError("training.batch_size=null takes the whole training split, which only data=modular allows")
-        if not isinstance(self.model, GPTConfig):
-            readings = self.slt.readings
-            require("slt.readings", readings, not readings, f"0, for model={model} has no readings: set slt=none")
-            if isinstance(self.optimizer, DDCMuonConfig) and self.optimizer.per_head:
-                raise ValueError("Invalid optimizer.per_head=true: only model=gpt is taken by heads; set it to false")
+        by_heads = isinstance(self.optimizer, DDCMuonConfig) and self.optimizer.per_head
+        if by_heads and not isinstance(self.model, GPTConfig):
+            raise ValueError("Invalid optimizer.per_head=true: only model=gpt is taken by heads; set it to false")
 
     @property
     def identity(self) -> dict[str, Any]:

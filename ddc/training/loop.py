@@ -36,7 +36,6 @@ from ddc.data import (
 from ddc.gauges import GaugeSet, HiddenMatrix, audit, find_gauges, hidden_matrices, in_blocks, named_parameters
 from ddc.gauges.trace import in_evaluation
 from ddc.models import (
-    GPT,
     DeepMLPConfig,
     GPTConfig,
     ModelConfig,
@@ -205,20 +204,17 @@ def load_data(config: DataConfig, model: ModelConfig, seed: int) -> Data:
 
 
 def make_observer(config: Config, device: torch.device, data: Data, model: nn.Module, folder: Path) -> Observer:
-    """What reads singular structure along the run; its probe is taken from the training text.
+    """What reads singular structure along the run; its probe is taken evenly from the training split, of pairs all."""
 
-    Raises:
-        ValueError: a model that has no readings.
-    """
-    if not isinstance(data, TextData) or not isinstance(model, GPT):
-        raise ValueError("slt.readings is for model=gpt: set slt=none")
-
-    def windows(count: int, size: int) -> list[Batch]:
+    def samples(count: int, size: int) -> list[Batch]:
         return [(x.to(device), y.to(device)) for x, y in data.evaluation_batches("train", count, size)]
 
+    def whole() -> Batch:
+        count = len(data.train) // data.context if isinstance(data, TextData) else data.train_units
+        return joined(samples(count, 1))
+
     size = min(16, config.slt.sequences)
-    probe = windows(-(-config.slt.sequences // size), size)
-    whole = joined(windows(len(data.train) // data.context, 1))
+    probe = samples(-(-config.slt.sequences // size), size)
     return Observer(config.slt, model, probe, whole, config.training.steps, folder)
 
 
@@ -348,6 +344,7 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
     display = Display(training.steps, start, f"{config.name}/{config.run_id}", quiet=not ranks.first)
 
     with display, stop, mirror, noted(folder, ranks):
+        mirror.catch_up([{**times, **row} for times, row in zip(timed, rows, strict=False)], read)
         clock, last_row_step, reading_seconds = time.perf_counter(), start, 0.0
         gauge_audit, matrix_step = None, None
         for step in range(start, training.steps + 1):
@@ -376,7 +373,7 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
                 if observer:
                     ranks.on_first(observer.forget)
                 rows.append(row)
-                mirror.log({**row, **speed})
+                mirror.log({**times, **row})
                 display.evaluated(row, speed)
                 elapsed, observing = elapsed + seconds, observing + reading_seconds
                 clock, last_row_step, reading_seconds = time.perf_counter(), step, 0.0
@@ -401,7 +398,7 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     ranks.on_first(lambda: write_json(folder / "summary.json", summary))
-    mirror.finish(summary, lambda: draw(folder))
+    mirror.finish(summary, read, lambda: draw(folder))
     return summary
 
 
