@@ -266,6 +266,7 @@ def facts_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
 SETTINGS = settings(derandomize=True, deadline=None, database=None, phases=[Phase.generate], print_blob=False)
 
 
+@pytest.mark.slow
 @settings(SETTINGS, max_examples=100)
 @given(networks)
 def test_no_gauge_is_false_and_no_error_is_foreign(network: Network) -> None:
@@ -274,6 +275,7 @@ def test_no_gauge_is_false_and_no_error_is_foreign(network: Network) -> None:
         pytest.fail(f"{simple}: {'; '.join(examine(simple).faults)}")
 
 
+@pytest.mark.slow
 @settings(SETTINGS, max_examples=20)
 @given(clean_networks)
 def test_all_gauges_of_clean_networks_are_found(network: Network) -> None:
