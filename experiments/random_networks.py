@@ -77,7 +77,10 @@ def run(count: int, seed: int, singly: bool = True) -> dict[str, Any]:
         "found": dict(found),
         "refused": dict(refused),
         "refused_networks": dict(errors),
-        **{kind: faulty[kind] for kind in ("false", "crashes", "left", "unusable", "unchecked", "refused as a whole")},
+        **{
+            kind: faulty[kind]
+            for kind in ("false", "crashes", "left", "unusable", "unchecked", "broken", "refused as a whole")
+        },
         "faults": [{"network": network, "faults": each} for network, each in faults.items()],
     }
 
@@ -90,6 +93,7 @@ def kinds_of(examined: Examined) -> set[str]:
         "left": examined.left,
         "unusable": examined.unusable,
         "unchecked": examined.unchecked,
+        "broken": examined.broken,
         "refused as a whole": examined.error and not examined.may_be_refused,
     }
     return {kind for kind, fault in kinds.items() if fault}

@@ -1514,11 +1514,12 @@ def operate(model: nn.Module, word: str, index: int) -> None:
             if sublayers:
                 sublayers[-1].norm = sublayers[0].norm
         case "copied to a buffer":
-            model.register_buffer("average", parameter.detach().clone())
+            average = f"average_{len(list(model.buffers()))}"
+            model.register_buffer(average, parameter.detach().clone())
 
             def follow(owner: nn.Module, _args: Any, _output: Any) -> None:
                 if owner.training:
-                    owner.average.lerp_(getattr(module, name).detach(), 0.1)
+                    getattr(owner, average).lerp_(getattr(module, name).detach(), 0.1)
 
             model.register_forward_hook(follow)
 

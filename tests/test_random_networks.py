@@ -38,6 +38,7 @@ class Examined:
         left: what differs on the model afterwards.
         unusable: what DDCAdam says of the gauges, if it refuses them without naming one.
         unchecked: gauges that it marks as not tried, though the weights have values.
+        broken: the error of the network itself, which does not run: the fault of the generator.
         may_be_refused: whether an error is right: the network does what no trace can hold, or has no parameters.
     """
 
@@ -49,6 +50,7 @@ class Examined:
     left: tuple[str, ...] = ()
     unusable: str = ""
     unchecked: str = ""
+    broken: str = ""
     may_be_refused: bool = False
 
     @property
@@ -57,13 +59,22 @@ class Examined:
         found = [f"false: {gauge}, outputs change by {change:.1e}" for gauge, change in self.false.items()]
         found += [f"left on the model: {what}" for what in self.left]
         found += [f"refused as a whole: {self.error}"] * (bool(self.error) and not self.may_be_refused)
-        others = {"crash": self.crash, "not usable": self.unusable, "not checked": self.unchecked}
+        others = {
+            "crash": self.crash,
+            "not usable": self.unusable,
+            "not checked": self.unchecked,
+            "does not run": self.broken,
+        }
         return found + [f"{name}: {text}" for name, text in others.items() if text]
 
 
 def examine(network: Network) -> Examined:
     """Find the gauges of a network, and compare all that it computes before and after random elements of them."""
-    built = build(network)
+    try:
+        built = build(network)
+        observed(network, built, (), shifted=False)
+    except Exception as error:
+        return Examined(Counter(), Counter(), {}, broken=f"{type(error).__name__}: {error}")
     examined = Examined(Counter(), Counter(), {}, may_be_refused=any(word in MAY_BE_REFUSED for word in network.words))
     before = Snapshot(built.model)
     try:
@@ -77,7 +88,6 @@ def examine(network: Network) -> Examined:
         else:
             examined.crash = f"{type(error).__name__}: {text}"
         examined.left = tuple(before.differences(built.model))
-        observed(network, built, (), shifted=False)  # it runs: what is at fault is not the network
         return examined
     examined.left = tuple(before.differences(built.model))
     examined.found.update(gauge.kind for gauge in gauges)
@@ -256,6 +266,7 @@ def facts_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
 SETTINGS = settings(derandomize=True, deadline=None, database=None, phases=[Phase.generate], print_blob=False)
 
 
+@pytest.mark.slow
 @settings(SETTINGS, max_examples=100)
 @given(networks)
 def test_no_gauge_is_false_and_no_error_is_foreign(network: Network) -> None:
@@ -264,6 +275,7 @@ def test_no_gauge_is_false_and_no_error_is_foreign(network: Network) -> None:
         pytest.fail(f"{simple}: {'; '.join(examine(simple).faults)}")
 
 
+@pytest.mark.slow
 @settings(SETTINGS, max_examples=20)
 @given(clean_networks)
 def test_all_gauges_of_clean_networks_are_found(network: Network) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -109,7 +110,7 @@ def named_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 def plain_name(name: str) -> str:
     """A parameter's name without the mark of ``torch.compile`` on the modules that it compiled one by one."""
-    return name.replace("_orig_mod.", "")
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def plain_names(names: Sequence[str], known: Collection[str] | None = None) -> list[str]:
@@ -125,6 +126,18 @@ def plain_names(names: Sequence[str], known: Collection[str] | None = None) -> l
     if known is not None and {*known} <= {*plain}:
         wrapped = False
     return [name.removeprefix("module.") for name in plain] if wrapped else plain
+
+
+def place_of(tensor: Tensor) -> tuple[object, ...] | None:
+    """Where the values of a tensor lie in memory, and in which shape; None for what has none, or none of its own."""
+    if (
+        tensor.is_meta
+        or isinstance(tensor, DTensor | FakeTensor)
+        or tensor.layout != torch.strided
+        or not tensor.numel()
+    ):
+        return None
+    return tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
 def first_line(error: BaseException) -> str:

@@ -9,9 +9,10 @@ from itertools import pairwise
 
 import numpy as np
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ddc.gauges.actions import Axis, Chain, Rescale, RotatedAxis, Rotation, Shift
-from ddc.gauges.base import Gauge, Refusal, unwrapped
+from ddc.gauges.base import Gauge, Refusal, place_of, unwrapped
 from ddc.gauges.gauge_set import GaugeSet
 from ddc.gauges.trace import Inputs, example, traced
 from ddc.gauges.traced import gauges_of_trace
@@ -57,21 +58,27 @@ def find_gauges(
     """
     if loss is not None and loss not in LOSSES:
         raise ValueError(f"Invalid {loss=}: expected None or one of {', '.join(LOSSES)}")
-    model = unwrapped(model)
+    gauges, checked = _found(unwrapped(model), per_layer, inputs, loss, verify)
+    reason_of = {(refusal.kind, refusal.where): refusal.reason for refusal in checked.refused}
+    for gauge in gauges:
+        if gauge not in checked.found:
+            reason = reason_of[gauge.kind, gauge.where]
+            warnings.warn(f"find_gauges: {gauge} is no symmetry of the model and is left out: {reason}", stacklevel=2)
+    for reason, count in Counter(checked.unchecked.values()).items():
+        what = "gauges were proved by rules alone" if count > 1 else "gauge was proved by rules alone"
+        warnings.warn(f"find_gauges: {count} {what} and not tried: {reason}", stacklevel=2)
+    return checked
+
+
+def _found(
+    model: nn.Module, per_layer: bool, inputs: Inputs | None, loss: str | None, verify: bool
+) -> tuple[GaugeSet, GaugeSet]:
+    """The gauges that rules find, and what is left of them after they were tried, if they are to be."""
     gauges = read_gauges(model, per_layer, inputs, loss)
     if loss == "other":
         shifts = [gauge for gauge in gauges if gauge.kind == "logit_shift"]
         gauges = refuse(gauges, dict.fromkeys(shifts, "the loss is not softmax cross-entropy"))
-    if not verify:
-        return gauges
-    checked = _checked(model, gauges, per_layer, inputs, loss)
-    reason_of = {(refusal.kind, refusal.where): refusal.reason for refusal in checked.refused}
-    for gauge in {*gauges} - {*checked}:
-        reason = reason_of[gauge.kind, gauge.where]
-        warnings.warn(f"find_gauges: {gauge} is no symmetry of the model and is left out: {reason}", stacklevel=2)
-    for reason, count in Counter(checked.unchecked.values()).items():
-        warnings.warn(f"find_gauges: {count} gauges were proved by rules alone and not tried: {reason}", stacklevel=2)
-    return checked
+    return gauges, _checked(model, gauges, per_layer, inputs, loss) if verify else gauges
 
 
 def _checked(model: nn.Module, gauges: GaugeSet, per_layer: bool, inputs: Inputs | None, loss: str | None) -> GaugeSet:
@@ -82,7 +89,7 @@ def _checked(model: nn.Module, gauges: GaugeSet, per_layer: bool, inputs: Inputs
         twin = narrow_twin(model)
         if still := unfit(twin):
             return unchecked(gauges, f"{reason}, and of its narrow twin: {still}")
-        of_twin = find_gauges(twin, per_layer, loss=loss)
+        _, of_twin = _found(twin, per_layer, tree_map_only(Tensor, Tensor.cpu, inputs), loss, verify=True)
     except ValueError as error:
         return unchecked(gauges, f"{reason}, and {error}" if reason else str(error))
     return verified_by_twin(gauges, of_twin)
@@ -142,7 +149,7 @@ class _Finding:
     def __init__(self, model: GPT) -> None:
         self.model = model
         self.modules = dict(model.named_modules())
-        uses = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+        uses = [place_of(p) or id(p) for _, p in model.named_parameters(remove_duplicate=False)]
         self.tied = {id_ for id_ in uses if uses.count(id_) > 1}
         self.found: list[Gauge] = []
         self.refused: list[Refusal] = []
@@ -163,7 +170,8 @@ class _Finding:
         return tuple(Axis(name, axis) for name in names if name is not None)
 
     def is_tied(self, module: str) -> bool:
-        return id(self.modules[module].weight) in self.tied
+        weight = self.modules[module].weight
+        return (place_of(weight) or id(weight)) in self.tied
 
     def norm(self, norm: str, readers: list[str]) -> None:
         """Norm scale: gamma (and beta) against the columns of every linear map that reads the norm."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,8 +10,29 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from ddc.gauges.base import place_of
 
-class InDouble(TorchDispatchMode):
+
+class StandIns(TorchDispatchMode):
+    """Operations on others in place of some tensors that exist already, also where they are written to.
+
+    Args:
+        held: what stands in for them, by their place in memory (:func:`ddc.gauges.base.place_of`).
+    """
+
+    def __init__(self, held: Mapping[object, Tensor] | None = None) -> None:
+        super().__init__()
+        self.held = held or {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(self._stand_in, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _stand_in(self, value: Any) -> Any:
+        return self.held.get(place_of(value), value) if self.held and isinstance(value, Tensor) else value
+
+
+class InDouble(StandIns):
     """Every floating-point operation in float64, also where the model asks for another type.
 
     Norms and rotary embeddings are computed in float32 by many models whatever the type of their weights; in this mode
@@ -19,8 +40,11 @@ class InDouble(TorchDispatchMode):
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map(double, (args, kwargs or {}))
-        return tree_map(double, REPLACEMENTS.get(func.name(), func)(*args, **kwargs))
+        replacement = REPLACEMENTS.get(func.name(), func)
+        return tree_map(double, super().__torch_dispatch__(replacement, types, args, kwargs))
+
+    def _stand_in(self, value: Any) -> Any:
+        return double(super()._stand_in(value))
 
 
 def double(value: Any) -> Any:

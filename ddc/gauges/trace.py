@@ -9,20 +9,23 @@ from __future__ import annotations
 import contextlib
 import inspect
 import operator
+import random
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves, tree_map_only, tree_unflatten
 
-from ddc.gauges.base import first_line, plain_name
-from ddc.gauges.double import InDouble
+from ddc.gauges.base import first_line, place_of, plain_name
+from ddc.gauges.double import InDouble, StandIns
 
 #: Operations that put entries elsewhere, or leave them where they are.
 MOVES = frozenset(
@@ -65,21 +68,60 @@ HOMOGENEOUS = frozenset(["relu", "relu_", "leaky_relu", "leaky_relu_", "abs"])
 #: Linear operations: what a rotary embedding is made of.
 LINEAR_OPERATIONS = MOVES | KEEPS | frozenset(["mul", "div", "add", "sub", "neg", "cat", "stack", "getitem", "rsub"])
 
+#: What is not looked into: values without parts of their own, classes, functions, imported modules.
+CLOSED: tuple[type, ...] = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device, torch.Generator)
+CLOSED += (type, ModuleType, FunctionType, MethodType, BuiltinFunctionType)
+
 #: At how many positions a head is looked at.
 POSITIONS = 8
 
 
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Afterwards all attributes of all modules are what they were: a forward pass may leave losses or caches there."""
-    before = {module: dict(vars(module)) for module in model.modules()}
-    inner = [(each, dict(each)) for of in before.values() for each in of.values() if isinstance(each, dict)]
+    """Afterwards all that a model keeps is what it was: a forward pass may leave losses, caches and counts.
+
+    Attributes of its modules and of plain objects that they hold, lists, dicts and sets; not the values of tensors.
+    """
+    kept: list[tuple[Any, Any]] = [
+        (each, kind(each))
+        for each in reachable(model)
+        if (kind := next((kind for kind in (dict, list, set) if isinstance(each, kind)), None)) is not None
+    ]
     try:
         yield
     finally:
-        for kept, attributes in [(vars(module), own) for module, own in before.items()] + inner:
-            kept.clear()
-            kept.update(attributes)
+        for each, before in kept:
+            if isinstance(each, list):
+                each[:] = before
+            elif isinstance(each, set):
+                if each != before:
+                    each.clear()
+                    each.update(before)
+            elif len(each) != len(before) or any(each.get(key, each) is not value for key, value in before.items()):
+                each.clear()
+                each.update(before)
+
+
+def reachable(value: Any) -> list[Any]:
+    """What a model, or another value, holds: modules, containers, plain objects and their dicts, tensors."""
+    found: list[Any] = []
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen or isinstance(each, CLOSED):
+            continue
+        seen.add(id(each))
+        found.append(each)
+        if isinstance(each, Tensor):
+            continue
+        if isinstance(each, Mapping):
+            waiting += reversed(list(each.values()))
+        elif isinstance(each, list | tuple | set | frozenset):
+            waiting += reversed(list(each))
+        elif isinstance(own := getattr(each, "__dict__", None), dict):
+            waiting.append(own)
+    return found
 
 
 @contextlib.contextmanager
@@ -92,6 +134,26 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+@contextlib.contextmanager
+def running(model: nn.Module, training: bool, seed: int) -> Iterator[None]:
+    """A model in a mode, with random numbers from a seed; afterwards all is as it was, generators too."""
+    cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with preserved(model), torch.random.fork_rng(cuda):
+        torch.default_generator.manual_seed(seed)
+        for device in cuda:
+            torch.cuda.default_generators[device].manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002  # what models draw from
+        for module in model.modules():
+            module.training = training
+        try:
+            yield
+        finally:
+            random.setstate(state[0])
+            np.random.set_state(state[1])  # noqa: NPY002
 
 
 def arguments(node: Node) -> tuple[Any, ...]:
@@ -153,12 +215,21 @@ class Arrival:
 
 @dataclass
 class Flow:
-    """Where the scales of some units go: the ends, and what was on the way."""
+    """Where the scales of some units go: the ends, and what was on the way.
+
+    Attributes:
+        arrivals: the ends.
+        activations: homogeneous functions that are not linear.
+        gated: whether anything that follows from parameters was multiplied in.
+        dropout: whether entries are dropped at random.
+        uneven: whether factors were multiplied in that may differ between units.
+    """
 
     arrivals: list[Arrival]
     activations: set[str]
     gated: bool
     dropout: bool
+    uneven: bool = False
 
 
 class NoValue(Exception):
@@ -177,8 +248,12 @@ class Trace:
     """
 
     def __init__(self, model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> None:
+        kept = {place_of(x): x for x in reachable(model) if isinstance(x, Tensor) and not isinstance(x, nn.Parameter)}
+        copies = StandIns({place: x.detach().clone() for place, x in kept.items() if place is not None})
+        with running(model, training=False, seed=0), torch.no_grad(), contextlib.suppress(Exception), copies:
+            model(*args, **(kwargs or {}))  # what is computed once and kept for later is real then
         try:
-            with preserved(model), in_evaluation(model), warnings.catch_warnings():
+            with running(model, training=False, seed=0), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "The tensor attribute")  # what is left on the model is seen by trying
                 program = torch.export.export(model, tuple(args), dict(kwargs or {}), strict=False)
         except Exception as error:
@@ -187,19 +262,22 @@ class Trace:
         self.graph = program.graph
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
         signature = program.graph_signature
-        first_name: dict[int, str] = {}
+        first_name: dict[object, str] = {}
         named = dict(model.named_parameters(remove_duplicate=False))
         for name, parameter in named.items():
-            first_name.setdefault(id(parameter), plain_name(name))
+            first_name.setdefault(place_of(parameter) or id(parameter), plain_name(name))
         placeholders = {node.name: node for node in self.graph.nodes if node.op == "placeholder"}
         self.parameters: dict[Node, str] = {
-            placeholders[node]: first_name[id(named[name])] for node, name in signature.inputs_to_parameters.items()
+            placeholders[node]: first_name[place_of(named[name]) or id(named[name])]
+            for node, name in signature.inputs_to_parameters.items()
         }
         self.tensors: dict[str, Tensor] = {plain_name(name): parameter for name, parameter in named.items()}
         self.outputs = list(_output_nodes(self.graph))
         self._output_names = _output_names(program)
         self._constants = self._constant_values(program, placeholders, args, kwargs or {})
         self._module = program.graph_module
+        others = [*model.buffers(), *program.constants.values(), *reachable(vars(program.graph_module))]
+        self._shared = overlapping(named, [each for each in others if isinstance(each, Tensor)])
 
     def _constant_values(
         self, program: Any, placeholders: Mapping[str, Node], args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -213,7 +291,7 @@ class Trace:
             values[placeholders[node]] = program.constants[name]
         flat = tree_leaves((tuple(args), dict(kwargs)))
         for node, value in zip(signature.user_inputs, flat, strict=False):
-            if isinstance(node, str):
+            if isinstance(node, str) and node in placeholders and isinstance(value, Tensor):
                 values[placeholders[node]] = value
         return values
 
@@ -224,8 +302,8 @@ class Trace:
         transposed = 0
         while isinstance(node, Node) and node.op == "call_function":
             name = operation(node)
-            if name in ("t", "transpose", "permute") and value_of(node).ndim == 2:
-                transposed += 1
+            if name in ("t", "numpy_T", "mT", "transpose", "permute") and value_of(node).ndim == 2:
+                transposed += _swaps(node)
             elif name not in ("alias", "detach", "contiguous", "to", "clone"):
                 return None
             node = arguments(node)[0]
@@ -245,8 +323,8 @@ class Trace:
         return found
 
     def used_once(self, name: str) -> bool:
-        """Whether one operation alone computes with the parameter."""
-        return len(self.uses.get(name, ())) == 1
+        """Whether one operation alone computes with the parameter, and no other tensor has its values."""
+        return len(self.uses.get(name, ())) == 1 and name not in self._shared
 
     @cached_property
     def logits(self) -> Node:
@@ -286,8 +364,10 @@ class Trace:
             output = node
             if bias is None and (added := self._added_bias(node)) is not None:
                 output, bias = added
-            of_bias = self.parameter(bias)
             rows = (rows + transposed) % 2
+            of_bias = self.parameter(bias)
+            if of_bias is not None and self.tensors[of_bias[0]].shape != self.tensors[name].shape[rows : rows + 1]:
+                of_bias = None  # a matrix, or one number for all rows
             maps[node] = LinearMap(node, x, output, name, rows, of_bias[0] if of_bias else None, bias)
         return maps
 
@@ -386,7 +466,9 @@ class Trace:
         if isinstance(other, Node) and self.parameter(other) is not None:
             return None  # a scale of its own
         flow.gated |= isinstance(other, Node) and self.depends_on_parameters(other)
-        return state[scaled][0].broadcast_to(shape), state[scaled][1]
+        labels = state[scaled][0].broadcast_to(shape)
+        flow.uneven |= isinstance(other, Node) and _varies_with(other, labels)
+        return labels, state[scaled][1]
 
     def device_of(self, linear: LinearMap) -> torch.device:
         """Where to compute with the outputs of a linear map; the CPU for what has no values."""
@@ -523,6 +605,32 @@ class Trace:
             return torch.cat([enter_all(part) for part in units.split(at_once)]).cpu()
 
 
+def overlapping(named: Mapping[str, Tensor], others: Sequence[Tensor]) -> set[str]:
+    """Names of parameters whose values other tensors hold too, or other parameters in part."""
+    spans: dict[object, list[tuple[int, int, object]]] = {}
+
+    def span(tensor: Tensor) -> tuple[object, int, int] | None:
+        if place_of(tensor) is None:
+            return None
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        start, size = int(tensor.storage_offset()), tensor.element_size()
+        return tensor.untyped_storage().data_ptr(), start * size, (start + extent) * size
+
+    parameters = {id(parameter) for parameter in named.values()}
+    for tensor in [*named.values(), *others]:
+        if (where := span(tensor)) is not None:
+            owner: object = place_of(tensor) if id(tensor) in parameters else id(tensor)
+            spans.setdefault(where[0], []).append((where[1], where[2], owner))
+    found = set()
+    for name, parameter in named.items():
+        if (where := span(parameter)) is None:
+            continue
+        for start, end, whose in spans[where[0]]:
+            if whose != place_of(parameter) and start < where[2] and where[1] < end:
+                found.add(plain_name(name))
+    return found
+
+
 def computing_device(device: torch.device) -> torch.device:
     """Where to compute what a model computes on a device: on the CPU what it has no values for."""
     return torch.device("cpu") if device.type == "meta" else device
@@ -542,6 +650,25 @@ def callable_of(node: Node) -> Any:
 def apply(node: Node, first: Any) -> Any:
     """What a node does, done to another first argument."""
     return callable_of(node)(first, *arguments(node)[1:], **node.kwargs)
+
+
+def _varies_with(factor: Node, labels: Tensor) -> bool:
+    """Whether a factor has different entries along an axis along which labels differ."""
+    value = factor.meta.get("val")
+    if not isinstance(value, Tensor):
+        return value is None  # a number is the same for all
+    sizes = [1] * (labels.ndim - value.ndim) + list(value.shape)
+    return any(size > 1 and bool((labels.amin(axis) != labels.amax(axis)).any()) for axis, size in enumerate(sizes))
+
+
+def _swaps(node: Node) -> bool:
+    """Whether an operation exchanges the two axes of a matrix."""
+    match operation(node), arguments(node):
+        case "transpose", (_, a, b):
+            return bool((a - b) % 2)
+        case "permute", (_, dims):
+            return bool(dims[0] % 2)
+    return True
 
 
 def _is_linear(node: Node, moving: Collection[Node]) -> bool:
@@ -643,6 +770,8 @@ def example(model: nn.Module, inputs: Inputs | None = None) -> tuple[tuple[Any, 
             )
     if inputs is None:
         return example_inputs(model)
+    if isinstance(inputs, Tensor):  # type: ignore[unreachable]  # which callers may not know
+        raise ValueError("Invalid inputs, a tensor: pass a tuple of what the model takes, inputs=(x,)")
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
     return args, _without_cache(model) | kwargs
 

@@ -194,7 +194,8 @@ class Finding:
     def _reader(self, arrival: Arrival) -> Axis:
         """The columns of the linear map at which a flow ends."""
         linear = self.trace.linear_maps.get(arrival.node)
-        if linear is None or arguments(arrival.node)[arrival.argument] is not linear.input:
+        place = 1 if operation(arrival.node) == "addmm" else 0
+        if linear is None or arrival.argument != place:
             raise NotProved(f"its reader, {self.describe(arrival.node)}, is not a linear map")
         labels = last_axis(arrival.labels)
         units = self.trace.tensors[linear.weight].shape[1 - linear.rows]
@@ -375,7 +376,8 @@ class Finding:
         query_heads, width = value_of(node).shape[-3], value_of(node).shape[-1]
         labels = torch.arange(query_heads)[:, None, None] * width + torch.arange(width)
         flow = self.trace.flow({node: labels.expand(value_of(node).shape)})
-        if flow.activations or flow.gated or flow.dropout or len(flow.arrivals) != 1 or flow.arrivals[0].degree != 1:
+        changed = flow.activations or flow.gated or flow.dropout or flow.uneven
+        if changed or len(flow.arrivals) != 1 or flow.arrivals[0].degree != 1:
             raise NotProved("what it gives does not go to one linear map alone, as it is")
         (arrival,) = flow.arrivals
         output = self.trace.linear_maps.get(arrival.node)
