@@ -36,6 +36,7 @@ FORTY = """
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # over two minutes of a core, and several times that where others use it too
 def test_forty_architectures(tmp_path: Path) -> None:
     """What is found is real, what is not is refused in one line, and both optimizers train on it."""
     assert len(FORTY) == 40
@@ -47,7 +48,8 @@ def test_forty_architectures(tmp_path: Path) -> None:
     wrong = {record["model"]: record for record in records if not is_sound(record)}
     assert not wrong, json.dumps(wrong, indent=1)
     assert sum(sum(record.get("found", {}).values()) for record in records) > 300
-    assert document(records, FORTY, "", "").count("\n| ") > 100
+    text = document(records, FORTY, "", "")
+    assert all(f"\n| {record['model']} | {record['family']} |" in text for record in records if "found" in record)
 
 
 def is_sound(record: dict[str, Any]) -> bool:
