@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 
 from ddc.gauges.base import place_of
 
 
-class StandIns(TorchDispatchMode):
-    """Operations on others in place of some tensors that exist already, also where they are written to.
+class Untouched(TorchDispatchMode):
+    """No operation writes to these tensors: what it would write is lost."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.storages = {place[1] for tensor in tensors if (place := place_of(tensor)) is not None}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable or "batch_norm" in func.name():  # whose schema does not say that it keeps statistics
+            args, kwargs = tree_map_only(Tensor, self._copy, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        place = place_of(tensor)
+        return tensor.clone() if place is not None and place[1] in self.storages else tensor
+
+
+class InDouble(TorchDispatchMode):
+    """Every floating-point operation in float64, also where the model asks for another type.
+
+    Norms and rotary embeddings are computed in float32 by many models whatever the type of their weights; in this mode
+    they are not, so that rounding stays at 1e-15. Kernels that know no float64 are replaced.
 
     Args:
-        held: what stands in for them, by their place in memory (:func:`ddc.gauges.base.place_of`).
+        held: what stands in for tensors that exist already, by their place in memory
+            (:func:`ddc.gauges.base.place_of`): weights, buffers, and all else that the model keeps. What is written to
+            them is written to these.
     """
 
     def __init__(self, held: Mapping[object, Tensor] | None = None) -> None:
@@ -26,25 +49,12 @@ class StandIns(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map(self._stand_in, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        return tree_map(double, REPLACEMENTS.get(func.name(), func)(*args, **kwargs))
 
     def _stand_in(self, value: Any) -> Any:
-        return self.held.get(place_of(value), value) if self.held and isinstance(value, Tensor) else value
-
-
-class InDouble(StandIns):
-    """Every floating-point operation in float64, also where the model asks for another type.
-
-    Norms and rotary embeddings are computed in float32 by many models whatever the type of their weights; in this mode
-    they are not, so that rounding stays at 1e-15. Kernels that know no float64 are replaced.
-    """
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        replacement = REPLACEMENTS.get(func.name(), func)
-        return tree_map(double, super().__torch_dispatch__(replacement, types, args, kwargs))
-
-    def _stand_in(self, value: Any) -> Any:
-        return double(super()._stand_in(value))
+        if self.held and isinstance(value, Tensor):
+            value = self.held.get(place_of(value), value)
+        return double(value)
 
 
 def double(value: Any) -> Any:

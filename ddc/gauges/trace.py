@@ -25,7 +25,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves, tree_map_only, tree_unflatten
 
 from ddc.gauges.base import first_line, place_of, plain_name
-from ddc.gauges.double import InDouble, StandIns
+from ddc.gauges.double import InDouble, Untouched
 
 #: Operations that put entries elsewhere, or leave them where they are.
 MOVES = frozenset(
@@ -156,6 +156,13 @@ def running(model: nn.Module, training: bool, seed: int) -> Iterator[None]:
             np.random.set_state(state[1])  # noqa: NPY002
 
 
+def fill_caches(model: nn.Module, inputs: tuple[Any, Any], training: bool = False, seed: int = 0) -> None:
+    """Run a model as it is, so that what it, or what it calls, computes once and keeps is real, not traced."""
+    held = [each for each in reachable(model) if isinstance(each, Tensor)]
+    with running(model, training, seed), torch.no_grad(), contextlib.suppress(Exception), Untouched(held):
+        model(*inputs[0], **inputs[1])
+
+
 def arguments(node: Node) -> tuple[Any, ...]:
     """Positional arguments of a node; torch.fx types them too widely to read."""
     return node.args
@@ -248,10 +255,7 @@ class Trace:
     """
 
     def __init__(self, model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> None:
-        kept = {place_of(x): x for x in reachable(model) if isinstance(x, Tensor) and not isinstance(x, nn.Parameter)}
-        copies = StandIns({place: x.detach().clone() for place, x in kept.items() if place is not None})
-        with running(model, training=False, seed=0), torch.no_grad(), contextlib.suppress(Exception), copies:
-            model(*args, **(kwargs or {}))  # what is computed once and kept for later is real then
+        fill_caches(model, (tuple(args), dict(kwargs or {})))
         try:
             with running(model, training=False, seed=0), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "The tensor attribute")  # what is left on the model is seen by trying

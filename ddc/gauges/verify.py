@@ -23,9 +23,9 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from ddc.gauges.actions import Shift
 from ddc.gauges.base import Gauge, Refusal, first_line, named_parameters, place_of
-from ddc.gauges.double import InDouble, StandIns, double
+from ddc.gauges.double import InDouble, double
 from ddc.gauges.gauge_set import GaugeSet
-from ddc.gauges.trace import reachable, running
+from ddc.gauges.trace import fill_caches, reachable, running
 
 #: What a gauge may change, relative to what the same weights change when they are moved by as much off the gauge. It
 #: leaves room for rounding, which is 1e-15 to 1e-10 of that; a false gauge changes as much as any move.
@@ -86,6 +86,7 @@ class Subject:
         self.params = named_parameters(model)
         generator = torch.Generator().manual_seed(0)
         self.weights: dict[object, Tensor] = {}
+        self.writes = False  # whether its forward pass changes weights
         for p in self.params.values():  # tied ones are one, however they are tied
             if place_of(p) not in self.weights:
                 self.weights[place_of(p)] = generic(p.detach(), generator)
@@ -103,34 +104,25 @@ class Subject:
 
     def _case(self, inputs: Any, training: bool, seed: int) -> Case:
         mode = "training" if training else "evaluation"
-        # as it is first: what the model, or what it calls, keeps for later must not be in float64
-        with (
-            running(self.model, training, seed),
-            torch.no_grad(),
-            contextlib.suppress(Exception),
-            StandIns(self._copies()),
-        ):
-            self.model(*inputs[0], **inputs[1])
+        fill_caches(self.model, inputs, training, seed)
         try:
             outputs = self.outputs(inputs, training, seed)
         except Exception as error:  # whatever a model of others may raise
             raise NotTried(f"the model does not run in {mode}: {first_line(error)}") from error
         return Case(tree_map(double, inputs), training, seed, outputs)
 
-    def _copies(self) -> dict[object, Tensor]:
-        """Copies of all tensors that the model holds, by their place in memory."""
-        held = {place_of(tensor): tensor for tensor in tensors(reachable(self.model))}
-        return {place: tensor.detach().clone() for place, tensor in held.items() if place is not None}
-
     def outputs(
         self, inputs: Any, training: bool, seed: int, weights: Mapping[object, Tensor] | None = None
     ) -> list[Tensor]:
         """What the model computes: its outputs, logits first, and all tensors that it keeps, in float64."""
         held = dict(self.weights if weights is None else weights)
+        if self.writes:
+            held = {place: weight.clone() for place, weight in held.items()}
         versions = {place: w._version for place, w in held.items()}
         with running(self.model, training, seed), torch.no_grad():
-            for place, copied in self._copies().items():
-                held.setdefault(place, double(copied))
+            for tensor in tensors(reachable(self.model)):
+                if (place := place_of(tensor)) is not None and place not in held:
+                    held[place] = double(tensor.detach().clone())
             kept = [stand_in for place, stand_in in held.items() if place not in versions]
             for module in self.model.modules():  # which tells the model its type; what else holds them, InDouble sees
                 for own in (module._parameters, module._buffers):
@@ -140,8 +132,9 @@ class Subject:
             with InDouble(held):
                 given = self.model(*tree_map(double, inputs[0]), **tree_map(double, inputs[1]))
             left = [tensor for tensor in tensors(reachable(self.model)) if id(tensor) not in before]
-        if any(held[place]._version != version for place, version in versions.items()):
-            raise NotTried("its forward pass changes its weights")
+        if not self.writes and any(held[place]._version != version for place, version in versions.items()):
+            self.writes = True
+            return self.outputs(inputs, training, seed, weights)
         logits = [given["logits"]] if isinstance(given, Mapping) and isinstance(given.get("logits"), Tensor) else []
         found = [*logits, *(each for each in tensors([given]) if not any(each is first for first in logits))]
         if not found:
