@@ -36,9 +36,10 @@ def find_gauges(
     """Read the gauges of a model: what was found, and what was refused with the reason. Never guesses.
 
     The model is traced on an example, and gauges are proved on the operations that it makes (``ddc.gauges.traced``).
-    Then they are tried: a random element of all groups at once must change no output of the model, with random weights
-    in float64, on the example and on others, longer ones too, in evaluation and in training (``ddc.gauges.verify``).
-    What fails is refused, with a warning; what cannot be tried is marked in :attr:`GaugeSet.unchecked`, with another.
+    Then they are tried: a random element of all groups at once must change nothing that the model computes, with random
+    weights in float64, on the example in evaluation and in training, and on other and longer ones
+    (``ddc.gauges.verify``). What fails is refused, with a warning; what cannot be tried is marked in
+    :attr:`GaugeSet.unchecked`, with another.
 
     Args:
         model: any model that ``torch.export`` traces; left as it is.
@@ -51,7 +52,7 @@ def find_gauges(
             first; ``"other"`` if by anything else: the logit shift is a gauge of the former alone. None assumes the
             former, but refuses the shift where the model speaks against it (one output, several,
             ``config.problem_type``).
-        verify: whether to try the gauges. It takes a copy of the weights in float64, and some ten forward passes.
+        verify: whether to try the gauges. It takes copies of the weights in float64, and some fifteen forward passes.
 
     Raises:
         ValueError: the model cannot be traced, ``inputs`` are needed, or an unknown ``loss``.
