@@ -139,31 +139,35 @@ class Subject:
         found = [*logits, *(each for each in tensors([given]) if not any(each is first for first in logits))]
         if not found:
             raise NotTried("its outputs hold no tensor")
-        return [double(each) for each in [*found, *left, *kept]]
+        return [double(each).clone() for each in [*found, *left, *kept]]  # a model may give its weights
 
     def change(self, gauges: Sequence[Gauge]) -> Change:
         """The largest change under a random element of the product of these groups."""
-        moved, control = self._moved(gauges)
-        changes = []
-        for case in self.cases:
-            after, other = (self.outputs(case.inputs, case.training, case.seed, w) for w in (moved, control))
-            shifted = {len(self.params[gauge.weight]) for gauge in gauges if isinstance(gauge, Shift)}
-            changes.append(Change(difference(case.outputs, after, other, shifted), case.training))
-        return max(changes, key=lambda change: change.size)
-
-    def _moved(self, gauges: Sequence[Gauge]) -> tuple[dict[object, Tensor], dict[object, Tensor]]:
-        """Weights moved by a random element, and the same weights moved at random by as much."""
         generator = torch.Generator().manual_seed(0)
-        places = {place_of(self.params[name]) for gauge in gauges for name in gauge.parameters}
-        moved = self.weights | {place: self.weights[place].clone() for place in places}
+        moved = self.weights | {place: self.weights[place].clone() for place in self._places(gauges)}
         by_name = {name: moved[place_of(p)] for name, p in self.params.items()}
         for gauge in gauges:
             gauge.act_(by_name, gauge.sample(by_name, generator))
-        control = dict(self.weights)
-        for place in places:
-            size = (moved[place] - self.weights[place]).abs().square().mean().sqrt()
-            control[place] = self.weights[place] + size * noise_like(self.weights[place], generator)
-        return moved, control
+        after = self._run(moved)
+        for place in self._places(gauges):  # now the same weights at random, by as much
+            weight = self.weights[place]
+            size = (moved[place] - weight).abs().square().mean().sqrt()
+            moved[place].copy_(noise_like(weight, generator).mul_(size).add_(weight))
+        control = self._run(moved)
+        shifted = {len(self.params[gauge.weight]) for gauge in gauges if isinstance(gauge, Shift)}
+        changes = [
+            Change(difference(case.outputs, ours, others, shifted), case.training)
+            for case, ours, others in zip(self.cases, after, control, strict=True)
+        ]
+        return max(changes, key=lambda change: change.size)
+
+    def _places(self, gauges: Sequence[Gauge]) -> list[object]:
+        """Where in memory the parameters under some gauges are."""
+        return list(dict.fromkeys(place_of(self.params[name]) for gauge in gauges for name in gauge.parameters))
+
+    def _run(self, weights: Mapping[object, Tensor]) -> list[list[Tensor]]:
+        """What the model computes in each case with other weights."""
+        return [self.outputs(case.inputs, case.training, case.seed, weights) for case in self.cases]
 
     def failing(self, gauges: Sequence[Gauge]) -> dict[Gauge, Change]:
         """Those that are no symmetries, found by halves: where all are, one application of all at once shows it.
@@ -182,8 +186,7 @@ class Subject:
 
     def require_repeatable(self) -> None:
         """Raise NotTried if the model does not compute the same twice, with the same random numbers."""
-        for case in self.cases:
-            again = self.outputs(case.inputs, case.training, case.seed)
+        for case, again in zip(self.cases, self._run(self.weights), strict=True):
             if len(again) != len(case.outputs) or not all(map(same, again, case.outputs)):
                 raise NotTried("it does not compute the same twice")
 
