@@ -47,6 +47,16 @@ class InDouble(TorchDispatchMode):
         super().__init__()
         self.held = held or {}
 
+    def __enter__(self) -> InDouble:
+        self._default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)  # of what is made without a type; its limits are asked for in Python
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.set_default_dtype(self._default)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map(self._stand_in, (args, kwargs or {}))
         return tree_map(double, REPLACEMENTS.get(func.name(), func)(*args, **kwargs))
