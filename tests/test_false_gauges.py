@@ -744,3 +744,12 @@ def test_finding_draws_no_random_number() -> None:
     before = torch.get_rng_state()
     find_gauges(model)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_too_few_positions_do_not_show_how_heads_turn() -> None:
+    """At the first position a rotary embedding is the identity; of two, one angle is not seen to be one."""
+    for length in (1, 2):
+        for verify in (False, True):
+            gauges = find_gauges(attention(late_rotary), inputs=(X[:, :length],), verify=verify)
+            assert "qk_rotation" not in kinds(gauges)
+            assert any("too few positions" in refusal.reason for refusal in gauges.refused)

@@ -394,6 +394,8 @@ class Finding:
         return [Rotation("value_rotation", where, tuple(slots), reflections=True)] if width > 1 else []
 
     def _qk_rotation(self, node: Node, where: str) -> list[Rotation]:
+        if min(value_of(arguments(node)[i]).shape[-2] for i in (0, 1)) < 3:
+            raise NotProved("the example has too few positions to see how they turn its heads: pass a longer one")
         (query, q), (key_map, k) = self._heads(node, 0, "queries"), self._heads(node, 1, "keys")
         kinds = {frozenset(planes) for planes in (*q.planes, *k.planes)}
         if len(kinds) != 1:

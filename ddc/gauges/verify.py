@@ -219,9 +219,9 @@ def another(inputs: Any, generator: torch.Generator) -> Any:
 
 
 def lengthened(inputs: Any) -> Iterator[Any]:
-    """Inputs whose sequences, along axis 1, are repeated up to each of :data:`LONGER`, and by one position."""
+    """Inputs whose sequences, along axis 1, are repeated up to each of :data:`LONGER`, twice, and by one."""
     leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    lengths = [x.shape[1] for x in leaves if x.ndim == 3 or (x.ndim == 2 and not x.is_floating_point())]
+    lengths = [x.shape[1] for x in leaves if x.ndim in (2, 3)]
     own = next((length for length in lengths if length > 0), 0)
 
     def longer(x: Tensor, length: int) -> Tensor:
@@ -229,7 +229,7 @@ def lengthened(inputs: Any) -> Iterator[Any]:
             return x
         return x.repeat(1, -(-length // own), *[1] * (x.ndim - 2))[:, :length]
 
-    for length in (*LONGER, own + 1):
+    for length in (*LONGER, 2 * own, own + 1):
         if 0 < own < length:
             yield tree_map_only(Tensor, partial(longer, length=length), inputs)
 
