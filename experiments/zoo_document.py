@@ -26,7 +26,8 @@ of the largest. Ten steps are on random targets in float32, learning rate 1e-3 (
 every loss is finite and the last is not above the first by 0.5.
 
 Made by `make zoo` ({hours:.1f} hours of a core; `experiments/zoo.py`, `experiments/architectures.py`) from
-`results/zoo/records.jsonl`: {versions}, commit {commit}.
+`results/zoo/records.jsonl`: {versions}, commits {commits}. Of the {known} architectures that are known, {without} have no record yet;
+`make zoo` run again makes these.
 """  # noqa: E501
 LEGEND = """Numbers are gauges; r1, r2, … are the reasons above for which others of the kind were refused; – is a kind that nothing in the model
 suggests. *change* is the largest of all gauges of the model. The optimizers' columns are the
@@ -56,7 +57,15 @@ def document(records: Sequence[Record], names: Sequence[str], seconds: str, memo
     about = records[0]
     versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "transformers", "timm"))
     hours = sum(each.get("seconds", 0.0) for each in records) / 3600
-    head = TEXT.format(versions=versions, commit=about["commit"], hours=hours, seconds=seconds, memory=memory)
+    head = TEXT.format(
+        versions=versions,
+        commits=", ".join(f"{commit[:7]} ({count})" for commit, count in Counter(r["commit"] for r in records).items()),
+        hours=hours,
+        seconds=seconds,
+        memory=memory,
+        known=len(names),
+        without=len({*names} - {each["model"] for each in records}),
+    )
     sections = (
         ("## In numbers", "", ["", *LIBRARIES.values()], _numbers(records)),
         ("## Gauges", "", GAUGES, _kinds(traced)),
@@ -79,7 +88,7 @@ PARTICULARS = (
     r"^\S+(?=, which gives the output)",
     r"(?<=^its reader, )(?!the\b).+?(?=, is )",
     r"(?<=are read by )\S+(?= as well)",
-    r"(?<=^outputs change by )\S+",
+    r"(?<=^a random element changes outputs by )\S+",
 )
 
 
