@@ -101,7 +101,9 @@ def general(reason: str) -> str:
 
 def dropped(record: Record) -> list[tuple[str, str, int]]:
     """What the rules found in a model, and find_gauges then refused since it changes an output: kind, reason, times."""
-    return [tuple(each) for each in record.get("refused", ()) if each[1].startswith("outputs change by ")]
+    return [
+        tuple(each) for each in record.get("refused", ()) if each[1].startswith("a random element changes outputs by ")
+    ]
 
 
 def _reasons(traced: Sequence[Record]) -> dict[tuple[str, str], int]:
