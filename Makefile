@@ -108,8 +108,9 @@ equivariance: $(STAMP)  ## claim C6: the table of results/equivariance
 precision: $(STAMP)  ## float32, mixed and bfloat16 training against float64: results/precision
 	$(RUN) -m experiments.precision
 
-zoo: $(STAMP)  ## every architecture of transformers and timm, small: gauges, check, ten steps; docs/zoo.md; run again, it goes on
+zoo: $(STAMP)  ## every architecture of transformers and timm, small: gauges, check, ten steps; a thousand random networks; docs/zoo.md; run again, it goes on
 	OMP_NUM_THREADS=1 $(RUN) -m experiments.zoo
+	OMP_NUM_THREADS=1 $(RUN) -m experiments.random_networks --count 1000
 
 refused: $(STAMP)  ## which configurations are refused, and what is said of them: docs/refused.md
 	$(RUN) -m experiments.refused
