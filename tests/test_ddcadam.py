@@ -341,7 +341,12 @@ def test_agrees_with_the_reference(config: GPTConfig, options: dict) -> None:
     other = copy.deepcopy(model)
     optimizer = DDCAdam(model.named_parameters(), gauges, lr=1e-2, weight_decay=0.1, **options)
     reference = ReferenceDDCAdam(params_of(other), list(gauges), lr=1e-2, weight_decay=0.1, **options)
-    for _ in range(6):
+    assert_same_steps(model, optimizer, other, reference, steps=6)
+
+
+def assert_same_steps(model: nn.Module, optimizer, other: nn.Module, reference, steps: int) -> None:
+    """On random gradients, the same for both."""
+    for _ in range(steps):
         for p in model.parameters():
             p.grad = torch.randn_like(p) / 10
         copy_gradients(model, other)
@@ -368,14 +373,7 @@ def assert_the_papers_step(model: nn.Module, vertical: str) -> None:
     optimizer = DDCAdam(decay_groups(model, 0.3), gauges, lr=1e-2, vertical=vertical, **PAPER)
     decays = {name: 0.3 if p.ndim > 1 else 0.0 for name, p in params_of(other).items()}
     reference = ReferencePaperStep(params_of(other), list(gauges), 1e-2, decays, vertical)
-    for _ in range(3):
-        for p in model.parameters():
-            p.grad = torch.randn_like(p) / 10
-        copy_gradients(model, other)
-        optimizer.step()
-        reference.step()
-    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12, msg=name)
+    assert_same_steps(model, optimizer, other, reference, steps=3)
 
 
 def test_agrees_with_the_reference_on_a_chain() -> None:
