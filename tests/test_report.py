@@ -356,7 +356,7 @@ def test_make_knows_its_targets_and_states_no_time_that_is_not_recorded() -> Non
     assert not re.findall(
         r"\d+ (?:seconds?|minutes?|hours?)\b|\b(?:a|an|two|three|eight) (?:minute|hour)s?\b", makefile
     )
-    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     targets = {name for line in re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE) for name in line.split()}
     assert {line.split()[0] for line in shown.splitlines()} == targets - {"FORCE"} | {"results/%"}
     dry = subprocess.run(
