@@ -1,9 +1,10 @@
 """Train one model: ``python train.py +experiment=lm_overtrain optimizer=ddcadam``.
 
-By several processes: ``torchrun --nproc-per-node=2 train.py launcher=torchrun +experiment=lm_overtrain``.
+By several processes: ``torchrun --nproc-per-node=2 train.py launcher=torchrun
++experiment=lm_overtrain``.
 
-The exit status is 0 when the run is complete, 75 (try again) when Ctrl-C or SIGTERM stopped it: a checkpoint is saved,
-and the same command goes on. It is 1 when something is wrong.
+The exit status is 0 when the run is complete, 75 (try again) when Ctrl-C or SIGTERM stopped it: a
+checkpoint is saved, and the same command goes on. It is 1 when something is wrong.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def main(composed: DictConfig) -> None:
 
 
 def run(config: Config, draw: Callable[[Path], Sequence[Path]]) -> tuple[Path, Row]:
-    """Train; the folder of the run and its summary. ``draw`` as for :func:`ddc.training.loop.train`.
+    """Train; the folder of the run and its summary. ``draw`` as for
+    :func:`ddc.training.loop.train`.
 
     Raises:
         SystemExit: the run stopped or cannot begin: one line that says why, and the exit status.
@@ -73,7 +75,9 @@ def run(config: Config, draw: Callable[[Path], Sequence[Path]]) -> tuple[Path, R
 def show(folder: Path, summary: Row, figures: Sequence[Path]) -> None:
     """Print the summary of a run, and where its files are."""
     if summary.get("already_complete"):
-        print(f"This run was complete already; training.resume=never runs it again. Folder: {folder}")
+        print(
+            f"This run was complete already; training.resume=never runs it again. Folder: {folder}"
+        )
     Console().print(summary_table([Run.read(folder)]))
     for path in (folder / "summary.json", folder / "records.jsonl", *figures):
         print(path)

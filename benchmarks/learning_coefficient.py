@@ -1,9 +1,11 @@
-"""Our estimator and devinterp's on the same loss, data and budget: ``python -m benchmarks.learning_coefficient``.
+"""Our estimator and devinterp's on the same loss, data and budget: ``python -m
+benchmarks.learning_coefficient``.
 
-devinterp 2.0.1 samples language models alone: rows of token numbers, and a loss per token. A regression fits in as rows
-(i, 0), with a loss that looks sample i up. Both sample by SGLD with the same step size (ours, calibrated), nβ, γ,
-batch size, chains and draws, and take turns in one process. devinterp averages over burn-in as well, so it is given
-none; ours gets none here either. Both values are then too low by the same burn-in.
+devinterp 2.0.1 samples language models alone: rows of token numbers, and a loss per token. A
+regression fits in as rows (i, 0), with a loss that looks sample i up. Both sample by SGLD with the
+same step size (ours, calibrated), nβ, γ, batch size, chains and draws, and take turns in one
+process. devinterp averages over burn-in as well, so it is given none; ours gets none here either.
+Both values are then too low by the same burn-in.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ try:
     from datasets import Dataset, disable_progress_bars
     from devinterp.slt.llc import llc
 except ImportError as error:
-    raise ImportError("this benchmark needs devinterp: pip install devinterp==2.0.1 torch==2.13.0") from error
+    raise ImportError(
+        "this benchmark needs devinterp: pip install devinterp==2.0.1 torch==2.13.0"
+    ) from error
 
 SAMPLES, BATCH, VOCABULARY = 5000, 100, 20
 SHAPE = (3, 2, 4, 2)
@@ -77,14 +81,18 @@ def regression() -> Problem:
         data=(x, y),
         criterion=lambda output, target: (output - target).square().sum(-1).mean() / 2,
         rows=torch.stack([torch.arange(SAMPLES), torch.zeros(SAMPLES, dtype=torch.int64)], 1),
-        per_token=lambda model, row: (model(x[row[:, 0]]) - y[row[:, 0]]).square().sum(-1, keepdim=True) / 2,
+        per_token=lambda model, row: (
+            (model(x[row[:, 0]]) - y[row[:, 0]]).square().sum(-1, keepdim=True) / 2
+        ),
         truth=float(aoyagi_watanabe(*SHAPE)[0]),
         settings=Settings(chains=8, draws=1000, burn_in=200),
     )
 
 
 def language_model() -> Problem:
-    """A small GPT, trained for a moment on a text whose next token is the sum of the last two or a random one."""
+    """A small GPT, trained for a moment on a text whose next token is the sum of the last two or a
+    random one.
+    """
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(VOCABULARY, (SAMPLES, GPT_CONFIG.context + 1), generator=generator)
     for i in range(2, rows.shape[1]):
@@ -121,7 +129,12 @@ def ours(problem: Problem, beta: float, settings: Settings) -> dict[str, float]:
     start = time.perf_counter()
     found = estimate(loss, params, SAMPLES, beta, batches=batches, settings=settings)
     seconds = time.perf_counter() - start
-    return {"value": found.value, "error": found.standard_error, "seconds": seconds, "step_size": found.step_size}
+    return {
+        "value": found.value,
+        "error": found.standard_error,
+        "seconds": seconds,
+        "step_size": found.step_size,
+    }
 
 
 def devinterp(problem: Problem, beta: float, settings: Settings) -> dict[str, float]:
@@ -154,7 +167,8 @@ def devinterp(problem: Problem, beta: float, settings: Settings) -> dict[str, fl
 
 def measure(name: str, problem: Problem, turns: int) -> dict[str, Any]:
     """Both in turn, on fresh seeds, at the step size that our calibration finds on another seed."""
-    # the inverse temperature of WBIC for the regression; a language model's minibatches ask for a higher one
+    # the inverse temperature of WBIC for the regression; a language model's minibatches ask for a
+    # higher one
     beta = 1 / math.log(SAMPLES) if problem.truth is not None else 30 / SAMPLES
     step_size = ours(problem, beta, replace(problem.settings, draws=4, seed=99))["step_size"]
     results: dict[str, list[dict[str, float]]] = {"ddc": [], "devinterp": []}
@@ -162,7 +176,12 @@ def measure(name: str, problem: Problem, turns: int) -> dict[str, Any]:
         settings = replace(problem.settings, burn_in=0, step_size=step_size, seed=turn)
         results["ddc"].append(ours(problem, beta, settings))
         results["devinterp"].append(devinterp(problem, beta, settings))
-    budget = {"chains": problem.settings.chains, "draws": problem.settings.draws, "batch": BATCH, "burn_in": 0}
+    budget = {
+        "chains": problem.settings.chains,
+        "draws": problem.settings.draws,
+        "batch": BATCH,
+        "burn_in": 0,
+    }
     where = {"n_beta": SAMPLES * beta, "gamma": problem.settings.gamma, "step_size": step_size}
     return {"truth": problem.truth, **budget, **where, **results}
 
@@ -175,13 +194,19 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     disable_progress_bars()
-    problems = {"reduced rank M={}, H={}, N={}, r={}".format(*SHAPE): regression(), "GPT, 2 layers": language_model()}
+    problems = {
+        "reduced rank M={}, H={}, N={}, r={}".format(*SHAPE): regression(),
+        "GPT, 2 layers": language_model(),
+    }
     results = {name: measure(name, problem, arguments.turns) for name, problem in problems.items()}
     about = provenance()
     about["versions"]["devinterp"] = importlib.metadata.version("devinterp")
     record = {"results": results, "turns": arguments.turns, **about}
     arguments.output.mkdir(parents=True, exist_ok=True)
-    write_atomically(arguments.output / "learning_coefficient.json", (json.dumps(record, indent=2) + "\n").encode())
+    write_atomically(
+        arguments.output / "learning_coefficient.json",
+        (json.dumps(record, indent=2) + "\n").encode(),
+    )
     write_atomically(arguments.output / "learning_coefficient.md", sampling_table(record).encode())
     print(sampling_table(record))
 

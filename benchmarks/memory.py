@@ -1,4 +1,6 @@
-"""Memory of a training step by model and optimizer, found on any machine. ``python -m benchmarks.memory``."""
+"""Memory of a training step by model and optimizer, found on any machine. ``python -m
+benchmarks.memory``.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,12 @@ def main() -> None:
             config = compose_config([*overrides, f"optimizer={optimizer}"])
             estimate = estimate_memory(config, load_data(config.data, config.model, config.seed))
             rows.append(
-                {"model": model, "optimizer": optimizer, "overrides": overrides, **dataclasses.asdict(estimate)}
+                {
+                    "model": model,
+                    "optimizer": optimizer,
+                    "overrides": overrides,
+                    **dataclasses.asdict(estimate),
+                }
             )
             print(rows[-1])
     record = {"rows": rows, "seed": 0, **provenance()}

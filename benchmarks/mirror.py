@@ -1,9 +1,9 @@
 """What the offline mirror to W&B costs a run: ``python -m benchmarks.mirror``.
 
-Runs of the claims are sent again from their committed records, by what sends them while they train, each in a process
-of its own: from the import of wandb until the file is whole. Counted are seconds of the processor, so that other work
-on the machine does not count. Beside them stands the time of the run. System metrics, which W&B samples while a run
-trains, are not in it.
+Runs of the claims are sent again from their committed records, by what sends them while they train,
+each in a process of its own: from the import of wandb until the file is whole. Counted are seconds
+of the processor, so that other work on the machine does not count. Beside them stands the time of
+the run. System metrics, which W&B samples while a run trains, are not in it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ RUNS = {
 
 
 def measure(name: str, pattern: str) -> dict[str, Any]:
-    """Send a run; seconds of the processor for each part and for W&B's own process, and bytes on disk."""
+    """Send a run; seconds of the processor for each part and for W&B's own process, and bytes on
+    disk.
+    """
     (folder,) = ROOT.glob(pattern)
     run = Run.read(folder)
     assert run.summary is not None
@@ -50,13 +52,19 @@ def measure(name: str, pattern: str) -> dict[str, Any]:
         clock.append(time.process_time())
         mirror.catch_up(rows, run.readings)
         clock.append(time.process_time())
-        figures = [*plot_curves([run], Path(place) / "curves"), *draw_readings(run, Path(place))]  # as train.py does
+        # as train.py does
+        figures = [
+            *plot_curves([run], Path(place) / "curves"),
+            *draw_readings(run, Path(place)),
+        ]
         clock.append(time.process_time())
         mirror.finish(run.summary, run.readings, lambda: figures)
         clock.append(time.process_time())
         service = resource.getrusage(resource.RUSAGE_CHILDREN)  # it has ended, and was waited for
         size = sum(path.stat().st_size for path in Path(place).glob("wandb/**/*") if path.is_file())
-    parts = dict(zip(PARTS, (after - before for before, after in itertools.pairwise(clock)), strict=True))
+    parts = dict(
+        zip(PARTS, (after - before for before, after in itertools.pairwise(clock)), strict=True)
+    )
     return {
         "run": name,
         "folder": str(folder.relative_to(ROOT)),

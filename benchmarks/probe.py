@@ -1,8 +1,8 @@
 """Cost of one reading: ``python -m benchmarks.probe`` writes results/benchmark/probe.json and .md.
 
-The LM of ``scale=cpu`` is observed at all layers on probes of 128, 512 and 2,048 sequences, each in a process of its
-own, with one thread and with two: seconds (the fastest of three), and by how much the process grew while it observed,
-which must not depend on the size of the probe.
+The LM of ``scale=cpu`` is observed at all layers on probes of 128, 512 and 2,048 sequences, each in
+a process of its own, with one thread and with two: seconds (the fastest of three), and by how much
+the process grew while it observed, which must not depend on the size of the probe.
 """
 
 from __future__ import annotations

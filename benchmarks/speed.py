@@ -1,9 +1,11 @@
-"""Time and memory of an optimizer's step: ``python -m benchmarks.speed`` writes results/benchmark/speed.json and .md.
+"""Time and memory of an optimizer's step: ``python -m benchmarks.speed`` writes
+results/benchmark/speed.json and .md.
 
-For each model, all optimizers act on the same weights and take turns in one process, in an order drawn anew at every
-turn, so that a drift of the machine's speed, and what the one before leaves in the caches, meet all alike. Figures are
-medians over turns; ratios are medians of the ratios of one turn. Each model's results are written as they come, into
-the record that is there: ``--models`` measures a part anew.
+For each model, all optimizers act on the same weights and take turns in one process, in an order
+drawn anew at every turn, so that a drift of the machine's speed, and what the one before leaves in
+the caches, meet all alike. Figures are medians over turns; ratios are medians of the ratios of one
+turn. Each model's results are written as they come, into the record that is there: ``--models``
+measures a part anew.
 """
 
 from __future__ import annotations
@@ -62,7 +64,13 @@ class Case:
 
 
 def text_case(
-    title: str, config: GPTConfig, turns: int, sequences: int, tokens: int, vocabulary: int = 256, **options: Any
+    title: str,
+    config: GPTConfig,
+    turns: int,
+    sequences: int,
+    tokens: int,
+    vocabulary: int = 256,
+    **options: Any,
 ) -> Case:
     """A language model on random tokens."""
 
@@ -81,7 +89,11 @@ def vit_s(title: str, images: int, **options: Any) -> Case:
         return torch.randn(images, 3, 224, 224), torch.randint(1000, (images,))
 
     return Case(
-        title, lambda: vision_transformer(VIT_S, (3, 224, 224), 1000), batch, f"{images} images of 224 × 224", **options
+        title,
+        lambda: vision_transformer(VIT_S, (3, 224, 224), 1000),
+        batch,
+        f"{images} images of 224 × 224",
+        **options,
     )
 
 
@@ -94,8 +106,12 @@ IN_A_LARGER_BATCH = ("AdamW fused", "DDCAdam compiled")
 CASES = {
     "gpt-1m": text_case("GPT 0.8M", GPTConfig(), 60, 16, 128),
     "gpt-10m": text_case("GPT 10M", GPT_10M, 20, 16, 128, too_slow=BFLOAT16),
-    "gpt-124m": text_case("GPT 124M", GPT_124M, 5, 1, 128, 50257, too_slow=(*BFLOAT16, "SOAP, pytorch-optimizer")),
-    "gpt-124m-8": text_case("GPT 124M, 8 sequences", GPT_124M, 5, 8, 128, 50257, only=IN_A_LARGER_BATCH),
+    "gpt-124m": text_case(
+        "GPT 124M", GPT_124M, 5, 1, 128, 50257, too_slow=(*BFLOAT16, "SOAP, pytorch-optimizer")
+    ),
+    "gpt-124m-8": text_case(
+        "GPT 124M, 8 sequences", GPT_124M, 5, 8, 128, 50257, only=IN_A_LARGER_BATCH
+    ),
     "vit-s": vit_s("ViT-S 22M", 2, turns=10, too_slow=BFLOAT16),
     "vit-s-32": vit_s("ViT-S 22M, 32 images", 32, turns=5, only=IN_A_LARGER_BATCH),
     "deep-mlp": Case(
@@ -109,7 +125,8 @@ CASES = {
 #: Sizes of a GPT along which the time of a step is followed, one at a time.
 SCALING: dict[str, dict[int, GPTConfig]] = {
     "width": {
-        n: GPTConfig(width=n, heads=n // 32, kv_heads=n // 32, hidden=8 * n // 3) for n in (96, 192, 384, 576, 768)
+        n: GPTConfig(width=n, heads=n // 32, kv_heads=n // 32, hidden=8 * n // 3)
+        for n in (96, 192, 384, 576, 768)
     },
     "depth": {n: GPTConfig(layers=n, kv_heads=4) for n in (4, 8, 16, 32, 48)},
     "heads": {n: GPTConfig(width=256, heads=n, kv_heads=n, hidden=688) for n in (2, 4, 8, 16)},
@@ -126,7 +143,9 @@ class Subject:
         self.matrices = [(name, p) for name, p in parameters.items() if name in names]
         self.rest = [(name, p) for name, p in parameters.items() if name not in names]
         #: what is decomposed: its norms must be known before it can move
-        self.in_orbits = names.union(*(g.parameters for g in self.gauges if isinstance(g, Rescale | Chain)))
+        self.in_orbits = names.union(
+            *(g.parameters for g in self.gauges if isinstance(g, Rescale | Chain))
+        )
 
     def with_adamw(self, muon: Optimizer) -> Optimizer:
         """Muon's part and fused AdamW for the rest, as the configurations have it."""
@@ -148,14 +167,18 @@ def peer_muon(s: Subject) -> Optimizer:
 
 
 def ddcmuon(s: Subject, compiled: bool) -> Optimizer:
-    return DDCMuon(s.model.named_parameters(), s.gauges, s.hidden, lr=LR, adam_lr=LR, compiled=compiled)
+    return DDCMuon(
+        s.model.named_parameters(), s.gauges, s.hidden, lr=LR, adam_lr=LR, compiled=compiled
+    )
 
 
 OPTIMIZERS: dict[str, Callable[[Subject], Optimizer]] = {
     "AdamW foreach": lambda s: AdamW(s.model.parameters(), lr=LR, foreach=True),
     "AdamW fused": lambda s: AdamW(s.model.parameters(), lr=LR, fused=True),
     "DDCAdam eager": lambda s: DDCAdam(s.model.named_parameters(), s.gauges, lr=LR, compiled=False),
-    "DDCAdam compiled": lambda s: DDCAdam(s.model.named_parameters(), s.gauges, lr=LR, compiled=True),
+    "DDCAdam compiled": lambda s: DDCAdam(
+        s.model.named_parameters(), s.gauges, lr=LR, compiled=True
+    ),
     "torch.optim.Muon": lambda s: s.with_adamw(torch.optim.Muon(s.matrices, lr=LR)),
     "Muon": lambda s: s.with_adamw(Muon(s.matrices, lr=LR)),
     "DDCMuon eager": lambda s: ddcmuon(s, compiled=False),
@@ -183,7 +206,9 @@ def seconds(action: Callable[[], object], device: torch.device) -> float:
 def take_turns(
     actions: Mapping[str, Callable[[], object]], turns: int, device: torch.device, title: str
 ) -> dict[str, list[float]]:
-    """Seconds of every action at every turn, those of the first :data:`FEW` turns alone where it is slow."""
+    """Seconds of every action at every turn, those of the first :data:`FEW` turns alone where it is
+    slow.
+    """
     draw, times, left = random.Random(0), {name: list[float]() for name in actions}, list(actions)
     for turn in track(range(turns), title):
         if turn == FEW:
@@ -201,7 +226,9 @@ def summarize(times: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
             "ms": 1e3 * statistics.median(values),
             "mean ms": 1e3 * statistics.fmean(values),
             **{
-                f"ratio to {base}": statistics.median(a / b for a, b in zip(values, times[base], strict=False))
+                f"ratio to {base}": statistics.median(
+                    a / b for a, b in zip(values, times[base], strict=False)
+                )
                 for base in BASES
                 if base in times
             },
@@ -233,9 +260,10 @@ def bytes_of(value: Any) -> int:
 def least_bytes(optimizer: Optimizer, subject: Subject) -> int:
     """What a step must move if it keeps nothing between passes over the weights (docs/speed.md).
 
-    Weights and gradients are read, weights written, the state is read and written: 28 bytes a parameter for AdamW in
-    float32. In orbits, two passes more: norms and inner products need weights and gradients before all else, and the
-    update, whose norm must be known before it is applied, is worked out again from the state: 48.
+    Weights and gradients are read, weights written, the state is read and written: 28 bytes a
+    parameter for AdamW in float32. In orbits, two passes more: norms and inner products need
+    weights and gradients before all else, and the update, whose norm must be known before it is
+    applied, is worked out again from the state: 48.
     """
     total = 0
     for name, p in named_parameters(subject.model).items():
@@ -247,7 +275,9 @@ def least_bytes(optimizer: Optimizer, subject: Subject) -> int:
 
 
 def measure(case: Case, turns: int, device: torch.device) -> dict[str, Any]:
-    """One model with all optimizers: whole training steps with clipping, and the optimizer's step within each."""
+    """One model with all optimizers: whole training steps with clipping, and the optimizer's step
+    within each.
+    """
     torch.manual_seed(0)
     subject = Subject(case.build().to(device))
     model = subject.model
@@ -271,7 +301,9 @@ def measure(case: Case, turns: int, device: torch.device) -> dict[str, Any]:
     def training_step(name: str) -> None:
         model.zero_grad()
         cross_entropy(model(inputs), targets).backward()
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, grad_norm(model, optimizers[name]))
+        torch.nn.utils.clip_grads_with_norm_(
+            model.parameters(), 1.0, grad_norm(model, optimizers[name])
+        )
         steps[name].append(seconds(optimizers[name].step, device))
 
     whole = {name: functools.partial(training_step, name) for name in optimizers}
@@ -304,7 +336,11 @@ def measure_scaling(turns: int, device: torch.device) -> dict[str, Any]:
     names = ("AdamW fused", "DDCAdam eager", "DDCAdam compiled", "Muon", "DDCMuon eager")
     along: dict[str, Any] = {}
     for axis, configs in SCALING.items():
-        along[axis] = {"sizes": [*configs], "parameters": [], "optimizers": {name: [] for name in names}}
+        along[axis] = {
+            "sizes": [*configs],
+            "parameters": [],
+            "optimizers": {name: [] for name in names},
+        }
         for size, config in configs.items():
             torch.manual_seed(0)
             subject = Subject(GPT(config, 256).to(device))
@@ -327,14 +363,24 @@ def conditions(turns: int, device: torch.device) -> dict[str, Any]:
         about["versions"][PEERS] = importlib.metadata.version(PEERS)
     except importlib.metadata.PackageNotFoundError:
         about["versions"][PEERS] = None
-    return {"turns": turns, "threads": torch.get_num_threads(), "device": device.type, "seed": 0, **about}
+    return {
+        "turns": turns,
+        "threads": torch.get_num_threads(),
+        "device": device.type,
+        "seed": 0,
+        **about,
+    }
 
 
 def main() -> None:
     """Measure, and write the record and the table after each part."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parts = [*CASES, "scaling"]
-    parser.add_argument("--models", nargs="+", choices=parts, default=parts, metavar="MODEL", help=", ".join(parts))
+    parser.add_argument(
+        "--models", nargs="+", choices=parts, default=parts, metavar="MODEL", help=", ".join(parts)
+    )
     parser.add_argument("--turns", type=int, help="turns of each part (as many as the part says)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--output", type=Path, default=Path("results/benchmark"))
@@ -349,8 +395,13 @@ def main() -> None:
             record["scaling"] = measure_scaling(arguments.turns or 30, arguments.device)
         else:
             case = CASES[part]
-            measured = {**record["models"], case.title: measure(case, arguments.turns or case.turns, arguments.device)}
-            record["models"] = {c.title: measured[c.title] for c in CASES.values() if c.title in measured}
+            measured = {
+                **record["models"],
+                case.title: measure(case, arguments.turns or case.turns, arguments.device),
+            }
+            record["models"] = {
+                c.title: measured[c.title] for c in CASES.values() if c.title in measured
+            }
         write_json(path, record)
         write_atomically(path.with_suffix(".md"), speed_table(record).encode())
     print(speed_table(record))

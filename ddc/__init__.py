@@ -1,4 +1,6 @@
-"""Gauge-equivariant optimizers for PyTorch, and the harness that tests the paper's claims about them."""
+"""Gauge-equivariant optimizers for PyTorch, and the harness that tests the paper's claims about
+them.
+"""
 
 from ddc.gauges import find_gauges, hidden_matrices
 from ddc.optim import DDCAdam, DDCMuon, grad_norm

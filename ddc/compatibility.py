@@ -16,13 +16,15 @@ _library: torch.library.Library | None = None
 
 
 def provide_torchvision_operators() -> bool:
-    """Declare torchvision's compiled operators where its library cannot be loaded; returns whether that was so.
+    """Declare torchvision's compiled operators where its library cannot be loaded; returns whether
+    that was so.
 
-    The package index has torchvision for CUDA only. Beside a torch for the CPU its library does not load, and the
-    import of torchvision fails (``operator torchvision::nms does not exist``), and with it that of timm and of the
-    models of transformers, although none of them needs these operators. With their names declared, all else works.
-    Call it before the first import of timm, torchvision or a model of transformers. Where torch and torchvision
-    match, or there is no torchvision, it does nothing.
+    The package index has torchvision for CUDA only. Beside a torch for the CPU its library does not
+    load, and the import of torchvision fails (``operator torchvision::nms does not exist``), and
+    with it that of timm and of the models of transformers, although none of them needs these
+    operators. With their names declared, all else works. Call it before the first import of timm,
+    torchvision or a model of transformers. Where torch and torchvision match, or there is no
+    torchvision, it does nothing.
     """
     global _library
     if _library is not None:
@@ -30,7 +32,11 @@ def provide_torchvision_operators() -> bool:
     spec = importlib.util.find_spec("torchvision")
     if torch.version.cuda or spec is None:
         return False
-    libraries = [str(path) for folder in spec.submodule_search_locations or () for path in Path(folder).glob("_C*.so")]
+    libraries = [
+        str(path)
+        for folder in spec.submodule_search_locations or ()
+        for path in Path(folder).glob("_C*.so")
+    ]
     if any(map(_loads, libraries)):
         return False
     _library = torch.library.Library("torchvision", "FRAGMENT")

@@ -1,4 +1,6 @@
-"""The documentation site: ``make docs``. Building needs no network; the browser fetches MathJax for the formulas."""
+"""The documentation site: ``make docs``. Building needs no network; the browser fetches MathJax for
+the formulas.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ html_title = f"DDC {release}"
 
 
 def link_files_outside(app: Sphinx, page: str, source: list[str]) -> None:
-    """Markdown files outside of ``docs`` (tables in ``results``) are no pages of the site: link them as downloads."""
+    """Markdown files outside of ``docs`` (tables in ``results``) are no pages of the site: link
+    them as downloads.
+    """
     source[0] = re.sub(r"(?<!!)\[([^]]+)\]\((\.\./[^)#]+\.md)\)", r"{download}`\1 <\2>`", source[0])
 
 

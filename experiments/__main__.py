@@ -1,8 +1,9 @@
-"""All claims of the paper: how far their runs are, and the report (``make status``, ``make report``).
+"""All claims of the paper: how far their runs are, and the report (``make status``, ``make
+report``).
 
-python -m experiments status      # runs needed, recorded, missing, and how long the missing ones take
-python -m experiments report      # every table and figure from committed records, and results/report/index.html
-python -m experiments make PATH   # one of them: results/overtraining/losses.pdf; or all tables, or all figures
+python -m experiments status   # runs needed, recorded, missing; how long these take
+python -m experiments report   # all tables and figures from records; results/report/index.html
+python -m experiments make PATH# results/overtraining/losses.pdf; or all tables, or all figures
 """
 
 from __future__ import annotations
@@ -53,14 +54,19 @@ def time_left(stage: Stage) -> str:
 
 
 def recorded_seconds() -> float:
-    """What all runs and measurements in results took, by their own records, but for the benchmarks."""
-    lines = [line for path in RESULTS.glob("*/r*s.jsonl") for line in read_lines(path)]  # runs and records
+    """What all runs and measurements in results took, by their own records, but for the
+    benchmarks.
+    """
+    # runs and records
+    lines = [line for path in RESULTS.glob("*/r*s.jsonl") for line in read_lines(path)]
     summaries = [json.loads(path.read_text()) for path in RESULTS.glob("rates/*/*/summary.json")]
     return sum(float(record["seconds"]) for record in (*lines, *summaries))
 
 
 def status(runs: str) -> Table:
-    """One row a stage: runs needed, recorded, ended but not collected, missing, and the time that these take."""
+    """One row a stage: runs needed, recorded, ended but not collected, missing, and the time that
+    these take.
+    """
     claims = load_claims(CLAIMS)
     caption = (
         "time: of one core; later: follows from the stages before. What is recorded took "
@@ -68,7 +74,11 @@ def status(runs: str) -> Table:
     )
     table = Table(title="runs of the claims", caption=caption)
     for name in ("claims", "experiment", "stage", "needed", "recorded", "ended", "missing", "time"):
-        table.add_column(name, justify="left" if name in ("claims", "experiment", "stage") else "right", no_wrap=True)
+        table.add_column(
+            name,
+            justify="left" if name in ("claims", "experiment", "stage") else "right",
+            no_wrap=True,
+        )
     for name, module in modules(claims).items():
         ids = ", ".join(claim.id for claim in claims.values() if claim.experiment == name)
         for stage in module.status(runs):
@@ -89,16 +99,21 @@ def summary(claims: Mapping[str, Claim], verdicts: list[Verdict]) -> str:
     """The main table with the rules of the verdicts, as Markdown."""
     parts = [
         "# Claims and verdicts",
-        "The claims are those of arXiv:2606.29176, as its abstract states them; each was tested at the scale that the "
-        "table names, on CPUs, far below the paper's. A verdict is about that scale. Differences are paired by seed; "
-        "intervals are nominally 95%: Student's t below ten seeds, bootstrap from there on, Newcombe's for differences "
-        "of shares. p-values are adjusted by Holm's method within an experiment: Student's t-test of paired "
-        f"differences, Fisher's exact test of counts. {FEW_SEEDS} The verdict is what the rule says; what the same "
-        "records hold against it stands beside it.",
+        (
+            "The claims are those of arXiv:2606.29176, as its abstract states them; each was"
+            " tested at the scale that the table names, on CPUs, far below the paper's. A verdict"
+            " is about that scale. Differences are paired by seed; intervals are nominally 95%:"
+            " Student's t below ten seeds, bootstrap from there on, Newcombe's for differences of"
+            " shares. p-values are adjusted by Holm's method within an experiment: Student's"
+            f" t-test of paired differences, Fisher's exact test of counts. {FEW_SEEDS} The verdict"
+            " is what the rule says; what the same records hold against it stands beside it."
+        ),
         verdict_table(claims, verdicts),
-        "The paper has 28 figures and 9 tables. We know its abstract alone, from which they cannot be matched one by "
-        "one: what answers which statement of the abstract stands at each section below, and no figure here is a copy "
-        "of one of the paper's.",
+        (
+            "The paper has 28 figures and 9 tables. We know its abstract alone, from which they"
+            " cannot be matched one by one: what answers which statement of the abstract stands at"
+            " each section below, and no figure here is a copy of one of the paper's."
+        ),
         "\n".join(f"- {rule(claim)}" for claim in claims.values()),
     ]
     return "\n\n".join(parts) + "\n"
@@ -123,7 +138,10 @@ def main_job() -> list[Results]:
     """Table and curves of ``make lm_overtrain``."""
     folder = ROOT / "results/lm_overtrain"
     runs = [Run.read(path.parent) for path in sorted(folder.glob("*/run.json"))]
-    curves = Drawing(partial(plot_curves, runs), "Loss curves of both optimizers, and the gap against the train loss.")
+    curves = Drawing(
+        partial(plot_curves, runs),
+        "Loss curves of both optimizers, and the gap against the train loss.",
+    )
     return [Results(folder, {"comparison": lambda: markdown_table(runs)}, {"comparison": curves})]
 
 
@@ -131,7 +149,9 @@ def cost_section() -> Section:
     """What a step costs, from the records of the benchmarks."""
     (made,) = benchmarks()
     tables = [made.table(name) for name in ("speed", "memory", "mirror")]
-    return Section("Cost", (), "make benchmark", "\n".join(tables), drawn(made.figures, made.folder))
+    return Section(
+        "Cost", (), "make benchmark", "\n".join(tables), drawn(made.figures, made.folder)
+    )
 
 
 def ground_truths() -> Section:
@@ -141,8 +161,16 @@ def ground_truths() -> Section:
         "Coverage of the intervals of rates": coverage,
         "Known learning coefficients": learning_coefficients,
     }
-    tables = [f"## {title}\n\n{module.results()[0].table('table')}" for title, module in parts.items()]
-    return Section("Ground truths", (), "make known_rates coverage learning_coefficients", "\n".join(tables), {})
+    tables = [
+        f"## {title}\n\n{module.results()[0].table('table')}" for title, module in parts.items()
+    ]
+    return Section(
+        "Ground truths",
+        (),
+        "make known_rates coverage learning_coefficients",
+        "\n".join(tables),
+        {},
+    )
 
 
 def sources(claims: Mapping[str, Claim]) -> dict[str, Callable[[], list[Results]]]:
@@ -155,7 +183,9 @@ def sources(claims: Mapping[str, Claim]) -> dict[str, Callable[[], list[Results]
         "precision": precision.results,
         "benchmark": benchmarks,
         "lm_overtrain": main_job,
-        "report": lambda: [Results(REPORT, {"claims": lambda: summary(claims, all_verdicts(claims))})],
+        "report": lambda: [
+            Results(REPORT, {"claims": lambda: summary(claims, all_verdicts(claims))})
+        ],
     }
 
 
@@ -169,7 +199,8 @@ def all_verdicts(claims: Mapping[str, Claim]) -> list[Verdict]:
 
 
 def make(names: Sequence[str]) -> None:
-    """Make tables and figures from committed records: those with these paths; ``tables`` and ``figures`` are all.
+    """Make tables and figures from committed records: those with these paths; ``tables`` and
+    ``figures`` are all.
 
     Raises:
         ValueError: no such table or figure; names those that there are.
@@ -183,10 +214,16 @@ def make(names: Sequence[str]) -> None:
                     each.table(one) if name == "tables" else each.figure(one)
             continue
         top = Path(name).parts[1] if name.startswith("results/") and name.count("/") > 1 else ""
-        there = of_folder[top]() if top in of_folder else [r for source in of_folder.values() for r in source()]
+        there = (
+            of_folder[top]()
+            if top in of_folder
+            else [r for source in of_folder.values() for r in source()]
+        )
         made = next((each for each in there if path in each.paths), None)
         if made is None:
-            known = ", ".join(str(each.relative_to(ROOT)) for result in there for each in result.paths)
+            known = ", ".join(
+                str(each.relative_to(ROOT)) for result in there for each in result.paths
+            )
             raise ValueError(f"{name} is no table or figure; there are {known}")
         made.make(path)
 
@@ -218,11 +255,15 @@ def report(console: Console) -> None:
 
 def main() -> None:
     """Do what the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("status").add_argument("--runs", default="runs", help="folder of the runs")
     commands.add_parser("report")
-    commands.add_parser("make").add_argument("names", nargs="+", metavar="PATH", help="or tables, figures")
+    commands.add_parser("make").add_argument(
+        "names", nargs="+", metavar="PATH", help="or tables, figures"
+    )
     arguments = parser.parse_args()
     console = Console()
     try:

@@ -1,8 +1,10 @@
-"""The architectures of transformers and timm, each in a small configuration, with examples of its inputs.
+"""The architectures of transformers and timm, each in a small configuration, with examples of its
+inputs.
 
-Those of transformers are the classes of its auto-model mappings, built from their default configs narrowed to two
-layers (:func:`ddc.gauges.twin.narrow_config`); those of timm are one or more small members of each of its modules. The
-named models of the tests, which were picked by hand, come first.
+Those of transformers are the classes of its auto-model mappings, built from their default configs
+narrowed to two layers (:func:`ddc.gauges.twin.narrow_config`); those of timm are one or more small
+members of each of its modules. The named models of the tests, which were picked by hand, come
+first.
 """
 
 from __future__ import annotations
@@ -59,7 +61,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "efficientnet": {"width_coefficient": 0.5, "depth_coefficient": 0.3},
-    "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "lfm2_moe": {
+        "num_hidden_layers": 2,
+        "layer_types": ["conv", "full_attention"],
+        "num_dense_layers": 1,
+    },
     "xmod": {"default_language": "en_XX"},
     "esm": {"vocab_size": 33},
     "wav2vec2-bert": {"vocab_size": 33},
@@ -73,25 +79,36 @@ OF_TIMM = """
     vit_wee_patch16_reg1_gap_256 vit_medium_patch16_gap_240 vit_little_patch16_reg4_gap_256
     vit_so150m_patch16_reg4_map_256 vit_base_patch16_xp_224 vit_small_patch16_36x1_224
     vit_small_patch16_18x2_224 vit_small_patch16_rope_mixed_224 vit_small_patch16_dinov3
-    deit_tiny_distilled_patch16_224 deit3_small_patch16_224 beit_base_patch16_224 beitv2_base_patch16_224
-    eva02_tiny_patch14_224 eva02_base_patch14_224 eva_giant_patch14_224 aimv2_large_patch14_224 convnext_atto
-    convnext_atto_ols convnextv2_atto resnet18 resnet50 resnext50_32x4d seresnet50 wide_resnet50_2 mixer_s16_224
+    deit_tiny_distilled_patch16_224 deit3_small_patch16_224 beit_base_patch16_224
+    beitv2_base_patch16_224
+    eva02_tiny_patch14_224 eva02_base_patch14_224 eva_giant_patch14_224 aimv2_large_patch14_224
+    convnext_atto
+    convnext_atto_ols convnextv2_atto resnet18 resnet50 resnext50_32x4d seresnet50 wide_resnet50_2
+    mixer_s16_224
     gmlp_ti16_224 resmlp_12_224 gmixer_12_224 vgg11 vgg11_bn efficientnet_b0 mobilenetv2_100
-    mobilenetv3_small_100 mnasnet_100 tf_efficientnetv2_s mobilenetv4_conv_small mobilenetv4_hybrid_medium
-    poolformer_s12 poolformerv2_s12 caformer_s18 convformer_s18 maxvit_nano_rw_256 coatnet_nano_rw_224
-    swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 swinv2_cr_tiny_224 xcit_nano_12_p16_224 volo_d1_224
+    mobilenetv3_small_100 mnasnet_100 tf_efficientnetv2_s mobilenetv4_conv_small
+    mobilenetv4_hybrid_medium
+    poolformer_s12 poolformerv2_s12 caformer_s18 convformer_s18 maxvit_nano_rw_256
+    coatnet_nano_rw_224
+    swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 swinv2_cr_tiny_224 xcit_nano_12_p16_224
+    volo_d1_224
     vit_relpos_small_patch16_224 vit_relpos_medium_patch16_rpn_224 vit_srelpos_small_patch16_224
-    samvit_base_patch16 mobilevit_xxs mobilevitv2_050 halonet26t lambda_resnet26t botnet26t_256 repvgg_a0
+    samvit_base_patch16 mobilevit_xxs mobilevitv2_050 halonet26t lambda_resnet26t botnet26t_256
+    repvgg_a0
     gcresnet33ts regnetx_002 regnety_002 nfnet_l0 dm_nfnet_f0 naflexvit_base_patch16_gap
     vit_pwee_patch16_reg1_gap_256
-    levit_128s hrnet_w18_small densenet121 dla46x_c sam2_hiera_tiny legacy_seresnet18 twins_svt_small resnest14d
-    tresnet_m test_resnet test_nfnet test_convnext test_maxvit test_vit test_vit_relpos test_byobnet test_efficientnet
+    levit_128s hrnet_w18_small densenet121 dla46x_c sam2_hiera_tiny legacy_seresnet18
+    twins_svt_small resnest14d
+    tresnet_m test_resnet test_nfnet test_convnext test_maxvit test_vit test_vit_relpos test_byobnet
+    test_efficientnet
 """
 
 
 @dataclass(frozen=True)
 class Made:
-    """A small model, an example of its inputs for the tracing, and other, longer inputs for the check."""
+    """A small model, an example of its inputs for the tracing, and other, longer inputs for the
+    check.
+    """
 
     model: nn.Module
     example: Inputs
@@ -136,7 +153,8 @@ def make_named(name: str) -> Made:
     return Made(model, inputs, inputs)
 
 
-# ---------------------------------------------------------------------------------------------- transformers
+# ----------------------------------------------------------------------------------------------
+# transformers
 
 
 def of_transformers() -> Iterator[Architecture]:
@@ -147,11 +165,14 @@ def of_transformers() -> Iterator[Architecture]:
             for name in (classes,) if isinstance(classes, str) else classes:
                 if name not in seen:
                     seen.add(name)
-                    yield Architecture("transformers", task, name, partial(make_of_transformers, kind, name))
+                    yield Architecture(
+                        "transformers", task, name, partial(make_of_transformers, kind, name)
+                    )
 
 
 def make_of_transformers(kind: str, name: str) -> Made:
-    """The class ``name`` built from the default config of its ``kind``, narrowed, or as it is where that is small.
+    """The class ``name`` built from the default config of its ``kind``, narrowed, or as it is where
+    that is small.
 
     Raises:
         ValueError: what it takes is not known here, or it is large however narrow.
@@ -161,7 +182,10 @@ def make_of_transformers(kind: str, name: str) -> Made:
     try:
         return _made(made, small(config))
     except Exception as error:
-        for other in (lambda: small(config.get_text_config(decoder=True)), lambda: small(config, narrow=False)):
+        for other in (
+            lambda: small(config.get_text_config(decoder=True)),
+            lambda: small(config, narrow=False),
+        ):
             with contextlib.suppress(Exception):
                 return _made(made, other())
         raise error
@@ -187,7 +211,9 @@ def small(config: Any, narrow: bool = True) -> Any:
     config.num_labels = LABELS
     for each in parts(config):
         for key, value in list(vars(each).items()):
-            if type(value) is float and ("drop" in key or re.fullmatch(r"mask_(time|feature)_prob", key)):
+            if type(value) is float and (
+                "drop" in key or re.fullmatch(r"mask_(time|feature)_prob", key)
+            ):
                 setattr(each, key, 0.0)
             elif key == "use_cache":
                 each.use_cache = False
@@ -197,7 +223,9 @@ def small(config: Any, narrow: bool = True) -> Any:
                 each.head_dim = each.hidden_size // each.num_attention_heads
             elif key == "image_size":
                 side = image_size(each)
-                each.image_size = type(value)((side, side)) if isinstance(value, list | tuple) else side
+                each.image_size = (
+                    type(value)((side, side)) if isinstance(value, list | tuple) else side
+                )
             elif key == "max_source_positions" and type(value) is int:
                 each.max_source_positions = 32
     return config
@@ -235,12 +263,16 @@ def inputs_of(model: Any, length: int, seed: int) -> dict[str, Any]:
     ordinary = torch.tensor([token for token in range(3, VOCABULARY - 1) if token not in special])
 
     def tokens() -> Tensor:
-        vocabulary = min((n for each in every if (n := vars(each).get("vocab_size"))), default=VOCABULARY)
+        vocabulary = min(
+            (n for each in every if (n := vars(each).get("vocab_size"))), default=VOCABULARY
+        )
         usable = ordinary[ordinary < vocabulary]
         return usable[torch.randint(len(usable), (2, length), generator=generator)]
 
     def first(name: str, default: Any) -> Any:
-        return next((value for each in every if (value := getattr(each, name, None)) is not None), default)
+        return next(
+            (value for each in every if (value := getattr(each, name, None)) is not None), default
+        )
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
@@ -255,10 +287,17 @@ def inputs_of(model: Any, length: int, seed: int) -> dict[str, Any]:
             inputs = {"input_values": random(2, first("max_length", 0), mel)}
         case "input_values":
             inputs = {"input_values": random(2, 1200 + 400 * (length > 7))}
-        case "input_features" if (long := first("max_source_positions", 0)) and (mel := first("num_mel_bins", 0)):
+        case "input_features" if (long := first("max_source_positions", 0)) and (
+            mel := first("num_mel_bins", 0)
+        ):
             inputs = {"input_features": random(2, mel, 2 * long)}
         case "input_features":
-            names = ("feature_projection_input_dim", "input_feat_per_channel", "input_dim", "num_mel_bins")
+            names = (
+                "feature_projection_input_dim",
+                "input_feat_per_channel",
+                "input_dim",
+                "num_mel_bins",
+            )
             width = next((size for name in names if (size := first(name, 0))), 80)
             inputs = {"input_features": random(2, 4 * length, width)}
         case _:
@@ -280,7 +319,8 @@ def pixels(first: Callable[[str, Any], Any], random: Callable[..., Tensor]) -> T
     return random(2, *((frames,) if frames else ()), first("num_channels", 3), height, width)
 
 
-# ---------------------------------------------------------------------------------------------- timm
+# ----------------------------------------------------------------------------------------------
+# timm
 
 #: Parts of names, from small members of a module to larger ones.
 SMALL = re.compile(
@@ -302,7 +342,9 @@ SMALLER: tuple[Mapping[str, Any], ...] = (
 
 
 def of_timm() -> Iterator[Architecture]:
-    """Members of each module: those of :data:`OF_TIMM`, or else the smallest, as far as names say."""
+    """Members of each module: those of :data:`OF_TIMM`, or else the smallest, as far as names
+    say.
+    """
     modules: dict[str, list[str]] = {}
     for name in timm.list_models():
         modules.setdefault(_model_to_module[name], []).append(name)
@@ -318,7 +360,9 @@ def _rank(name: str) -> int:
 
 
 def make_of_timm(name: str) -> Made:
-    """A model of timm on small images, with whatever of :data:`SMALLER` it takes and still computes."""
+    """A model of timm on small images, with whatever of :data:`SMALLER` it takes and still
+    computes.
+    """
     options: dict[str, Any] = {"num_classes": LABELS}
     side = next((side for side in (64, 128) if _computes(name, options, side)), None)
     for option in SMALLER:
@@ -328,12 +372,16 @@ def make_of_timm(name: str) -> Made:
     if (size := sum(parameter.numel() for parameter in model.parameters())) > LARGEST:
         raise ValueError(f"it has {size:,} parameters even where it is small")
     shape = _shape(model, options, side)
-    example, others = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    example, others = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)
+    )
     return Made(model, (example,), (others,))
 
 
 def _shape(model: Any, options: Mapping[str, Any], side: int | None) -> tuple[int, ...]:
-    """Of two images: as large as the model is built for, or else of this side, or of its usual size."""
+    """Of two images: as large as the model is built for, or else of this side, or of its usual
+    size.
+    """
     channels, height, width = model.default_cfg["input_size"]
     side = options.get("img_size", side)
     return 2, channels, side or height, side or width

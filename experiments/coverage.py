@@ -1,9 +1,11 @@
-"""How often the intervals of rates hold the true slope: ``python -m experiments.coverage`` (or ``make coverage``).
+"""How often the intervals of rates hold the true slope: ``python -m experiments.coverage`` (or
+``make coverage``).
 
-Straight lines of slope 2 in residuals of a known lag-one correlation, over 1.3 decades, as many points as a window of
-a cell has. Of 2,000 lines in each row: how many intervals of :func:`ddc.slt.rates.fit_line` hold the slope, and how
-many of ordinary least squares, which takes residuals for white; how many lines :func:`ddc.slt.rates.read_rate` reads,
-which chooses a window first, and of these how many intervals hold it.
+Straight lines of slope 2 in residuals of a known lag-one correlation, over 1.3 decades, as many
+points as a window of a cell has. Of 2,000 lines in each row: how many intervals of
+:func:`ddc.slt.rates.fit_line` hold the slope, and how many of ordinary least squares, which takes
+residuals for white; how many lines :func:`ddc.slt.rates.read_rate` reads, which chooses a window
+first, and of these how many intervals hold it.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ CORRELATIONS, POINTS = (0.0, 0.5, 0.8), (8, 16, 30)
 LINES, SLOPE, NOISE, SEED = 2000, 2.0, 0.2, 0
 
 
-def autoregressive(rho: float, shape: tuple[int, int], generator: np.random.Generator) -> NDArray[np.float64]:
+def autoregressive(
+    rho: float, shape: tuple[int, int], generator: np.random.Generator
+) -> NDArray[np.float64]:
     """Rows of unit variance whose neighbours correlate by ``rho``."""
     noise = generator.normal(size=shape)
     noise[:, 1:] *= math.sqrt(1 - rho**2)
@@ -51,7 +55,11 @@ def measure() -> list[dict[str, Any]]:
         held, white, read = [], [], []
         for noise in autoregressive(rho, (LINES, points), generator):
             y = SLOPE * x + NOISE * noise
-            fit, line, rate = fit_line(x, y, rule.confidence), stats.linregress(x, y), read_rate(x, y, rule)
+            fit, line, rate = (
+                fit_line(x, y, rule.confidence),
+                stats.linregress(x, y),
+                read_rate(x, y, rule),
+            )
             held.append(fit.low <= SLOPE <= fit.high)
             white.append(abs(line.slope - SLOPE) <= plain * line.stderr)
             if rate.read and rate.fit is not None:
@@ -89,13 +97,21 @@ def table(records: list[dict[str, Any]]) -> str:
         ]
         for r in records
     ]
-    header = ["correlation", "points", "interval holds", "least squares holds", "read by the rule", "interval holds"]
+    header = [
+        "correlation",
+        "points",
+        "interval holds",
+        "least squares holds",
+        "read by the rule",
+        "interval holds",
+    ]
     first = records[0]
     error = math.sqrt(0.95 * 0.05 / first["lines"])
     note = (
-        f"Nominal: {first['rule']['confidence']:.0%}. {first['lines']:,} lines a row (standard error at 95%: "
-        f"{error:.1%}), slope {first['slope']:g}, noise {first['noise']:g} in natural logarithms, seed "
-        f"{first['seed']}. Commit {commits(records)}. Made by `make coverage` from `records.jsonl` beside this file."
+        f"Nominal: {first['rule']['confidence']:.0%}. {first['lines']:,} lines a row (standard"
+        f" error at 95%: {error:.1%}), slope {first['slope']:g}, noise {first['noise']:g} in"
+        f" natural logarithms, seed {first['seed']}. Commit {commits(records)}. Made by `make"
+        " coverage` from `records.jsonl` beside this file."
     )
     return f"{columns(header, rows, left=0)}\n\n{note}\n"
 
@@ -107,7 +123,9 @@ def results() -> list[Results]:
 
 def main() -> None:
     """Simulate, and write the records and the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     records = measure()

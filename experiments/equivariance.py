@@ -1,11 +1,13 @@
-"""Claim C6: the update is gauge-equivariant. ``python -m experiments.equivariance`` (``make equivariance``).
+"""Claim C6: the update is gauge-equivariant. ``python -m experiments.equivariance`` (``make
+equivariance``).
 
-Two copies of a model start from weights that differ by a random element of a gauge group, and see the same
-batches of real data. An equivariant optimizer keeps them the same function. The measure is the largest absolute
-difference of their log-probabilities on held-out data, at any of ten checks over 100 steps.
+Two copies of a model start from weights that differ by a random element of a gauge group, and see
+the same batches of real data. An equivariant optimizer keeps them the same function. The measure is
+the largest absolute difference of their log-probabilities on held-out data, at any of ten checks
+over 100 steps.
 
-In float64 both Muons orthogonalise by the exact polar factor; in float32 by Newton-Schulz iteration, Muon in bfloat16
-as torch's does.
+In float64 both Muons orthogonalise by the exact polar factor; in float32 by Newton-Schulz
+iteration, Muon in bfloat16 as torch's does.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ MODELS = {
     "LayerNorm, biases, ReLU, learned positions": GPTConfig(
         **SIZES, kv_heads=4, norm="layer", mlp="relu", positions="learned", bias=True
     ),
-    "RMSNorm, ReLU², partial RoPE, GQA": GPTConfig(**SIZES, kv_heads=2, mlp="relu2", positions="partial_rope"),
+    "RMSNorm, ReLU², partial RoPE, GQA": GPTConfig(
+        **SIZES, kv_heads=2, mlp="relu2", positions="partial_rope"
+    ),
     "LayerNorm, biases, SwiGLU, RoPE, MQA": GPTConfig(**SIZES, kv_heads=1, norm="layer", bias=True),
     "RMSNorm, GELU, RoPE, tied head": GPTConfig(**SIZES, kv_heads=4, mlp="gelu", tied_head=True),
 }
@@ -61,7 +65,9 @@ def adamw(model: nn.Module, gauges: GaugeSet, **options: Any) -> Optimizer:
 
 def ddcadam(model: nn.Module, gauges: GaugeSet, **options: Any) -> DDCAdam:
     """The optimizer under test, with the baseline's hyperparameters."""
-    return DDCAdam(model.named_parameters(), gauges, **{"lr": LR, "weight_decay": WEIGHT_DECAY, **options})
+    return DDCAdam(
+        model.named_parameters(), gauges, **{"lr": LR, "weight_decay": WEIGHT_DECAY, **options}
+    )
 
 
 def orthogonalizer(model: nn.Module, single: str) -> str:
@@ -73,7 +79,8 @@ def muon(model: nn.Module, gauges: GaugeSet, **options: Any) -> Optimizer:
     """The baseline of DDCMuon: Muon for hidden matrices, AdamW for the rest."""
     options = {"orthogonalizer": orthogonalizer(model, "newton_schulz_bfloat16"), **options}
     return make_muon(
-        model, hidden_matrices(model), WEIGHT_DECAY, lr=MUON_LR, adam_lr=LR, momentum=0.95, nesterov=True,
+        model, hidden_matrices(model), WEIGHT_DECAY, lr=MUON_LR, adam_lr=LR, momentum=0.95,
+        nesterov=True,
         adjust_lr_fn="original", betas=(0.9, 0.999), eps=1e-8, **options,
     )  # fmt: skip
 
@@ -82,7 +89,8 @@ def ddcmuon(model: nn.Module, gauges: GaugeSet, **options: Any) -> DDCMuon:
     """Muon's lift, with the baseline's hyperparameters."""
     options = {"orthogonalizer": orthogonalizer(model, "newton_schulz"), **options}
     return DDCMuon(
-        model.named_parameters(), gauges, hidden_matrices(model), lr=MUON_LR, adam_lr=LR, weight_decay=WEIGHT_DECAY,
+        model.named_parameters(), gauges, hidden_matrices(model), lr=MUON_LR, adam_lr=LR,
+        weight_decay=WEIGHT_DECAY,
         **options,
     )  # fmt: skip
 
@@ -90,10 +98,18 @@ def ddcmuon(model: nn.Module, gauges: GaugeSet, **options: Any) -> DDCMuon:
 OPTIMIZERS: tuple[OptimizerMaker, ...] = (ddcadam, adamw, ddcmuon, muon)
 
 
-def random_model(config: GPTConfig | DeepMLPConfig, vocab_size: int, seed: int, dtype: torch.dtype) -> GPT | DeepMLP:
-    """A model at its initialisation, but with random norm scales and biases: 1 and 0 would test too little."""
+def random_model(
+    config: GPTConfig | DeepMLPConfig, vocab_size: int, seed: int, dtype: torch.dtype
+) -> GPT | DeepMLP:
+    """A model at its initialisation, but with random norm scales and biases: 1 and 0 would test too
+    little.
+    """
     torch.manual_seed(seed)
-    model = GPT(config, vocab_size) if isinstance(config, GPTConfig) else DeepMLP(config, vocab_size, vocab_size)
+    model = (
+        GPT(config, vocab_size)
+        if isinstance(config, GPTConfig)
+        else DeepMLP(config, vocab_size, vocab_size)
+    )
     model.to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -125,7 +141,8 @@ def orbit_divergence(
         seed: of the group element and the batches.
         spread: scales of the element lie in e^±spread.
         steps: optimizer steps.
-        max_grad_norm: clip to this norm: the optimizer's own ``grad_norm`` where it has one, else the Euclidean.
+        max_grad_norm: clip to this norm: the optimizer's own ``grad_norm`` where it has one, else
+            the Euclidean.
     """
     copies = [copy.deepcopy(model), copy.deepcopy(model)]
     gauges.transform_(copies[1], torch.Generator().manual_seed(seed), spread)
@@ -142,9 +159,13 @@ def orbit_divergence(
                 norm = (
                     optimizer.grad_norm()
                     if isinstance(optimizer, DDCAdam)
-                    else torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+                    else torch.nn.utils.get_total_norm(
+                        [p.grad for p in parameters if p.grad is not None]
+                    )
                 )
-                torch.nn.utils.clip_grads_with_norm_(parameters, max_norm=max_grad_norm, total_norm=norm)
+                torch.nn.utils.clip_grads_with_norm_(
+                    parameters, max_norm=max_grad_norm, total_norm=norm
+                )
             optimizer.step()
         if (step + 1) % max(1, steps // 10) == 0:
             with torch.no_grad():
@@ -173,8 +194,13 @@ def cases() -> list[Case]:
         found.append(Case(name, config, text, BATCH, "all", KINDS))
         if i < 2:
             kinds = {gauge.kind for gauge in find_gauges(GPT(config, text.vocab_size))}
-            found += [Case(name, config, text, BATCH, kind, (kind,)) for kind in KINDS if kind in kinds]
-    return [*found, Case("ReLU network without biases, depth 8", DEEP, pairs, DEEP_BATCH, "all", KINDS)]
+            found += [
+                Case(name, config, text, BATCH, kind, (kind,)) for kind in KINDS if kind in kinds
+            ]
+    return [
+        *found,
+        Case("ReLU network without biases, depth 8", DEEP, pairs, DEEP_BATCH, "all", KINDS),
+    ]
 
 
 def measure(seeds: Iterable[int]) -> list[dict[str, Any]]:
@@ -186,9 +212,17 @@ def measure(seeds: Iterable[int]) -> list[dict[str, Any]]:
         model = random_model(case.config, case.data.vocab_size, seed, dtype)
         gauges = find_gauges(model).only(case.kinds)
         start = time.perf_counter()
-        divergence = orbit_divergence(model, gauges, make, case.data, batch_size=case.batch_size, seed=seed)
+        divergence = orbit_divergence(
+            model, gauges, make, case.data, batch_size=case.batch_size, seed=seed
+        )
         muon_lr = {"muon_lr": MUON_LR} if "muon" in make.__name__ else {}
-        options = {"steps": STEPS, "batch": case.batch_size, "lr": LR, **muon_lr, "weight_decay": WEIGHT_DECAY}
+        options = {
+            "steps": STEPS,
+            "batch": case.batch_size,
+            "lr": LR,
+            **muon_lr,
+            "weight_decay": WEIGHT_DECAY,
+        }
         records.append(
             {
                 "model": case.model,
@@ -226,7 +260,13 @@ def verdicts(claims: Mapping[str, Claim]) -> list[Verdict]:
 def results(claims: Mapping[str, Claim]) -> list[Results]:
     """Table and figure of the records."""
     records, claim = read_lines(RESULTS / "records.jsonl"), claims["C6"]
-    return [Results(RESULTS, {"table": lambda: report.markdown(records, claim)}, report.drawings(records, claim))]
+    return [
+        Results(
+            RESULTS,
+            {"table": lambda: report.markdown(records, claim)},
+            report.drawings(records, claim),
+        )
+    ]
 
 
 def section(claims: Mapping[str, Claim]) -> Section:

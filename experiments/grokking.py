@@ -1,20 +1,22 @@
 """Claim C5: which optimizers make a deep network grok (``make grok``).
 
 python -m experiments.grokking plan STAGE      # the runs of a stage, for scripts/sweep.py
-python -m experiments.grokking collect         # the records of all runs into results/grokking/runs.jsonl
+python -m experiments.grokking collect         # committed records, from runs
 python -m experiments.grokking report          # table and figures from there
 
-Fixed before the runs: a run groks if its validation accuracy is at least 0.95 at some evaluation within the 2,000
-steps of ``+experiment=grok_mlp``. Two protocols compare the optimizers on seeds 0 to 10:
+Fixed before the runs: a run groks if its validation accuracy is at least 0.95 at some evaluation
+within the 2,000 steps of ``+experiment=grok_mlp``. Two protocols compare the optimizers on seeds 0
+to 10:
 
 - *matched*: Muon and DDCMuon at the same rates, AdamW and DDCAdam at the same rate, no decay;
-- *tuned*: each optimizer at the best of its 12 settings of rates, decay and schedule. All 12 run on seed 100
-  (``tuning``), the best two go on to seeds 101 and 102 (``finals``), the best of these is taken: by the number of
-  runs that grok, then by the mean of their best validation accuracies.
+- *tuned*: each optimizer at the best of its 12 settings of rates, decay and schedule. All 12 run on
+  seed 100 (``tuning``), the best two go on to seeds 101 and 102 (``finals``), the best of these is
+  taken: by the number of runs that grok, then by the mean of their best validation accuracies.
 
-Task, size, the range of the grid and the matched rates come from pilot runs, not recorded, of DDCMuon and Muon on
-seeds 100, 200 and 201: they make a regime in which DDCMuon groks. Ablations change one thing in DDCMuon's matched
-setting; the depth curves take the tuned settings, which were chosen at depth 24, to the other depths.
+Task, size, the range of the grid and the matched rates come from pilot runs, not recorded, of
+DDCMuon and Muon on seeds 100, 200 and 201: they make a regime in which DDCMuon groks. Ablations
+change one thing in DDCMuon's matched setting; the depth curves take the tuned settings, which were
+chosen at depth 24, to the other depths.
 """
 
 from __future__ import annotations
@@ -39,17 +41,24 @@ SCHEDULES = ("wsd", "cosine")
 Rates = tuple[float, ...]
 MUON_RATES: list[Rates] = [(0.01, 0.003), (0.01, 0.02), (0.02, 0.02)]
 ADAM_RATES: list[Rates] = [(3e-4,), (1e-3,), (3e-3,)]
-#: Rates and decays of the tuning grid. Decay acts as rate × decay × steps, so Adam's smaller rates get larger decays.
+#: Rates and decays of the tuning grid. Decay acts as rate × decay × steps, so Adam's smaller rates
+#: get larger decays.
 GRID: dict[str, tuple[list[Rates], tuple[float, float]]] = {
     "ddcmuon": (MUON_RATES, (0.0, 0.3)),
     "muon": (MUON_RATES, (0.0, 0.3)),
     "ddcadam": (ADAM_RATES, (0.0, 3.0)),
     "adamw": (ADAM_RATES, (0.0, 3.0)),
 }
-MATCHED: dict[str, Rates] = {"ddcmuon": (0.02, 0.02), "muon": (0.02, 0.02), "ddcadam": (1e-3,), "adamw": (1e-3,)}
+MATCHED: dict[str, Rates] = {
+    "ddcmuon": (0.02, 0.02),
+    "muon": (0.02, 0.02),
+    "ddcadam": (1e-3,),
+    "adamw": (1e-3,),
+}
 #: What is taken away from, or changed in, DDCMuon's matched runs.
 ABLATIONS = (
-    "gauges.relu_rescale=false gauges.chained_rescale=true",  # no dressing: one scale a layer is all that is known
+    # no dressing: one scale a layer is all that is known
+    "gauges.relu_rescale=false gauges.chained_rescale=true",
     "gauges=none",
     "optimizer.radial_rate=0",
     "optimizer.vertical=adam",
@@ -62,9 +71,16 @@ ABLATIONS = (
 def setting(optimizer: str, rates: Rates, decay: float = 0.0, schedule: str = "wsd") -> str:
     """Overrides of one setting."""
     keys = ("lr", "adam_lr")[: len(rates)]
-    parts = [f"optimizer={optimizer}", *(f"optimizer.{k}={rate:g}" for k, rate in zip(keys, rates, strict=True))]
+    parts = [
+        f"optimizer={optimizer}",
+        *(f"optimizer.{k}={rate:g}" for k, rate in zip(keys, rates, strict=True)),
+    ]
     final = 0.0 if schedule == "wsd" else 0.01
-    parts += [f"optimizer.weight_decay={decay:g}", f"training.schedule={schedule}", f"training.final_lr={final:g}"]
+    parts += [
+        f"optimizer.weight_decay={decay:g}",
+        f"training.schedule={schedule}",
+        f"training.final_lr={final:g}",
+    ]
     return " ".join(parts)
 
 
@@ -122,7 +138,13 @@ def verdicts(claims: Mapping[str, Claim]) -> list[Verdict]:
 def results(claims: Mapping[str, Claim]) -> list[Results]:
     """Tables and figures of the records."""
     records = EXPERIMENT.committed()
-    return [Results(RESULTS, {"table": lambda: report.markdown(records, claims["C5"])}, report.drawings(records))]
+    return [
+        Results(
+            RESULTS,
+            {"table": lambda: report.markdown(records, claims["C5"])},
+            report.drawings(records),
+        )
+    ]
 
 
 def section(claims: Mapping[str, Claim]) -> Section:

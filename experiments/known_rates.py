@@ -1,7 +1,7 @@
 """The table of analytic rates: ``python -m experiments.known_rates`` (or ``make known_rates``).
 
-Every network of :mod:`ddc.slt.known_rates` is observed at 24 weight sizes and read by the rule of the trainer; its
-exponent and coefficient as t → 0 are put beside what was recovered. Takes seconds.
+Every network of :mod:`ddc.slt.known_rates` is observed at 24 weight sizes and read by the rule of
+the trainer; its exponent and coefficient as t → 0 are put beside what was recovered. Takes seconds.
 """
 
 from __future__ import annotations
@@ -64,8 +64,11 @@ def table(records: list[dict[str, Any]]) -> str:
         )
     lines += [
         "",
-        "Of second moments, in the size t of a dead weight. A flat observable has no rate to read and must be refused. "
-        f"Commit {records[0]['commit']}. Made by `make known_rates` from `records.jsonl` beside this file.",
+        (
+            "Of second moments, in the size t of a dead weight. A flat observable has no rate to"
+            f" read and must be refused. Commit {records[0]['commit']}. Made by `make known_rates`"
+            " from `records.jsonl` beside this file."
+        ),
     ]
     return "\n".join(lines) + "\n"
 

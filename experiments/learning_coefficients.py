@@ -1,9 +1,10 @@
 """Estimated against known learning coefficients: ``python -m experiments.learning_coefficients``.
 
-Each known case is estimated once a seed, and compared with ``truth``, the coefficient in closed form. ``expected`` is
-what the sampler is to find: at one temperature of a normal crossing of multiplicity over 1 the exact energy at that
-temperature, which falls short of the coefficient, everywhere else the coefficient itself. The settings were chosen on
-seeds 0, 1, 7, 11, 21, 41 and 42.
+Each known case is estimated once a seed, and compared with ``truth``, the coefficient in closed
+form. ``expected`` is what the sampler is to find: at one temperature of a normal crossing of
+multiplicity over 1 the exact energy at that temperature, which falls short of the coefficient,
+everywhere else the coefficient itself. The settings were chosen on seeds 0, 1, 7, 11, 21, 41 and
+42.
 """
 
 from __future__ import annotations
@@ -33,12 +34,20 @@ from ddc.slt.known_coefficients import (
     reduced_rank_potential,
     regular,
 )
-from ddc.slt.learning_coefficient import Estimate, Settings, TemperatureFit, estimate, fit_temperatures, minibatches
+from ddc.slt.learning_coefficient import (
+    Estimate,
+    Settings,
+    TemperatureFit,
+    estimate,
+    fit_temperatures,
+    minibatches,
+)
 from ddc.training.records import provenance
 from experiments.output import Results, save_document, save_records
 
-#: Six factors of 3.2. Below, the neglected powers of 1/τ (1/τ at k = 1, τ^-½ at k = 2) exceed the errors; above, the
-#: trajectories are too short to go along the arms of the posterior, of which the narrowest are √τ longer than wide.
+#: Six factors of 3.2. Below, the neglected powers of 1/τ (1/τ at k = 1, τ^-½ at k = 2) exceed the
+#: errors; above, the trajectories are too short to go along the arms of the posterior, of which the
+#: narrowest are √τ longer than wide.
 FIRST_TEMPERATURE = {1: 1e2, 2: 1e3}
 SAMPLES, BATCH, NOISE = 5000, 100, 0.1
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,7 +88,14 @@ def crossing_case(powers: tuple[int, ...]) -> Case:
         return estimate(loss, start, tau, 1.0, settings=replace(settings, seed=seed))
 
     expected = float(truth[0]) if truth[1] == 1 else normal_crossing_energy(powers, tau)
-    return Case("normal crossing", crossing_name(powers), f"HMC, τ = {tau:.0e}".replace("+0", ""), truth, expected, run)
+    return Case(
+        "normal crossing",
+        crossing_name(powers),
+        f"HMC, τ = {tau:.0e}".replace("+0", ""),
+        truth,
+        expected,
+        run,
+    )
 
 
 def crossing_fit_case(powers: tuple[int, ...]) -> Case:
@@ -88,11 +104,16 @@ def crossing_fit_case(powers: tuple[int, ...]) -> Case:
     def run(seed: int) -> TemperatureFit:
         loss, start = normal_crossing_loss(powers), origin(len(powers))
         return fit_temperatures(
-            loss, start, ladder(FIRST_TEMPERATURE[max(powers)]), settings=replace(settings, seed=1000 * seed)
+            loss,
+            start,
+            ladder(FIRST_TEMPERATURE[max(powers)]),
+            settings=replace(settings, seed=1000 * seed),
         )
 
     truth = normal_crossing(powers)
-    return Case("normal crossing", crossing_name(powers), "HMC, fit over τ", truth, float(truth[0]), run)
+    return Case(
+        "normal crossing", crossing_name(powers), "HMC, fit over τ", truth, float(truth[0]), run
+    )
 
 
 def reduced_rank_case(shape: tuple[int, int, int, int]) -> Case:
@@ -100,7 +121,9 @@ def reduced_rank_case(shape: tuple[int, int, int, int]) -> Case:
 
     def run(seed: int) -> Estimate:
         start = reduced_rank_minimum(*shape)
-        return estimate(reduced_rank_potential(start), start, 1e6, 1.0, settings=replace(settings, seed=seed))
+        return estimate(
+            reduced_rank_potential(start), start, 1e6, 1.0, settings=replace(settings, seed=seed)
+        )
 
     truth = aoyagi_watanabe(*shape)
     return Case("reduced rank", rank_name(shape), "HMC, τ = 1e6", truth, float(truth[0]), run)
@@ -113,7 +136,9 @@ def reduced_rank_fit_case(shape: tuple[int, int, int, int]) -> Case:
         start = reduced_rank_minimum(*shape)
         loss = reduced_rank_potential(start)
         # with γ = 10 in place of 1, a τ counts for τ/γ² in the surplus
-        return fit_temperatures(loss, start, ladder(1e4), settings=replace(settings, seed=1000 * seed))
+        return fit_temperatures(
+            loss, start, ladder(1e4), settings=replace(settings, seed=1000 * seed)
+        )
 
     truth = aoyagi_watanabe(*shape)
     return Case("reduced rank", rank_name(shape), "HMC, fit over τ", truth, float(truth[0]), run)
@@ -209,34 +234,45 @@ def near(records: list[dict[str, Any]]) -> int:
 def table(records: list[dict[str, Any]]) -> str:
     """Markdown, one row a record."""
     lines = [
-        "| case | method | λ, m | estimate | 95% interval | off λ | met | energy at this τ | off it | R-hat | ESS "
-        "| seconds |",
+        (
+            "| case | method | λ, m | estimate | 95% interval | off λ | met | energy at this τ |"
+            " off it | R-hat | ESS | seconds |"
+        ),
         "| --- | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for r in records:
         low, high = r["interval"]
         off = r["value"] / r["truth"] - 1
-        met = [text for text, holds in (("5%", abs(off) < 0.05), ("interval", low <= r["truth"] <= high)) if holds]
+        met = [
+            text
+            for text, holds in (("5%", abs(off) < 0.05), ("interval", low <= r["truth"] <= high))
+            if holds
+        ]
         at_tau = ["–", "–"]
         if r["expected"] != r["truth"]:
             at_tau = [f"{r['expected']:.4f}", f"{100 * (r['value'] / r['expected'] - 1):+.1f}%"]
         found = f"{r['value']:.4f}" + (f", m={r['multiplicity']}" if "multiplicity" in r else "")
         lines.append(
-            f"| {r['family']}: {r['case']} | {r['method']} | {r['truth']:g}, {r['truth_multiplicity']} "
-            f"| {found} | {low:.4f} to {high:.4f} | {100 * off:+.1f}% | {' and '.join(met) or 'no'} "
-            f"| {' | '.join(at_tau)} | {r['r_hat']:.3f} | {r['ess']:.0f} | {r['seconds']:.1f} |"
+            f"| {r['family']}: {r['case']} | {r['method']} | {r['truth']:g},"
+            f" {r['truth_multiplicity']} | {found} | {low:.4f} to {high:.4f} | {100 * off:+.1f}% |"
+            f" {' and '.join(met) or 'no'} | {' | '.join(at_tau)} | {r['r_hat']:.3f} |"
+            f" {r['ess']:.0f} | {r['seconds']:.1f} |"
         )
     first = records[0]
     lines += [
         "",
-        f"{near(records)} of {len(records)} estimates are within 5% of the coefficient λ in closed form. At one τ an "
-        "estimate falls short of it by about (m - 1)/log τ (log τ is 14 for HMC on reduced rank, 6 for SGLD): of a "
-        "normal crossing with m > 1 the exact energy at that τ, by quadrature, stands beside it, for it is what the "
-        "sampler is to find there. The fit over τ takes the next pole of w1^2 w2^4 for a multiplicity: a limit of its "
-        "form. The interval covers the error of sampling alone. Fits give the largest R-hat and smallest ESS of their "
-        f"temperatures. SGLD on {SAMPLES} samples with noise {NOISE}, batches of {BATCH}. "
-        f"One thread of {first['machine']['cpu']}, seeds {sorted({r['seed'] for r in records})}, commit "
-        f"{first['commit']}. Made by `python -m experiments.learning_coefficients` from `records.jsonl` beside it.",
+        (
+            f"{near(records)} of {len(records)} estimates are within 5% of the coefficient λ in"
+            " closed form. At one τ an estimate falls short of it by about (m - 1)/log τ (log τ is"
+            " 14 for HMC on reduced rank, 6 for SGLD): of a normal crossing with m > 1 the exact"
+            " energy at that τ, by quadrature, stands beside it, for it is what the sampler is to"
+            " find there. The fit over τ takes the next pole of w1^2 w2^4 for a multiplicity: a"
+            " limit of its form. The interval covers the error of sampling alone. Fits give the"
+            f" largest R-hat and smallest ESS of their temperatures. SGLD on {SAMPLES} samples with"
+            f" noise {NOISE}, batches of {BATCH}. One thread of {first['machine']['cpu']}, seeds"
+            f" {sorted({r['seed'] for r in records})}, commit {first['commit']}. Made by `python -m"
+            " experiments.learning_coefficients` from `records.jsonl` beside it."
+        ),
     ]
     return "\n".join(lines) + "\n"
 

@@ -30,7 +30,8 @@ def save_document(path: Path, markdown: str) -> None:
 
 @dataclass(frozen=True)
 class Results:
-    """The tables and figures of a folder of committed records, by name; none is made before it is asked for.
+    """The tables and figures of a folder of committed records, by name; none is made before it is
+    asked for.
 
     Attributes:
         folder: of records, tables and figures.
@@ -57,7 +58,12 @@ class Results:
     def paths(self) -> list[Path]:
         """All files that there are to make."""
         kinds = ((self.tables, (".md", ".tex")), (self.figures, (".png", ".pdf")))
-        return [self.folder / f"{name}{suffix}" for names, suffixes in kinds for name in names for suffix in suffixes]
+        return [
+            self.folder / f"{name}{suffix}"
+            for names, suffixes in kinds
+            for name in names
+            for suffix in suffixes
+        ]
 
     def make(self, path: Path) -> None:
         """Make one of :attr:`paths`; the other format of the same table or figure comes with it."""

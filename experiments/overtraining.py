@@ -1,31 +1,36 @@
-"""Claim C1: a language model past the point of fit, and what carries the effect on its gap (``make overtraining``).
+"""Claim C1: a language model past the point of fit, and what carries the effect on its gap (``make
+overtraining``).
 
 python -m experiments.overtraining plan STAGE      # the runs of a stage, for scripts/sweep.py
-python -m experiments.overtraining collect         # records of all runs into results/overtraining/runs.jsonl
+python -m experiments.overtraining collect         # committed records, from runs
 python -m experiments.overtraining report          # tables and figures from there
 
 Written before the runs:
 
-- AdamW and DDCAdam on ``+experiment=lm_overtrain``, seeds 0 to 4, which set initialisation and order; differences are
-  paired by seed. *Fit* is a train loss of at most 0.5 at the end.
-- *matched*: rate 0.001 and decay 0.1 for both, radial rate 1. *tuned*: each at the best of sixteen settings, on seed
-  100, by the last validation loss among those that fit. AdamW: rates by decays. DDCAdam: radial rates by the same
-  decays, at one learning rate. (Until commit 984d4ad the best two were to run on two more seeds. That was given up
-  for time, before the tuning began.)
-- ``equal_loss`` and ``early``: each at the best of the same sixteen on seed 100 by two other questions, the lowest gap
-  at train loss 0.5, and the lowest best validation loss; reported on seeds 0 to 2.
-- ``gauge_sets``: DDCAdam with part of the gauges, at radial rates 0 and 1, seed 100. ``no_decay``: its radial rates
-  without decay, seed 100.
-- C1: the gap where the train loss first falls to 0.5. Reproduced: smaller on the mean over paired seeds with p < 0.05
-  (t-test, Holm over both protocols) by at least half of the paper's relative reduction, 1 - 0.67/5.88. Direction only:
-  smaller with p < 0.05. The gap at the end is shown beside it, and decides nothing: an untrained model has gap 0.
+- AdamW and DDCAdam on ``+experiment=lm_overtrain``, seeds 0 to 4, which set initialisation and
+  order; differences are paired by seed. *Fit* is a train loss of at most 0.5 at the end.
+- *matched*: rate 0.001 and decay 0.1 for both, radial rate 1. *tuned*: each at the best of sixteen
+  settings, on seed 100, by the last validation loss among those that fit. AdamW: rates by decays.
+  DDCAdam: radial rates by the same decays, at one learning rate. (Until commit 984d4ad the best two
+  were to run on two more seeds. That was given up for time, before the tuning began.)
+- ``equal_loss`` and ``early``: each at the best of the same sixteen on seed 100 by two other
+  questions, the lowest gap at train loss 0.5, and the lowest best validation loss; reported on
+  seeds 0 to 2.
+- ``gauge_sets``: DDCAdam with part of the gauges, at radial rates 0 and 1, seed 100. ``no_decay``:
+  its radial rates without decay, seed 100.
+- C1: the gap where the train loss first falls to 0.5. Reproduced: smaller on the mean over paired
+  seeds with p < 0.05 (t-test, Holm over both protocols) by at least half of the paper's relative
+  reduction, 1 - 0.67/5.88. Direction only: smaller with p < 0.05. The gap at the end is shown
+  beside it, and decides nothing: an untrained model has gap 0.
 
-The grid was enlarged once, when 22 of its first 24 runs had ended and before any run of the tuned stages: DDCAdam's had
-decays 0, 0.1 and 0.3, and two of the three questions pointed at its edge, 0.3; AdamW's had rates from 0.001. So DDCAdam
-got decays 1 and 3 (decay 0 became a stage of its own), AdamW rate 0.0005: sixteen settings each, at the same decays.
+The grid was enlarged once, when 22 of its first 24 runs had ended and before any run of the tuned
+stages: DDCAdam's had decays 0, 0.1 and 0.3, and two of the three questions pointed at its edge,
+0.3; AdamW's had rates from 0.001. So DDCAdam got decays 1 and 3 (decay 0 became a stage of its
+own), AdamW rate 0.0005: sixteen settings each, at the same decays.
 
-The range of rates and decays follows the prototype's runs. At the matched setting the outcome on seeds 0 to 2 was known
-before, from runs of the same configuration (results/lm_overtrain, results/rates): only seeds 3 and 4 are new there.
+The range of rates and decays follows the prototype's runs. At the matched setting the outcome on
+seeds 0 to 2 was known before, from runs of the same configuration (results/lm_overtrain,
+results/rates): only seeds 3 and 4 are new there.
 """
 
 from __future__ import annotations
@@ -55,7 +60,9 @@ def adamw(rate: float, decay: float) -> str:
 
 def ddcadam(radial_rate: float, decay: float) -> str:
     """Overrides of one setting of DDCAdam."""
-    return f"optimizer=ddcadam optimizer.radial_rate={radial_rate:g} optimizer.weight_decay={decay:g}"
+    return (
+        f"optimizer=ddcadam optimizer.radial_rate={radial_rate:g} optimizer.weight_decay={decay:g}"
+    )
 
 
 RATES, RADIAL_RATES, DECAYS = (5e-4, 1e-3, 2e-3, 4e-3), (0.0, 0.1, 0.3, 1.0), (0.1, 0.3, 1.0, 3.0)
@@ -66,7 +73,9 @@ GRID = {
 
 
 def last_loss(records: Sequence[Record]) -> float:
-    """Minus the sum of the last validation losses; a run that diverged, or did not fit, is worse than any."""
+    """Minus the sum of the last validation losses; a run that diverged, or did not fit, is worse
+    than any.
+    """
 
     def loss(record: Record) -> float:
         fits = not record["diverged"] and record["summary"]["train_loss"] <= report.FIT
@@ -83,7 +92,10 @@ def equal_loss(records: Sequence[Record]) -> float:
 
 def early(records: Sequence[Record]) -> float:
     """Minus the sum of the best validation losses."""
-    return -sum(math.inf if each["diverged"] else each["summary"]["best_validation_loss"] for each in records)
+    return -sum(
+        math.inf if each["diverged"] else each["summary"]["best_validation_loss"]
+        for each in records
+    )
 
 
 def chosen_by(score: Callable[[Sequence[Record]], float]) -> Callable[[str | None], Plan]:
@@ -103,7 +115,9 @@ def no_decay(runs: str | None) -> Plan:
 
 def gauge_sets(runs: str | None) -> Plan:
     """DDCAdam with some of the gauges alone; all of them and none (AdamW) are in the grid."""
-    settings = [f"{ddcadam(radial, 0.1)} gauges=[{kinds}]" for kinds in GAUGE_SETS for radial in (0.0, 1.0)]
+    settings = [
+        f"{ddcadam(radial, 0.1)} gauges=[{kinds}]" for kinds in GAUGE_SETS for radial in (0.0, 1.0)
+    ]
     return product(settings, [TUNING_SEED])
 
 
@@ -143,14 +157,22 @@ def verdicts(claims: Mapping[str, Claim]) -> list[Verdict]:
 def results(claims: Mapping[str, Claim]) -> list[Results]:
     """Tables and figures of the records."""
     records = EXPERIMENT.committed()
-    return [Results(RESULTS, {"table": lambda: report.markdown(records, claims["C1"])}, report.drawings(records))]
+    return [
+        Results(
+            RESULTS,
+            {"table": lambda: report.markdown(records, claims["C1"])},
+            report.drawings(records),
+        )
+    ]
 
 
 def section(claims: Mapping[str, Claim]) -> Section:
     """All of them, made."""
     (made,) = results(claims)
     document, figures = made.table("table"), drawn(made.figures, RESULTS)
-    return Section("A language model past the point of fit", ("C1",), "make overtraining", document, figures)
+    return Section(
+        "A language model past the point of fit", ("C1",), "make overtraining", document, figures
+    )
 
 
 if __name__ == "__main__":

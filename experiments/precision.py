@@ -1,9 +1,10 @@
 """What low precision costs an optimizer: ``python -m experiments.precision`` (``make precision``).
 
-A model trains in float64, and on the same batches from the same weights, rounded, in lower precisions. *Error* is how
-far a run is from the float64 run; *equivariance* is how far two runs of one precision are from each other whose starts
-differ by a random element of the gauge group (moved in float64, then rounded). Both are read from the weights, in
-float64: as the root mean square difference of log-probabilities on held-out data.
+A model trains in float64, and on the same batches from the same weights, rounded, in lower
+precisions. *Error* is how far a run is from the float64 run; *equivariance* is how far two runs of
+one precision are from each other whose starts differ by a random element of the gauge group (moved
+in float64, then rounded). Both are read from the weights, in float64: as the root mean square
+difference of log-probabilities on held-out data.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ OPTIMIZERS: dict[str, OptimizerMaker] = {
 
 @dataclass(frozen=True)
 class Precision:
-    """What weights are stored in, and what the forward and backward pass are cast to; float16 has its loss scaled."""
+    """What weights are stored in, and what the forward and backward pass are cast to; float16 has
+    its loss scaled.
+    """
 
     name: str
     weights: torch.dtype
@@ -79,7 +82,9 @@ PRECISIONS = (
 
 @dataclass(frozen=True)
 class Reading:
-    """A run at one step, in float64: all weights, and log-probabilities and loss on held-out data."""
+    """A run at one step, in float64: all weights, and log-probabilities and loss on held-out
+    data.
+    """
 
     weights: Tensor
     log_probabilities: Tensor
@@ -97,13 +102,16 @@ def run(
     """Train from float64 weights, rounded, and read the weights at these steps.
 
     Raises:
-        ArithmeticError: the loss scaler skipped a step, and so the run is not to be compared step by step.
+        ArithmeticError: the loss scaler skipped a step, and so the run is not to be compared step
+            by step.
     """
     model = copy.deepcopy(start).to(precision.weights)
     optimizer = make_optimizer(model, find_gauges(model))
     scaler = GradScaler("cpu", enabled=precision.autocast == torch.float16)
     scale = scaler.get_scale()
-    probe, targets = map(torch.cat, zip(*data.evaluation_batches("validation", 2, BATCH), strict=True))
+    probe, targets = map(
+        torch.cat, zip(*data.evaluation_batches("validation", 2, BATCH), strict=True)
+    )
     found = {}
     for step in range(max(read_at) + 1):
         if step in read_at:
@@ -111,7 +119,9 @@ def run(
                 exact = copy.deepcopy(model).double()
                 logits = exact(probe)
                 weights = torch.cat([p.flatten() for p in exact.parameters()])
-                found[step] = Reading(weights, logits.log_softmax(-1), float(cross_entropy(logits, targets)))
+                found[step] = Reading(
+                    weights, logits.log_softmax(-1), float(cross_entropy(logits, targets))
+                )
         x, y = data.batch(step, BATCH, seed)
         optimizer.zero_grad()
         with torch.autocast("cpu", precision.autocast, enabled=precision.autocast is not None):
@@ -134,8 +144,8 @@ def compare(
 ) -> Iterable[dict[str, Any]]:
     """Errors of one optimizer in every precision, by step.
 
-    ``error`` and ``orbit`` are in log-probabilities; ``weights`` is the distance from the float64 run's weights, over
-    the length of the way that these have gone.
+    ``error`` and ``orbit`` are in log-probabilities; ``weights`` is the distance from the float64
+    run's weights, over the length of the way that these have gone.
     """
     start = random_model(config, data.vocab_size, seed, torch.float64)
     moved = copy.deepcopy(start)
@@ -143,15 +153,24 @@ def compare(
     exact: dict[int, Reading] = {}
     for precision in PRECISIONS:
         began = time.perf_counter()
-        here, there = (run(each, OPTIMIZERS[name], data, precision, seed, read_at) for each in (start, moved))
+        here, there = (
+            run(each, OPTIMIZERS[name], data, precision, seed, read_at) for each in (start, moved)
+        )
         exact = exact or here
-        way = {step: float((reading.weights - exact[0].weights).norm()) for step, reading in exact.items()}
+        way = {
+            step: float((reading.weights - exact[0].weights).norm())
+            for step, reading in exact.items()
+        }
         yield {
             "optimizer": name,
             "precision": precision.name,
             "seed": seed,
             "error": {str(step): difference(here[step], exact[step]) for step in here},
-            "weights": {str(s): float((here[s].weights - exact[s].weights).norm()) / way[s] for s in here if way[s]},
+            "weights": {
+                str(s): float((here[s].weights - exact[s].weights).norm()) / way[s]
+                for s in here
+                if way[s]
+            },
             "orbit": {str(step): difference(here[step], there[step]) for step in here},
             "loss": {str(step): here[step].loss for step in here},
             "seconds": time.perf_counter() - began,
@@ -162,9 +181,17 @@ def measure() -> list[dict[str, Any]]:
     """All cells of the tables."""
     about, data = provenance(), load_text(TextConfig(), CONTEXT)
     records = []
-    for seed, (model, config), name in track([*itertools.product(SEEDS, CONFIGS.items(), OPTIMIZERS)], "measuring"):
+    for seed, (model, config), name in track(
+        [*itertools.product(SEEDS, CONFIGS.items(), OPTIMIZERS)], "measuring"
+    ):
         muon_lr = {"muon_lr": MUON_LR} if "muon" in name else {}
-        options = {"steps": STEPS, "batch": BATCH, "lr": LR, **muon_lr, "weight_decay": WEIGHT_DECAY}
+        options = {
+            "steps": STEPS,
+            "batch": BATCH,
+            "lr": LR,
+            **muon_lr,
+            "weight_decay": WEIGHT_DECAY,
+        }
         for record in compare(config, name, data, seed):
             about_run = {"config": asdict(config) | options, "data": data.source, **about}
             records.append({"model": model, **record, **about_run})
@@ -185,7 +212,14 @@ def document(records: Sequence[dict[str, Any]]) -> str:
         return table(
             ["model", "precision", *(TITLES[name] for name in names)],
             [
-                [m, p, *(" / ".join(f"{largest(m, p, name, key, step):.1e}" for step in steps) for name in names)]
+                [
+                    m,
+                    p,
+                    *(
+                        " / ".join(f"{largest(m, p, name, key, step):.1e}" for step in steps)
+                        for name in names
+                    ),
+                ]
                 for m in CONFIGS
                 for p in precisions
             ],
@@ -194,22 +228,36 @@ def document(records: Sequence[dict[str, Any]]) -> str:
 
     parts = [
         "# Precision",
-        f"Runs of {STEPS} steps at learning rate {LR}, of hidden matrices under the two Muons {MUON_LR}, weight decay "
-        f"{WEIGHT_DECAY}; largest of {len(SEEDS)} seeds. *Mixed*: weights and state in float32, forward and backward "
-        "pass under autocast, in float16 with a loss scaler (no step was skipped). *bfloat16 weights*: weights and "
-        "gradients in bfloat16; the state is in float32 under DDCAdam, DDCMuon and Muon, in bfloat16 where it is that "
-        "of torch's AdamW. Both Muons orthogonalise by Newton-Schulz in the precision of their state. Weights are read "
-        "in float64.",
+        (
+            f"Runs of {STEPS} steps at learning rate {LR}, of hidden matrices under the two Muons"
+            f" {MUON_LR}, weight decay {WEIGHT_DECAY}; largest of {len(SEEDS)} seeds. *Mixed*:"
+            " weights and state in float32, forward and backward pass under autocast, in float16"
+            " with a loss scaler (no step was skipped). *bfloat16 weights*: weights and gradients"
+            " in bfloat16; the state is in float32 under DDCAdam, DDCMuon and Muon, in bfloat16"
+            " where it is that of torch's AdamW. Both Muons orthogonalise by Newton-Schulz in the"
+            " precision of their state. Weights are read in float64."
+        ),
         "## Error against float64",
-        f"Root mean square difference of log-probabilities from the float64 run, after {READ_AT[1]} / {STEPS} steps:",
+        (
+            "Root mean square difference of log-probabilities from the float64 run, after"
+            f" {READ_AT[1]} / {STEPS} steps:"
+        ),
         rows(lower, "error", *READ_AT[1:]),
-        f"Distance of the weights from the float64 run's, over the length of its way, after {STEPS} steps:",
+        (
+            "Distance of the weights from the float64 run's, over the length of its way, after"
+            f" {STEPS} steps:"
+        ),
         rows(lower, "weights", STEPS),
         "## Equivariance",
-        "Root mean square difference of log-probabilities between two runs from one gauge orbit, at the start (the "
-        f"rounding of the start alone) / after {STEPS} steps:",
+        (
+            "Root mean square difference of log-probabilities between two runs from one gauge"
+            f" orbit, at the start (the rounding of the start alone) / after {STEPS} steps:"
+        ),
         rows([precision.name for precision in PRECISIONS], "orbit", 0, STEPS),
-        f"Commit {commits(records)}. Made by `make precision` from `records.jsonl` beside this file.",
+        (
+            f"Commit {commits(records)}. Made by `make precision` from `records.jsonl` beside this"
+            " file."
+        ),
     ]
     return "\n\n".join(parts) + "\n"
 

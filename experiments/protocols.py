@@ -1,8 +1,9 @@
-"""What the experiments that compare optimizers share: two protocols, a tuning in stages, and the way to the records.
+"""What the experiments that compare optimizers share: two protocols, a tuning in stages, and the
+way to the records.
 
-*matched*: all optimizers at comparable settings. *tuned*: each at the best of the same number of settings. All of them
-run on one seed (``tuning``), the best go on to further seeds (``finals``), the best of these is reported on seeds of
-its own (``tuned``).
+*matched*: all optimizers at comparable settings. *tuned*: each at the best of the same number of
+settings. All of them run on one seed (``tuning``), the best go on to further seeds (``finals``),
+the best of these is reported on seeds of its own (``tuned``).
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ class Experiment:
         score: what the tuning chooses by, from the records of a setting's runs; larger is better.
         curve: keys of the evaluations that a record keeps, as columns.
         results: folder of the committed records.
-        final_seeds: on which the best settings run after the tuning seed; none: the best there is taken.
+        final_seeds: on which the best settings run after the tuning seed; none: the best there is
+            taken.
         more: further stages by name; what gives their runs may ask :meth:`tuned`.
     """
 
@@ -112,12 +114,14 @@ class Experiment:
             if missing:
                 path = self.results / "runs.jsonl"
                 raise ValueError(
-                    f"{path} lacks {missing} of {len(planned)} runs of {stage}: run and collect them first"
+                    f"{path} lacks {missing} of {len(planned)} runs of {stage}: run and collect"
+                    " them first"
                 )
         return self.records
 
     def plan(self, stage: str, runs: str | None) -> Plan:
-        """The runs of a stage; those of finals and tuned follow from ended runs, or from the records of such.
+        """The runs of a stage; those of finals and tuned follow from ended runs, or from the
+        records of such.
 
         Args:
             stage: one of :attr:`stages`.
@@ -130,9 +134,14 @@ class Experiment:
             case "matched":
                 return product(self.matched, self.seeds)
             case "tuning":
-                return product([each for settings in self.grid.values() for each in settings], [TUNING_SEED])
+                return product(
+                    [each for settings in self.grid.values() for each in settings], [TUNING_SEED]
+                )
             case "finals":
-                return product([each for name in self.grid for each in self.finalists(name, runs)], self.final_seeds)
+                return product(
+                    [each for name in self.grid for each in self.finalists(name, runs)],
+                    self.final_seeds,
+                )
             case "tuned":
                 return product([self.tuned(name, runs) for name in self.grid], self.seeds)
         if stage not in self.more:
@@ -149,18 +158,27 @@ class Experiment:
         """Settings, the best first, by :attr:`score` or by another.
 
         Raises:
-            ValueError: a run that is needed has not ended, or no setting scores more than minus infinity.
+            ValueError: a run that is needed has not ended, or no setting scores more than minus
+                infinity.
         """
         score = score or self.score
-        values = {each: score([self.found(each, seed, runs) for seed in seeds]) for each in settings}
+        values = {
+            each: score([self.found(each, seed, runs) for seed in seeds]) for each in settings
+        }
         ranked = sorted(settings, key=values.__getitem__, reverse=True)
         if values[ranked[0]] == -math.inf:
-            raise ValueError(f"none of {len(ranked)} settings qualifies, the first of them {ranked[0]!r}")
+            raise ValueError(
+                f"none of {len(ranked)} settings qualifies, the first of them {ranked[0]!r}"
+            )
         return ranked
 
     def recorded(self, setting: str, seed: int) -> Record | None:
         """The committed record of a run, if there is one."""
-        here = (each for each in self.records if each["seed"] == seed and setting in each["stages"].values())
+        here = (
+            each
+            for each in self.records
+            if each["seed"] == seed and setting in each["stages"].values()
+        )
         return next(here, None)
 
     def found(self, setting: str, seed: int, runs: str | None) -> Record:
@@ -173,7 +191,8 @@ class Experiment:
         if runs is None:
             if record is None:
                 raise ValueError(
-                    f"{self.results}/runs.jsonl lacks seed {seed} of {setting!r}: run and collect it first"
+                    f"{self.results}/runs.jsonl lacks seed {seed} of {setting!r}: run and collect"
+                    " it first"
                 )
             return record
         (run,) = self.sweep([(setting, seed)], runs)
@@ -181,7 +200,9 @@ class Experiment:
 
     def status(self, runs: str) -> list[Stage]:
         """How far each stage is; a run that two stages share is missing in the first alone."""
-        seconds = statistics.mean(record["seconds"] for record in self.records) if self.records else None
+        seconds = (
+            statistics.mean(record["seconds"] for record in self.records) if self.records else None
+        )
         found: list[Stage] = []
         counted: set[tuple[str, int]] = set()
         for name in self.stages:
@@ -190,7 +211,9 @@ class Experiment:
             except ValueError:  # follows from runs that are missing
                 found.append(Stage(name, None, 0, 0, seconds))
                 continue
-            missing = [each for each in planned if self.recorded(*each) is None and each not in counted]
+            missing = [
+                each for each in planned if self.recorded(*each) is None and each not in counted
+            ]
             counted |= {*missing}
             ended = sum(run.ended for run in self.sweep(missing, runs))
             found.append(Stage(name, len(planned), len(planned) - len(missing), ended, seconds))
@@ -221,15 +244,22 @@ class Experiment:
         """What a report needs of a run, and where it comes from."""
         curve = {key: [row[key] for row in run.rows] for key in self.curve}
         seconds = sum(row["seconds"] for row in read_lines(run.folder / "timing.jsonl"))
-        return {**run.info, "curve": curve, "summary": run.summary, "seconds": seconds, "diverged": run.summary is None}
+        return {
+            **run.info,
+            "curve": curve,
+            "summary": run.summary,
+            "seconds": seconds,
+            "diverged": run.summary is None,
+        }
 
     def collect(
         self, runs: str, more: Callable[[Path, Collection[str]], Record] = lambda folder, stages: {}
     ) -> list[Record]:
-        """One record a run: its setting in each stage that it belongs to, configuration, origin, curve, and ``more``.
+        """One record a run: its setting in each stage that it belongs to, configuration, origin,
+        curve, and ``more``.
 
-        Of runs that have not ended here, the committed records stay; what has neither is missing, and said so. So an
-        experiment can be run on several machines, or in several goes.
+        Of runs that have not ended here, the committed records stay; what has neither is missing,
+        and said so. So an experiment can be run on several machines, or in several goes.
 
         Args:
             runs: the folder of the runs.
@@ -252,7 +282,9 @@ class Experiment:
                 if run.ended:
                     here[run.folder][stage] = setting
                 elif record:
-                    kept.setdefault(record["id"], {**record, "stages": {}})["stages"][stage] = setting
+                    kept.setdefault(record["id"], {**record, "stages": {}})["stages"][stage] = (
+                        setting
+                    )
                 else:
                     missing += 1
             if missing:
@@ -265,9 +297,11 @@ class Experiment:
 
 
 def wandb_names(experiment: str, stage: str, protocol: str | None) -> str:
-    """Overrides that name a run in W&B: its experiment, its stage, and as tags the claims and the protocol.
+    """Overrides that name a run in W&B: its experiment, its stage, and as tags the claims and the
+    protocol.
 
-    They are no part of a run's id. A run that two stages share keeps the names of the one that ran it.
+    They are no part of a run's id. A run that two stages share keeps the names of the one that ran
+    it.
     """
     claims = [claim.id for claim in load_claims(CLAIMS).values() if claim.experiment == experiment]
     tags = ",".join(claims + ([protocol] if protocol else []))
@@ -293,7 +327,9 @@ def ended_run(run: SweepRun) -> Run:
         ValueError: it has not ended.
     """
     if not run.ended:
-        raise ValueError(f"{shown(run.folder)} is {run.state}: run the stages before this one first")
+        raise ValueError(
+            f"{shown(run.folder)} is {run.state}: run the stages before this one first"
+        )
     return Run.read(run.folder)
 
 
@@ -313,7 +349,9 @@ def command_line(
         collect: from the folder of the runs, writes the records that are committed.
         section: makes tables and figures of the committed records.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("stages")
     commands.add_parser("plan").add_argument("stage", choices=stages)

@@ -1,10 +1,13 @@
-"""What ``find_gauges`` makes of random networks: every twist by itself, then as many random ones as are asked for.
+"""What ``find_gauges`` makes of random networks: every twist by itself, then as many random ones as
+are asked for.
 
-Networks and check are those of the tests (``tests/random_networks.py``, ``tests/test_random_networks.py``):
+Networks and check are those of the tests (``tests/random_networks.py``,
+``tests/test_random_networks.py``):
 
     python -m experiments.random_networks --count 1000 --seed 0
 
-The record is one line of JSON; a fault is printed with the simplest network that shows it, and the exit status is 1.
+The record is one line of JSON; a fault is printed with the simplest network that shows it, and the
+exit status is 1.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import sys
 import warnings
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +30,10 @@ from tests.test_random_networks import Examined, examine
 #: The networks on which every twist is tried alone.
 PLAIN = (
     Network(blocks=(Block(mixer="attention"),)),
-    Network(blocks=(Block(mixer="attention", mlp="gated"), Block(mixer="attention", mlp="gated")), inputs="tokens"),
+    Network(
+        blocks=(Block(mixer="attention", mlp="gated"), Block(mixer="attention", mlp="gated")),
+        inputs="tokens",
+    ),
 )
 #: Surgeries are tried at so many places.
 PLACES = 6
@@ -51,11 +58,16 @@ def run(count: int, seed: int, singly: bool = True) -> dict[str, Any]:
         singly: whether to try every twist by itself as well, before.
 
     Returns:
-        A record for JSON: ``networks``, how many; ``found`` and ``refused``, gauges by kind; ``refused_networks``,
-        messages of ValueError and how often; numbers of networks with a fault of each kind (see :func:`kinds_of`);
+        A record for JSON: ``networks``, how many; ``found`` and ``refused``, gauges by kind;
+            ``refused_networks``,
+        messages of ValueError and how often; numbers of networks with a fault of each kind (see
+            :func:`kinds_of`);
         and ``faults``, a list of ``{"network", "faults"}``, made simple and each but once.
     """
-    networks = [*(plain_networks() if singly else ()), *(random_network(seed + i) for i in range(count))]
+    networks = [
+        *(plain_networks() if singly else ()),
+        *(random_network(seed + i) for i in range(count)),
+    ]
     found: Counter[str] = Counter()
     refused: Counter[str] = Counter()
     errors: Counter[str] = Counter()
@@ -69,7 +81,7 @@ def run(count: int, seed: int, singly: bool = True) -> dict[str, Any]:
         kinds = kinds_of(examined)
         faulty.update(kinds)
         if kinds:
-            simple = simplest(network, lambda each, kinds=kinds: bool(kinds & kinds_of(examine(each))))  # type: ignore[misc]
+            simple = simplest(network, partial(has_fault, kinds))
             faults.setdefault(repr(replace(simple, seed=0)), examine(simple).faults)
     return {
         "networks": len(networks),
@@ -79,10 +91,23 @@ def run(count: int, seed: int, singly: bool = True) -> dict[str, Any]:
         "refused_networks": dict(errors),
         **{
             kind: faulty[kind]
-            for kind in ("false", "crashes", "left", "unusable", "unchecked", "broken", "refused as a whole")
+            for kind in (
+                "false",
+                "crashes",
+                "left",
+                "unusable",
+                "unchecked",
+                "broken",
+                "refused as a whole",
+            )
         },
         "faults": [{"network": network, "faults": each} for network, each in faults.items()],
     }
+
+
+def has_fault(kinds: set[str], network: Network) -> bool:
+    """Whether a network shows a fault of one of these kinds."""
+    return bool(kinds & kinds_of(examine(network)))
 
 
 def kinds_of(examined: Examined) -> set[str]:
@@ -101,10 +126,14 @@ def kinds_of(examined: Examined) -> set[str]:
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--randomly", action="store_true", help="leave out the twists by themselves")
+    parser.add_argument(
+        "--randomly", action="store_true", help="leave out the twists by themselves"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="torch")

@@ -11,7 +11,8 @@ from ddc.training.loop import prepare
 from ddc.training.records import write_atomically
 
 GPT, VIT, MLP = "model=gpt", "model=vit data=mnist_5k", "model=deep_mlp data=modular"
-#: Overrides by what is wrong with them. The defaults are a GPT on Shakespeare, DDCAdam, and all gauges that there are.
+#: Overrides by what is wrong with them. The defaults are a GPT on Shakespeare, DDCAdam, and all
+#: gauges that there are.
 REFUSED = {
     "Keys that do not exist, and values of another type": (
         "training.epochs=3",
@@ -115,7 +116,9 @@ def page() -> str:
     parts = [TEXT]
     for title, cases in REFUSED.items():
         rows = [f"| `{overrides}` | {refusal(overrides)} |" for overrides in cases]
-        parts.append("\n".join([f"## {title}", "", "| overrides | message |", "| --- | --- |", *rows, ""]))
+        parts.append(
+            "\n".join([f"## {title}", "", "| overrides | message |", "| --- | --- |", *rows, ""])
+        )
     return "\n".join(parts)
 
 

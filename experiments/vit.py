@@ -1,22 +1,26 @@
-"""Claims C3 and C4: a vision transformer from scratch, its validation loss and its spare capacity (``make vit``).
+"""Claims C3 and C4: a vision transformer from scratch, its validation loss and its spare capacity
+(``make vit``).
 
 python -m experiments.vit plan STAGE      # the runs of a stage, for scripts/sweep.py
-python -m experiments.vit collect         # records and measured capacity of all runs into results/vit/runs.jsonl
+python -m experiments.vit collect         # committed records, from runs
 python -m experiments.vit report          # tables and figures from there
 
-Written before the runs (commit 1ca1623), apart from one pilot of each optimizer at the matched setting on seed 100
-(1,600 steps), which chose the number of steps:
+Written before the runs (commit 1ca1623), apart from one pilot of each optimizer at the matched
+setting on seed 100 (1,600 steps), which chose the number of steps:
 
-- AdamW and DDCAdam on the first 2,000 images of Fashion-MNIST, ``+experiment=vit_scratch``, seeds 0 to 4, which set
-  initialisation and order; differences are paired by seed.
-- *matched*: rate 0.001 and decay 0.1 for both. *tuned*: each at the best of nine settings of rate and decay, by the
-  mean of the last validation loss; all run on seed 100, the best two on 101 and 102.
-- C3: the last validation loss. C4: the share of hidden units that can be replaced by their means, one at a time, with a
-  change of the validation loss of less than 0.001 nats; and the loss after pruning to half the width.
+- AdamW and DDCAdam on the first 2,000 images of Fashion-MNIST, ``+experiment=vit_scratch``, seeds 0
+  to 4, which set initialisation and order; differences are paired by seed.
+- *matched*: rate 0.001 and decay 0.1 for both. *tuned*: each at the best of nine settings of rate
+  and decay, by the mean of the last validation loss; all run on seed 100, the best two on 101 and
+  102.
+- C3: the last validation loss. C4: the share of hidden units that can be replaced by their means,
+  one at a time, with a change of the validation loss of less than 0.001 nats; and the loss after
+  pruning to half the width.
 
-Written later: the rules of the verdicts (:mod:`ddc.report.vit`, commit 7488cac), when the matched runs and most of the
-tuning had ended, but before any capacity was measured in them; and ``beyond``, when the tuning was done: both choices
-lay at the edge of the grid, so two settings each beyond it ran on the three tuning seeds.
+Written later: the rules of the verdicts (:mod:`ddc.report.vit`, commit 7488cac), when the matched
+runs and most of the tuning had ended, but before any capacity was measured in them; and ``beyond``,
+when the tuning was done: both choices lay at the edge of the grid, so two settings each beyond it
+ran on the three tuning seeds.
 """
 
 from __future__ import annotations
@@ -32,7 +36,16 @@ from ddc.report.claims import Claim, Verdict
 from ddc.report.figures import drawn
 from ddc.report.stages import PROTOCOLS, Record
 from experiments.output import Results, save_records
-from experiments.protocols import FINAL_SEEDS, ROOT, TUNING_SEED, Experiment, Plan, Stage, command_line, product
+from experiments.protocols import (
+    FINAL_SEEDS,
+    ROOT,
+    TUNING_SEED,
+    Experiment,
+    Plan,
+    Stage,
+    command_line,
+    product,
+)
 
 RESULTS = ROOT / "results/vit"
 OPTIMIZERS = ("adamw", "ddcadam")
@@ -48,7 +61,10 @@ def setting(optimizer: str, rate: float, decay: float) -> str:
 
 def score(records: Sequence[Record]) -> float:
     """Minus the sum of the last validation losses; a run that diverged is worse than any."""
-    return -sum(float("inf") if each["diverged"] else each["curve"]["validation_loss"][-1] for each in records)
+    return -sum(
+        float("inf") if each["diverged"] else each["curve"]["validation_loss"][-1]
+        for each in records
+    )
 
 
 def beyond(runs: str | None) -> Plan:
@@ -61,7 +77,10 @@ EXPERIMENT = Experiment(
     overrides="+experiment=vit_scratch data=fashion_mnist",
     seeds=range(5),
     matched=[setting(name, 1e-3, 0.1) for name in OPTIMIZERS],
-    grid={name: [setting(name, *each) for each in itertools.product(RATES, DECAYS)] for name in OPTIMIZERS},
+    grid={
+        name: [setting(name, *each) for each in itertools.product(RATES, DECAYS)]
+        for name in OPTIMIZERS
+    },
     score=score,
     curve=report.CURVE,
     results=RESULTS,
@@ -101,7 +120,11 @@ def verdicts(claims: Mapping[str, Claim]) -> list[Verdict]:
 def results(claims: Mapping[str, Claim]) -> list[Results]:
     """Tables and figures of the records."""
     records = EXPERIMENT.committed()
-    return [Results(RESULTS, {"table": lambda: report.markdown(records, claims)}, report.drawings(records))]
+    return [
+        Results(
+            RESULTS, {"table": lambda: report.markdown(records, claims)}, report.drawings(records)
+        )
+    ]
 
 
 def section(claims: Mapping[str, Claim]) -> Section:

@@ -1,8 +1,9 @@
-"""How many cells random walks read that move as the cells of a run do together: ``python -m experiments.walks``.
+"""How many cells random walks read that move as the cells of a run do together: ``python -m
+experiments.walks``.
 
-For each committed run that was read, against its primary approach parameter: 500 grids of walks with the cells' own
-correlation of increments, and 500 of independent ones. Into results/rates/walks.jsonl; the report shows it beside the
-counts.
+For each committed run that was read, against its primary approach parameter: 500 grids of walks
+with the cells' own correlation of increments, and 500 of independent ones. Into
+results/rates/walks.jsonl; the report shows it beside the counts.
 """
 
 from __future__ import annotations
@@ -49,16 +50,24 @@ def measure() -> Iterator[dict[str, Any]]:
 
 
 def volumes(reading: Reading) -> list[float]:
-    """Correlation of the increments of the log-volume of activations, of all pairs of blocks (no embedding), sorted."""
+    """Correlation of the increments of the log-volume of activations, of all pairs of blocks (no
+    embedding), sorted.
+    """
     keys = list(log_observables(reading.run.readings))
-    chosen = [i for i, (layer, observable) in enumerate(keys) if observable == VOLUME and layer != "embedding"]
+    chosen = [
+        i
+        for i, (layer, observable) in enumerate(keys)
+        if observable == VOLUME and layer != "embedding"
+    ]
     found = increment_correlation(reading.run.readings)[np.ix_(chosen, chosen)]
     return sorted(found[np.triu_indices(len(chosen), 1)].tolist())
 
 
 def main() -> None:
     """Simulate, and write the records."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     save_records(WALKS, list(measure()))
 
 

@@ -1,16 +1,18 @@
-"""All architectures of transformers and timm, small and at random: which gauges are found, and whether they are real.
+"""All architectures of transformers and timm, small and at random: which gauges are found, and
+whether they are real.
 
-``python -m experiments.zoo`` (or ``make zoo``). Of every model of ``experiments/architectures.py``, in a process of its
-own with a limit of time and of memory:
+``python -m experiments.zoo`` (or ``make zoo``). Of every model of ``experiments/architectures.py``,
+in a process of its own with a limit of time and of memory:
 
 - ``find_gauges`` on an example, with what it found, refused, and could not check;
-- each gauge by itself applied at random to a float64 copy, on other and longer inputs than it was traced on, in
-  evaluation and in training mode: the largest change of a log-probability, relative to the largest logit. A model whose
-  output is no vector of logits (an encoder) is compared as it is. A gauge is *false* where this exceeds :data:`LIMIT`;
+- each gauge by itself applied at random to a float64 copy, on other and longer inputs than it was
+  traced on, in evaluation and in training mode: the largest change of a log-probability, relative
+  to the largest logit. A model whose output is no vector of logits (an encoder) is compared as it
+  is. A gauge is *false* where this exceeds :data:`LIMIT`;
 - ten steps of DDCAdam and of DDCMuon in float32.
 
-One record a model in ``results/zoo/records.jsonl``, appended as it ends: an interrupted zoo goes on. ``docs/zoo.md`` is
-made of the records.
+One record a model in ``results/zoo/records.jsonl``, appended as it ends: an interrupted zoo goes
+on. ``docs/zoo.md`` is made of the records.
 """
 
 from __future__ import annotations
@@ -49,11 +51,13 @@ from experiments.zoo_document import document
 #: Relative change of what a model says from which on a gauge is false.
 LIMIT = 1e-9
 STEPS, LR, MUON_LR = 10, 1e-3, 0.01
-#: What a process may use: seconds of processor time (and four times that by the clock), bytes of memory.
+#: What a process may use: seconds of processor time (and four times that by the clock), bytes of
+#: memory.
 SECONDS, BYTES = 120.0, 4 << 30
 Record = dict[str, Any]
 
-# ---------------------------------------------------------------------------------------------- one model
+# ---------------------------------------------------------------------------------------------- one
+# model
 
 
 def examine(architecture: Architecture, tell: Callable[[Record], None]) -> Record:
@@ -61,7 +65,8 @@ def examine(architecture: Architecture, tell: Callable[[Record], None]) -> Recor
 
     Args:
         architecture: the model.
-        tell: called before each stage with what is known so far, for the case that the process does not survive it.
+        tell: called before each stage with what is known so far, for the case that the process does
+            not survive it.
     """
     record: Record = {**architecture.names, "outcome": ""}
     start = time.process_time()
@@ -70,7 +75,11 @@ def examine(architecture: Architecture, tell: Callable[[Record], None]) -> Recor
         tell(record | {"stage": stage, "seconds": round(time.process_time() - start, 2)})
 
     def done(outcome: str, why: str = "") -> Record:
-        return record | {"outcome": outcome, "why": why, "seconds": round(time.process_time() - start, 2)}
+        return record | {
+            "outcome": outcome,
+            "why": why,
+            "seconds": round(time.process_time() - start, 2),
+        }
 
     torch.manual_seed(0)
     try:
@@ -115,7 +124,9 @@ def told(error: Exception) -> str:
 def findings(gauges: GaugeSet) -> Record:
     """What was found by kind, and what was refused and not checked by kind and reason."""
     refused = Counter((refusal.kind, refusal.reason) for refusal in gauges.refused)
-    unchecked = Counter((gauge.kind, why) for gauge, why in getattr(gauges, "unchecked", {}).items())
+    unchecked = Counter(
+        (gauge.kind, why) for gauge, why in getattr(gauges, "unchecked", {}).items()
+    )
     return {
         "found": Counter(gauge.kind for gauge in gauges),
         "refused": [[*each, count] for each, count in refused.items()],
@@ -125,7 +136,9 @@ def findings(gauges: GaugeSet) -> Record:
 
 @torch.no_grad()
 def randomize_(model: nn.Module) -> None:
-    """Norm scales, biases and small matrices at random, so that no symmetry holds because something is zero or one."""
+    """Norm scales, biases and small matrices at random, so that no symmetry holds because something
+    is zero or one.
+    """
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
@@ -167,7 +180,9 @@ def has_logits(model: nn.Module, inputs: Inputs) -> bool:
 
 @torch.no_grad()
 def verdicts(made: Made, gauges: GaugeSet) -> Record:
-    """How far each gauge, applied at random, moves what the model says, relative to the largest value (or one)."""
+    """How far each gauge, applied at random, moves what the model says, relative to the largest
+    value (or one).
+    """
     model, inputs, notes = made.model.eval(), tree_map(double, [made.example, made.others]), []
     logits = has_logits(model, made.others)
 
@@ -176,9 +191,8 @@ def verdicts(made: Made, gauges: GaugeSet) -> Record:
         each.train(training)
         values = [output(each, x) for x in inputs]
         values = [(value.log_softmax(-1) if logits else value).flatten() for value in values]
-        return torch.cat(
-            [value.masked_fill(value == -torch.inf, 0.0) for value in values]
-        )  # what is masked is as masked
+        # what is masked is as masked
+        return torch.cat([value.masked_fill(value == -torch.inf, 0.0) for value in values])
 
     changes: dict[Gauge, float] = dict.fromkeys(gauges, 0.0)
     scale = max(1.0, float(output(model, made.others).abs().max()))
@@ -191,7 +205,9 @@ def verdicts(made: Made, gauges: GaugeSet) -> Record:
             notes.append(f"does not compute in training mode: {first_line(error)}")
             continue
         for gauge, change in moved.items():
-            changes[gauge] = max(changes[gauge], float("inf") if math.isnan(change) else change / scale)
+            changes[gauge] = max(
+                changes[gauge], float("inf") if math.isnan(change) else change / scale
+            )
     return {
         "compared": "log-probabilities" if logits else "output",
         "largest_change": max(changes.values(), default=None),
@@ -200,7 +216,9 @@ def verdicts(made: Made, gauges: GaugeSet) -> Record:
             for kind in KINDS
             if any(gauge.kind == kind for gauge in changes)
         },
-        "false": [[gauge.kind, gauge.where, change] for gauge, change in changes.items() if change > LIMIT],
+        "false": [
+            [gauge.kind, gauge.where, change] for gauge, change in changes.items() if change > LIMIT
+        ],
         "notes": notes,
     }
 
@@ -234,20 +252,24 @@ def ten_steps(name: str, made: Made, gauges: GaugeSet) -> Record:
 def objective(values: Tensor) -> Tensor:
     """Cross-entropy against random classes."""
     values = values.float().flatten(0, -2)
-    targets = torch.randint(values.shape[-1], values.shape[:1], generator=torch.Generator().manual_seed(0))
+    targets = torch.randint(
+        values.shape[-1], values.shape[:1], generator=torch.Generator().manual_seed(0)
+    )
     return F.cross_entropy(values, targets)
 
 
-# ---------------------------------------------------------------------------------------------- processes
+# ----------------------------------------------------------------------------------------------
+# processes
 
 
 def in_processes(
     models: Iterable[Architecture], about: Record, seconds: float = SECONDS, memory: int = BYTES
 ) -> Iterator[Record]:
-    """The record of each model, each made by a process of its own; one that ends otherwise says how.
+    """The record of each model, each made by a process of its own; one that ends otherwise says
+    how.
 
-    The processes are forked from this one, which has imported all that they need and must not have computed gradients
-    (a fork has none of the threads that these leave behind).
+    The processes are forked from this one, which has imported all that they need and must not have
+    computed gradients (a fork has none of the threads that these leave behind).
     """
     context = multiprocessing.get_context("fork")
     for architecture in models:
@@ -260,7 +282,9 @@ def in_processes(
 
 
 def _watch(process: Any, ours: Connection, seconds: float, memory: int) -> Record:
-    """The last record that a process sent; where the process did not end by itself, with how it did."""
+    """The last record that a process sent; where the process did not end by itself, with how it
+    did.
+    """
     start, record = time.perf_counter(), Record()
     while True:
         try:
@@ -269,7 +293,11 @@ def _watch(process: Any, ours: Connection, seconds: float, memory: int) -> Recor
             used, resident = _use(process.pid)
             clock = time.perf_counter() - start
             ended = (
-                "out of time" if used > seconds or clock > 4 * seconds else "out of memory" if resident > memory else ""
+                "out of time"
+                if used > seconds or clock > 4 * seconds
+                else "out of memory"
+                if resident > memory
+                else ""
             )
             if not ended:
                 continue
@@ -285,7 +313,9 @@ def _watch(process: Any, ours: Connection, seconds: float, memory: int) -> Recor
 
 
 def _use(pid: int) -> tuple[float, int]:
-    """Seconds of processor time that a process has used, and bytes of memory that it holds; zero once it is gone."""
+    """Seconds of processor time that a process has used, and bytes of memory that it holds; zero
+    once it is gone.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -310,22 +340,33 @@ def warm() -> None:
     find_gauges(model, inputs=(torch.randn(2, 3),))
 
 
-# ---------------------------------------------------------------------------------------------- command
+# ----------------------------------------------------------------------------------------------
+# command
 
 
 def version(record: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a record depends on beside its model."""
-    return record["commit"], *(record["versions"][name] for name in ("torch", "transformers", "timm"))
+    return record["commit"], *(
+        record["versions"][name] for name in ("torch", "transformers", "timm")
+    )
 
 
 def main() -> None:
     """Examine the models that have no record of this version, then make the document."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=Path("results/zoo"))
     parser.add_argument("--document", type=Path, default=Path("docs/zoo.md"))
     parser.add_argument("--fresh", action="store_true", help="make all records anew")
-    parser.add_argument("--only", nargs="*", default=(), help="names of models, families or libraries; no document")
-    parser.add_argument("--report", action="store_true", help="only make the document, from the records that there are")
+    parser.add_argument(
+        "--only", nargs="*", default=(), help="names of models, families or libraries; no document"
+    )
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="only make the document, from the records that there are",
+    )
     arguments = parser.parse_args()
     records = Records(arguments.output / "records.jsonl")
     if not arguments.report:
@@ -333,7 +374,10 @@ def main() -> None:
         run(records, arguments.fresh, arguments.only)
     if not arguments.only:
         text = document(
-            records.read(), [each.name for each in architectures()], f"{SECONDS:.0f} s", f"{BYTES >> 30} GiB"
+            records.read(),
+            [each.name for each in architectures()],
+            f"{SECONDS:.0f} s",
+            f"{BYTES >> 30} GiB",
         )
         write_atomically(arguments.document, text.encode())
         print(arguments.document)
@@ -349,10 +393,16 @@ def run(records: Records, fresh: bool = False, only: Sequence[str] = ()) -> None
     waiting = [
         each
         for each in architectures()
-        if (each.library, each.name) not in done and (not only or {each.name, each.family, each.library} & set(only))
+        if (each.library, each.name) not in done
+        and (not only or {each.name, each.family, each.library} & set(only))
     ]
     warm()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, auto_refresh=False) as progress:  # no thread beside the forks
         task = progress.add_task("zoo", total=len(waiting))
         for record in in_processes(waiting, about):

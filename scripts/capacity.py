@@ -1,9 +1,10 @@
 """How much feed-forward capacity finished runs use: ``python scripts/capacity.py RUN_DIR ...``.
 
-For each feed-forward block of the trained model: what the removal of each hidden unit by itself, to zero and to its
-mean, does to the validation loss; invariant norms of the units; effective and stable rank of W_up and W_down in
-coordinates that no gauge changes. For the model: losses and accuracies with 75, 50 and 25% of the units, without
-further training. Writes capacity.json and capacity.png to the run folder; one that has them is shown as it is.
+For each feed-forward block of the trained model: what the removal of each hidden unit by itself, to
+zero and to its mean, does to the validation loss; invariant norms of the units; effective and
+stable rank of W_up and W_down in coordinates that no gauge changes. For the model: losses and
+accuracies with 75, 50 and 25% of the units, without further training. Writes capacity.json and
+capacity.png to the run folder; one that has them is shown as it is.
 """
 
 from __future__ import annotations
@@ -41,9 +42,13 @@ SHARES = (1.0, 0.75, 0.5, 0.25)
 
 def main() -> None:
     """Measure the run folders of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--predictions", type=int, default=512, help="of validation, for the removal of units")
+    parser.add_argument(
+        "--predictions", type=int, default=512, help="of validation, for the removal of units"
+    )
     arguments = parser.parse_args()
     console = Console()
     for folder in arguments.folders:
@@ -51,8 +56,13 @@ def main() -> None:
         try:
             run = Run.read(folder)
             if run.summary is None:
-                raise ValueError(f"{folder} has not ended: the same command of train.py goes on with it")
-            if not path.exists() or json.loads(path.read_text()).get("predictions") != arguments.predictions:
+                raise ValueError(
+                    f"{folder} has not ended: the same command of train.py goes on with it"
+                )
+            if (
+                not path.exists()
+                or json.loads(path.read_text()).get("predictions") != arguments.predictions
+            ):
                 write_json(path, capacity_of(restore(folder), arguments.predictions, console))
         except (FileNotFoundError, ValueError) as error:
             sys.exit(f"error: {error}")
@@ -63,7 +73,8 @@ def main() -> None:
 
 
 def capacity_of(setup: Setup, predictions: int, console: Console) -> dict[str, Any]:
-    """All that is measured of one trained model, as a record; in float32 throughout but for the pruned models' losses.
+    """All that is measured of one trained model, as a record; in float32 throughout but for the
+    pruned models' losses.
 
     The loss of the removals is over ``predictions`` images or tokens, a whole number of sequences.
 
@@ -77,14 +88,22 @@ def capacity_of(setup: Setup, predictions: int, console: Console) -> dict[str, A
     inputs, targets = inputs.to(setup.device), targets.to(setup.device)
     blocks = feed_forward_blocks(model, (inputs,))
     if not blocks:
-        raise ValueError(f"model={setup.config.model.name} has no feed-forward blocks whose units are its own")
+        raise ValueError(
+            f"model={setup.config.model.name} has no feed-forward blocks whose units are its own"
+        )
     parameters = named_parameters(model)
-    gauges = find_gauges(model, inputs=(inputs[:2],))  # the model's, not those that its optimizer was told of
+    # the model's, not those that its optimizer was told of
+    gauges = find_gauges(model, inputs=(inputs[:2],))
     statistics = unit_statistics(model, blocks, [x for x, _ in train])
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("removing units", total=sum(block.units for block in blocks))
         effects = removal_effects(
-            model, blocks, statistics, inputs, lambda y: cross_entropy(y, targets), lambda: progress.advance(task)
+            model,
+            blocks,
+            statistics,
+            inputs,
+            lambda y: cross_entropy(y, targets),
+            lambda: progress.advance(task),
         )
     found = []
     for block in blocks:
@@ -106,10 +125,19 @@ def capacity_of(setup: Setup, predictions: int, console: Console) -> dict[str, A
         changed = pruned_parameters(parameters, blocks, statistics, keep)
         smaller = dataclasses.replace(setup, model=_Pruned(model, changed))
         measured = {"train": measure(smaller, train), "validation": measure(smaller, validation)}
-        values = {f"{split}_{key}": value for split, each in measured.items() for key, value in each.items()}
+        values = {
+            f"{split}_{key}": value
+            for split, each in measured.items()
+            for key, value in each.items()
+        }
         pruning.append({"keep": keep, **values})
     seconds = time.perf_counter() - began
-    about = {"predictions": predictions, "examples": len(inputs), "capacity_seconds": seconds, **provenance()}
+    about = {
+        "predictions": predictions,
+        "examples": len(inputs),
+        "capacity_seconds": seconds,
+        **provenance(),
+    }
     return {"blocks": found, "pruning": pruning, **about}
 
 

@@ -1,7 +1,8 @@
 """Compare finished runs: ``python scripts/compare.py RUN_DIR ... --output STEM``.
 
-Prints a table and writes it with the curves to STEM.md, STEM.png and STEM.pdf; with ``--keep FOLDER``, copies the
-records of the runs there, all but checkpoints, so that they can be committed and compared again.
+Prints a table and writes it with the curves to STEM.md, STEM.png and STEM.pdf; with ``--keep
+FOLDER``, copies the records of the runs there, all but checkpoints, so that they can be committed
+and compared again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What a run will need, estimated on any machine: ``python scripts/memory.py scale=gpu optimizer=ddcadam``."""
+"""What a run will need, estimated on any machine: ``python scripts/memory.py scale=gpu
+optimizer=ddcadam``.
+"""
 
 from __future__ import annotations
 

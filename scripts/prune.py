@@ -1,9 +1,10 @@
 """A smaller model from a finished run: ``python scripts/prune.py RUN_DIR --keep 0.5``.
 
-Removes hidden units of the feed-forward blocks that contribute least to what a block puts out, and trains no more: the
-bias of W_down, where there is one, takes over the means of the removed units. Writes model.safetensors and model.json
-to OUTPUT, reads them again, and shows what the smaller model does beside the whole one. To use it:
-``from ddc.models import load_model; model = load_model(OUTPUT)``.
+Removes hidden units of the feed-forward blocks that contribute least to what a block puts out, and
+trains no more: the bias of W_down, where there is one, takes over the means of the removed units.
+Writes model.safetensors and model.json to OUTPUT, reads them again, and shows what the smaller
+model does beside the whole one. To use it: ``from ddc.models import load_model; model =
+load_model(OUTPUT)``.
 """
 
 from __future__ import annotations
@@ -26,10 +27,16 @@ from ddc.training.records import provenance
 
 def main() -> None:
     """Prune the run of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--keep", type=float, default=0.5, help="share of the hidden units to keep, in (0, 1]")
-    parser.add_argument("--output", type=Path, help="folder for the smaller model; RUN_DIR/pruned-KEEP")
+    parser.add_argument(
+        "--keep", type=float, default=0.5, help="share of the hidden units to keep, in (0, 1]"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="folder for the smaller model; RUN_DIR/pruned-KEEP"
+    )
     arguments = parser.parse_args()
     try:
         whole = restore(arguments.folder)
@@ -46,17 +53,24 @@ def prune(setup: Setup, keep: float, output: Path) -> None:
     """Write the model of a run with a share of its hidden units.
 
     Raises:
-        ValueError: a share out of range, or a model without a feed-forward block of configurable width.
+        ValueError: a share out of range, or a model without a feed-forward block of configurable
+            width.
     """
     architecture = setup.config.model
     if not isinstance(architecture, GPTConfig | ViTConfig):
-        raise ValueError(f"model={architecture.name} has no feed-forward width to change (no key model.hidden)")
+        raise ValueError(
+            f"model={architecture.name} has no feed-forward width to change (no key model.hidden)"
+        )
     batches = [x for x, _ in evaluation_batches(setup, "train")]
     blocks = feed_forward_blocks(setup.model, (batches[0],))
     if not blocks:
-        raise ValueError(f"model={architecture.name} has no feed-forward blocks whose units are its own")
+        raise ValueError(
+            f"model={architecture.name} has no feed-forward blocks whose units are its own"
+        )
     parameters = named_parameters(setup.model)
-    changed = pruned_parameters(parameters, blocks, unit_statistics(setup.model, blocks, batches), keep)
+    changed = pruned_parameters(
+        parameters, blocks, unit_statistics(setup.model, blocks, batches), keep
+    )
     hidden = changed[blocks[0].outward.parameter].shape[blocks[0].outward.axis]
     config = dataclasses.replace(architecture, hidden=hidden)
     small = build_model(config, **setup.data.sizes)
@@ -68,7 +82,11 @@ def prune(setup: Setup, keep: float, output: Path) -> None:
 def comparison(setups: dict[str, Setup]) -> Table:
     """Size, loss and accuracy of models, one a column."""
     table = Table("", *setups)
-    rows = {"parameters": [f"{sum(p.numel() for p in each.model.parameters()):,}" for each in setups.values()]}
+    rows = {
+        "parameters": [
+            f"{sum(p.numel() for p in each.model.parameters()):,}" for each in setups.values()
+        ]
+    }
     for split in ("train", "validation"):
         found = [measure(each, evaluation_batches(each, split)) for each in setups.values()]
         for key in found[0]:

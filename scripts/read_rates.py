@@ -1,12 +1,13 @@
 """Read the dead-direction rates of finished runs: ``python scripts/read_rates.py RUN_DIR ...``.
 
-Every cell (layer × observable) is read, or refused for a reason, by the rule in the run's own configuration. The
-weights that the run kept at its readings are observed again; ``--recorded`` takes what was recorded during training
-instead. Prints the grid, the counts and refusals, and beside them the share of cells that the same rule reads in null
-controls: the untrained model, shuffled checkpoints, white noise, a random walk.
+Every cell (layer × observable) is read, or refused for a reason, by the rule in the run's own
+configuration. The weights that the run kept at its readings are observed again; ``--recorded``
+takes what was recorded during training instead. Prints the grid, the counts and refusals, and
+beside them the share of cells that the same rule reads in null controls: the untrained model,
+shuffled checkpoints, white noise, a random walk.
 
-Writes rates.json, and heat map and spectra as PNG and PDF, to the run folders or to OUTPUT/<run id>/; and with OUTPUT,
-the table of all runs to OUTPUT/table.md.
+Writes rates.json, and heat map and spectra as PNG and PDF, to the run folders or to OUTPUT/<run
+id>/; and with OUTPUT, the table of all runs to OUTPUT/table.md.
 """
 
 from __future__ import annotations
@@ -41,9 +42,13 @@ from ddc.training.records import provenance, write_atomically, write_json
 
 def main() -> None:
     """Read the run folders of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--recorded", action="store_true", help="take the readings made during training")
+    parser.add_argument(
+        "--recorded", action="store_true", help="take the readings made during training"
+    )
     parser.add_argument("--output", type=Path, metavar="FOLDER")
     arguments = parser.parse_args()
     console, reports = Console(), []
@@ -72,7 +77,9 @@ def read_run(folder: Path, recorded: bool, output: Path, console: Console) -> di
     def progress(rows: Iterator[dict[str, Any]], what: str) -> list[dict[str, Any]]:
         return list(track(rows, what, len(run.readings), console=console))
 
-    rows = run.readings if recorded else progress(observer_of(run, folder).read_again(), "snapshots")
+    rows = (
+        run.readings if recorded else progress(observer_of(run, folder).read_again(), "snapshots")
+    )
     untrained = progress(observer_of(run, folder).read_untrained(rows), "untrained model")
     report: dict[str, Any] = {
         "run": run.info["id"],

@@ -1,10 +1,11 @@
-"""Many runs from a file, one a line, as overrides of ``train.py``; ended ones are skipped, stopped ones resume.
+"""Many runs from a file, one a line, as overrides of ``train.py``; ended ones are skipped, stopped
+ones resume.
 
-python scripts/sweep.py run SWEEP_FILE --jobs 2     # on this machine; exit status 1 if a run has not ended
-python scripts/sweep.py status SWEEP_FILE           # what is complete, diverged, running, unfinished, failed, missing
+python scripts/sweep.py run SWEEP_FILE --jobs 2  # here; exit status 1 if a run has not ended
+python scripts/sweep.py status SWEEP_FILE        # complete, diverged, running, unfinished, failed
 python scripts/sweep.py count SWEEP_FILE            # how many there are
 python scripts/sweep.py folders SWEEP_FILE          # where they are, for other scripts
-python scripts/sweep.py task SWEEP_FILE INDEX       # one of them, counted from 0: for array jobs (slurm/)
+python scripts/sweep.py task SWEEP_FILE INDEX    # one of them, from 0: for array jobs (slurm/)
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from ddc.training.sweep import ROOT, read_sweep, run_missing, summary
 
 def main() -> None:
     """Do what the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("run", "status", "count", "folders", "task"):
         commands.add_parser(name).add_argument("file", type=Path, metavar="SWEEP_FILE")
@@ -41,7 +44,9 @@ def main() -> None:
         return
     if arguments.command == "task":
         if not 0 <= arguments.index < len(runs):
-            sys.exit(f"error: INDEX={arguments.index}: {arguments.file} has runs 0 to {len(runs) - 1}")
+            sys.exit(
+                f"error: INDEX={arguments.index}: {arguments.file} has runs 0 to {len(runs) - 1}"
+            )
         run = runs[arguments.index]
         if run.ended:
             print(f"{run.folder} is {run.state}")

@@ -15,7 +15,9 @@ torch.set_num_threads(1)
 SIZES = {"context": 16, "layers": 2, "width": 16, "heads": 4, "hidden": 12}
 MODELS = {
     "rms-swiglu-rope-gqa": GPTConfig(**SIZES, kv_heads=2),
-    "layer-bias-relu-learned": GPTConfig(**SIZES, kv_heads=4, norm="layer", mlp="relu", positions="learned", bias=True),
+    "layer-bias-relu-learned": GPTConfig(
+        **SIZES, kv_heads=4, norm="layer", mlp="relu", positions="learned", bias=True
+    ),
     "rms-relu2-partial-gqa": GPTConfig(**SIZES, kv_heads=2, mlp="relu2", positions="partial_rope"),
     "layer-bias-swiglu-rope-mqa": GPTConfig(**SIZES, kv_heads=1, norm="layer", bias=True),
     "rms-gelu-tied": GPTConfig(**SIZES, kv_heads=4, mlp="gelu", tied_head=True),

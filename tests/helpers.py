@@ -27,7 +27,9 @@ def backward(model: GPT, seed: int) -> None:
     cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]).backward()
 
 
-def relu_mlp(depth: int = 4, width: int = 6, bias: bool = True, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+def relu_mlp(
+    depth: int = 4, width: int = 6, bias: bool = True, dtype: torch.dtype = torch.float64
+) -> nn.Sequential:
     """A chain of ReLU layers: each hidden matrix is under two rescale gauges."""
     torch.manual_seed(0)
     layers: list[nn.Module] = []
@@ -47,7 +49,10 @@ def relu_mlp_gauges(model: nn.Sequential) -> list[Rescale]:
         Rescale(
             "relu_rescale",
             f"{a}-{b}",
-            plus=(Axis(f"{a}.weight"), *((Axis(f"{a}.bias"),) if model[int(a)].bias is not None else ())),
+            plus=(
+                Axis(f"{a}.weight"),
+                *((Axis(f"{a}.bias"),) if model[int(a)].bias is not None else ()),
+            ),
             minus=(Axis(f"{b}.weight", 1),),
         )
         for a, b in itertools.pairwise(linear)

@@ -25,7 +25,8 @@ CONTEXT = 12
 EXAMPLE = 4
 
 
-# ---------------------------------------------------------------------------------------------- norms
+# ----------------------------------------------------------------------------------------------
+# norms
 
 
 def rms(x: Tensor, eps: float = 1e-2) -> Tensor:
@@ -51,7 +52,10 @@ class Norm(nn.Module):
             self.weight = scale
         if how in ("F.layer_norm, shift is a buffer", "rms, shift is a buffer"):
             self.register_buffer("bias", shift.detach())
-        elif how.startswith(("F.layer_norm", "layer norm by hand", "rms, shift")) and "no affine" not in how:
+        elif (
+            how.startswith(("F.layer_norm", "layer norm by hand", "rms, shift"))
+            and "no affine" not in how
+        ):
             self.bias = shift
         if how in ("rms, two scales", "rms, scale twice"):
             self.second = near_one(width)
@@ -60,7 +64,11 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         match self.how:
-            case "F.layer_norm" | "F.layer_norm, scale is a buffer" | "F.layer_norm, shift is a buffer":
+            case (
+                "F.layer_norm"
+                | "F.layer_norm, scale is a buffer"
+                | "F.layer_norm, shift is a buffer"
+            ):
                 return F.layer_norm(x, self.shape, self.weight, self.bias, 1e-2)
             case "F.layer_norm, weight + 1":
                 return F.layer_norm(x, self.shape, self.weight + 1, self.bias, 1e-2)
@@ -96,12 +104,19 @@ class Norm(nn.Module):
                 return rms(x * self.weight)
             case "layer norm by hand":
                 centred = x - x.mean(-1, keepdim=True)
-                return self.weight * centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-2).sqrt() + self.bias
+                return (
+                    self.weight * centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-2).sqrt()
+                    + self.bias
+                )
             case "layer norm by hand, addcmul":
                 centred = x - x.mean(-1, keepdim=True)
-                return torch.addcmul(self.bias, self.weight, centred / (centred.std(-1, keepdim=True) + 1e-2))
+                return torch.addcmul(
+                    self.bias, self.weight, centred / (centred.std(-1, keepdim=True) + 1e-2)
+                )
             case "modulated by the input":
-                return rms(x) * (self.weight + self.modulation(x.mean(-2, keepdim=True) if x.ndim > 2 else x))
+                return rms(x) * (
+                    self.weight + self.modulation(x.mean(-2, keepdim=True) if x.ndim > 2 else x)
+                )
             case "tanh":
                 return torch.tanh(x)
         raise AssertionError(self.how)
@@ -115,7 +130,11 @@ class OfChannels(nn.Module):
         self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x) if x.ndim < 3 else self.inner(x.transpose(1, 2)).transpose(1, 2).contiguous()
+        return (
+            self.inner(x)
+            if x.ndim < 3
+            else self.inner(x.transpose(1, 2)).transpose(1, 2).contiguous()
+        )
 
 
 def make_norm(how: str, width: int) -> nn.Module:
@@ -133,7 +152,8 @@ def make_norm(how: str, width: int) -> nn.Module:
     return Norm(how, width)
 
 
-# ---------------------------------------------------------------------------------------------- linear maps
+# ----------------------------------------------------------------------------------------------
+# linear maps
 
 
 class Linear(nn.Module):
@@ -162,7 +182,10 @@ class Linear(nn.Module):
         if how == "pruned":
             self.register_buffer("mask", (torch.rand(size) > 0.3).float())
         if how == "low rank added":
-            self.down, self.up = nn.Parameter(scale * torch.randn(2, inputs)), nn.Parameter(torch.randn(outputs, 2))
+            self.down, self.up = (
+                nn.Parameter(scale * torch.randn(2, inputs)),
+                nn.Parameter(torch.randn(outputs, 2)),
+            )
         if how == "two maps added":
             self.second = nn.Linear(inputs, outputs)
 
@@ -176,7 +199,9 @@ class Linear(nn.Module):
             case "x @ weight":
                 return x @ w + b
             case "addmm":
-                return torch.addmm(b, x.reshape(-1, x.shape[-1]), w).view(*x.shape[:-1], self.outputs)
+                return torch.addmm(b, x.reshape(-1, x.shape[-1]), w).view(
+                    *x.shape[:-1], self.outputs
+                )
             case "einsum":
                 return torch.einsum("...i,oi->...o", x, w) + b
             case "tensordot":
@@ -194,7 +219,9 @@ class Linear(nn.Module):
             case "low rank added":
                 return F.linear(x, w, b) + x @ self.down.T @ self.up.T
             case "standardised weight":
-                return F.linear(x, (w - w.mean(1, keepdim=True)) / (w.std(1, keepdim=True) + 1e-2), b)
+                return F.linear(
+                    x, (w - w.mean(1, keepdim=True)) / (w.std(1, keepdim=True) + 1e-2), b
+                )
             case "cosine":
                 return F.linear(F.normalize(x, dim=-1), F.normalize(w, dim=-1), b)
             case "a part of the weight":
@@ -203,7 +230,9 @@ class Linear(nn.Module):
                 return F.linear(x, w, b) + self.second(x)
             case "in two halves":
                 half = self.outputs // 2
-                return torch.cat([F.linear(x, w[:half], b[:half]), F.linear(x, w[half:], b[half:])], -1)
+                return torch.cat(
+                    [F.linear(x, w[:half], b[:half]), F.linear(x, w[half:], b[half:])], -1
+                )
             case "x and x reversed":
                 return F.linear(x, w, b) + F.linear(x.flip(-1), w)
             case "float32":
@@ -257,7 +286,8 @@ class LinearMaps:
         return Linear(self.how, inputs, outputs)
 
 
-# ---------------------------------------------------------------------------------------------- attention
+# ----------------------------------------------------------------------------------------------
+# attention
 
 
 def rope_tables(length: int, width: int, like: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
@@ -305,9 +335,15 @@ class Attention(nn.Module):
             if how == "one map for all keys and values, shared by layers":
                 self.key = self.value = self._shared(shared, "both", linear(width, kv))
             elif how == "key map shared by layers":
-                self.key, self.value = self._shared(shared, "key", linear(width, kv)), linear(width, kv)
+                self.key, self.value = (
+                    self._shared(shared, "key", linear(width, kv)),
+                    linear(width, kv),
+                )
             elif how == "value map shared by layers":
-                self.key, self.value = linear(width, kv), self._shared(shared, "value", linear(width, kv))
+                self.key, self.value = (
+                    linear(width, kv),
+                    self._shared(shared, "value", linear(width, kv)),
+                )
             else:
                 self.key = self.query if how == "queries are keys" else linear(width, kv)
                 self.value = self.key if how == "keys are values" else linear(width, kv)
@@ -392,15 +428,27 @@ class Attention(nn.Module):
             else:
                 q, k, v = qkv.view(*x.shape[:-1], self.heads, d, 3).permute(4, 0, 2, 1, 3).unbind(0)
             return q, k, v
-        q = self.queries[: x.shape[-2]].expand(x.shape) if how == "learned queries" else self.query(x)
-        source = memory.setdefault("first", x) if how == "keys and values of the first layer's input" else x
+        q = (
+            self.queries[: x.shape[-2]].expand(x.shape)
+            if how == "learned queries"
+            else self.query(x)
+        )
+        source = (
+            memory.setdefault("first", x)
+            if how == "keys and values of the first layer's input"
+            else x
+        )
         k = self.key(memory["stream"] if how == "keys from the residual stream" else source)
         v = x if how == "values from the input" else self.value(source)
         if how == "value bias is a buffer":
             v = v + self.value_bias
         if self.block.qk == "RMSNorm over heads":
             q, k = self.query_norm(q), self.key_norm(k)
-        q, k, v = self._split(q, self.heads), self._split(k, self.kv_heads), self._split(v, self.kv_heads)
+        q, k, v = (
+            self._split(q, self.heads),
+            self._split(k, self.kv_heads),
+            self._split(v, self.kv_heads),
+        )
         if how == "lengthened keys":
             k = k + self.longer(k.contiguous())
         if how == "a learned key is appended":
@@ -437,12 +485,17 @@ class Attention(nn.Module):
             case "rope, partial":
                 part = d // 4 * 2
                 cos, sin = rope_tables(length, part, q)
-                q, k = (torch.cat([rotate_half(t[..., :part], cos, sin), t[..., part:]], -1) for t in (q, k))
+                q, k = (
+                    torch.cat([rotate_half(t[..., :part], cos, sin), t[..., part:]], -1)
+                    for t in (q, k)
+                )
                 return q, k, v
             case "rope, complex":
                 turn = torch.polar(torch.ones_like(cos), torch.atan2(sin, cos))
                 q, k = (
-                    torch.view_as_real(torch.view_as_complex(t.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
+                    torch.view_as_real(
+                        torch.view_as_complex(t.unflatten(-1, (-1, 2)).contiguous()) * turn
+                    ).flatten(-2)
                     for t in (q, k)
                 )
                 return q, k, v
@@ -459,10 +512,17 @@ class Attention(nn.Module):
                 return rotate_half(q, cos, sin) * scale, rotate_half(k, cos, sin) / scale, v
             case "rope, learned":
                 angles = torch.arange(length, dtype=q.dtype)[:, None] * self.frequency
-                return rotate_half(q, angles.cos(), angles.sin()), rotate_half(k, angles.cos(), angles.sin()), v
+                return (
+                    rotate_half(q, angles.cos(), angles.sin()),
+                    rotate_half(k, angles.cos(), angles.sin()),
+                    v,
+                )
             case "rope, two-dimensional":
                 cos, sin = rope_tables(length, d // 2, q)
-                down, across = (cos[torch.arange(length) // 2], sin[torch.arange(length) // 2]), (cos, sin)
+                down, across = (
+                    (cos[torch.arange(length) // 2], sin[torch.arange(length) // 2]),
+                    (cos, sin),
+                )
                 q, k = (
                     torch.cat([rotate_half(a, *down), rotate_half(b, *across)], -1)
                     for a, b in (q.chunk(2, -1), k.chunk(2, -1))
@@ -499,17 +559,32 @@ class Attention(nn.Module):
             case "relative to queries":
                 return (q @ self.relative.T)[..., :m].to(q.dtype)
             case "relative to keys":
-                return (k.repeat_interleave(self.heads // self.kv_heads, 1) @ self.relative.T)[..., :n].mT.to(q.dtype)
+                return (k.repeat_interleave(self.heads // self.kv_heads, 1) @ self.relative.T)[
+                    ..., :n
+                ].mT.to(q.dtype)
             case "mask from keys":
-                return k[..., 0].repeat_interleave(self.heads // self.kv_heads, 1)[:, :, None].expand(-1, -1, n, -1)
+                return (
+                    k[..., 0]
+                    .repeat_interleave(self.heads // self.kv_heads, 1)[:, :, None]
+                    .expand(-1, -1, n, -1)
+                )
             case "mask from values":
-                return v[..., 0].repeat_interleave(self.heads // self.kv_heads, 1)[:, :, None].expand(-1, -1, n, -1)
+                return (
+                    v[..., 0]
+                    .repeat_interleave(self.heads // self.kv_heads, 1)[:, :, None]
+                    .expand(-1, -1, n, -1)
+                )
             case "mask from the input":
                 return self.hide(memory["stream"]).transpose(-2, -1)[:, None].expand(-1, -1, n, -1)
         return None
 
-    def _product(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, memory: Memory) -> Tensor:
-        how, scale = self.block.product, 1.0 if self.block.qk == "constant in place of 1/sqrt" else self.d**-0.5
+    def _product(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, memory: Memory
+    ) -> Tensor:
+        how, scale = (
+            self.block.product,
+            1.0 if self.block.qk == "constant in place of 1/sqrt" else self.d**-0.5,
+        )
         if how == "sdpa, enable_gqa":
             return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
         repeats = self.heads // self.kv_heads
@@ -518,7 +593,9 @@ class Attention(nn.Module):
         if how == "sdpa":
             return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
         if how == "sdpa, dropout":
-            return F.scaled_dot_product_attention(q, k, v, mask, 0.2 if self.training else 0.0, scale=scale)
+            return F.scaled_dot_product_attention(
+                q, k, v, mask, 0.2 if self.training else 0.0, scale=scale
+            )
         if how in ("sdpa, heads in the batch", "softmax, heads in the batch"):
             q_, k_, v_ = (t.flatten(0, 1) for t in (q, k, v))
             add = None if mask is None else mask.expand(*q.shape[:2], -1, -1).flatten(0, 1)
@@ -555,14 +632,23 @@ class Attention(nn.Module):
                 sinks = self.per_head[:, None, None].expand(*scores.shape[:-1], 1)
                 weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
             case "difference of two":
-                first, second = (part @ other.mT for part, other in zip(q.chunk(2, -1), k.chunk(2, -1), strict=True))
-                weights = first.softmax(-1) - self.per_head[:, None, None].sigmoid() * second.softmax(-1)
+                first, second = (
+                    part @ other.mT
+                    for part, other in zip(q.chunk(2, -1), k.chunk(2, -1), strict=True)
+                )
+                weights = first.softmax(-1) - self.per_head[
+                    :, None, None
+                ].sigmoid() * second.softmax(-1)
             case _:
                 weights = scores.softmax(-1)
         return F.dropout(weights, 0.1, self.training) @ v
 
-    def _finish(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor, memory: Memory) -> Tensor:
-        """What the heads give, (batch, heads, positions, entries), after what comes before the output map."""
+    def _finish(
+        self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, x: Tensor, memory: Memory
+    ) -> Tensor:
+        """What the heads give, (batch, heads, positions, entries), after what comes before the
+        output map.
+        """
         repeats = self.heads // self.kv_heads
         match self.block.after:
             case "gate of entries":
@@ -637,7 +723,9 @@ class OtherMixer(nn.Module):
             self.inner: nn.Module = nn.MultiheadAttention(width, heads, **options, **extra)
         elif how.startswith("nn.TransformerEncoderLayer"):
             first = how.endswith("norm first")
-            self.inner = nn.TransformerEncoderLayer(width, heads, 2 * width, norm_first=first, **options)
+            self.inner = nn.TransformerEncoderLayer(
+                width, heads, 2 * width, norm_first=first, **options
+            )
         elif how == "convolution":
             self.inner = nn.Conv1d(width, width, 3, padding=1)
         elif how == "nn.GRU":
@@ -668,7 +756,8 @@ class OtherMixer(nn.Module):
         return self.inner(x, x, x, need_weights=False)[0]
 
 
-# ---------------------------------------------------------------------------------------------- MLPs
+# ----------------------------------------------------------------------------------------------
+# MLPs
 
 
 class Activation(nn.Module):
@@ -798,13 +887,21 @@ class Between(nn.Module):
                 if self.training:
                     self.auxiliary_loss = self.probe(h).square().mean()
             case "shifted by a position":
-                return torch.cat([h[..., : h.shape[-1] // 2], h[..., h.shape[-1] // 2 :].roll(1, 0)], -1)
+                return torch.cat(
+                    [h[..., : h.shape[-1] // 2], h[..., h.shape[-1] // 2 :].roll(1, 0)], -1
+                )
             case "convolution over positions":
-                return self.convolution(h.transpose(1, 2)).transpose(1, 2).contiguous() if h.ndim > 2 else h
+                return (
+                    self.convolution(h.transpose(1, 2)).transpose(1, 2).contiguous()
+                    if h.ndim > 2
+                    else h
+                )
             case "sum of units":
                 return h + h.sum(-1, keepdim=True)
             case "checkpointed":
-                return torch.utils.checkpoint.checkpoint(torch.mul, h, h.sigmoid(), use_reentrant=False)
+                return torch.utils.checkpoint.checkpoint(
+                    torch.mul, h, h.sigmoid(), use_reentrant=False
+                )
         return h
 
 
@@ -828,7 +925,9 @@ class MLP(nn.Module):
             self.up = shared["up"]
         elif not how.startswith("experts"):
             self.up = linear(width, units)
-        if (how.startswith(("gated", "gate")) and "packed" not in how) or how == "value used elsewhere":
+        if (
+            how.startswith(("gated", "gate")) and "packed" not in how
+        ) or how == "value used elsewhere":
             self.gate = linear(width, units)
         if how in ("experts", "experts, best two", "experts by index"):
             self.router = nn.Linear(width, 3)
@@ -850,7 +949,10 @@ class MLP(nn.Module):
             case "three maps":
                 self.middle = linear(units, units)
             case "halves to two maps":
-                self.down, self.second = linear(units // 2, width), linear(units - units // 2, width)
+                self.down, self.second = (
+                    linear(units // 2, width),
+                    linear(units - units // 2, width),
+                )
             case "bottleneck":
                 self.narrow, self.wide = nn.Linear(width, 3, bias=False), nn.Linear(3, width)
 
@@ -876,10 +978,14 @@ class MLP(nn.Module):
                 return self.down(self.between(act(gate) * self.up(x), memory)) + self.second(gate)
             case "value used elsewhere":
                 value = self.up(x)
-                return self.down(self.between(act(self.gate(x)) * value, memory)) + self.second(value.tanh())
+                return self.down(self.between(act(self.gate(x)) * value, memory)) + self.second(
+                    value.tanh()
+                )
             case "gate in training only":
                 h = act(self.up(x))
-                return self.down(self.between(h * self.gate(x).tanh() + 1 if self.training else h, memory))
+                return self.down(
+                    self.between(h * self.gate(x).tanh() + 1 if self.training else h, memory)
+                )
             case "up twice":
                 return self.down(self.between(act(self.up(x)) + self.up(x.flip(-1)).tanh(), memory))
             case "three maps":
@@ -924,11 +1030,14 @@ class MLP(nn.Module):
                 chosen = share.argmax(-1) == i
                 out[chosen] = down(self.between(self.activation(up(x[chosen])), memory))
             else:
-                out = out + share[..., i : i + 1] * down(self.between(self.activation(up(x)), memory))
+                out = out + share[..., i : i + 1] * down(
+                    self.between(self.activation(up(x)), memory)
+                )
         return out
 
 
-# ---------------------------------------------------------------------------------------------- blocks
+# ----------------------------------------------------------------------------------------------
+# blocks
 
 
 class Sublayer(nn.Module):
@@ -987,7 +1096,9 @@ class Sublayer(nn.Module):
             case "plus a parameter":
                 normed = normed + self.parameter
             case "plus positions":
-                normed = normed + (self.positions[: x.shape[1]] if x.ndim > 2 else self.positions[0])
+                normed = normed + (
+                    self.positions[: x.shape[1]] if x.ndim > 2 else self.positions[0]
+                )
             case "to float32":
                 normed = normed.float().to(x.dtype)
             case "rolled":
@@ -1057,7 +1168,8 @@ class Parallel(nn.Module):
         return sum((part(x, memory) for part in self.parts), torch.zeros_like(x))
 
 
-# ---------------------------------------------------------------------------------------------- the network
+# ---------------------------------------------------------------------------------------------- the
+# network
 
 
 class Embed(nn.Module):
@@ -1142,7 +1254,9 @@ class Head(nn.Module):
         if how in ("x @ weight", "bias is a buffer"):
             self.linear: nn.Module = Linear(how, width, outputs)
         elif how not in ("features", "nothing else"):
-            self.linear = nn.Linear(width, outputs, bias=how not in ("no bias", "tied", "similarity"))
+            self.linear = nn.Linear(
+                width, outputs, bias=how not in ("no bias", "tied", "similarity")
+            )
         if how == "tied":
             table = getattr(embed, "table", None)
             if isinstance(table, nn.Embedding):
@@ -1151,7 +1265,10 @@ class Head(nn.Module):
                 self.linear.weight = table
         elif how == "weight norm":
             self.linear = parametrizations.weight_norm(self.linear)
-        if how in ("two towers", "two heads", "two heads, joined", "mixture of softmaxes") or "auxiliary" in how:
+        if (
+            how in ("two towers", "two heads", "two heads, joined", "mixture of softmaxes")
+            or "auxiliary" in how
+        ):
             self.second = nn.Linear(width, outputs)
         if how == "bias added after":
             self.bias = nn.Parameter(torch.randn(outputs))
@@ -1217,7 +1334,9 @@ class Head(nn.Module):
             case "ModelOutput":
                 return CausalLMOutput(logits=logits, hidden_states=extra or None)
             case "hidden states too":
-                return BaseModelOutput(last_hidden_state=logits, hidden_states=(x, normed), attentions=extra or None)
+                return BaseModelOutput(
+                    last_hidden_state=logits, hidden_states=(x, normed), attentions=extra or None
+                )
             case "logits twice":
                 return (logits, logits.clone(), *extra)
             case "largest logit too":
@@ -1313,7 +1432,8 @@ class NetworkModule(nn.Module):
         return self.head(h, memory)
 
 
-# ---------------------------------------------------------------------------------------------- wrappers
+# ----------------------------------------------------------------------------------------------
+# wrappers
 
 
 def on_first(change: Callable[[Tensor], Tensor], output: Any) -> Any:
@@ -1348,7 +1468,9 @@ class Wrapper(nn.Module):
         if self.how == "called module, with a head":
             return on_first(lambda first: self.head(F.relu(first)), output)
         if self.how == "called module, with a penalty":
-            self.auxiliary_loss = torch.stack([p.abs().square().sum() for p in self.module.parameters()]).sum()
+            self.auxiliary_loss = torch.stack(
+                [p.abs().square().sum() for p in self.module.parameters()]
+            ).sum()
         return output
 
 
@@ -1378,9 +1500,16 @@ def leading(output: Any) -> Tensor:
 
 
 def wrapped(model: nn.Module, network: Network) -> nn.Module:
-    outputs = {"one output": 1, "regression": 3, "several labels": 3}.get(network.head, VOCABULARY_SIZE)
+    outputs = {"one output": 1, "regression": 3, "several labels": 3}.get(
+        network.head, VOCABULARY_SIZE
+    )
     match network.wrapper:
-        case "called module" | "called _orig_mod" | "called module, with a penalty" | "called module, with a head":
+        case (
+            "called module"
+            | "called _orig_mod"
+            | "called module, with a penalty"
+            | "called module, with a head"
+        ):
             outputs = network.width if network.head in ("features", "nothing else") else outputs
             outputs *= 2 if network.head == "two heads, joined" else 1
             if network.head in ("labels", "classes first") and network.wrapper.endswith("head"):
@@ -1388,22 +1517,32 @@ def wrapped(model: nn.Module, network: Network) -> nn.Module:
             return Wrapper(model, network.wrapper, outputs)
         case "nn.DataParallel":
             return nn.DataParallel(model)
-        case "nn.Sequential" if network.inputs not in ("tokens and mask", "tokens and floats", "keyword arguments"):
+        case "nn.Sequential" if network.inputs not in (
+            "tokens and mask",
+            "tokens and floats",
+            "keyword arguments",
+        ):
             return nn.Sequential(model)
         case "two networks added":
             return Several(network.wrapper, model, NetworkModule(network))
         case "applied twice" | "in a list":
             return Several(network.wrapper, model)
         case "hook that scales":
-            model.register_forward_hook(lambda _module, _args, output: on_first(lambda first: 2 * first + 1, output))
+            model.register_forward_hook(
+                lambda _module, _args, output: on_first(lambda first: 2 * first + 1, output)
+            )
         case "hook that adds the norm":
             kept: list[Tensor] = []
-            model.head.norm.register_forward_hook(lambda _module, _args, output: kept.append(output.mean()))
+            model.head.norm.register_forward_hook(
+                lambda _module, _args, output: kept.append(output.mean())
+            )
             model.register_forward_hook(
                 lambda _module, _args, output: on_first(lambda y: y * kept.pop().tanh(), output)
             )
         case "hook before" if hasattr(model.head, "linear"):
-            model.head.linear.register_forward_pre_hook(lambda _module, args: (args[0] + args[0].tanh(),))
+            model.head.linear.register_forward_pre_hook(
+                lambda _module, args: (args[0] + args[0].tanh(),)
+            )
         case "no parameters":
             for module in list(model.modules()):
                 for name, parameter in list(module.named_parameters(recurse=False)):
@@ -1414,7 +1553,8 @@ def wrapped(model: nn.Module, network: Network) -> nn.Module:
     return model
 
 
-# ---------------------------------------------------------------------------------------------- surgeries
+# ----------------------------------------------------------------------------------------------
+# surgeries
 
 
 class AddHalf(nn.Module):
@@ -1439,7 +1579,11 @@ def operate(model: nn.Module, word: str, index: int) -> None:
         if "parametrizations" not in path and not isinstance(module, nn.MultiheadAttention | nn.GRU)
         for name, parameter in module.named_parameters(recurse=False)
     ]
-    matrices = [(module, name) for module, name, parameter in owned if parameter.ndim == 2 and name == "weight"]
+    matrices = [
+        (module, name)
+        for module, name, parameter in owned
+        if parameter.ndim == 2 and name == "weight"
+    ]
     parts = [
         (module, name)
         for module in model.modules()
@@ -1447,7 +1591,11 @@ def operate(model: nn.Module, word: str, index: int) -> None:
         for name in ("norm", "inner", "head", "embed")
         if isinstance(getattr(module, name, None), nn.Module)
     ]
-    inner = [getattr(module, name) for module, name in parts if not isinstance(getattr(module, name), Head)]
+    inner = [
+        getattr(module, name)
+        for module, name in parts
+        if not isinstance(getattr(module, name), Head)
+    ]
     callable_parts = [*inner, *(module for module, _ in matrices)]
     if not owned or not inner:
         return
@@ -1488,10 +1636,14 @@ def operate(model: nn.Module, word: str, index: int) -> None:
 
             model.register_forward_hook(give)
         case "scaled by a hook":
-            callable_parts[index % len(callable_parts)].register_forward_hook(lambda _m, _a, output: 2 * output)
+            callable_parts[index % len(callable_parts)].register_forward_hook(
+                lambda _m, _a, output: 2 * output
+            )
         case "wrapped as module":
             owner, attribute = parts[index % len(parts)]
-            if not isinstance(getattr(owner, attribute), Embed | Head) and not isinstance(owner, Head):
+            if not isinstance(getattr(owner, attribute), Embed | Head) and not isinstance(
+                owner, Head
+            ):
                 setattr(owner, attribute, Wrapper(getattr(owner, attribute), "called module"))
         case "registered twice":
             model.again = inner[index % len(inner)]
@@ -1504,7 +1656,10 @@ def operate(model: nn.Module, word: str, index: int) -> None:
         case "its square is an output":
             model.register_forward_hook(
                 lambda _m, _a, output: (
-                    (*((output,) if isinstance(output, Tensor) else output), getattr(module, name).square().mean())
+                    (
+                        *((output,) if isinstance(output, Tensor) else output),
+                        getattr(module, name).square().mean(),
+                    )
                     if isinstance(output, Tensor | tuple)
                     else {**output, "penalty": getattr(module, name).square().mean()}
                 )

@@ -1,7 +1,8 @@
-"""DDCAdam as docs/method.md states it, unit by unit, in loops: slow, obvious, and independent of the batched code.
+"""DDCAdam as docs/method.md states it, unit by unit, in loops: slow, obvious, and independent of
+the batched code.
 
-It shares with the package only the declarations of the gauges. Projection, retraction, dressing and averaging are
-done one after the other, as written, in float64.
+It shares with the package only the declarations of the gauges. Projection, retraction, dressing and
+averaging are done one after the other, as written, in float64.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from ddc.gauges import Chain, Gauge, Rescale, Rotation, Shift
 
 
 class Adam:
-    """Textbook Adam on one tensor, its second moment averaged over given groups of row (or column) indices."""
+    """Textbook Adam on one tensor, its second moment averaged over given groups of row (or column)
+    indices.
+    """
 
     def __init__(self, betas: tuple[float, float], eps: float) -> None:
         self.betas, self.eps, self.t = betas, eps, 0
@@ -48,7 +51,12 @@ class ReferenceDDCAdam:
         retract: bool = True,
     ) -> None:
         self.params, self.lr, self.weight_decay = params, lr, weight_decay
-        self.radial_rate, self.vertical, self.step_scale, self.retract = radial_rate, vertical, step_scale, retract
+        self.radial_rate, self.vertical, self.step_scale, self.retract = (
+            radial_rate,
+            vertical,
+            step_scale,
+            retract,
+        )
         self.rescales = [g for g in gauges if isinstance(g, Rescale)]
         self.centred = {n for g in gauges if isinstance(g, Shift) for n in g.parameters}
         self.groups: dict[str, list[tuple[int, list[int]]]] = {}
@@ -58,7 +66,9 @@ class ReferenceDDCAdam:
                     for group in index.reshape(-1, index.shape[2]).tolist():
                         self.groups.setdefault(name, []).append((axis, group))
         self.adam = {name: Adam(betas, eps) for name in params}
-        self.radial = {(id(g), u): Adam(betas, eps) for g in self.rescales for u in range(g.units(params))}
+        self.radial = {
+            (id(g), u): Adam(betas, eps) for g in self.rescales for u in range(g.units(params))
+        }
         self.vertical_adam = {key: Adam(betas, eps) for key in self.radial}
 
     def step(self) -> None:
@@ -68,11 +78,14 @@ class ReferenceDDCAdam:
         minus_of = {a.parameter: (g, a.axis) for g in self.rescales for a in g.minus}
         dressed = {n for n in plus_of if n in minus_of}
 
-        # weights and gradients in the coordinates in which they are decomposed; the gauge's own sides first
+        # weights and gradients in the coordinates in which they are decomposed; the gauge's own
+        # sides first
         work, work_grad, mean = {}, {}, {}
         old_norm: dict[tuple[int, int], Tensor] = {}
         order = self._order(plus_of, minus_of)
-        for name in [n for g in order for n in (a.parameter for a in g.plus + g.minus)] + list(self.params):
+        for name in [n for g in order for n in (a.parameter for a in g.plus + g.minus)] + list(
+            self.params
+        ):
             if name in work:
                 continue
             w, g = before[name].clone(), grads[name].clone()
@@ -124,9 +137,14 @@ class ReferenceDDCAdam:
                     du = -rate * self.radial[id(gauge), unit]((k * ghat_plus + ghat_minus) / size)
                     dv = torch.zeros(())
                     if self.vertical == "adam":
-                        dv = -rate * self.vertical_adam[id(gauge), unit]((ghat_plus - k * ghat_minus) / size)
+                        dv = -rate * self.vertical_adam[id(gauge), unit](
+                            (ghat_plus - k * ghat_minus) / size
+                        )
                     if self.vertical == "balance":
-                        coordinate = self._norm(gauge.plus, unit, work).log() - k * self._norm(minus, unit, work).log()
+                        coordinate = (
+                            self._norm(gauge.plus, unit, work).log()
+                            - k * self._norm(minus, unit, work).log()
+                        )
                         dv = -rate * coordinate / size
                     change_plus, change_minus = (k * du + dv) / size, (du - k * dv) / size
                 for side, change in ((gauge.plus, change_plus), (minus, change_minus)):
@@ -198,21 +216,28 @@ class ReferenceDDCAdam:
 
 
 class ReferencePaperStep:
-    """The step of the paper's companion, in the order in which its machine-checked model states it, block by block.
+    """The step of the paper's companion, in the order in which its machine-checked model states it,
+    block by block.
 
-    Source: repository DeadDirections/DeadDirections, ``DdcAdamEquivariance.lean``. Per block: decay first, W := δ W,
-    which all that follows reads; ĝ = <g, W>; Adam's input ρ (g - ĝ W / ρ²); u projected again; then
-    W := e^(Δ log ρ) W - η ρ u. A block is a matrix (with its bias) on one side of a ReLU or gated rescale, a layer of a
-    chain, or channel j of a norm scale: (γ_j, β_j) against column j of its readers. Ours, since the model leaves it
-    open: a reader that is a block of another gauge is first multiplied by the sizes of its channels; degrees other than
-    1; ``balance``, as a motion along the gauge of all that the step makes of a block.
+    Source: repository DeadDirections/DeadDirections, ``DdcAdamEquivariance.lean``. Per block: decay
+    first, W := δ W, which all that follows reads; ĝ = <g, W>; Adam's input ρ (g - ĝ W / ρ²); u
+    projected again; then W := e^(Δ log ρ) W - η ρ u. A block is a matrix (with its bias) on one
+    side of a ReLU or gated rescale, a layer of a chain, or channel j of a norm scale: (γ_j, β_j)
+    against column j of its readers. Ours, since the model leaves it open: a reader that is a block
+    of another gauge is first multiplied by the sizes of its channels; degrees other than 1;
+    ``balance``, as a motion along the gauge of all that the step makes of a block.
 
     Args:
         decays: λ by name.
     """
 
     def __init__(
-        self, params: dict[str, Tensor], gauges: list[Gauge], lr: float, decays: dict[str, float], vertical: str
+        self,
+        params: dict[str, Tensor],
+        gauges: list[Gauge],
+        lr: float,
+        decays: dict[str, float],
+        vertical: str,
     ) -> None:
         self.params, self.lr, self.decays, self.vertical = params, lr, decays, vertical
         self.channels = [g for g in gauges if isinstance(g, Rescale) and g.kind == "norm_scale"]
@@ -240,7 +265,10 @@ class ReferencePaperStep:
                 means[name] = w.mean(0)
                 w, g = w - means[name], g - g.mean(0)
             self.w[name], self.g[name] = (1 - self.lr * self.decays[name]) * w, g
-        shrunk, raw = {n: w.clone() for n, w in self.w.items()}, {n: g.clone() for n, g in self.g.items()}
+        shrunk, raw = (
+            {n: w.clone() for n, w in self.w.items()},
+            {n: g.clone() for n, g in self.g.items()},
+        )
 
         in_pairs = {name for gauge in self.pairs for name in gauge.parameters}
         sizes = {}
@@ -256,21 +284,35 @@ class ReferencePaperStep:
         blocks: list[tuple[object, list[tuple[list, list]], list[float]]] = []
         for gauge in (*self.pairs, *self.chains):
             chain = isinstance(gauge, Chain)
-            names = [[n] for n in gauge.weights] if chain else [[n for n, _ in s] for s in (gauge.plus, gauge.minus)]
-            blocks.append((gauge, [[(name, ...) for name in side] for side in names], [0.0] * len(names)))
+            names = (
+                [[n] for n in gauge.weights]
+                if chain
+                else [[n for n, _ in s] for s in (gauge.plus, gauge.minus)]
+            )
+            blocks.append(
+                (gauge, [[(name, ...) for name in side] for side in names], [0.0] * len(names))
+            )
         for gauge in self.channels:
             for j in range(len(self.w[gauge.plus[0].parameter])):
                 plus = [(name, j) for name, _ in gauge.plus]
-                minus = [(name, (slice(None), j)) for name, _ in gauge.minus if name not in in_pairs]
+                minus = [
+                    (name, (slice(None), j)) for name, _ in gauge.minus if name not in in_pairs
+                ]
+                # is undressed by the new γ_j, so that a move of γ_j leaves it as it is
                 felt = sum(
-                    float((raw[n][:, j] * shrunk[n][:, j]).sum()) for n, _ in gauge.minus if n in in_pairs
-                )  # is undressed by the new γ_j, so that a move of γ_j leaves it as it is
+                    float((raw[n][:, j] * shrunk[n][:, j]).sum())
+                    for n, _ in gauge.minus
+                    if n in in_pairs
+                )
                 blocks.append(((gauge, j), [plus, minus], [gauge.degree * felt, 0.0]))
 
         directions = {}
         for _, sides, _ in blocks:
             for side in sides:
-                rho, ghat = self.inner(side, self.w, self.w).sqrt(), self.inner(side, self.g, self.w)
+                rho, ghat = (
+                    self.inner(side, self.w, self.w).sqrt(),
+                    self.inner(side, self.g, self.w),
+                )
                 for name, at in side:
                     x = directions.setdefault(name, torch.zeros_like(self.w[name]))
                     x[at] = rho * (self.g[name][at] - ghat / rho**2 * self.w[name][at])
@@ -278,18 +320,27 @@ class ReferencePaperStep:
             u = self.adam(name, directions.get(name, self.g[name]))
             directions[name] = u - u.mean(0) if name in self.centred else u
 
-        new = {name: w - self.lr * directions[name] for name, w in self.w.items()}  # AdamW where there is no block
+        # AdamW where there is no block
+        new = {name: w - self.lr * directions[name] for name, w in self.w.items()}
         for key, sides, felt in blocks:
             changes, relaxed = self.log_changes(key, sides, felt)
             for side, change, relax in zip(sides, changes, relaxed, strict=True):
                 entries = sum(self.w[name][at].numel() for name, at in side)
                 if not entries:
                     continue
-                rho2, overlap = self.inner(side, self.w, self.w), self.inner(side, directions, self.w)
+                rho2, overlap = (
+                    self.inner(side, self.w, self.w),
+                    self.inner(side, directions, self.w),
+                )
                 for name, at in side:
-                    w, u = self.w[name][at], directions[name][at] - overlap / rho2 * self.w[name][at]
+                    w, u = (
+                        self.w[name][at],
+                        directions[name][at] - overlap / rho2 * self.w[name][at],
+                    )
                     u = torch.zeros_like(u) if entries == 1 else u
-                    new[name][at] = math.exp(change) * w - math.exp(relax) * self.lr * rho2.sqrt() * u
+                    new[name][at] = (
+                        math.exp(change) * w - math.exp(relax) * self.lr * rho2.sqrt() * u
+                    )
 
         for gauge in self.channels:
             for name, _ in gauge.minus:
@@ -298,10 +349,17 @@ class ReferencePaperStep:
         for name, p in self.params.items():
             p.data.copy_(new[name] + means.get(name, 0.0))
 
-    def log_changes(self, key: object, sides: list, felt: list[float]) -> tuple[list[float], list[float]]:
+    def log_changes(
+        self, key: object, sides: list, felt: list[float]
+    ) -> tuple[list[float], list[float]]:
         """Of each side: Δ log ρ, and how much of it balances."""
-        ghats = [float(self.inner(side, self.g, self.w)) - f for side, f in zip(sides, felt, strict=True)]
-        logs = [0.5 * math.log(float(self.inner(side, self.w, self.w))) if side else 0.0 for side in sides]
+        ghats = [
+            float(self.inner(side, self.g, self.w)) - f for side, f in zip(sides, felt, strict=True)
+        ]
+        logs = [
+            0.5 * math.log(float(self.inner(side, self.w, self.w))) if side else 0.0
+            for side in sides
+        ]
         if not all(sides):  # all readers are blocks elsewhere
             return [0.0, 0.0], [0.0, 0.0]
         if isinstance(key, Chain):
@@ -322,14 +380,25 @@ class ReferencePaperStep:
         self, key: Chain, ghats: list[float], logs: list[float]
     ) -> tuple[list[float], list[float]]:
         count = len(ghats)
-        shared = -self.lr * self.scalar_adam((key, "U"), sum(ghats) / math.sqrt(count)) / math.sqrt(count)
+        shared = (
+            -self.lr
+            * self.scalar_adam((key, "U"), sum(ghats) / math.sqrt(count))
+            / math.sqrt(count)
+        )
         along = [0.0] * count
         if self.vertical == "adam":
-            steps = [self.scalar_adam((key, i), ghat - sum(ghats) / count) for i, ghat in enumerate(ghats)]
+            steps = [
+                self.scalar_adam((key, i), ghat - sum(ghats) / count)
+                for i, ghat in enumerate(ghats)
+            ]
             along = [-self.lr * (step - sum(steps) / count) for step in steps]
         if self.vertical == "balance":
             along = [-self.lr * (log - sum(logs) / count) for log in logs]
-        return [shared + each for each in along], along if self.vertical == "balance" else [0.0] * count
+        return [shared + each for each in along], (
+            along if self.vertical == "balance" else [0.0] * count
+        )
 
     def inner(self, side: list, a: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
-        return sum(((a[name][at] * b[name][at]).sum() for name, at in side), torch.zeros(()).double())
+        return sum(
+            ((a[name][at] * b[name][at]).sum() for name, at in side), torch.zeros(()).double()
+        )

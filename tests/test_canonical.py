@@ -48,7 +48,10 @@ def test_the_distance_is_a_function_of_the_orbits(config: GPTConfig) -> None:
     distance = float(orbit_distance(a, b, gauges))
     assert distance > 0.01
     for seed in range(3):
-        a2, b2 = named_parameters(moved(model, gauges, seed)), named_parameters(moved(near, gauges, 10 + seed))
+        a2, b2 = (
+            named_parameters(moved(model, gauges, seed)),
+            named_parameters(moved(near, gauges, 10 + seed)),
+        )
         assert float(orbit_distance(a2, b2, gauges)) == pytest.approx(distance, rel=1e-9)
         assert float(orbit_distance(a, a2, gauges)) < 1e-9
     before = copy.deepcopy(dict(a))
@@ -60,7 +63,9 @@ def test_the_balanced_point_has_the_least_norm(config: GPTConfig) -> None:
     gauges = find_gauges(model)
     before = model(torch.arange(5)[None]).log_softmax(-1)
     balance_(named_parameters(model), gauges)
-    torch.testing.assert_close(model(torch.arange(5)[None]).log_softmax(-1), before, rtol=0, atol=1e-11)
+    torch.testing.assert_close(
+        model(torch.arange(5)[None]).log_softmax(-1), before, rtol=0, atol=1e-11
+    )
     for seed in range(5):
         for spread in (0.01, 1.0):
             assert norm(moved(model, gauges, seed, spread)) >= norm(model) * (1 - 1e-12)
@@ -97,7 +102,9 @@ def test_float32_balances_to_its_rounding() -> None:
 
 @pytest.mark.parametrize("granularity", [lambda gauges: gauges, in_blocks], ids=["unit", "block"])
 def test_coordinates_are_those_of_the_group_and_independent(config: GPTConfig, granularity) -> None:
-    """One gauge moves, among all: its coordinates by 2 log c, or by the shift; no rescale's but its own."""
+    """One gauge moves, among all: its coordinates by 2 log c, or by the shift; no rescale's but its
+    own.
+    """
     model = make_model(config)
     gauges = granularity(find_gauges(model))
     now = {name: p.detach().clone() for name, p in named_parameters(model).items()}
@@ -122,16 +129,25 @@ def test_drift_is_the_mean_over_units() -> None:
     model = relu_mlp(bias=True)
     gauges = relu_mlp_gauges(model)
     before = {name: p.detach().clone() for name, p in named_parameters(model).items()}
-    gauges[0].act_(named_parameters(model), torch.full((gauges[0].units(before),), 2.0, dtype=torch.float64))
+    gauges[0].act_(
+        named_parameters(model), torch.full((gauges[0].units(before),), 2.0, dtype=torch.float64)
+    )
     units = [gauge.units(before) for gauge in gauges]
     expected = 2 * math.log(2) * math.sqrt(units[0] / sum(units))
-    assert gauge_drift(before, named_parameters(model), gauges) == {"relu_rescale": pytest.approx(expected)}
+    assert gauge_drift(before, named_parameters(model), gauges) == {
+        "relu_rescale": pytest.approx(expected)
+    }
 
 
 @pytest.mark.parametrize("k", [2, 4])
 def test_drift_of_a_rotation_is_its_angle(k: int) -> None:
     rows = torch.randn(3 * k, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    gauge = Rotation("value_rotation", "a", (RotatedAxis("w", 0, np.arange(3 * k).reshape(3, 1, k)),), reflections=True)
+    gauge = Rotation(
+        "value_rotation",
+        "a",
+        (RotatedAxis("w", 0, np.arange(3 * k).reshape(3, 1, k)),),
+        reflections=True,
+    )
     plane = torch.zeros(k, k, dtype=torch.float64)
     plane[0, 1], plane[1, 0] = -1, 1
     angles = torch.tensor([0.1, 0.2, -0.3], dtype=torch.float64)
@@ -154,7 +170,9 @@ def test_ddcadam_keeps_the_coordinates_still_and_adamw_does_not(config: GPTConfi
             optimizer.zero_grad()
             cross_entropy(model(tokens), tokens.flip(1)).backward()
             optimizer.step()
-        drifts[name] = gauge_drift(start, named_parameters(model), [g for g in gauges if not isinstance(g, Rotation)])
+        drifts[name] = gauge_drift(
+            start, named_parameters(model), [g for g in gauges if not isinstance(g, Rotation)]
+        )
     assert all(drift < 1e-12 for drift in drifts["ddcadam"].values())
     assert all(drift > 1e-4 for drift in drifts["adamw"].values())
 

@@ -1,4 +1,6 @@
-"""Spare capacity: what is measured is exact, does not depend on the gauge, and pruning does what it says."""
+"""Spare capacity: what is measured is exact, does not depend on the gauge, and pruning does what it
+says.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def vit(mlp: str) -> Callable[[], Made]:
 def gpt(mlp: str, bias: bool = False) -> Callable[[], Made]:
     def make() -> Made:
         torch.manual_seed(0)
-        config = GPTConfig(layers=2, width=8, heads=2, kv_heads=1, hidden=12, mlp=mlp, bias=bias, context=8)
+        config = GPTConfig(
+            layers=2, width=8, heads=2, kv_heads=1, hidden=12, mlp=mlp, bias=bias, context=8
+        )
         return shaken(GPT(config, 11)), TOKENS, lambda logits: cross_entropy(logits, TOKENS)
 
     return make
@@ -98,7 +102,9 @@ def measured(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor]) -> d
         found[f"{block.where}: to zero"] = effects[block.where].to_zero
         found[f"{block.where}: to mean"] = effects[block.where].to_mean
         found[f"{block.where}: norms"] = unit_norms(parameters, gauges, block)
-        found[f"{block.where}: contributions"] = contributions(parameters, block, statistics[block.where])
+        found[f"{block.where}: contributions"] = contributions(
+            parameters, block, statistics[block.where]
+        )
         found[f"{block.where}: up"], found[f"{block.where}: down"] = up.values, down.values
     return found
 
@@ -107,11 +113,15 @@ def measured(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor]) -> d
 def test_blocks_of_models_that_others_wrote(name: str) -> None:
     model, inputs = zoo.make(name)
     blocks = feed_forward_blocks(model, inputs)
-    expected = 0 if name in WITHOUT_BLOCKS or "Sequential" in name else 1 if "EncoderLayer" in name else 2
+    expected = (
+        0 if name in WITHOUT_BLOCKS or "Sequential" in name else 1 if "EncoderLayer" in name else 2
+    )
     assert len(blocks) == expected
     parameters = named_parameters(model)
     for block in blocks:
-        sizes = {parameters[axis.parameter].shape[axis.axis] for axis in (*block.inward, block.outward)}
+        sizes = {
+            parameters[axis.parameter].shape[axis.axis] for axis in (*block.inward, block.outward)
+        }
         assert sizes == {block.units}
     assert len({block.where for block in blocks}) == len(blocks)
     if blocks:
@@ -138,7 +148,9 @@ def test_nothing_depends_on_the_gauge(name: str) -> None:
     after = measured(model, x, loss)
     assert len(before) == 2 * 6
     for key, values in before.items():
-        torch.testing.assert_close(after[key], values, rtol=1e-9, atol=1e-11, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            after[key], values, rtol=1e-9, atol=1e-11, msg=lambda m, key=key: f"{key}: {m}"
+        )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -158,7 +170,9 @@ def test_removal_of_a_unit_is_what_it_says(name: str) -> None:
             handle = reader.register_forward_pre_hook(hold)
             expected = float((loss(model(x)) - base).detach())
             handle.remove()
-            assert float(getattr(effects[block.where], mode)[unit]) == pytest.approx(expected, abs=1e-12)
+            assert float(getattr(effects[block.where], mode)[unit]) == pytest.approx(
+                expected, abs=1e-12
+            )
             assert abs(expected) > 1e-9
 
 
@@ -166,7 +180,9 @@ def test_statistics_are_over_all_positions_of_all_batches() -> None:
     model, x, _ = MODELS["ViT, relu"]()
     block = feed_forward_blocks(model, (x,))[1]
     seen = []
-    handle = model.get_submodule(block.reader).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    handle = model.get_submodule(block.reader).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].detach())
+    )
     model.train()
     statistics = unit_statistics(model, [block], [x[:2], x[2:]])[block.where]
     handle.remove()
@@ -178,7 +194,9 @@ def test_statistics_are_over_all_positions_of_all_batches() -> None:
 
 @pytest.mark.parametrize("keep", [0.25, 0.5, 1.0])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_smaller_model_is_the_whole_one_with_units_held(name: str, keep: float, tmp_path: Path) -> None:
+def test_the_smaller_model_is_the_whole_one_with_units_held(
+    name: str, keep: float, tmp_path: Path
+) -> None:
     model, x, _ = MODELS[name]()
     blocks = feed_forward_blocks(model, (x,))
     statistics, parameters = unit_statistics(model, blocks, [x]), named_parameters(model)
@@ -188,9 +206,15 @@ def test_the_smaller_model_is_the_whole_one_with_units_held(name: str, keep: flo
     for block in blocks:
         kept = kept_units(parameters, block, statistics[block.where], keep)
         assert len(kept) == round(keep * block.units)
-        instead = statistics[block.where].mean if block.outward_bias else torch.zeros(block.units, dtype=torch.float64)
+        instead = (
+            statistics[block.where].mean
+            if block.outward_bias
+            else torch.zeros(block.units, dtype=torch.float64)
+        )
 
-        def hold(module: nn.Module, args: tuple[Tensor], kept=kept, instead=instead) -> tuple[Tensor]:
+        def hold(
+            module: nn.Module, args: tuple[Tensor], kept=kept, instead=instead
+        ) -> tuple[Tensor]:
             held = instead.expand_as(args[0]).clone()
             held[..., kept] = args[0][..., kept]
             return (held,)
@@ -253,7 +277,10 @@ def test_a_share_that_cannot_be_is_refused() -> None:
 @pytest.mark.parametrize(
     ("config", "sizes"),
     [
-        (GPTConfig(layers=1, width=8, heads=2, kv_heads=1, hidden=5, tied_head=True), {"vocab_size": 11}),
+        (
+            GPTConfig(layers=1, width=8, heads=2, kv_heads=1, hidden=5, tied_head=True),
+            {"vocab_size": 11},
+        ),
         (
             ViTConfig(patch=4, layers=1, width=8, heads=2, hidden=5, class_token=True),
             {"shape": (1, 8, 8), "classes": 3},
@@ -268,7 +295,9 @@ def test_saved_models_come_back(config, sizes: dict, tmp_path: Path) -> None:
     back = load_model(tmp_path)
     assert isinstance(back, type(model))
     assert not back.training
-    for (name, a), (other, b) in zip(model.state_dict().items(), back.state_dict().items(), strict=True):
+    for (name, a), (other, b) in zip(
+        model.state_dict().items(), back.state_dict().items(), strict=True
+    ):
         assert name == other
         assert torch.equal(a, b)
     assert json.loads((tmp_path / "model.json").read_text())["note"] == "here"
@@ -284,7 +313,12 @@ class Block(nn.Module):
 
     def __init__(self, how: str) -> None:
         super().__init__()
-        self.how, self.first, self.up, self.down = how, nn.Linear(4, 4), nn.Linear(4, 8), nn.Linear(8, 4)
+        self.how, self.first, self.up, self.down = (
+            how,
+            nn.Linear(4, 4),
+            nn.Linear(4, 8),
+            nn.Linear(8, 4),
+        )
         self.narrow, self.back, self.head = nn.Linear(4, 1), nn.Linear(4, 4), nn.Linear(4, 4)
         if how == "shared bias":
             self.head.bias = self.down.bias
@@ -308,7 +342,14 @@ class Block(nn.Module):
 
 @pytest.mark.parametrize(
     ("how", "count"),
-    [("read by a linear map", 0), ("narrow gate", 0), ("no module", 0), ("shared bias", 0), ("in place", 1), ("", 1)],
+    [
+        ("read by a linear map", 0),
+        ("narrow gate", 0),
+        ("no module", 0),
+        ("shared bias", 0),
+        ("in place", 1),
+        ("", 1),
+    ],
 )
 def test_units_that_are_not_their_own_are_no_block(how: str, count: int) -> None:
     assert len(feed_forward_blocks(Block(how), (torch.randn(2, 4),))) == count
@@ -318,7 +359,9 @@ def test_removal_in_a_model_that_computes_in_place() -> None:
     torch.manual_seed(0)
     model, x = Block("in place").double(), torch.randn(5, 4, dtype=torch.float64)
     blocks = feed_forward_blocks(model, (x,))
-    effects = removal_effects(model, blocks, unit_statistics(model, blocks, [x]), x, torch.Tensor.sum)
+    effects = removal_effects(
+        model, blocks, unit_statistics(model, blocks, [x]), x, torch.Tensor.sum
+    )
     for unit in range(8):
         less = copy.deepcopy(model)
         with torch.no_grad():
@@ -345,4 +388,7 @@ def test_layers_of_a_chain_are_no_blocks() -> None:
     pairs = torch.zeros(2, 2, dtype=torch.int64)
     assert feed_forward_blocks(DeepMLP(DeepMLPConfig(depth=4, width=4), 5, 5), (pairs,)) == []
     residual = DeepMLP(DeepMLPConfig(depth=4, width=4, residual=True), 5, 5)
-    assert [block.where for block in feed_forward_blocks(residual, (pairs,))] == ["layers.1", "layers.3"]
+    assert [block.where for block in feed_forward_blocks(residual, (pairs,))] == [
+        "layers.1",
+        "layers.3",
+    ]

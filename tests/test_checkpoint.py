@@ -17,7 +17,14 @@ import pytest
 import torch
 
 from ddc.training import loop
-from ddc.training.checkpoint import KEPT, CheckpointError, checkpoints, read_checkpoint, step_of, write_checkpoint
+from ddc.training.checkpoint import (
+    KEPT,
+    CheckpointError,
+    checkpoints,
+    read_checkpoint,
+    step_of,
+    write_checkpoint,
+)
 from ddc.training.loop import restore, train
 from ddc.training.records import Records
 from tests.test_training import assert_same_run, run, run_folder, train_py
@@ -75,13 +82,16 @@ def test_a_damaged_checkpoint_is_known_and_the_one_before_is_taken(
     assert steps == [0, 3, 6, 9, 12]
 
 
-def test_nothing_whole_is_an_error_that_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_whole_is_an_error_that_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = broken_off(tmp_path, "broken", monkeypatch)
     for path in checkpoints(folder):
         path.write_bytes(b"")
     before = (folder / "records.jsonl").read_bytes()
     with pytest.raises(
-        CheckpointError, match=r"all 2 checkpoints .* are damaged; start over with training\.resume=never"
+        CheckpointError,
+        match=r"all 2 checkpoints .* are damaged; start over with training\.resume=never",
     ):
         train(run(tmp_path / "broken"))
     assert (folder / "records.jsonl").read_bytes() == before
@@ -102,7 +112,9 @@ class Hostile:
 
 
 @pytest.mark.filterwarnings("ignore:.*looks like a TorchScript archive")
-def test_a_hostile_checkpoint_executes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hostile_checkpoint_executes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nor does what else may lie there under the right name end in a traceback."""
     folder = broken_off(tmp_path, "broken", monkeypatch)
     proof = tmp_path / "executed"
@@ -115,10 +127,19 @@ def test_a_hostile_checkpoint_executes_nothing(tmp_path: Path, monkeypatch: pyte
     script = io.BytesIO()
     torch.jit.save(torch.jit.trace(torch.nn.Linear(1, 1), torch.zeros(1, 1)), script)
     hostile = saved({"step": Hostile(proof)})
-    for content in (script.getvalue(), b"", b"no archive", saved([1, 2]), saved({"model": {}}), hostile):
+    for content in (
+        script.getvalue(),
+        b"",
+        b"no archive",
+        saved([1, 2]),
+        saved({"model": {}}),
+        hostile,
+    ):
         for path in checkpoints(folder):
             path.unlink()
-        (folder / f"checkpoint-{9:09d}-{hashlib.sha256(content).hexdigest()}.pt").write_bytes(content)
+        (folder / f"checkpoint-{9:09d}-{hashlib.sha256(content).hexdigest()}.pt").write_bytes(
+            content
+        )
         for attempt in (lambda: train(run(tmp_path / "broken")), lambda: restore(folder)):
             with pytest.raises(CheckpointError, match="may be hostile: it is not loaded"):
                 attempt()
@@ -130,7 +151,9 @@ def test_a_hostile_checkpoint_executes_nothing(tmp_path: Path, monkeypatch: pyte
 def test_a_damaged_checkpoint_does_not_take_the_place_of_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """9 is damaged, so the run goes on from 6, and is stopped again after 7: 6 is still there, 9 no more."""
+    """9 is damaged, so the run goes on from 6, and is stopped again after 7: 6 is still there, 9 no
+    more.
+    """
     folder = broken_off(tmp_path, "broken", monkeypatch)
     last, before = checkpoints(folder)
     last.write_bytes(b"")
@@ -144,7 +167,9 @@ def small_disk(folder: Path, kilobytes: int) -> Iterator[Path]:
     if os.geteuid() != 0:
         pytest.skip("mounts a tmpfs")
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)], check=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)], check=True
+    )
     try:
         yield folder
     finally:
@@ -167,7 +192,9 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
         assert_same_run(whole.folder, folder)
 
 
-def test_a_disk_that_is_full_within_a_record_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full_within_a_record_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     often = "training.evaluations=12"
     whole = run(tmp_path / "whole", often)
     train(whole)
@@ -178,7 +205,9 @@ def test_a_disk_that_is_full_within_a_record_loses_nothing(tmp_path: Path, monke
         def save_then_fill_the_disk(folder: Path, *arguments: object) -> None:
             original(folder, *arguments)
             rows = (folder / "records.jsonl").read_bytes().splitlines(keepends=True)
-            if len(rows) > 2 and sum(map(len, rows)) % page + len(rows[-1]) > page:  # a part of the next one fits
+            if (
+                len(rows) > 2 and sum(map(len, rows)) % page + len(rows[-1]) > page
+            ):  # a part of the next one fits
                 with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
                     while True:
                         file.write(bytes(page))
@@ -198,7 +227,9 @@ def test_a_disk_that_is_full_within_a_record_loses_nothing(tmp_path: Path, monke
         assert_same_run(whole.folder, folder)
 
 
-def test_starting_over_may_be_killed_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_starting_over_may_be_killed_at_any_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is left of the old run is gone on from without a gap, or not at all."""
     whole = run(tmp_path / "whole")
     train(whole)
@@ -231,7 +262,9 @@ def test_starting_over_may_be_killed_at_any_moment(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.slow
-def test_the_command_line_says_in_one_line_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_says_in_one_line_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     process = train_py(f"runs={tmp_path}", "training.steps=12")
     process.communicate(timeout=120)
     folder = run_folder(tmp_path)

@@ -1,4 +1,6 @@
-"""Every configuration trains, or is refused by a message that names a key, before anything is written."""
+"""Every configuration trains, or is refused by a message that names a key, before anything is
+written.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,16 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ddc.gauges import KINDS, find_gauges
-from ddc.models import MODELS, DeepMLPConfig, GPTConfig, ModelConfig, ViTConfig, build_model, load_model, save_model
+from ddc.models import (
+    MODELS,
+    DeepMLPConfig,
+    GPTConfig,
+    ModelConfig,
+    ViTConfig,
+    build_model,
+    load_model,
+    save_model,
+)
 from ddc.training.config import DATA, OPTIMIZERS, Config, compose_config, restored
 from ddc.training.loop import prepare, restore, train
 from ddc.training.ranks import join_ranks
@@ -30,11 +41,16 @@ from train import STOPS
 BY_TYPE: dict[Any, str] = {
     bool: "true false | maybe null [] 1.5",
     bool | None: "true false null | maybe [] 1.5",
-    int: "1 2 3 4 5 8 16 | 0 -1 2147483648 1000000000000000000000000000000 1.5 nan true many null [1]",
+    int: (
+        "1 2 3 4 5 8 16 | 0 -1 2147483648 1000000000000000000000000000000 1.5 nan true many"
+        " null [1]"
+    ),
     float: "1 0.5 0.1 0.01 1e-30 | 0 -1 2 1e15 1e300 inf -inf nan true many null [0.5]",
     str: "| nonsense '' null [a] 5 a/b ???",
     list[float]: "[] [0.5] [1,0.1] | [0] [nan] [inf] [-1] [a] 1 null [[1]]",
-    tuple[float, float]: "[0.9,0.99] [0,0] | [0.9] [] [0.9,0.9,0.9] [1,1] [nan,0] [-1,0] 0.9 null [a,b]",
+    tuple[
+        float, float
+    ]: "[0.9,0.99] [0,0] | [0.9] [] [0.9,0.9,0.9] [1,1] [nan,0] [-1,0] 0.9 null [a,b]",
 }
 #: Values of single keys, in place of those of their type.
 OF_KEY = {
@@ -55,7 +71,9 @@ OF_KEY = {
     "optimizer.adjust_lr_fn": "original match_rms_adamw | none",
     "optimizer.orthogonalizer": "newton_schulz newton_schulz_bfloat16 polar | svd",
     "data.name": "shakespeare mnist_5k modular | nonsense null ???",
-    "data.path": "FOLDER/text FOLDER/short | FOLDER/empty FOLDER FOLDER/absent '' FOLDER/blank null",
+    "data.path": (
+        "FOLDER/text FOLDER/short | FOLDER/empty FOLDER FOLDER/absent '' FOLDER/blank null"
+    ),
     "data.hub_path": "| no/such nonsense ''",
     "data.tokenizer": "bytes | no/such '' FOLDER FOLDER/text gpt2",
     "data.train_tokens": "null 2000 50 17 9 | 1 0 -1",
@@ -92,8 +110,13 @@ OF_KEY = {
 OF_GROUP = {
     "model": "gpt vit deep_mlp | nonsense [] null 5 [gpt,vit]",
     "data": "shakespeare mnist_5k modular file | tinystories cifar10 nonsense [] null",
-    "optimizer": "adamw adamw_relative ddcadam ddcadam_paper muon ddcmuon | sgd [] null [adamw,muon]",
-    "gauges": f"all none [] [logit_shift,norm_scale] [all,chained_rescale] {' '.join(KINDS)} | none [x] false",
+    "optimizer": (
+        "adamw adamw_relative ddcadam ddcadam_paper muon ddcmuon | sgd [] null [adamw,muon]"
+    ),
+    "gauges": (
+        f"all none [] [logit_shift,norm_scale] [all,chained_rescale] {' '.join(KINDS)} | none [x]"
+        " false"
+    ),
     "scale": "cpu | gpu nonsense [] 1",
     "slt": "none cells | nonsense false",
     "launcher": "local | torchrun nonsense",
@@ -101,19 +124,31 @@ OF_GROUP = {
 }
 #: Overrides of keys that do not exist, and of no key.
 NO_KEY = [
-    "foo=1", "+foo=1", "training.epochs=3", "+training.epochs=3", "++training.epochs=3", "gauges.spin=true",
-    "+gauges.spin=true", "+model.foo=1", "optimizer.radial_rate=0.1", "+optimizer.adam_lr=1", "+data.foo.bar=1",
-    "+slt.rule.foo=1", "~model", "~optimizer", "~training", "~training.steps", "training=5", "training=null",
-    "model.layers.x=1", "data={}", "training.steps=${nope}", "optimizer.lr=${seed}", "training.steps", "'", "wandb=no",
+    "foo=1", "+foo=1", "training.epochs=3", "+training.epochs=3", "++training.epochs=3",
+    "gauges.spin=true",
+    "+gauges.spin=true", "+model.foo=1", "optimizer.radial_rate=0.1", "+optimizer.adam_lr=1",
+    "+data.foo.bar=1",
+    "+slt.rule.foo=1", "~model", "~optimizer", "~training", "~training.steps", "training=5",
+    "training=null",
+    "model.layers.x=1", "data={}", "training.steps=${nope}", "optimizer.lr=${seed}",
+    "training.steps", "'", "wandb=no",
 ]  # fmt: skip
 #: The same configuration of each model, as small as can be.
 SMALL = {
-    "gpt": "model=gpt data=shakespeare model.layers=1 model.width=16 model.heads=2 model.kv_heads=1 model.hidden=16 "
-    "model.context=16 data.train_tokens=2000",
-    "vit": "model=vit data=mnist_5k model.layers=1 model.width=16 model.heads=2 model.hidden=16 model.patch=14",
+    "gpt": (
+        "model=gpt data=shakespeare model.layers=1 model.width=16 model.heads=2 model.kv_heads=1"
+        " model.hidden=16 model.context=16 data.train_tokens=2000"
+    ),
+    "vit": (
+        "model=vit data=mnist_5k model.layers=1 model.width=16 model.heads=2 model.hidden=16"
+        " model.patch=14"
+    ),
     "deep_mlp": "model=deep_mlp data=modular model.depth=2 model.width=16 data.prime=7",
 }
-SHORT = "training.batch_size=4 training.steps=2 training.evaluations=1 training.evaluation_batches=1 wandb=disabled"
+SHORT = (
+    "training.batch_size=4 training.steps=2 training.evaluations=1 training.evaluation_batches=1"
+    " wandb=disabled"
+)
 
 
 def keys_of(schema: type, place: str = "") -> Iterator[tuple[str, Any]]:
@@ -127,7 +162,11 @@ def keys_of(schema: type, place: str = "") -> Iterator[tuple[str, Any]]:
 
 SCHEMAS = {"model": MODELS, "data": DATA, "optimizer": OPTIMIZERS}
 COMMON = dict(keys_of(Config))
-KEYS = {(group, name): dict(keys_of(s, f"{group}.")) for group, each in SCHEMAS.items() for name, s in each.items()}
+KEYS = {
+    (group, name): dict(keys_of(s, f"{group}."))
+    for group, each in SCHEMAS.items()
+    for name, s in each.items()
+}
 ALL_KEYS = COMMON | {key: kind for keys in KEYS.values() for key, kind in keys.items()}
 
 
@@ -141,19 +180,24 @@ def values_of(key: str) -> str:
 def chosen(draw: st.DrawFn, values: str) -> str:
     """One of the values, a right one in most draws."""
     right, wrong = (part.split() for part in (values + " |").split("|")[:2])
-    return draw(st.sampled_from(draw(st.sampled_from([each for each in (*[right] * 5, wrong) if each]))))
+    return draw(
+        st.sampled_from(draw(st.sampled_from([each for each in (*[right] * 5, wrong) if each])))
+    )
 
 
 @st.composite
 def command_lines(draw: st.DrawFn) -> str:
     """Overrides of a run that takes moments, some of its groups and keys changed."""
-    model = draw(st.sampled_from([*["gpt"] * 5, *["deep_mlp"] * 4, "vit"]))  # to trace a ViT takes seconds
+    # to trace a ViT takes seconds
+    model = draw(st.sampled_from([*["gpt"] * 5, *["deep_mlp"] * 4, "vit"]))
     optimizer = draw(st.sampled_from(sorted(OPTIMIZERS)))
     overrides = [SMALL[model], SHORT, f"optimizer={optimizer}"]
     groups = draw(st.lists(st.sampled_from(sorted(OF_GROUP)), max_size=2, unique=True))
     overrides += [f"{group}={draw(chosen(OF_GROUP[group]))}" for group in groups]
     keys = {**COMMON, **KEYS["model", model], **KEYS["data", model], **KEYS["optimizer", optimizer]}
-    changed = draw(st.lists(st.sampled_from(sorted(set(keys) - set(SCHEMAS))), max_size=4, unique=True))
+    changed = draw(
+        st.lists(st.sampled_from(sorted(set(keys) - set(SCHEMAS))), max_size=4, unique=True)
+    )
     overrides += [f"{key}={draw(chosen(values_of(key)))}" for key in changed]
     if draw(st.integers(0, 7)) == 7:
         overrides.append(draw(st.sampled_from(NO_KEY)))
@@ -166,12 +210,22 @@ NAMES_A_KEY = re.compile(rf"\b({NESTED})\b|\b({WHOLE})[=:/]|Unknown key|Invalid 
 
 
 def outcome(overrides: str, folder: Path) -> str:
-    """What comes of a configuration: "" if it trains, else the message; run as ``train.py`` runs it."""
-    for name, text in (("text", "To be, or not to be. " * 40), ("short", "To be"), ("empty", ""), ("blank", " \n")):
+    """What comes of a configuration: "" if it trains, else the message; run as ``train.py`` runs
+    it.
+    """
+    for name, text in (
+        ("text", "To be, or not to be. " * 40),
+        ("short", "To be"),
+        ("empty", ""),
+        ("blank", " \n"),
+    ):
         (folder / name).write_text(text)
     runs = folder / "runs"
     runs.mkdir()
-    arguments = [f"runs={runs}", *(each.replace("FOLDER", str(folder)) for each in overrides.split())]
+    arguments = [
+        f"runs={runs}",
+        *(each.replace("FOLDER", str(folder)) for each in overrides.split()),
+    ]
     try:
         config = compose_config(arguments)
         setup = prepare(config, join_ranks(config.launcher, config.training.device))
@@ -187,23 +241,32 @@ def outcome(overrides: str, folder: Path) -> str:
 
 
 def test_all_keys_are_tried() -> None:
-    assert {key.split(".")[0] for key in ALL_KEYS} == {field.name for field in dataclasses.fields(Config)}
+    assert {key.split(".")[0] for key in ALL_KEYS} == {
+        field.name for field in dataclasses.fields(Config)
+    }
     assert all(values_of(key) for key in set(ALL_KEYS) - set(SCHEMAS))
     assert not set(OF_KEY) - set(ALL_KEYS)
 
 
 def refused_combinations(test: Any) -> Any:
     """The combinations that must be refused, as examples of a test."""
-    for case in (*REFUSED["Sizes that do not fit together"], *REFUSED["Gauges that the model does not have"]):
+    for case in (
+        *REFUSED["Sizes that do not fit together"],
+        *REFUSED["Gauges that the model does not have"],
+    ):
         test = example(overrides=case)(test)
     return test
 
 
 @pytest.mark.slow
-@settings(max_examples=80, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=80, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(overrides=command_lines())
 def test_a_configuration_trains_or_is_refused(overrides: str) -> None:
-    """None crashes. CI tries the same ones at each run; with another number of examples, others are tried."""
+    """None crashes. CI tries the same ones at each run; with another number of examples, others are
+    tried.
+    """
     try:
         with tempfile.TemporaryDirectory() as folder:
             message = outcome(overrides, Path(folder))
@@ -223,7 +286,9 @@ def test_the_page_of_refusals_is_up_to_date() -> None:
 
 def test_memory_that_is_not_there_is_no_traceback() -> None:
     """2⁴⁶ weights: more than an address space holds, so that no machine tries."""
-    config = compose_config([*f"{SMALL['deep_mlp']} {SHORT}".split(), "data.prime=3", f"model.width={2**23}"])
+    config = compose_config(
+        [*f"{SMALL['deep_mlp']} {SHORT}".split(), "data.prime=3", f"model.width={2**23}"]
+    )
     with pytest.raises(MemoryError, match=r"training\.batch_size.*model\.width"):
         prepare(config)
 
@@ -235,8 +300,14 @@ def test_memory_that_is_not_there_is_no_traceback() -> None:
         ("training.epochs=3", "error: Unknown key training.epochs: TrainingConfig has steps, "),
         ("+training.epochs=3", "error: Unknown key training.epochs: TrainingConfig has steps, "),
         ("slt=false", "error: Invalid slt=false: expected one of cells, full, none"),
-        ("--multirun optimizer=adamw,sgd", "error: Invalid optimizer=sgd: expected one of adamw, adamw_relative, "),
-        ("model.heads=null", "error: Invalid model.heads: field 'model.heads' is not Optional; expected int"),
+        (
+            "--multirun optimizer=adamw,sgd",
+            "error: Invalid optimizer=sgd: expected one of adamw, adamw_relative, ",
+        ),
+        (
+            "model.heads=null",
+            "error: Invalid model.heads: field 'model.heads' is not Optional; expected int",
+        ),
     ],
 )
 def test_the_command_line_says_it_in_one_line(tmp_path: Path, arguments: str, message: str) -> None:
@@ -245,14 +316,17 @@ def test_the_command_line_says_it_in_one_line(tmp_path: Path, arguments: str, me
     assert process.returncode == 1
     assert output.strip().splitlines()[-1].startswith(message)
     assert "Traceback" not in output
-    assert not [path for path in tmp_path.iterdir() if path.name != "multirun.yaml"]  # which is Hydra's own
+    # which is Hydra's own
+    assert not [path for path in tmp_path.iterdir() if path.name != "multirun.yaml"]
 
 
 GPTS = [
-    GPTConfig(context=4, layers=1, width=8, heads=2, kv_heads=1, hidden=4, mlp=mlp, positions=positions, tied_head=tied,
+    GPTConfig(context=4, layers=1, width=8, heads=2, kv_heads=1, hidden=4, mlp=mlp,
+    positions=positions, tied_head=tied,
               qk_norm=qk_norm, norm=norm, bias=norm == "layer")
     for mlp, positions, tied, qk_norm, norm in itertools.product(
-        ("swiglu", "relu", "relu2", "gelu"), ("rope", "partial_rope", "learned"), (False, True), (False, True),
+        ("swiglu", "relu", "relu2", "gelu"), ("rope", "partial_rope", "learned"), (False, True),
+        (False, True),
         ("rms", "layer"),
     )
 ]  # fmt: skip
@@ -275,7 +349,12 @@ def test_absent_gauges_are_those_that_are_not_found() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [{"mlp": "relu", "qk_norm": True}, {"mlp": "swiglu", "heads": 8}, {"mlp": "gelu", "class_token": True}]
+    "options",
+    [
+        {"mlp": "relu", "qk_norm": True},
+        {"mlp": "swiglu", "heads": 8},
+        {"mlp": "gelu", "class_token": True},
+    ],
 )
 def test_absent_gauges_of_vision_transformers(options: dict[str, Any]) -> None:
     config = ViTConfig(**{"patch": 2, "layers": 1, "width": 8, "heads": 2, "hidden": 4, **options})
@@ -285,8 +364,13 @@ def test_absent_gauges_of_vision_transformers(options: dict[str, Any]) -> None:
 def test_how_gauges_are_asked_for_does_not_name_a_run() -> None:
     """``gauges=all`` says null for each kind, records of older runs true."""
     all_of_them = composed()
-    kinds = [kind for kind in KINDS if kind not in ("chained_rescale", *all_of_them.model.absent_gauges)]
-    assert composed(f"gauges=[{','.join(kinds)}]", "gauges.relu_rescale=null").run_id == all_of_them.run_id
+    kinds = [
+        kind for kind in KINDS if kind not in ("chained_rescale", *all_of_them.model.absent_gauges)
+    ]
+    assert (
+        composed(f"gauges=[{','.join(kinds)}]", "gauges.relu_rescale=null").run_id
+        == all_of_them.run_id
+    )
     values = json.loads(json.dumps(dataclasses.asdict(all_of_them)))
     values["gauges"] = {kind: values["gauges"][kind] is not False for kind in KINDS}
     assert values["gauges"]["relu_rescale"] is True
@@ -294,16 +378,25 @@ def test_how_gauges_are_asked_for_does_not_name_a_run() -> None:
 
 
 def test_keys_that_came_later_leave_the_names_of_older_runs() -> None:
-    """Of each optimizer's runs in committed records: the configuration has the hash that the run is named by."""
+    """Of each optimizer's runs in committed records: the configuration has the hash that the run is
+    named by.
+    """
     seen = set()
     for path in sorted((ROOT / "results").glob("*/runs.jsonl")):
         for record in map(json.loads, path.read_text().splitlines()):
-            kind = path, *sorted(record["config"]["optimizer"]), record["config"]["optimizer"]["name"]
+            kind = (
+                path,
+                *sorted(record["config"]["optimizer"]),
+                record["config"]["optimizer"]["name"],
+            )
             if kind not in seen:
                 seen.add(kind)
                 assert restored(record["config"]).run_id == record["id"]
     assert {kind[-1] for kind in seen} >= {"adamw", "ddcadam", "muon", "ddcmuon"}
-    names = [composed("optimizer=ddcadam", f"gauges.granularity={each}").run_id for each in ("unit", "block")]
+    names = [
+        composed("optimizer=ddcadam", f"gauges.granularity={each}").run_id
+        for each in ("unit", "block")
+    ]
     assert names[0] == composed("optimizer=ddcadam").run_id != names[1]
 
 
@@ -318,7 +411,9 @@ def test_the_papers_step_takes_its_gauges_in_blocks(tmp_path: Path) -> None:
 
 
 def test_a_run_whose_configuration_was_edited_is_not_read(tmp_path: Path) -> None:
-    """Nor is a checkpoint that another run left in its folder; pruning a run reads it by the same function."""
+    """Nor is a checkpoint that another run left in its folder; pruning a run reads it by the same
+    function.
+    """
     setup = run(tmp_path)
     train(setup)
     path = setup.folder / "run.json"
@@ -327,16 +422,33 @@ def test_a_run_whose_configuration_was_edited_is_not_read(tmp_path: Path) -> Non
         (
             "width",
             32,
-            r"the checkpoint .* another architecture: embedding\.weight is \(256, 16\) there, \(256, 32\)",
+            (
+                r"the checkpoint .* another architecture: embedding\.weight is \(256, 16\) there,"
+                r" \(256, 32\)"
+            ),
         ),
-        ("mlp", "relu", r"another architecture: blocks\.0\.mlp\.gate\.weight .* no such parameter in this model"),
-        ("layers", 2, r"another architecture: blocks\.1\.attention_norm\.weight is no such parameter there"),
+        (
+            "mlp",
+            "relu",
+            (
+                r"another architecture: blocks\.0\.mlp\.gate\.weight .* no such parameter in this"
+                r" model"
+            ),
+        ),
+        (
+            "layers",
+            2,
+            r"another architecture: blocks\.1\.attention_norm\.weight is no such parameter there",
+        ),
         ("width", "wide", r"does not fit this version of the code: Invalid model\.width"),
         ("depth", 3, r"does not fit this version of the code: Unknown key model\.depth"),
         ("name", "resnet", r"does not fit this version of the code: .*'resnet'"),
         ("heads", 3, r"Invalid model\.heads=3"),
     ):
-        edited = {**info, "config": {**info["config"], "model": {**info["config"]["model"], key: value}}}
+        edited = {
+            **info,
+            "config": {**info["config"], "model": {**info["config"]["model"], key: value}},
+        }
         path.write_text(json.dumps(edited))
         with pytest.raises(ValueError, match=message):
             restore(setup.folder)
@@ -358,7 +470,9 @@ def test_a_saved_model_that_was_edited_is_not_read(tmp_path: Path) -> None:
         ({"name": "vit"}, {}, "model.json describes no model"),
         ({}, {"classes": 3}, "model.json describes no model .*classes"),
     ):
-        path.write_text(json.dumps({"model": {**about["model"], **model}, "sizes": {**about["sizes"], **sizes}}))
+        path.write_text(
+            json.dumps({"model": {**about["model"], **model}, "sizes": {**about["sizes"], **sizes}})
+        )
         with pytest.raises(ValueError, match=message):
             load_model(tmp_path)
     path.write_text("{")

@@ -1,4 +1,6 @@
-"""Runs as processes that are killed for real: what is left is gone on from, to the same bytes as without."""
+"""Runs as processes that are killed for real: what is left is gone on from, to the same bytes as
+without.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,15 @@ from ddc.training.sweep import SweepRun, parse_sweep, start
 from tests.test_training import TINY
 
 STEPS = 300
-#: An evaluation, a record and a checkpoint after every step, and readings of singular structure at some.
+#: An evaluation, a record and a checkpoint after every step, and readings of singular structure at
+#: some.
 OFTEN = [
-    *TINY, f"training.steps={STEPS}", f"training.evaluations={STEPS}", "slt=cells", "slt.readings=24",
+    *TINY, f"training.steps={STEPS}", f"training.evaluations={STEPS}", "slt=cells",
+    "slt.readings=24",
     "slt.sequences=8",
 ]  # fmt: skip
-#: How many kills at random moments: while a process starts, and while it trains; and how many within a write.
+#: How many kills at random moments: while a process starts, and while it trains; and how many
+#: within a write.
 STARTING, TRAINING, WRITING = 5, 15, 6
 IN_WRITE = "inside a checkpoint's write"
 
@@ -45,7 +50,10 @@ def wait_for(condition: Callable[[], object], process: BaseProcess) -> None:
 def freeze(process: BaseProcess) -> None:
     """Stop a process where it is, so that one can look at what it has written."""
     os.kill(process.pid, signal.SIGSTOP)
-    wait_for(lambda: Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", process)
+    wait_for(
+        lambda: Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T",
+        process,
+    )
 
 
 def recorded(folder: Path) -> int:
@@ -55,7 +63,9 @@ def recorded(folder: Path) -> int:
 
 
 def place(folder: Path, since: int) -> str:
-    """Where the frozen process of a run is, by what it has written since it was started (nanoseconds)."""
+    """Where the frozen process of a run is, by what it has written since it was started
+    (nanoseconds).
+    """
 
     def written(path: Path) -> bool:
         return path.exists() and path.stat().st_mtime_ns > since
@@ -104,7 +114,10 @@ def test_killed_at_random_moments_and_inside_writes(tmp_path: Path) -> None:
         process.join()
         assert process.exitcode == -signal.SIGKILL
         assert not (folder / "summary.json").exists()
-    print(f"{kills.total()} kills: " + ", ".join(f"{count} {where}" for where, count in kills.most_common()))
+    print(
+        f"{kills.total()} kills: "
+        + ", ".join(f"{count} {where}" for where, count in kills.most_common())
+    )
     assert kills.total() == STARTING + TRAINING + WRITING
     assert kills[IN_WRITE] >= WRITING
 
@@ -113,8 +126,14 @@ def test_killed_at_random_moments_and_inside_writes(tmp_path: Path) -> None:
         process.join()
         assert process.exitcode == 0
     for name in ("records", "timing"):
-        assert [row["step"] for row in Records(folder / f"{name}.jsonl").read()] == list(range(STEPS + 1))
-    for name in ("records.jsonl", "readings.jsonl", *(path.name for path in checkpoints(whole.folder))):
+        assert [row["step"] for row in Records(folder / f"{name}.jsonl").read()] == list(
+            range(STEPS + 1)
+        )
+    for name in (
+        "records.jsonl",
+        "readings.jsonl",
+        *(path.name for path in checkpoints(whole.folder)),
+    ):
         assert (folder / name).read_bytes() == (whole.folder / name).read_bytes()
     snapshots = list(whole.folder.glob("snapshots/*"))
     assert len(snapshots) == len(Records(folder / "readings.jsonl").read()) > 8

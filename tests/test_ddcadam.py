@@ -1,4 +1,6 @@
-"""DDCAdam: equivariance, agreement with independent implementations, and good manners as a torch optimizer."""
+"""DDCAdam: equivariance, agreement with independent implementations, and good manners as a torch
+optimizer.
+"""
 
 from __future__ import annotations
 
@@ -36,18 +38,28 @@ PAPER = {"step_scale": "norm", "retract": False, "additive": True}
 VERTICAL = ["freeze", "adam", "balance"]
 
 
-# ---------------------------------------------------------------------------------------------- equivariance
+# ----------------------------------------------------------------------------------------------
+# equivariance
 
 
 def divergence(
-    config: GPTConfig, data: TextData, make=ddcadam, *, kinds=KINDS, blocks=False, dtype=torch.float64, **options
+    config: GPTConfig,
+    data: TextData,
+    make=ddcadam,
+    *,
+    kinds=KINDS,
+    blocks=False,
+    dtype=torch.float64,
+    **options,
 ):
     model = random_model(config, data.vocab_size, 0, dtype)
     clip = options.pop("max_grad_norm", None)
     steps = options.pop("steps", 100)
     gauges = find_gauges(model).only(kinds)
     gauges = in_blocks(gauges) if blocks else gauges
-    return orbit_divergence(model, gauges, functools.partial(make, **options), data, steps=steps, max_grad_norm=clip)
+    return orbit_divergence(
+        model, gauges, functools.partial(make, **options), data, steps=steps, max_grad_norm=clip
+    )
 
 
 @pytest.mark.slow
@@ -60,9 +72,13 @@ def test_whole_product_group(name: str, shakespeare: TextData) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "kind"),
-    [(config, kind) for config in (LLAMA, LAYER, RELU2) for kind in KINDS
-     if kind in {gauge.kind for gauge in find_gauges(GPT(config, 10))}],
-)  # fmt: skip
+    [
+        (config, kind)
+        for config in (LLAMA, LAYER, RELU2)
+        for kind in KINDS
+        if kind in {gauge.kind for gauge in find_gauges(GPT(config, 10))}
+    ],
+)
 def test_each_gauge_alone(config: GPTConfig, kind: str, shakespeare: TextData) -> None:
     assert divergence(config, shakespeare, kinds=[kind], steps=50) < 1e-7
 
@@ -101,7 +117,9 @@ def test_the_papers_step_in_blocks(name: str, vertical: str, shakespeare: TextDa
 
 @pytest.mark.parametrize("vertical", VERTICAL)
 @pytest.mark.parametrize("config", [LLAMA, LAYER], ids=["llama", "layer"])
-def test_the_papers_step_with_decay_on_matrices_alone(config: GPTConfig, vertical: str, shakespeare: TextData) -> None:
+def test_the_papers_step_with_decay_on_matrices_alone(
+    config: GPTConfig, vertical: str, shakespeare: TextData
+) -> None:
     """Sides that decay at different rates: gamma does not, its readers do."""
 
     def make(model: nn.Module, gauges: GaugeSet) -> DDCAdam:
@@ -126,7 +144,9 @@ def test_euclidean_clipping_would_break_it(shakespeare: TextData) -> None:
 
     class Euclidean(DDCAdam):
         def grad_norm(self) -> torch.Tensor:
-            return torch.nn.utils.get_total_norm([p.grad for group in self.param_groups for p in group["params"]])
+            return torch.nn.utils.get_total_norm(
+                [p.grad for group in self.param_groups for p in group["params"]]
+            )
 
     options = {"data": shakespeare, "steps": 10, "max_grad_norm": 0.3}
     make = lambda cls: lambda m, g: cls(m.named_parameters(), g, lr=3e-3)  # noqa: E731
@@ -143,7 +163,9 @@ def test_float32(shakespeare: TextData) -> None:
 
 
 def test_state_is_invariant() -> None:
-    """On two points of one orbit the state is the same, but that rotations turn the first moment along."""
+    """On two points of one orbit the state is the same, but that rotations turn the first moment
+    along.
+    """
     model = make_model(MODELS["layer-bias-swiglu-rope-mqa"])
     kinds = ["logit_shift", "gated_rescale", "norm_scale"]
     states = []
@@ -163,7 +185,9 @@ def test_state_is_invariant() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_chain_of_relu_layers(bias: bool) -> None:
-    """Hidden matrices under two rescales at once: decomposed by one, dressed by the other, level by level."""
+    """Hidden matrices under two rescales at once: decomposed by one, dressed by the other, level by
+    level.
+    """
     model = relu_mlp(bias=bias)
     gauges = relu_mlp_gauges(model)
     copies = [model, copy.deepcopy(model)]
@@ -182,14 +206,15 @@ def test_chain_of_relu_layers(bias: bool) -> None:
     torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-9)
 
 
-# ------------------------------------------------------------------- what moves, what does not, and how far
+# ------------------------------------------------------------------- what moves, what does not, and
+# how far
 
 
 def test_nothing_is_frozen_but_the_gauge(config: GPTConfig) -> None:
     """Rank of the map from gradient to first update = parameters - dimension of the orbit.
 
-    With eps far above the gradients Adam is linear, and so is the map; gradients are those that a loss invariant
-    under the gauges can have: orthogonal to the orbit.
+    With eps far above the gradients Adam is linear, and so is the map; gradients are those that a
+    loss invariant under the gauges can have: orthogonal to the orbit.
     """
     model = tiny_model(config)
     gauges = find_gauges(model)
@@ -201,34 +226,57 @@ def test_nothing_is_frozen_but_the_gauge(config: GPTConfig) -> None:
 
 
 def test_rescales_and_shifts_are_frozen_whatever_the_gradient(config: GPTConfig) -> None:
-    """With Adam as it is used, and any gradients, updates span all but the orbits of shifts and rescales."""
+    """With Adam as it is used, and any gradients, updates span all but the orbits of shifts and
+    rescales.
+    """
     model = tiny_model(config)
     gauges = find_gauges(model)
     frozen = GaugeSet(tuple(g for g in gauges if not isinstance(g, Rotation)))
     count = sum(p.numel() for p in model.parameters())
     torch.manual_seed(0)
-    updates = first_updates(model, gauges, torch.randn(count + 20, count, dtype=torch.float64), eps=1e-8, lr=1e-6)
+    updates = first_updates(
+        model, gauges, torch.randn(count + 20, count, dtype=torch.float64), eps=1e-8, lr=1e-6
+    )
     assert matrix_rank(updates) == count - frozen.dimension(model)
 
 
 def tiny_model(config: GPTConfig) -> GPT:
-    """One layer of the same architecture, small enough to take as many first steps as it has parameters."""
-    return make_model(dataclasses.replace(config, layers=1, context=4, width=8, heads=2, hidden=4,
-                                          kv_heads=1 if config.kv_heads < config.heads else 2))  # fmt: skip
+    """One layer of the same architecture, small enough to take as many first steps as it has
+    parameters.
+    """
+    return make_model(
+        dataclasses.replace(
+            config,
+            layers=1,
+            context=4,
+            width=8,
+            heads=2,
+            hidden=4,
+            kv_heads=1 if config.kv_heads < config.heads else 2,
+        )
+    )
 
 
 def matrix_rank(rows: torch.Tensor) -> int:
     """Number of singular values above the largest gap in the spectrum, which must be a wide one."""
     values = torch.linalg.svdvals(rows / rows.norm(dim=1, keepdim=True))
-    values = torch.cat([values, values.new_tensor([1e-16 * values[0]])]) if values[-1] > 1e-7 * values[0] else values
+    values = (
+        torch.cat([values, values.new_tensor([1e-16 * values[0]])])
+        if values[-1] > 1e-7 * values[0]
+        else values
+    )
     ratios = values[:-1] / values[1:].clamp(min=1e-18)
     rank = int(ratios.argmax()) + 1
     assert ratios[rank - 1] > 100
     return rank
 
 
-def first_updates(model: GPT, gauges: GaugeSet, grads: torch.Tensor, eps: float, lr: float) -> torch.Tensor:
-    """The change of all weights, divided by the size of the map, that each gradient makes in a first step."""
+def first_updates(
+    model: GPT, gauges: GaugeSet, grads: torch.Tensor, eps: float, lr: float
+) -> torch.Tensor:
+    """The change of all weights, divided by the size of the map, that each gradient makes in a
+    first step.
+    """
     params = list(model.parameters())
     start = [p.detach().clone() for p in params]
     optimizer = DDCAdam(model.named_parameters(), gauges, lr=lr, eps=eps, weight_decay=0.0)
@@ -240,8 +288,14 @@ def first_updates(model: GPT, gauges: GaugeSet, grads: torch.Tensor, eps: float,
             p.data.copy_(p0)
             p.grad = g.view_as(p).clone()
         optimizer.step()
-        rows.append(torch.cat([((p - p0).detach() * (eps / lr if eps > 1 else 1 / lr)).flatten()
-                               for p, p0 in zip(params, start, strict=True)]))  # fmt: skip
+        rows.append(
+            torch.cat(
+                [
+                    ((p - p0).detach() * (eps / lr if eps > 1 else 1 / lr)).flatten()
+                    for p, p0 in zip(params, start, strict=True)
+                ]
+            )
+        )
     return torch.stack(rows)
 
 
@@ -271,7 +325,12 @@ def test_vertical_modes(vertical: str) -> None:
 
     before = coordinate()
     optimizer = DDCAdam(
-        model.named_parameters(), [gauge], lr=1e-2, vertical=vertical, weight_decay=0.1, radial_rate=2.0
+        model.named_parameters(),
+        [gauge],
+        lr=1e-2,
+        vertical=vertical,
+        weight_decay=0.1,
+        radial_rate=2.0,
     )
     invariant = sum(gauge.log_norms(params_of(model)))
     for seed in range(20):
@@ -279,9 +338,13 @@ def test_vertical_modes(vertical: str) -> None:
         optimizer.step()
     assert (sum(gauge.log_norms(params_of(model))) - invariant).abs().min() > 1e-3
     if vertical == "balance":  # the gap falls by the factor 1 - 2 lr r / 2 a step, times √2 / √2
-        torch.testing.assert_close(coordinate(), before * (1 - 1e-2 * 2.0) ** 20, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(
+            coordinate(), before * (1 - 1e-2 * 2.0) ** 20, rtol=1e-8, atol=1e-10
+        )
     else:
-        torch.testing.assert_close(coordinate(), before, rtol=0, atol=1e-12 if vertical == "freeze" else 1e-5)
+        torch.testing.assert_close(
+            coordinate(), before, rtol=0, atol=1e-12 if vertical == "freeze" else 1e-5
+        )
 
 
 def test_retraction_keeps_norms() -> None:
@@ -292,12 +355,19 @@ def test_retraction_keeps_norms() -> None:
         rescales = [g for g in gauges if isinstance(g, Rescale) and g.kind == "relu_rescale"]
         before = [g.log_norms(params_of(model))[1] for g in rescales]
         optimizer = DDCAdam(
-            model.named_parameters(), gauges, lr=1e-2, weight_decay=0.0, radial_rate=0.0, retract=retract
+            model.named_parameters(),
+            gauges,
+            lr=1e-2,
+            weight_decay=0.0,
+            radial_rate=0.0,
+            retract=retract,
         )
         for seed in range(10):
             backward(model, seed)
             optimizer.step()
-        changes = torch.cat([g.log_norms(params_of(model))[1] - b for g, b in zip(rescales, before, strict=True)])
+        changes = torch.cat(
+            [g.log_norms(params_of(model))[1] - b for g, b in zip(rescales, before, strict=True)]
+        )
         assert changes.abs().max() < 1e-12 if retract else changes.min() > 0
 
 
@@ -313,12 +383,14 @@ def test_the_mean_row_of_the_head_never_moves() -> None:
     torch.testing.assert_close(head.bias.mean(), before[1], rtol=0, atol=1e-14)
 
 
-# ---------------------------------------------------------------------------- independent implementations
+# ---------------------------------------------------------------------------- independent
+# implementations
 
 
 def copy_gradients(source: nn.Module, target: nn.Module) -> None:
-    """Give both the same gradients: Adam makes full steps of gradients that are only rounding error, and the bias of
-    the keys has no other (softmax does not see it)."""
+    """Give both the same gradients: Adam makes full steps of gradients that are only rounding
+    error, and the bias of the keys has no other (softmax does not see it).
+    """
     for p, q in zip(source.parameters(), target.parameters(), strict=True):
         q.grad = p.grad.clone()
 
@@ -335,12 +407,16 @@ def copy_gradients(source: nn.Module, target: nn.Module) -> None:
     ids=str,
 )
 def test_agrees_with_the_reference(config: GPTConfig, options: dict) -> None:
-    """Batched against unit by unit, on random gradients: where those of a loss are zero, an error would not show."""
+    """Batched against unit by unit, on random gradients: where those of a loss are zero, an error
+    would not show.
+    """
     model = make_model(config)
     gauges = find_gauges(model)
     other = copy.deepcopy(model)
     optimizer = DDCAdam(model.named_parameters(), gauges, lr=1e-2, weight_decay=0.1, **options)
-    reference = ReferenceDDCAdam(params_of(other), list(gauges), lr=1e-2, weight_decay=0.1, **options)
+    reference = ReferenceDDCAdam(
+        params_of(other), list(gauges), lr=1e-2, weight_decay=0.1, **options
+    )
     assert_same_steps(model, optimizer, other, reference, steps=6)
 
 
@@ -398,7 +474,10 @@ def test_without_gauges_it_is_adamw(config: GPTConfig, dtype: torch.dtype) -> No
     model = make_model(config, dtype=dtype)
     other = copy.deepcopy(model)
     options = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-    ours, adam = DDCAdam(model.named_parameters(), [], **options), torch.optim.AdamW(other.parameters(), **options)
+    ours, adam = (
+        DDCAdam(model.named_parameters(), [], **options),
+        torch.optim.AdamW(other.parameters(), **options),
+    )
     for seed in range(20):
         backward(model, seed)
         copy_gradients(model, other)
@@ -409,10 +488,17 @@ def test_without_gauges_it_is_adamw(config: GPTConfig, dtype: torch.dtype) -> No
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-# ------------------------------------------------------------------------------------ optimizer citizenship
+# ------------------------------------------------------------------------------------ optimizer
+# citizenship
 
 
-def trained(optimizer_options: dict | None = None, steps: int = 3, dtype=torch.float64, seed: int = 0, blocks=False):
+def trained(
+    optimizer_options: dict | None = None,
+    steps: int = 3,
+    dtype=torch.float64,
+    seed: int = 0,
+    blocks=False,
+):
     model = make_model(MODELS["layer-bias-swiglu-rope-mqa"], seed, dtype)
     gauges = in_blocks(find_gauges(model)) if blocks else find_gauges(model)
     optimizer = DDCAdam(model.named_parameters(), gauges, lr=1e-2, **(optimizer_options or {}))
@@ -433,12 +519,18 @@ def assert_same_future(pair, other) -> None:
 
 def test_state_is_complete_from_construction() -> None:
     model, optimizer = trained(steps=0)
-    before = {key: {k: v.shape for k, v in s.items()} for key, s in optimizer.state_dict()["state"].items()}
+    before = {
+        key: {k: v.shape for k, v in s.items()}
+        for key, s in optimizer.state_dict()["state"].items()
+    }
     assert len(before) == len(list(model.parameters()))
     assert all("step" in state for state in before.values())
     backward(model, 0)
     optimizer.step()
-    assert before == {key: {k: v.shape for k, v in s.items()} for key, s in optimizer.state_dict()["state"].items()}
+    assert before == {
+        key: {k: v.shape for k, v in s.items()}
+        for key, s in optimizer.state_dict()["state"].items()
+    }
     assert all(float(state["step"]) == 1 for state in optimizer.state.values())
 
 
@@ -471,7 +563,9 @@ def test_state_dict_into_another_dtype() -> None:
 
 @pytest.mark.parametrize("make_optimizer", [ddcadam, ddcmuon])
 def test_state_follows_parameters_to_another_device(make_optimizer) -> None:
-    """As when Trainer moves a model to a GPU, but without one: the same parameters, moved here from the meta device."""
+    """As when Trainer moves a model to a GPU, but without one: the same parameters, moved here from
+    the meta device.
+    """
 
     def make(device: str) -> tuple[GPT, torch.optim.Optimizer]:
         model = make_model(MODELS["layer-bias-relu-learned"]).to(device)
@@ -504,7 +598,9 @@ def test_state_of_another_optimizer_is_refused() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, PAPER], ids=["ours", "paper"])
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))]
+)
 def test_copies_and_pickles(duplicate, options: dict) -> None:
     pair = trained(options, blocks=bool(options))
     assert_same_future(pair, duplicate(pair))
@@ -555,13 +651,19 @@ def test_low_precision_weights_have_float32_state() -> None:
         assert all(torch.equal(a[key], b[key]) and b[key].dtype == torch.float32 for key in a)
 
 
-@pytest.mark.parametrize("options", [{}, {"additive": True, "retract": False, "weight_decay": 1e-3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"additive": True, "retract": False, "weight_decay": 1e-3}], ids=str
+)
 def test_low_precision_follows_the_rounded_norms(options: dict) -> None:
-    """Steps too small for bfloat16 move nothing, and so they must not move what is dressed either, however many."""
+    """Steps too small for bfloat16 move nothing, and so they must not move what is dressed either,
+    however many.
+    """
     model = relu_mlp().bfloat16()
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = DDCAdam(
-        model.named_parameters(), relu_mlp_gauges(model), **{"lr": 1e-5, "weight_decay": 0.0, **options}
+        model.named_parameters(),
+        relu_mlp_gauges(model),
+        **{"lr": 1e-5, "weight_decay": 0.0, **options},
     )
     torch.manual_seed(0)
     for _ in range(200):
@@ -588,10 +690,14 @@ def test_grad_norm_is_invariant_and_about_euclidean_at_the_initialisation() -> N
     norm = DDCAdam(model.named_parameters(), gauges).grad_norm()
     gauges.transform_(model, torch.Generator().manual_seed(0))
     backward(model, 0)
-    torch.testing.assert_close(DDCAdam(model.named_parameters(), gauges).grad_norm(), norm, rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        DDCAdam(model.named_parameters(), gauges).grad_norm(), norm, rtol=1e-10, atol=0
+    )
 
     torch.manual_seed(0)
-    wide = GPT(GPTConfig(context=16, layers=1, width=256, heads=4, kv_heads=4, hidden=512), VOCABULARY)
+    wide = GPT(
+        GPTConfig(context=16, layers=1, width=256, heads=4, kv_heads=4, hidden=512), VOCABULARY
+    )
     backward(wide, 0)
     ours = DDCAdam(wide.named_parameters(), find_gauges(wide)).grad_norm()
     euclidean = torch.nn.utils.get_total_norm([p.grad for p in wide.parameters()])
@@ -599,13 +705,22 @@ def test_grad_norm_is_invariant_and_about_euclidean_at_the_initialisation() -> N
 
 
 def test_param_groups_and_schedulers() -> None:
-    """Groups may differ in decay under one gauge, and in anything elsewhere; schedulers drive them."""
+    """Groups may differ in decay under one gauge, and in anything elsewhere; schedulers drive
+    them.
+    """
     model = make_model(MODELS["layer-bias-swiglu-rope-mqa"])
     gauges = find_gauges(model)
     named = list(model.named_parameters())
     groups = [
-        {"params": [(n, p) for n, p in named if n == "embedding.weight"], "lr": 1e-4, "betas": (0.8, 0.9)},
-        {"params": [(n, p) for n, p in named if p.ndim == 2 and n != "embedding.weight"], "weight_decay": 0.2},
+        {
+            "params": [(n, p) for n, p in named if n == "embedding.weight"],
+            "lr": 1e-4,
+            "betas": (0.8, 0.9),
+        },
+        {
+            "params": [(n, p) for n, p in named if p.ndim == 2 and n != "embedding.weight"],
+            "weight_decay": 0.2,
+        },
         {"params": [(n, p) for n, p in named if p.ndim == 1], "weight_decay": 0.0},
     ]
     optimizer = DDCAdam(groups, gauges, lr=1e-2)
@@ -633,7 +748,10 @@ def test_weight_decay_of_groups_under_one_gauge(options: dict, blocks: bool) -> 
     model = make_model(MODELS["layer-bias-swiglu-rope-mqa"])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     named = list(model.named_parameters())
-    groups = [{"params": [(n, p) for n, p in named if p.ndim == d], "weight_decay": w} for d, w in ((2, 0.5), (1, 0.0))]
+    groups = [
+        {"params": [(n, p) for n, p in named if p.ndim == d], "weight_decay": w}
+        for d, w in ((2, 0.5), (1, 0.0))
+    ]
     gauges = in_blocks(find_gauges(model)) if blocks else find_gauges(model)
     optimizer = DDCAdam(groups, gauges, lr=0.1, **options)
     for p in model.parameters():
@@ -692,9 +810,16 @@ def test_compiled_step_equals_eager() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, PAPER], ids=["ours", "paper"])
 def test_compiled_arithmetic_is_the_same_step(options: dict) -> None:
-    """Compiled once for every rate, all of it or stack by stack; layers without gradients, copies and pickles go on."""
+    """Compiled once for every rate, all of it or stack by stack; layers without gradients, copies
+    and pickles go on.
+    """
     both = [
-        trained({"weight_decay": 0.1, "compiled": c, **options}, dtype=torch.float64, steps=0, blocks=bool(options))
+        trained(
+            {"weight_decay": 0.1, "compiled": c, **options},
+            dtype=torch.float64,
+            steps=0,
+            blocks=bool(options),
+        )
         for c in (False, True)
     ]
 
@@ -737,7 +862,8 @@ def test_prefixes_of_wrappers_are_seen_through() -> None:
     DDCAdam([("module." + n, p) for n, p in model.named_parameters()], gauges)
 
 
-# -------------------------------------------------------------------------------------------- bad input
+# -------------------------------------------------------------------------------------------- bad
+# input
 
 
 @pytest.mark.parametrize(
@@ -749,7 +875,10 @@ def test_prefixes_of_wrappers_are_seen_through() -> None:
         ({"eps": -1e-8}, "Invalid eps"),
         ({"weight_decay": -0.1}, "Invalid weight_decay"),
         ({"radial_rate": -1.0}, "Invalid radial_rate"),
-        ({"vertical": "frozen"}, "Invalid vertical='frozen': expected one of freeze, adam, balance"),
+        (
+            {"vertical": "frozen"},
+            "Invalid vertical='frozen': expected one of freeze, adam, balance",
+        ),
         ({"step_scale": "rms"}, "Invalid step_scale='rms': expected one of init, norm"),
         ({"additive": True}, "Invalid retract=True with additive=True: .* set retract=False"),
     ],
@@ -761,28 +890,54 @@ def test_bad_hyperparameters(options: dict, message: str) -> None:
 
 
 def rescale(plus: str, minus: str, plus_axis: int = 0, minus_axis: int = 1) -> Rescale:
-    return Rescale("relu_rescale", f"{plus}|{minus}", (Axis(plus, plus_axis),), (Axis(minus, minus_axis),))
+    return Rescale(
+        "relu_rescale", f"{plus}|{minus}", (Axis(plus, plus_axis),), (Axis(minus, minus_axis),)
+    )
 
 
 @pytest.mark.parametrize(
     ("gauges", "message"),
     [
         ([rescale("0.weight", "no.such")], "'no.such' is not among the optimizer's"),
-        ([rescale("0.weight", "2.weight"), rescale("0.weight", "4.weight")], "'0.weight' is on the plus side of both"),
-        ([rescale("0.weight", "2.weight"), rescale("4.weight", "2.weight")], "'2.weight' is on the minus side of both"),
-        ([rescale("0.weight", "2.weight", minus_axis=0), rescale("2.weight", "4.weight")], "rescale the same axis"),
-        ([rescale("0.weight", "2.weight"), rescale("2.weight", "0.weight")], "dress each other in a circle"),
+        (
+            [rescale("0.weight", "2.weight"), rescale("0.weight", "4.weight")],
+            "'0.weight' is on the plus side of both",
+        ),
+        (
+            [rescale("0.weight", "2.weight"), rescale("4.weight", "2.weight")],
+            "'2.weight' is on the minus side of both",
+        ),
+        (
+            [rescale("0.weight", "2.weight", minus_axis=0), rescale("2.weight", "4.weight")],
+            "rescale the same axis",
+        ),
+        (
+            [rescale("0.weight", "2.weight"), rescale("2.weight", "0.weight")],
+            "dress each other in a circle",
+        ),
         ([Shift("0.weight"), Shift("0.weight")], "two logit shifts"),
         ([Shift("0.weight"), rescale("0.weight", "2.weight")], "rescale of the columns only"),
         (
             [
                 rescale("0.weight", "2.weight"),
-                Rotation("value_rotation", "x", (RotatedAxis("0.weight", 0, np.arange(6).reshape(3, 1, 2)),), True),
+                Rotation(
+                    "value_rotation",
+                    "x",
+                    (RotatedAxis("0.weight", 0, np.arange(6).reshape(3, 1, 2)),),
+                    True,
+                ),
             ],
             "do not commute",
         ),
         (
-            [Rotation("value_rotation", "x", (RotatedAxis("0.weight", 0, np.array([[[0, 1]], [[1, 2]]])),), True)],
+            [
+                Rotation(
+                    "value_rotation",
+                    "x",
+                    (RotatedAxis("0.weight", 0, np.array([[[0, 1]], [[1, 2]]])),),
+                    True,
+                )
+            ],
             "turn the same index",
         ),
     ],
@@ -816,11 +971,15 @@ def test_sparse_gradients_are_refused() -> None:
 def test_switches_that_change_at_every_step_end_compiling_with_a_warning(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Numbers may change (tests/test_parameters.py). Compiled without the compiler's last stage, to save time."""
+    """Numbers may change (tests/test_parameters.py). Compiled without the compiler's last stage, to
+    save time.
+    """
     monkeypatch.setattr("ddc.optim.stacked.CPU_OPTIONS", {})
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     models = [relu_mlp(depth=2, width=3) for _ in range(2)]
-    optimizers = [DDCAdam(m.named_parameters(), relu_mlp_gauges(m), compiled=m is models[1]) for m in models]
+    optimizers = [
+        DDCAdam(m.named_parameters(), relu_mlp_gauges(m), compiled=m is models[1]) for m in models
+    ]
     with torch._dynamo.config.patch(recompile_limit=2):
         for step in range(5):
             for m, optimizer in zip(models, optimizers, strict=True):

@@ -28,19 +28,34 @@ PRIME = 11
 
 
 def ddcmuon(model: nn.Module, gauges: GaugeSet, per_head: bool = False, **options) -> DDCMuon:
-    options = {"lr": 0.02, "adam_lr": 3e-3, "weight_decay": 0.1, "orthogonalizer": "polar", **options}
+    options = {
+        "lr": 0.02,
+        "adam_lr": 3e-3,
+        "weight_decay": 0.1,
+        "orthogonalizer": "polar",
+        **options,
+    }
     return DDCMuon(model.named_parameters(), gauges, hidden_matrices(model, per_head), **options)
 
 
 def muon(model: nn.Module, gauges: GaugeSet, **options):
-    options = {"lr": 0.02, "adam_lr": 3e-3, "momentum": 0.95, "nesterov": True, "adjust_lr_fn": "original", **options}
+    options = {
+        "lr": 0.02,
+        "adam_lr": 3e-3,
+        "momentum": 0.95,
+        "nesterov": True,
+        "adjust_lr_fn": "original",
+        **options,
+    }
     options.setdefault("orthogonalizer", "newton_schulz")
     return make_muon(model, hidden_matrices(model), 0.1, betas=(0.9, 0.999), eps=1e-8, **options)
 
 
 def deep_mlp(seed: int = 0, depth: int = 4, width: int = 32, residual: bool = False) -> DeepMLP:
     torch.manual_seed(seed)
-    return DeepMLP(DeepMLPConfig(depth=depth, width=width, residual=residual), PRIME, PRIME).double()
+    return DeepMLP(
+        DeepMLPConfig(depth=depth, width=width, residual=residual), PRIME, PRIME
+    ).double()
 
 
 def table() -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,7 +77,9 @@ def mlp_step(model: DeepMLP, optimizer: torch.optim.Optimizer) -> float:
     return loss
 
 
-def mlp_divergence(make, per_layer: bool = False, residual: bool = False, steps: int = 100) -> float:
+def mlp_divergence(
+    make, per_layer: bool = False, residual: bool = False, steps: int = 100
+) -> float:
     model = deep_mlp(residual=residual)
     gauges = find_gauges(model, per_layer)
     copies = [copy.deepcopy(model), copy.deepcopy(model)]
@@ -78,7 +95,8 @@ def mlp_divergence(make, per_layer: bool = False, residual: bool = False, steps:
     return largest
 
 
-# ---------------------------------------------------------------------------------------------- equivariance
+# ----------------------------------------------------------------------------------------------
+# equivariance
 
 
 @pytest.mark.slow
@@ -92,12 +110,19 @@ def test_whole_product_group(name: str, per_head: bool, shakespeare: TextData) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("vertical", ["freeze", "adam", "balance"])
-@pytest.mark.parametrize("name", ["RMSNorm, SwiGLU, RoPE, GQA", "RMSNorm, ReLU², partial RoPE, GQA"])
+@pytest.mark.parametrize(
+    "name", ["RMSNorm, SwiGLU, RoPE, GQA", "RMSNorm, ReLU², partial RoPE, GQA"]
+)
 def test_blocks(name: str, vertical: str, shakespeare: TextData) -> None:
     """With the paper's step for what is not hidden."""
     model = random_model(TABLE_MODELS[name], shakespeare.vocab_size, 0, torch.float64)
-    make = functools.partial(ddcmuon, vertical=vertical, step_scale="norm", retract=False, additive=True)
-    assert orbit_divergence(model, in_blocks(find_gauges(model)), make, shakespeare, max_grad_norm=1.0) < 1e-7
+    make = functools.partial(
+        ddcmuon, vertical=vertical, step_scale="norm", retract=False, additive=True
+    )
+    assert (
+        orbit_divergence(model, in_blocks(find_gauges(model)), make, shakespeare, max_grad_norm=1.0)
+        < 1e-7
+    )
 
 
 def test_blocks_of_hidden_matrices_keep_still_along_their_orbit() -> None:
@@ -115,28 +140,36 @@ def test_blocks_of_hidden_matrices_keep_still_along_their_orbit() -> None:
         assert (now_plus - plus).abs() > 1e-3
         torch.testing.assert_close(now_plus - plus, now_minus - minus, rtol=0, atol=1e-12)
     model = make_model(MODELS["layer-bias-swiglu-rope-mqa"])
-    with pytest.raises(ValueError, match=r"'blocks\.0\.mlp\.up\.bias' is not hidden.*gauges\.granularity=unit"):
+    with pytest.raises(
+        ValueError, match=r"'blocks\.0\.mlp\.up\.bias' is not hidden.*gauges\.granularity=unit"
+    ):
         ddcmuon(model, in_blocks(find_gauges(model)))
 
 
 @pytest.mark.slow
 def test_plain_muon_is_invariant_under_rotations_alone(shakespeare: TextData) -> None:
     """But for what AdamW does to the rest: so without biases, which the rotations turn too."""
-    model = random_model(TABLE_MODELS["RMSNorm, SwiGLU, RoPE, GQA"], shakespeare.vocab_size, 0, torch.float64)
+    model = random_model(
+        TABLE_MODELS["RMSNorm, SwiGLU, RoPE, GQA"], shakespeare.vocab_size, 0, torch.float64
+    )
     gauges = find_gauges(model)
     exact = functools.partial(muon, orthogonalizer="polar")
     for kind in ("gated_rescale", "norm_scale"):
         assert orbit_divergence(model, gauges.only([kind]), exact, shakespeare, steps=20) > 1e-2
     for kind in ("value_rotation", "qk_rotation"):
         assert orbit_divergence(model, gauges.only([kind]), exact, shakespeare) < 1e-7
-        assert orbit_divergence(model, gauges.only([kind]), plain_adamw, shakespeare, steps=20) > 1e-2
+        assert (
+            orbit_divergence(model, gauges.only([kind]), plain_adamw, shakespeare, steps=20) > 1e-2
+        )
 
 
 def plain_adamw(model: nn.Module, gauges: GaugeSet) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=3e-3)
 
 
-@pytest.mark.parametrize("options", [{}, {"vertical": "adam"}, {"vertical": "balance"}, {"nesterov": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"vertical": "adam"}, {"vertical": "balance"}, {"nesterov": False}]
+)
 @pytest.mark.parametrize("per_layer", [False, True])
 def test_deep_mlp_under_its_whole_group(per_layer: bool, options) -> None:
     assert mlp_divergence(functools.partial(ddcmuon, **options), per_layer) < 1e-7
@@ -167,7 +200,9 @@ def test_ddcadam_on_the_deep_mlp(per_layer: bool, vertical: str) -> None:
 
 @pytest.mark.parametrize("vertical", ["freeze", "adam", "balance"])
 def test_biases_beside_hidden_matrices(vertical: str) -> None:
-    """A chain with biases: hidden matrices, the biases on their side, and free input and output layers."""
+    """A chain with biases: hidden matrices, the biases on their side, and free input and output
+    layers.
+    """
     model = relu_mlp(depth=5, width=16)
     gauges = relu_mlp_gauges(model)
     hidden = [HiddenMatrix(f"{i}.weight") for i in (2, 4, 6)]
@@ -211,7 +246,9 @@ def test_linked_matrices_share_their_rate() -> None:
     model = deep_mlp()
     hidden = hidden_matrices(model)
     named = dict(model.named_parameters())
-    groups = [{"params": [(n, p)], "lr": 0.02 if i else 0.1} for i, (n, p) in enumerate(named.items())]
+    groups = [
+        {"params": [(n, p)], "lr": 0.02 if i else 0.1} for i, (n, p) in enumerate(named.items())
+    ]
     groups[1]["lr"] = 0.05
     with pytest.raises(ValueError, match="disagree in lr"):
         DDCMuon(groups, find_gauges(model), hidden)
@@ -221,7 +258,8 @@ def test_linked_matrices_share_their_rate() -> None:
 def test_a_group_has_a_rate_for_each_kind() -> None:
     model = deep_mlp()
     (muon_group, adam_group) = DDCMuon(
-        [{"params": list(model.named_parameters()), "lr": 0.05, "adam_lr": 1e-4}], find_gauges(model),
+        [{"params": list(model.named_parameters()), "lr": 0.05, "adam_lr": 1e-4}],
+        find_gauges(model),
         hidden_matrices(model), lr=0.01, adam_lr=0.01,
     ).param_groups  # fmt: skip
     assert (muon_group["lr"], adam_group["lr"]) == (0.05, 1e-4)
@@ -241,7 +279,8 @@ def test_a_gradient_that_vanishes_for_ever(make) -> None:
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
-# ------------------------------------------------------------------------------------------- the step itself
+# ------------------------------------------------------------------------------------------- the
+# step itself
 
 
 def test_one_step_against_the_equations() -> None:
@@ -249,7 +288,8 @@ def test_one_step_against_the_equations() -> None:
     torch.manual_seed(0)
     model = nn.Linear(5, 7, bias=False).double()
     w, eta, mu, r, decay = model.weight.detach().clone(), 0.03, 0.9, 0.5, 0.1
-    optimizer = DDCMuon(model.named_parameters(), (), [HiddenMatrix("weight")], lr=eta, momentum=mu, radial_rate=r,
+    optimizer = DDCMuon(model.named_parameters(), (), [HiddenMatrix("weight")], lr=eta,
+    momentum=mu, radial_rate=r,
                         weight_decay=decay, orthogonalizer="polar")  # fmt: skip
     m = torch.zeros_like(w)
     first = second = 0.0
@@ -285,7 +325,9 @@ def test_freeze_moves_the_total_log_norm_alone() -> None:
             def centred(w: torch.Tensor) -> torch.Tensor:
                 return w - w.mean(0) if len(w) == PRIME else w
 
-            return torch.stack([centred(params[name].detach()).norm().log() for name in chain.weights])
+            return torch.stack(
+                [centred(params[name].detach()).norm().log() for name in chain.weights]
+            )
 
         before = norms()
         for _ in range(10):
@@ -294,7 +336,9 @@ def test_freeze_moves_the_total_log_norm_alone() -> None:
         moving = change[1:-1] if isinstance(optimizer, DDCMuon) else change
         torch.testing.assert_close(moving, moving.mean().expand_as(moving), rtol=0, atol=1e-12)
         assert change.sum().abs() > 1e-3
-        if isinstance(optimizer, DDCMuon):  # input and output layers, which are not hidden, keep theirs
+        if isinstance(
+            optimizer, DDCMuon
+        ):  # input and output layers, which are not hidden, keep theirs
             assert change[[0, -1]].abs().max() < 1e-12
 
 
@@ -304,7 +348,9 @@ def test_radial_rate_zero_keeps_norms() -> None:
     before = [layer.weight.norm().item() for layer in model.layers]
     for _ in range(5):
         mlp_step(model, optimizer)
-    assert [layer.weight.norm().item() for layer in model.layers] == pytest.approx(before, rel=1e-12)
+    assert [layer.weight.norm().item() for layer in model.layers] == pytest.approx(
+        before, rel=1e-12
+    )
 
 
 def test_modes_are_orthonormal_and_perpendicular_to_the_gauges() -> None:
@@ -324,7 +370,9 @@ def test_newton_schulz_is_torchs() -> None:
     for shape in ((16, 16), (8, 24), (24, 8)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         theirs = _zeropower_via_newtonschulz(x, (3.4445, -4.775, 2.0315), 5, 1e-7).float()
-        assert (newton_schulz_bfloat16(x) - theirs).norm() < 0.06 * theirs.norm()  # both round to bfloat16
+        assert (
+            newton_schulz_bfloat16(x) - theirs
+        ).norm() < 0.06 * theirs.norm()  # both round to bfloat16
         batch = newton_schulz(torch.stack((x, 3 * x)))
         torch.testing.assert_close(batch[0], batch[1])
         assert (batch[0] - theirs).norm() < 0.03 * theirs.norm()
@@ -360,24 +408,39 @@ def test_the_baseline_is_torchs_muon_and_adamw(
     orthogonalizer: str, nesterov: bool, adjust_lr_fn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exact = orthogonalizer == "polar"
-    if exact:  # torch has Newton-Schulz alone: with the same exact factor in both, all else must agree exactly
-        monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", lambda grad, *_: polar_factor(grad))
+    # torch has Newton-Schulz alone: with the same exact factor in both, all else must agree exactly
+    if exact:
+        monkeypatch.setattr(
+            "torch.optim._muon._zeropower_via_newtonschulz", lambda grad, *_: polar_factor(grad)
+        )
     config = TABLE_MODELS["LayerNorm, biases, ReLU, learned positions"]
     dtype = torch.float64 if exact else torch.float32
     one, two = make_model(config, dtype=dtype), make_model(config, dtype=dtype)
     start = {name: p.detach().clone() for name, p in one.named_parameters()}
-    ours = muon(one, GaugeSet(), nesterov=nesterov, adjust_lr_fn=adjust_lr_fn, orthogonalizer=orthogonalizer)
+    ours = muon(
+        one, GaugeSet(), nesterov=nesterov, adjust_lr_fn=adjust_lr_fn, orthogonalizer=orthogonalizer
+    )
     hidden = {matrix.parameter for matrix in hidden_matrices(two)}
     named = dict(two.named_parameters())
     theirs = [
         torch.optim.Muon(
-            [p for n, p in named.items() if n in hidden], 0.02, 0.1, nesterov=nesterov, adjust_lr_fn=adjust_lr_fn
+            [p for n, p in named.items() if n in hidden],
+            0.02,
+            0.1,
+            nesterov=nesterov,
+            adjust_lr_fn=adjust_lr_fn,
         ),
         torch.optim.AdamW(
-            [p for n, p in named.items() if n not in hidden and p.ndim > 1], 3e-3, weight_decay=0.1, fused=True
+            [p for n, p in named.items() if n not in hidden and p.ndim > 1],
+            3e-3,
+            weight_decay=0.1,
+            fused=True,
         ),
         torch.optim.AdamW(
-            [p for n, p in named.items() if n not in hidden and p.ndim == 1], 3e-3, weight_decay=0.0, fused=True
+            [p for n, p in named.items() if n not in hidden and p.ndim == 1],
+            3e-3,
+            weight_decay=0.0,
+            fused=True,
         ),
     ]
     for seed in range(3 if exact else 1):
@@ -417,7 +480,8 @@ def test_the_baseline_resumes_and_refuses(dtype: torch.dtype) -> None:
         Muon(weights, momentum=1.0)
 
 
-# ---------------------------------------------------------------------------------------------- routing
+# ----------------------------------------------------------------------------------------------
+# routing
 
 
 def test_every_parameter_has_one_route() -> None:
@@ -432,15 +496,26 @@ def test_every_parameter_has_one_route() -> None:
     assert "4 heads" in lines["blocks.0.attention.output.weight"]
     assert "gated_rescale" in lines["blocks.0.mlp.up.weight"]
     states = [set(optimizer.state[p]) for p in model.parameters()]
-    assert all("momentum_buffer" in s for (n, _), s in zip(model.named_parameters(), states, strict=True) if n in muons)
+    assert all(
+        "momentum_buffer" in s
+        for (n, _), s in zip(model.named_parameters(), states, strict=True)
+        if n in muons
+    )
     elements = sum(v.numel() for s in optimizer.state.values() for v in s.values())
     assert elements < 2 * sum(p.numel() for p in model.parameters())
 
 
 def test_roles_not_names_or_shapes_decide() -> None:
-    model = GPT(GPTConfig(context=8, layers=1, width=VOCABULARY, heads=2, kv_heads=2, hidden=VOCABULARY), VOCABULARY)
-    hidden = {matrix.parameter for matrix in hidden_matrices(model)}  # every matrix has the same shape
-    assert {name for name, p in model.named_parameters() if p.ndim == 2} - hidden == {"embedding.weight", "head.weight"}
+    model = GPT(
+        GPTConfig(context=8, layers=1, width=VOCABULARY, heads=2, kv_heads=2, hidden=VOCABULARY),
+        VOCABULARY,
+    )
+    # every matrix has the same shape
+    hidden = {matrix.parameter for matrix in hidden_matrices(model)}
+    assert {name for name, p in model.named_parameters() if p.ndim == 2} - hidden == {
+        "embedding.weight",
+        "head.weight",
+    }
     assert {m.parameter for m in hidden_matrices(torch.compile(model))} == hidden
     with pytest.raises(ValueError, match="pass an example"):
         hidden_matrices(nn.Bilinear(2, 2, 2))
@@ -482,13 +557,18 @@ def test_state_round_trip(dtype: torch.dtype) -> None:
     for each, its in ((model, optimizer), (twin, other)):
         backward(each, 7)
         its.step()
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True)
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chunked", [False, True])
-def test_compiled_arithmetic_is_the_same_step(chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled once for every rate: a deep MLP in one function, a GPT with its heads apart by chunks of its stacks.
+def test_compiled_arithmetic_is_the_same_step(
+    chunked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled once for every rate: a deep MLP in one function, a GPT with its heads apart by
+    chunks of its stacks.
 
     The latter without the compiler's last stage, which would take more than a minute.
     """
@@ -496,11 +576,16 @@ def test_compiled_arithmetic_is_the_same_step(chunked: bool, monkeypatch: pytest
         monkeypatch.setattr("ddc.optim.stacked.CPU_CHUNK", 64)
         monkeypatch.setattr("ddc.optim.stacked.CPU_OPTIONS", {})
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-        models = [make_model(GPTConfig(context=8, layers=2, width=8, heads=2, kv_heads=1, hidden=16)) for _ in range(2)]
+        models = [
+            make_model(GPTConfig(context=8, layers=2, width=8, heads=2, kv_heads=1, hidden=16))
+            for _ in range(2)
+        ]
     else:
         models = [deep_mlp(depth=3, width=8) for _ in range(2)]
     options = {"orthogonalizer": "newton_schulz", "vertical": "balance", "nesterov": not chunked}
-    optimizers = [ddcmuon(m, find_gauges(m), chunked, compiled=m is models[1], **options) for m in models]
+    optimizers = [
+        ddcmuon(m, find_gauges(m), chunked, compiled=m is models[1], **options) for m in models
+    ]
     (hidden,) = (stack for stack in optimizers[1]._stacks if isinstance(stack, HiddenMatrices))
     assert hidden.single_chunk != chunked
 
@@ -535,7 +620,8 @@ def test_a_copied_optimizer_routes_and_refuses_anothers_state() -> None:
     optimizer = ddcmuon(model, find_gauges(model))
     assert copy.deepcopy(optimizer).routing() == optimizer.routing()
     baseline = muon(model, GaugeSet())
-    momenta = sum(v.numel() for s in baseline.state.values() for v in s.values())  # AdamW's come with its first step
+    # AdamW's come with its first step
+    momenta = sum(v.numel() for s in baseline.state.values() for v in s.values())
     assert momenta == sum(p.numel() for p in model.layers.parameters())
     with pytest.raises(ValueError, match="combined optimizer"):
         baseline.load_state_dict(optimizer.state_dict())
@@ -551,12 +637,15 @@ def test_state_of_both_parts_can_be_read_and_is_left_as_it_is() -> None:
     rest = sum(p.numel() for p in model.parameters()) - hidden
     tensors = [v for p in model.parameters() for v in baseline.state[p].values() if v.ndim]
     assert sum(v.numel() for v in tensors) == hidden + 2 * rest
-    assert baseline.state_dict()["parts"][0]["state"].keys() == set(range(len(list(model.layers.parameters()))))
+    assert baseline.state_dict()["parts"][0]["state"].keys() == set(
+        range(len(list(model.layers.parameters())))
+    )
     with pytest.raises(KeyError):
         baseline.state[torch.zeros(1)]
 
 
-# ---------------------------------------------------------------------------------------------- gauges
+# ----------------------------------------------------------------------------------------------
+# gauges
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -579,6 +668,9 @@ def test_chain_and_rescale_together_are_refused() -> None:
         DDCAdam(model.named_parameters(), both)
     with pytest.raises(ValueError, match="expected two or more different"):
         Chain(("a", "a"))
-    twice = [Rescale("relu_rescale", w, (Axis("layers.0.weight"),), (Axis("layers.1.weight", 1),)) for w in "ab"]
+    twice = [
+        Rescale("relu_rescale", w, (Axis("layers.0.weight"),), (Axis("layers.1.weight", 1),))
+        for w in "ab"
+    ]
     with pytest.raises(ValueError, match=r"layers.0.weight"):
         DDCMuon(model.named_parameters(), twice, hidden_matrices(model))

@@ -1,4 +1,6 @@
-"""Degenerate weights and gradients: the step stays finite and equivariant, and does what docs/method.md says."""
+"""Degenerate weights and gradients: the step stays finite and equivariant, and does what
+docs/method.md says.
+"""
 
 from __future__ import annotations
 
@@ -55,8 +57,14 @@ def ddcadam(model: nn.Module, gauges: GaugeSet, **options: Any) -> DDCAdam:
 
 def ddcmuon(model: nn.Module, gauges: GaugeSet, per_head: bool = False, **options: Any) -> DDCMuon:
     exact = next(model.parameters()).dtype == torch.float64
-    options = {"orthogonalizer": "polar" if exact else "newton_schulz", "weight_decay": 0.1, **options}
-    return DDCMuon(model.named_parameters(), gauges, hidden_matrices(model, per_head), adam_lr=1e-2, **options)
+    options = {
+        "orthogonalizer": "polar" if exact else "newton_schulz",
+        "weight_decay": 0.1,
+        **options,
+    }
+    return DDCMuon(
+        model.named_parameters(), gauges, hidden_matrices(model, per_head), adam_lr=1e-2, **options
+    )
 
 
 MAKERS: dict[str, Callable[..., DDCAdam]] = {"DDCAdam": ddcadam, "DDCMuon": ddcmuon}
@@ -97,20 +105,23 @@ def all_of(model: nn.Module, optimizer: Optimizer) -> dict[tuple[str, str], Tens
 
 
 def assert_finite(model: nn.Module, optimizer: DDCAdam) -> None:
-    infinite = [key for key, value in all_of(model, optimizer).items() if not value.isfinite().all()]
+    infinite = [
+        key for key, value in all_of(model, optimizer).items() if not value.isfinite().all()
+    ]
     assert not infinite
     assert optimizer.grad_norm().isfinite()
 
 
-# ------------------------------------------------------------------------------------------------ dead weights
+# ------------------------------------------------------------------------------------------------
+# dead weights
 
 
 @dataclass(frozen=True)
 class Case:
     """What is zero at the start, and under which optimizers it leaves zero.
 
-    ``moved`` are the kinds of gauges that tell the two starts apart; the optimizer respects all. ``only`` is the
-    optimizer of a case that is the other's by construction.
+    ``moved`` are the kinds of gauges that tell the two starts apart; the optimizer respects all.
+    ``only`` is the optimizer of a case that is the other's by construction.
     """
 
     model: str
@@ -123,7 +134,8 @@ class Case:
 
 MLP_AT, ATTENTION = "blocks.0.mlp", "blocks.0.attention"
 BOTH, ADAM = tuple(MAKERS), ("DDCAdam",)
-# centring leaves rounding error of a column that is nothing but its mean, and that is a direction: no shift there
+# centring leaves rounding error of a column that is nothing but its mean, and that is a direction:
+# no shift there
 UNSHIFTED = tuple(kind for kind in KINDS if kind != "logit_shift")
 QKV = tuple((f"{ATTENTION}.{name}.weight", (ALL, 3)) for name in ("query", "key", "value"))
 UP, DOWN = (f"{MLP_AT}.up.weight", 2), (f"{MLP_AT}.down.weight", (ALL, 2))
@@ -142,19 +154,29 @@ CASES = {
     "a gamma": Case(LLAMA, ((f"{ATTENTION}_norm.weight", 3),)),
     "the last gamma": Case(LLAMA, (("norm.weight", 3),)),
     "a gamma with its beta alive": Case(LAYER, ((f"{MLP_AT}_norm.weight", 3),), BOTH),
-    "gamma and beta": Case(LAYER, ((f"{ATTENTION}_norm.weight", 3), (f"{ATTENTION}_norm.bias", 3)), ADAM),
-    "gamma and beta that dress": Case(LAYER, ((f"{MLP_AT}_norm.weight", 3), (f"{MLP_AT}_norm.bias", 3))),
+    "gamma and beta": Case(
+        LAYER, ((f"{ATTENTION}_norm.weight", 3), (f"{ATTENTION}_norm.bias", 3)), ADAM
+    ),
+    "gamma and beta that dress": Case(
+        LAYER, ((f"{MLP_AT}_norm.weight", 3), (f"{MLP_AT}_norm.bias", 3))
+    ),
     "all readers of a channel": Case(LLAMA, QKV, BOTH),
     "the head": Case(LLAMA, (("head.weight", ALL),), BOTH, UNSHIFTED),
     "head and bias": Case(LAYER, (("head.weight", ALL), ("head.bias", ALL)), BOTH, UNSHIFTED),
     "output projections": Case(
-        LLAMA, (("blocks.0.mlp.down.weight", ALL), ("blocks.1.attention.output.weight", ALL)), ADAM, only=ADAM
+        LLAMA,
+        (("blocks.0.mlp.down.weight", ALL), ("blocks.1.attention.output.weight", ALL)),
+        ADAM,
+        only=ADAM,
     ),
     "an input projection": Case(LLAMA, ((f"{MLP_AT}.up.weight", ALL),), ADAM, only=ADAM),
     "all values": Case(LLAMA, ((f"{ATTENTION}.value.weight", ALL),), ADAM, only=ADAM),
     "a head of values": Case(LLAMA, ((f"{ATTENTION}.value.weight", slice(4)),), BOTH),
     "a head that is a block": Case(
-        LLAMA, ((f"{ATTENTION}.value.weight", slice(4)),), only=("DDCMuon",), options={"per_head": True}
+        LLAMA,
+        ((f"{ATTENTION}.value.weight", slice(4)),),
+        only=("DDCMuon",),
+        options={"per_head": True},
     ),
     "a neuron, plus side": Case(MLP, (("layers.1.weight", 3),)),
     "a neuron, minus side": Case(MLP, (("layers.2.weight", (ALL, 3)),), BOTH),
@@ -192,9 +214,13 @@ def starts(case: Case) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(("case", "optimizer"), [(name, each) for name, case in CASES.items() for each in case.only])
+@pytest.mark.parametrize(
+    ("case", "optimizer"), [(name, each) for name, case in CASES.items() for each in case.only]
+)
 def test_dead_weights(case: str, optimizer: str, variant: str) -> None:
-    """From two points of an orbit the same function; all is finite; and what is dead wakes, or stays exactly zero."""
+    """From two points of an orbit the same function; all is finite; and what is dead wakes, or
+    stays exactly zero.
+    """
     this = CASES[case]
     models = starts(this)
     before = function(models[0])
@@ -211,7 +237,11 @@ def test_dead_weights(case: str, optimizer: str, variant: str) -> None:
 @pytest.mark.parametrize(
     ("case", "optimizer"),
     [
-        (Case(LLAMA, (("head.weight", ALL),)), "DDCAdam"),  # under a shift its columns are nothing but their mean
+        # under a shift its columns are nothing but their mean
+        (
+            Case(LLAMA, (("head.weight", ALL),)),
+            "DDCAdam",
+        ),
         (Case(LAYER, (UP, DOWN)), "DDCMuon"),  # a bias is left of the unit
     ],
     ids=["a shifted zero head", "a bias alone"],
@@ -232,7 +262,9 @@ def test_what_a_zero_gamma_dresses_stays(optimizer: str, stay: list[str]) -> Non
     block = model.blocks[0]
     with torch.no_grad():
         block.mlp_norm.weight[3] = 0
-    before = {name: getattr(block.mlp, name).weight[:, 3].detach().clone() for name in ("up", "gate")}
+    before = {
+        name: getattr(block.mlp, name).weight[:, 3].detach().clone() for name in ("up", "gate")
+    }
     made = MAKERS[optimizer](model, gauges_of(LLAMA))
     train(model, made, 4)
     for name, column in before.items():
@@ -243,7 +275,9 @@ def test_what_a_zero_gamma_dresses_stays(optimizer: str, stay: list[str]) -> Non
 
 
 def test_a_tiny_unit_is_dead_where_its_powers_are_no_numbers() -> None:
-    """Below 1e-19, what a side of degree 2 dresses can be neither dressed nor undressed in float32."""
+    """Below 1e-19, what a side of degree 2 dresses can be neither dressed nor undressed in
+    float32.
+    """
 
     class SquaredReLU(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -251,7 +285,9 @@ def test_a_tiny_unit_is_dead_where_its_powers_are_no_numbers() -> None:
 
     for scale in (1e-15, 1e-19, 1e-20, 1e-21, 1e-22, 1e-23, 1e-30, 1e-42):
         model = relu_mlp(depth=5, bias=False, dtype=torch.float32)
-        gauges = [Rescale(g.kind, g.where, g.plus, g.minus, degree=2) for g in relu_mlp_gauges(model)]
+        gauges = [
+            Rescale(g.kind, g.where, g.plus, g.minus, degree=2) for g in relu_mlp_gauges(model)
+        ]
         for i in range(1, len(model), 2):
             model[i] = SquaredReLU()
         with torch.no_grad():
@@ -268,8 +304,18 @@ def test_a_tiny_unit_is_dead_where_its_powers_are_no_numbers() -> None:
 @pytest.mark.parametrize(
     ("model", "zero", "make", "message"),
     [
-        (LLAMA, ["blocks.0.mlp.down.weight"], ddcmuon, "'blocks.0.mlp.down.weight': all zero.* leave it out of hidden"),
-        (LLAMA, ["norm.weight"], ddcadam, "'norm.weight': all zero.* under norm_scale at norm .* leave the gauge out"),
+        (
+            LLAMA,
+            ["blocks.0.mlp.down.weight"],
+            ddcmuon,
+            "'blocks.0.mlp.down.weight': all zero.* leave it out of hidden",
+        ),
+        (
+            LLAMA,
+            ["norm.weight"],
+            ddcadam,
+            "'norm.weight': all zero.* under norm_scale at norm .* leave the gauge out",
+        ),
         (LLAMA, ["blocks.0.mlp_norm.weight"], ddcmuon, "'blocks.0.mlp_norm.weight': all zero"),
         (
             LAYER,
@@ -297,11 +343,14 @@ def test_what_would_stay_zero_though_adamw_moves_it_is_refused(
         assert all(bool(start[name].any()) for name in zero)
 
 
-# ------------------------------------------------------------------- frozen parameters and missing gradients
+# ------------------------------------------------------------------- frozen parameters and missing
+# gradients
 
 
 def test_what_freezes_later_is_refused_where_it_would_move() -> None:
-    """Alone it would move with its gauge; with all that shares its gauges it stays, and so does its state."""
+    """Alone it would move with its gauge; with all that shares its gauges it stays, and so does its
+    state.
+    """
     model = fresh(LLAMA)
     optimizer = ddcadam(model, gauges_of(LLAMA))
     train(model, optimizer, 2)
@@ -309,7 +358,9 @@ def test_what_freezes_later_is_refused_where_it_would_move() -> None:
     gradients(model, 2)  # this leaves a gradient of zero behind; from the next on there is none
     model.blocks[0].mlp.down.weight.grad = None
     before = all_of(model, optimizer)
-    with pytest.raises(ValueError, match=r"'blocks.0.mlp.down.weight' was frozen .* Freeze that too"):
+    with pytest.raises(
+        ValueError, match=r"'blocks.0.mlp.down.weight' was frozen .* Freeze that too"
+    ):
         optimizer.step()
     assert all(torch.equal(value, before[key]) for key, value in all_of(model, optimizer).items())
     model.blocks[0].requires_grad_(False)
@@ -333,7 +384,9 @@ def test_frozen_hidden_matrices_stay_and_what_they_dress_moves() -> None:
     train(model, optimizer, 2)
     after = all_of(model, optimizer)
     moved = {
-        name for name, p in model.named_parameters() if not torch.equal(after[name, "weight"], before[name, "weight"])
+        name
+        for name, p in model.named_parameters()
+        if not torch.equal(after[name, "weight"], before[name, "weight"])
     }
     assert moved == {name for name, _ in model.named_parameters()} - hidden
 
@@ -398,7 +451,8 @@ def test_balance_moves_along_the_gauge_whatever_lacks_a_gradient(make, without: 
     assert (named(model)["blocks.0.mlp.up.weight"] - weights).abs().max() > 1e-3
 
 
-# ------------------------------------------------------------------------------ gradients of extreme sizes
+# ------------------------------------------------------------------------------ gradients of
+# extreme sizes
 
 
 @both
@@ -420,7 +474,9 @@ def test_zero_gradients_move_nothing(make, name: str) -> None:
 @pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e30])
 @pytest.mark.parametrize("name", [LAYER, CHAIN])
 def test_tiny_and_huge_gradients_in_float32(make, name: str, scale: float) -> None:
-    """Weights stay finite, and so does all state but second moments, which overflow as AdamW's do."""
+    """Weights stay finite, and so does all state but second moments, which overflow as AdamW's
+    do.
+    """
     model = fresh(name, torch.float32)
     optimizer = make(model, gauges_of(name))
     plain = copy.deepcopy(model)
@@ -461,26 +517,35 @@ def test_the_angle_of_a_hidden_matrix_does_not_depend_on_the_size_of_its_gradien
     gradient, start = torch.randn(6, 6), torch.randn(6, 6)
     for scale, angle in ((1e30, 0.02), (1.0, 0.02), (1e-30, 0.02), (1e-42, 0.0)):
         weight = nn.Parameter(start.clone())
-        optimizer = DDCMuon([("weight", weight)], (), [HiddenMatrix("weight")], lr=0.02, weight_decay=0.0)
+        optimizer = DDCMuon(
+            [("weight", weight)], (), [HiddenMatrix("weight")], lr=0.02, weight_decay=0.0
+        )
         weight.grad = gradient * scale
         optimizer.step()
-        cosine = nn.functional.cosine_similarity(weight.detach().double().flatten(), start.double().flatten(), 0)
+        cosine = nn.functional.cosine_similarity(
+            weight.detach().double().flatten(), start.double().flatten(), 0
+        )
         assert math.acos(min(1.0, float(cosine))) == pytest.approx(angle, abs=1e-4)
 
 
-# ------------------------------------------------------------------------------------- what is no number
+# ------------------------------------------------------------------------------------- what is no
+# number
 
 
 MLP_NORM = (f"{MLP_AT}_norm.weight", 3)
 OUTPUT, GATE = f"{ATTENTION}.output.weight", f"{MLP_AT}.gate.weight"
-#: Where the gradient of one entry may go: all units that it is in, on both sides of their gauges, and what averages its
-#: square; under DDCMuon a hidden matrix, and those whose norms a gauge links with its norm.
+#: Where the gradient of one entry may go: all units that it is in, on both sides of their gauges,
+#: and what averages its square; under DDCMuon a hidden matrix, and those whose norms a gauge links
+#: with its norm.
 REACH: dict[Place, dict[str, tuple[Place, ...]]] = {
     (UP[0], (2, 3)): {
         "DDCAdam": (UP, (UP[0], (ALL, 3)), DOWN, (GATE, (ALL, 3)), MLP_NORM),
         "DDCMuon": ((UP[0], ALL), (DOWN[0], ALL)),
     },
-    (QKV[0][0], (5, 3)): {"DDCAdam": (*QKV, (f"{ATTENTION}_norm.weight", 3)), "DDCMuon": ((QKV[0][0], ALL),)},
+    (QKV[0][0], (5, 3)): {
+        "DDCAdam": (*QKV, (f"{ATTENTION}_norm.weight", 3)),
+        "DDCMuon": ((QKV[0][0], ALL),),
+    },
     (OUTPUT, (1, 5)): {"DDCAdam": ((OUTPUT, (1, slice(4, 8))),), "DDCMuon": ((OUTPUT, ALL),)},
     ("head.weight", (4, 3)): dict.fromkeys(MAKERS, (("head.weight", (ALL, 3)), ("norm.weight", 3))),
     ("embedding.weight", (2, 3)): dict.fromkeys(MAKERS, (("embedding.weight", (2, 3)),)),
@@ -491,10 +556,14 @@ REACH: dict[Place, dict[str, tuple[Place, ...]]] = {
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("optimizer", MAKERS)
 @pytest.mark.parametrize("place", REACH, ids=lambda place: place[0])
-def test_a_gradient_that_is_no_number_shows_and_stays_in_its_units(place: Place, optimizer: str, value: float) -> None:
-    """It shows in the weights, as under AdamW, and in the norm; what shares no unit with it moves as if it were finite.
+def test_a_gradient_that_is_no_number_shows_and_stays_in_its_units(
+    place: Place, optimizer: str, value: float
+) -> None:
+    """It shows in the weights, as under AdamW, and in the norm; what shares no unit with it moves
+    as if it were finite.
 
-    (A gamma whose readers are all hidden matrices keeps still whatever its gradient: there it shows in the norm alone.)
+    (A gamma whose readers are all hidden matrices keeps still whatever its gradient: there it shows
+    in the norm alone.)
     """
     found = {}
     for gradient in (value, 0.5):
@@ -527,7 +596,9 @@ def test_the_exact_polar_factor_raises() -> None:
 
 
 def test_clipping_by_a_norm_that_is_no_number() -> None:
-    """As with torch's own norm: by nan all gradients become nan, by inf all zero but those that were inf."""
+    """As with torch's own norm: by nan all gradients become nan, by inf all zero but those that
+    were inf.
+    """
     for value, rest in ((math.nan, math.nan), (math.inf, 0.0)):
         model = fresh(LLAMA)
         optimizer = ddcadam(model, gauges_of(LLAMA))
@@ -543,7 +614,9 @@ def test_clipping_by_a_norm_that_is_no_number() -> None:
 
 @both
 def test_a_grad_scaler_skips_an_overflow_and_loses_nothing(make) -> None:
-    """Weights and state are as they were, bit by bit, also with clipping in between; and the next step is as ever."""
+    """Weights and state are as they were, bit by bit, also with clipping in between; and the next
+    step is as ever.
+    """
     model, plain = fresh(LLAMA, torch.float32), fresh(LLAMA, torch.float32)
     optimizer, other = make(model, gauges_of(LLAMA)), make(plain, gauges_of(LLAMA))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -558,7 +631,11 @@ def test_a_grad_scaler_skips_an_overflow_and_loses_nothing(make) -> None:
         nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, optimizer.grad_norm())
         scaler.step(optimizer)
         scaler.update()
-        unchanged = [key for key, value in all_of(model, optimizer).items() if torch.equal(value, before[key])]
+        unchanged = [
+            key
+            for key, value in all_of(model, optimizer).items()
+            if torch.equal(value, before[key])
+        ]
         assert len(unchanged) == (len(before) if bad else 0)
         if not bad:
             gradients(plain, 0)
@@ -569,12 +646,15 @@ def test_a_grad_scaler_skips_an_overflow_and_loses_nothing(make) -> None:
         assert torch.equal(p, q)
 
 
-# ------------------------------------------------------------------------------------------------- precision
+# -------------------------------------------------------------------------------------------------
+# precision
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_error_against_float64(optimizer: str, shakespeare: TextData) -> None:
-    """It is that of the rounding, and so is the distance of two starts on one orbit, but for AdamW and Muon."""
+    """It is that of the rounding, and so is the distance of two starts on one orbit, but for AdamW
+    and Muon.
+    """
     config = CONFIGS["RMSNorm, SwiGLU, RoPE, GQA"]
     found = {each["precision"]: each for each in compare(config, optimizer, shakespeare, 0, (0, 4))}
     assert list(found) == [precision.name for precision in PRECISIONS]

@@ -1,6 +1,8 @@
-"""Several processes give the trajectory of one: optimizers under DDP and FSDP2, checkpoints, the trainer.
+"""Several processes give the trajectory of one: optimizers under DDP and FSDP2, checkpoints, the
+trainer.
 
-All that needs more than one process runs in three that are started once; the tests look at what came of it.
+All that needs more than one process runs in three that are started once; the tests look at what
+came of it.
 """
 
 from __future__ import annotations
@@ -47,12 +49,17 @@ from tests.test_training import TINY, composed
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, VOCABULARY = 6, 19
-# sizes that two ranks do not divide evenly: shards cut through heads, pairs of RoPE, and units of axis 1
+# sizes that two ranks do not divide evenly: shards cut through heads, pairs of RoPE, and units of
+# axis 1
 SIZES = {"context": 12, "layers": 2, "width": 18, "heads": 3, "hidden": 11}
 MODELS: dict[str, GPTConfig | DeepMLPConfig] = {
     "llama": GPTConfig(**SIZES, kv_heads=1),
-    "layer": GPTConfig(**SIZES, kv_heads=3, norm="layer", mlp="relu", positions="learned", bias=True),
-    "partial": GPTConfig(**SIZES | {"width": 24}, kv_heads=3, mlp="relu2", positions="partial_rope"),
+    "layer": GPTConfig(
+        **SIZES, kv_heads=3, norm="layer", mlp="relu", positions="learned", bias=True
+    ),
+    "partial": GPTConfig(
+        **SIZES | {"width": 24}, kv_heads=3, mlp="relu2", positions="partial_rope"
+    ),
     # the four rows of the only key-value head leave nothing for the third rank
     "empty": GPTConfig(**SIZES | {"width": 16, "heads": 4, "hidden": 10}, kv_heads=1),
     "mlp": DeepMLPConfig(depth=4, width=7),
@@ -76,7 +83,14 @@ class Case:
         flags = [key for key in ("per_layer", "blocks", "transformed") if getattr(self, key)]
         options = [f"{key}={value}" for key, value in self.options.items()]
         return "-".join(
-            [self.model, self.optimizer, *options, *flags, self.how, str(self.dtype).removeprefix("torch.")]
+            [
+                self.model,
+                self.optimizer,
+                *options,
+                *flags,
+                self.how,
+                str(self.dtype).removeprefix("torch."),
+            ]
         )
 
 
@@ -105,7 +119,12 @@ CASES = [
 #: Trainer runs that begin on one process and go on with two, and the reverse.
 RUNS = {
     "adamw": ["+experiment=lm_overtrain", "optimizer=adamw", "launcher.parallel=fsdp"],
-    "muon": ["+experiment=lm_overtrain", "optimizer=muon", "training.accumulation=2", "launcher.parallel=fsdp"],
+    "muon": [
+        "+experiment=lm_overtrain",
+        "optimizer=muon",
+        "training.accumulation=2",
+        "launcher.parallel=fsdp",
+    ],
     "ddcadam": ["+experiment=grok_mlp", "optimizer=ddcadam", "launcher.parallel=fsdp"],
     "ddcmuon": ["+experiment=grok_mlp", "optimizer=ddcmuon", "launcher.parallel=fsdp"],
     "slt": [
@@ -119,7 +138,8 @@ RUNS = {
 }
 
 
-# ------------------------------------------------------------------------------------------ what a process does
+# ------------------------------------------------------------------------------------------ what a
+# process does
 
 
 def make_model(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
@@ -136,7 +156,9 @@ def batch(name: str, seed: int) -> tuple[Tensor, Tensor]:
     if isinstance(config, GPTConfig):
         tokens = torch.randint(VOCABULARY, (12, config.context + 1), generator=generator)
         return tokens[:, :-1], tokens[:, 1:]
-    return torch.randint(5, (12, 2), generator=generator), torch.randint(5, (12,), generator=generator)
+    return torch.randint(5, (12, 2), generator=generator), torch.randint(
+        5, (12,), generator=generator
+    )
 
 
 class Training:
@@ -150,22 +172,38 @@ class Training:
         if case.transformed:
             self.gauges.transform_(self.model, torch.Generator().manual_seed(1))
         options = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, **case.options}
-        hidden = hidden_matrices(self.model, options.pop("per_head", False)) if "muon" in case.optimizer else ()
+        hidden = (
+            hidden_matrices(self.model, options.pop("per_head", False))
+            if "muon" in case.optimizer
+            else ()
+        )
         if hidden:
-            options = {"momentum": 0.9, "orthogonalizer": "polar", "adam_lr": 1e-2} | options | {"lr": 0.05}
+            options = (
+                {"momentum": 0.9, "orthogonalizer": "polar", "adam_lr": 1e-2}
+                | options
+                | {"lr": 0.05}
+            )
         if case.optimizer == "muon":
             options |= {"nesterov": True, "adjust_lr_fn": "original"}
         self.trained = self.model
         if mesh is not None:
-            self.start = {name: p.detach().clone() for name, p in named_parameters(self.model).items()}
+            self.start = {
+                name: p.detach().clone() for name, p in named_parameters(self.model).items()
+            }
             if case.how == "ddp":
                 self.trained = DistributedDataParallel(self.model, process_group=mesh.get_group())
             else:
                 last = (lambda p: Shard(p.ndim - 1)) if case.how == "columns" else None
-                for layer in self.model.get_submodule("layers" if case.model == "mlp" else "blocks").children():
+                for layer in self.model.get_submodule(
+                    "layers" if case.model == "mlp" else "blocks"
+                ).children():
                     fully_shard(layer, mesh=mesh, shard_placement_fn=last)
-                fully_shard(self.model, mesh=mesh, reshard_after_forward=True, shard_placement_fn=last)
-        self.optimizer = make_optimizer(case.optimizer, self.model, self.gauges, 0.1, hidden, **options)
+                fully_shard(
+                    self.model, mesh=mesh, reshard_after_forward=True, shard_placement_fn=last
+                )
+        self.optimizer = make_optimizer(
+            case.optimizer, self.model, self.gauges, 0.1, hidden, **options
+        )
         self.losses: list[float] = []
         self.norms: list[float] = []
 
@@ -185,7 +223,9 @@ class Training:
         if self.mesh is None:
             return pair
         place = (
-            self.mesh.get_rank() if self.mesh.ndim == 1 else self.mesh.mesh.flatten().tolist().index(dist.get_rank())
+            self.mesh.get_rank()
+            if self.mesh.ndim == 1
+            else self.mesh.mesh.flatten().tolist().index(dist.get_rank())
         )
         return tuple(each.chunk(self.mesh.size())[place] for each in pair)
 
@@ -218,7 +258,10 @@ def load_dcp(training: Training, path: Path) -> Training:
     group = training.mesh and training.mesh.get_group()
     dcp.load(state, checkpoint_id=path, process_group=group)
     set_state_dict(
-        training.model, training.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        training.model,
+        training.optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
     )
     return training
 
@@ -227,7 +270,9 @@ DCP_CASES = [Case("llama", "ddcadam"), Case("llama", "ddcmuon", {"per_head": Tru
 
 
 def low_precision(mesh: DeviceMesh | None = None) -> dict[str, Tensor]:
-    """bfloat16 weights under given gradients, with a layer that has none and a parameter that has none."""
+    """bfloat16 weights under given gradients, with a layer that has none and a parameter that has
+    none.
+    """
     model = make_model("layer").bfloat16()
     gauges = find_gauges(model)
     if mesh is not None:
@@ -239,7 +284,11 @@ def low_precision(mesh: DeviceMesh | None = None) -> dict[str, Tensor]:
             gradient = torch.randn(p.shape, generator=generator).bfloat16()
             if name.startswith("blocks.1") or name == "blocks.0.mlp.up.bias":
                 continue
-            p.grad = gradient if mesh is None else distribute_tensor(gradient, mesh, p.placements, src_data_rank=None)
+            p.grad = (
+                gradient
+                if mesh is None
+                else distribute_tensor(gradient, mesh, p.placements, src_data_rank=None)
+            )
         optimizer.step()
     return {name: whole(p.detach()).float() for name, p in model.named_parameters()}
 
@@ -254,14 +303,22 @@ def refused(mesh: DeviceMesh, hybrid: DeviceMesh) -> dict[str, str]:
             return str(error)
         return ""
 
-    part, two_ways, plain = make_model("llama"), make_model("llama"), nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    part, two_ways, plain = (
+        make_model("llama"),
+        make_model("llama"),
+        nn.Sequential(nn.Linear(4, 4), nn.ReLU()),
+    )
     gauges = find_gauges(part)
     fully_shard(part.blocks[0].mlp.down, mesh=mesh)
-    two_ways.head.weight = nn.Parameter(distribute_tensor(two_ways.head.weight, hybrid, [Shard(0), Shard(1)]))
+    two_ways.head.weight = nn.Parameter(
+        distribute_tensor(two_ways.head.weight, hybrid, [Shard(0), Shard(1)])
+    )
     fully_shard(plain, mesh=mesh)
     return {
         "part": message(lambda: DDCAdam(part.named_parameters(), gauges)),
-        "part hidden": message(lambda: DDCMuon(part.named_parameters(), gauges, hidden_matrices(part))),
+        "part hidden": message(
+            lambda: DDCMuon(part.named_parameters(), gauges, hidden_matrices(part))
+        ),
         "two ways": message(lambda: DDCAdam(two_ways.named_parameters(), ())),
         "traced": message(lambda: find_gauges(plain)),
     }
@@ -292,7 +349,10 @@ def trained(name: str, folder: Path, ranks: Ranks, stop_at: int | None = None) -
     if stop_at is None:
         train(setup)
     else:
-        with sigterm_after(stop_at, rank=ranks.size - 1), pytest.raises(KeyboardInterrupt, match=f"step {stop_at};"):
+        with (
+            sigterm_after(stop_at, rank=ranks.size - 1),
+            pytest.raises(KeyboardInterrupt, match=f"step {stop_at};"),
+        ):
             train(setup)
     return setup.folder
 
@@ -310,9 +370,12 @@ def process(rank: int, folder: Path) -> None:
             training = Training(case, meshes[case.how]).steps(0, STEPS)
             results[str(case)] = training.result()
             if case == CASES[1]:
-                results["drift"] = gauge_drift(training.start, named_parameters(training.model), training.gauges)
+                results["drift"] = gauge_drift(
+                    training.start, named_parameters(training.model), training.gauges
+                )
                 results["state is split"] = all(
-                    isinstance(state["exp_avg"], DTensor) and state["exp_avg"].placements == p.placements
+                    isinstance(state["exp_avg"], DTensor)
+                    and state["exp_avg"].placements == p.placements
                     for p, state in training.optimizer.state.items()
                     if "exp_avg" in state
                 )
@@ -332,7 +395,9 @@ def process(rank: int, folder: Path) -> None:
         torch.save(results, folder / "results.pt")
     dist.destroy_process_group()
     if rank < 2:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/trainer", rank=rank, world_size=2)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/trainer", rank=rank, world_size=2
+        )
         for name, overrides in RUNS.items():
             ranks = Ranks(rank, 2, overrides[-1].removeprefix("launcher.parallel="))
             trained(name, folder / "one-then-two", ranks)
@@ -342,7 +407,9 @@ def process(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which three processes have left what they did; once, however many processes test."""
+    """The folder in which three processes have left what they did; once, however many processes
+    test.
+    """
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "distributed"
     folder.mkdir(exist_ok=True)
@@ -363,7 +430,8 @@ def results(shared: Path) -> dict[str, Any]:
     return torch.load(shared / "results.pt")
 
 
-# ------------------------------------------------------------------------------------------------ the optimizers
+# ------------------------------------------------------------------------------------------------
+# the optimizers
 
 
 def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
@@ -404,16 +472,24 @@ def test_state_is_split_and_drift_is_read_across_ranks(results: dict[str, Any]) 
     start = {name: p.detach().clone() for name, p in named_parameters(training.model).items()}
     training.steps(0, STEPS)
     expected = gauge_drift(start, named_parameters(training.model), training.gauges)
-    assert {gauge.kind for gauge in training.gauges if isinstance(gauge, Rotation)} < expected.keys()
+    assert {
+        gauge.kind for gauge in training.gauges if isinstance(gauge, Rotation)
+    } < expected.keys()
     assert results["drift"] == pytest.approx(expected, rel=1e-8, abs=1e-12)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("i", range(len(DCP_CASES)), ids=lambda i: str(DCP_CASES[i]))
-def test_a_distributed_checkpoint_is_for_any_number_of_ranks(i: int, shared: Path, results: dict[str, Any]) -> None:
-    """Saved by 1, gone on with by 2; saved by 2, gone on with by 3 and by 1: as if nothing had been."""
+def test_a_distributed_checkpoint_is_for_any_number_of_ranks(
+    i: int, shared: Path, results: dict[str, Any]
+) -> None:
+    """Saved by 1, gone on with by 2; saved by 2, gone on with by 3 and by 1: as if nothing had
+    been.
+    """
     unbroken = Training(DCP_CASES[i]).steps(0, STEPS).result()
-    alone = load_dcp(Training(DCP_CASES[i], seed=1), shared / f"of-two-{i}").steps(3, STEPS).result()
+    alone = (
+        load_dcp(Training(DCP_CASES[i], seed=1), shared / f"of-two-{i}").steps(3, STEPS).result()
+    )
     for restored in (results[f"of-one-{i}"], results[f"of-two-{i}"], alone):
         assert difference(restored["weights"], unbroken["weights"]) < 1e-10
         for name, state in unbroken["state"].items():
@@ -425,22 +501,31 @@ def test_low_precision_and_missing_gradients(results: dict[str, Any]) -> None:
     """Weights of eight bits differ by one rounding at most, and hardly ever."""
     mine, one = results["low precision"], low_precision()
     start = make_model("layer").bfloat16().float()
-    moved = {name: p.detach() for name, p in start.named_parameters() if not name.startswith("blocks.1")}
+    moved = {
+        name: p.detach() for name, p in start.named_parameters() if not name.startswith("blocks.1")
+    }
     assert all((one[name] - p).abs().max() > 0 for name, p in moved.items())
     assert all(((mine[name] - one[name]).abs() <= one[name].abs() * 2**-7).all() for name in one)
-    assert sum(int((mine[name] != one[name]).sum()) for name in one) <= sum(p.numel() for p in one.values()) / 1000
+    assert (
+        sum(int((mine[name] != one[name]).sum()) for name in one)
+        <= sum(p.numel() for p in one.values()) / 1000
+    )
 
 
 @pytest.mark.slow
 def test_refused(results: dict[str, Any]) -> None:
     messages = results["refused"]
     assert "'blocks.0.mlp.up.weight' and 'blocks.0.mlp.down.weight' are linked" in messages["part"]
-    assert "'blocks.0.mlp.up.weight' and 'blocks.0.mlp.down.weight' are linked" in messages["part hidden"]
+    assert (
+        "'blocks.0.mlp.up.weight' and 'blocks.0.mlp.down.weight' are linked"
+        in messages["part hidden"]
+    )
     assert f"a parameter of shape ({VOCABULARY}, 18) has placements" in messages["two ways"]
     assert "find its gauges before fully_shard" in messages["traced"]
 
 
-# --------------------------------------------------------------------------------------------------- the trainer
+# --------------------------------------------------------------------------------------------------
+# the trainer
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -451,7 +536,14 @@ def assert_same_to_rounding(folder: Path, one: Path) -> None:
     rows, expected = rows_of(folder), rows_of(one)
     assert [row["step"] for row in rows] == [row["step"] for row in expected]
     for row, other in zip(rows, expected, strict=True):
-        for key in ("epoch", "lr", "train_loss", "validation_loss", "train_accuracy", "validation_accuracy"):
+        for key in (
+            "epoch",
+            "lr",
+            "train_loss",
+            "validation_loss",
+            "train_accuracy",
+            "validation_accuracy",
+        ):
             assert row[key] == pytest.approx(other[key], rel=2e-5), (row["step"], key)
         assert (row["gauge_audit"] or 0) < 1e-4
         for key, values in (row["matrix_step"] or {}).items():
@@ -461,8 +553,12 @@ def assert_same_to_rounding(folder: Path, one: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_goes_on_with_another_number_of_processes(name: str, shared: Path, tmp_path: Path) -> None:
-    """SIGTERM reaches one process; all stop after the same step, and the run ends as one process would have had it."""
+def test_a_run_goes_on_with_another_number_of_processes(
+    name: str, shared: Path, tmp_path: Path
+) -> None:
+    """SIGTERM reaches one process; all stop after the same step, and the run ends as one process
+    would have had it.
+    """
     one = trained(name, tmp_path, Ranks())
     place = one.relative_to(tmp_path)
     assert [row["step"] for row in rows_of(shared / "two-then-one" / place)] == [0, 3, 6]
@@ -471,16 +567,32 @@ def test_a_run_goes_on_with_another_number_of_processes(name: str, shared: Path,
         assert_same_to_rounding(shared / begun / place, one)
         summary = json.loads((shared / begun / place / "summary.json").read_text())
         assert summary["parameters"] == json.loads((one / "summary.json").read_text())["parameters"]
-        weights, expected = (read_checkpoint(folder)["model"] for folder in (shared / begun / place, one))
-        assert {key: w.shape for key, w in weights.items()} == {key: w.shape for key, w in expected.items()}
+        weights, expected = (
+            read_checkpoint(folder)["model"] for folder in (shared / begun / place, one)
+        )
+        assert {key: w.shape for key, w in weights.items()} == {
+            key: w.shape for key, w in expected.items()
+        }
     assert json.loads((shared / "two-then-one" / place / "run.json").read_text())["processes"] == 2
 
 
 def torchrun(*overrides: str, timeout: float = 180) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "train.py",
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, *TINY, *overrides], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+        [*command, *TINY, *overrides],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
 
 
@@ -524,7 +636,10 @@ def test_processes_stay_connected_until_they_end(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["launcher=torchrun", "launcher.parallel=tp"], "Invalid launcher.parallel=tp: expected one of ddp, fsdp"),
+        (
+            ["launcher=torchrun", "launcher.parallel=tp"],
+            "Invalid launcher.parallel=tp: expected one of ddp, fsdp",
+        ),
         (["launcher.parallel=ddp"], "Invalid launcher.parallel=ddp with launcher=local"),
         (["launcher.name=mpi"], "Invalid launcher=mpi"),
     ],

@@ -1,4 +1,6 @@
-"""The documentation: its snippets run, its links lead somewhere, what it derives holds, and the site builds."""
+"""The documentation: its snippets run, its links lead somewhere, what it derives holds, and the
+site builds.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,12 @@ from tests.conftest import MODELS, SIZES
 from tests.helpers import backward, make_model
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 #: Snippets that must be among those that run: a rule that found none would pass.
 RUNNING = {"README.md": 2, "docs/index.md": 1, "docs/gauges.md": 1, "docs/extending.md": 1}
 
@@ -35,14 +42,21 @@ def python_blocks(page: Path) -> list[str]:
 
 
 def free_names(block: str) -> set[str]:
-    """Names that a block reads and does not make, wherever in it; those of functions and lambdas count as made."""
+    """Names that a block reads and does not make, wherever in it; those of functions and lambdas
+    count as made.
+    """
     tree = ast.parse(block)
     read, made = set(), set(dir(builtins))
     for node in ast.walk(tree):
         match node:
             case ast.Name(id=name, ctx=ast.Load()):
                 read.add(name)
-            case ast.Name(id=name) | ast.arg(arg=name) | ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+            case (
+                ast.Name(id=name)
+                | ast.arg(arg=name)
+                | ast.FunctionDef(name=name)
+                | ast.ClassDef(name=name)
+            ):
                 made.add(name)
             case ast.alias(name=name, asname=asname):
                 made.add((asname or name).partition(".")[0])
@@ -51,7 +65,9 @@ def free_names(block: str) -> set[str]:
 
 def snippets(given: set[str]) -> dict[str, list[str]]:
     """By page, the blocks that need nothing but what is given."""
-    return {relative(page): [b for b in python_blocks(page) if free_names(b) <= given] for page in PAGES}
+    return {
+        relative(page): [b for b in python_blocks(page) if free_names(b) <= given] for page in PAGES
+    }
 
 
 @pytest.mark.parametrize("page", RUNNING)
@@ -91,7 +107,9 @@ def is_zero(x: torch.Tensor, beside: torch.Tensor) -> bool:
 
 
 def test_identities_of_the_gradient(config: GPTConfig) -> None:
-    """The identities of docs/gauges.md, written out by hand for our GPT and not by the package's gauges."""
+    """The identities of docs/gauges.md, written out by hand for our GPT and not by the package's
+    gauges.
+    """
     model = make_model(config)
     backward(model, 0)
     w = named_parameters(model)
@@ -114,14 +132,20 @@ def test_identities_of_the_gradient(config: GPTConfig) -> None:
         plus = rows(f"{block}.mlp.up")
         assert is_zero(plus - k * columns(f"{block}.mlp.down"), plus)
     plus = rows(f"{block}.attention_norm")
-    assert is_zero(plus - sum(columns(f"{block}.attention.{n}") for n in ("query", "key", "value")), plus)
+    assert is_zero(
+        plus - sum(columns(f"{block}.attention.{n}") for n in ("query", "key", "value")), plus
+    )
 
     def moment(name: str, axis: int, head: slice) -> torch.Tensor:
         """G Wᵀ of the rows (the columns, transposed) of one head; with the bias."""
-        grad, weight = (t[f"{block}.attention.{name}.weight"].movedim(axis, 0)[head] for t in (g, w))
+        grad, weight = (
+            t[f"{block}.attention.{name}.weight"].movedim(axis, 0)[head] for t in (g, w)
+        )
         found = grad @ weight.mT
         if axis == 0 and config.bias:
-            found = found + torch.outer(*(t[f"{block}.attention.{name}.bias"][head] for t in (g, w)))
+            found = found + torch.outer(
+                *(t[f"{block}.attention.{name}.bias"][head] for t in (g, w))
+            )
         return found
 
     d, group = config.head_width, config.heads // config.kv_heads
@@ -131,7 +155,9 @@ def test_identities_of_the_gradient(config: GPTConfig) -> None:
     a = a + sum(moment("output", 1, heads[h]) for h in members)
     assert is_zero(a - a.mT, a)
     if "qk_rotation" in kinds:
-        a = moment("key", 0, heads[1 % config.kv_heads]) + sum(moment("query", 0, heads[h]) for h in members)
+        a = moment("key", 0, heads[1 % config.kv_heads]) + sum(
+            moment("query", 0, heads[h]) for h in members
+        )
         turned = config.rotated_width
         for i in range(turned // 2):  # a plane: entry i and entry i + turned / 2
             assert is_zero(a[i, i + turned // 2] - a[i + turned // 2, i], a)
@@ -158,7 +184,16 @@ def test_gradients_transform_against_the_weights() -> None:
 
 @pytest.mark.slow
 def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", str(ROOT / "docs"), str(tmp_path / "site")]
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-q",
+        "-W",
+        "--keep-going",
+        str(ROOT / "docs"),
+        str(tmp_path / "site"),
+    ]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "find_gauges" in (tmp_path / "site/api/ddc.html").read_text()

@@ -1,4 +1,6 @@
-"""The examples, run as a user would; and DDCAdam in the Trainer of transformers is what it is in a plain loop."""
+"""The examples, run as a user would; and DDCAdam in the Trainer of transformers is what it is in a
+plain loop.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ MAX_NORM = 0.1  # less than the norm of every gradient in these tests
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["plain_loop.py", "hf_trainer.py"])
 def test_an_example_learns(script: str, tmp_path: Path) -> None:
-    """From a random guess (ln 256 = 5.5 nats) to less than the frequencies of bytes alone would reach (3.3 nats)."""
+    """From a random guess (ln 256 = 5.5 nats) to less than the frequencies of bytes alone would
+    reach (3.3 nats).
+    """
     command = [sys.executable, ROOT / "examples" / script, "--steps=100"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
@@ -61,15 +65,22 @@ def make_optimizer(kind: type[Optimizer], model: nn.Module) -> tuple[Optimizer, 
 
 
 def train(
-    kind: type[Optimizer], model: nn.Module, data: Dataset, folder: Path, clip: bool = False, **options: Any
+    kind: type[Optimizer],
+    model: nn.Module,
+    data: Dataset,
+    folder: Path,
+    clip: bool = False,
+    **options: Any,
 ) -> None:
     """Trainer, without a clipping of its own unless options say so."""
     training = TrainingArguments(
-        str(folder), max_steps=STEPS, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
+        str(folder), max_steps=STEPS, save_strategy="no", report_to="none", disable_tqdm=True,
+        use_cpu=True,
         **{"per_device_train_batch_size": BATCH, "max_grad_norm": 0, **options},
     )  # fmt: skip
     Trainer(
-        model, training, train_dataset=data, optimizers=make_optimizer(kind, model), compute_loss_func=loss_of,
+        model, training, train_dataset=data, optimizers=make_optimizer(kind, model),
+        compute_loss_func=loss_of,
         callbacks=[ClipByInvariantNorm(MAX_NORM)] if clip else [],
     ).train()  # fmt: skip
 
@@ -89,8 +100,12 @@ def data(shakespeare: TextData) -> Dataset:
         (AdamW, {}, False),
     ],
 )
-def test_equivariance(kind: type[Optimizer], options: dict, same: bool, data: Dataset, tmp_path: Path) -> None:
-    """Two starts on one gauge orbit stay one function; under AdamW, or clipped by the Euclidean norm, they do not."""
+def test_equivariance(
+    kind: type[Optimizer], options: dict, same: bool, data: Dataset, tmp_path: Path
+) -> None:
+    """Two starts on one gauge orbit stay one function; under AdamW, or clipped by the Euclidean
+    norm, they do not.
+    """
     model, inputs = make("Llama")
     copies = [copy.deepcopy(model), copy.deepcopy(model)]
     find_gauges(model).transform_(copies[1], torch.Generator().manual_seed(1))
@@ -102,7 +117,9 @@ def test_equivariance(kind: type[Optimizer], options: dict, same: bool, data: Da
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_trainer_does_what_a_plain_loop_does(accumulation: int, data: Dataset, tmp_path: Path) -> None:
+def test_trainer_does_what_a_plain_loop_does(
+    accumulation: int, data: Dataset, tmp_path: Path
+) -> None:
     """Same batches, same schedule, same clipping: same weights."""
     model, _ = make("Llama")
     start, plain = copy.deepcopy(model), copy.deepcopy(model).train()
@@ -120,13 +137,17 @@ def test_trainer_does_what_a_plain_loop_does(accumulation: int, data: Dataset, t
         clip_grads_with_norm_(plain.parameters(), MAX_NORM, norm)
         optimizer.step()
         scheduler.step()
-    for (name, a), b, before in zip(model.named_parameters(), plain.parameters(), start.parameters(), strict=True):
+    for (name, a), b, before in zip(
+        model.named_parameters(), plain.parameters(), start.parameters(), strict=True
+    ):
         assert distance(a, b) < 1e-10, name
         assert distance(a, before) > 1e-3, name
 
 
 @pytest.mark.slow
-def test_a_resumed_run_ends_with_the_bytes_of_an_unbroken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_ends_with_the_bytes_of_an_unbroken_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     steps = 0
     grad_norm = DDCAdam.grad_norm
 
@@ -135,7 +156,8 @@ def test_a_resumed_run_ends_with_the_bytes_of_an_unbroken_one(tmp_path: Path, mo
         steps += 1
         return grad_norm(optimizer)
 
-    monkeypatch.setattr(DDCAdam, "grad_norm", counted)  # called once a step, by the callback that clips
+    # called once a step, by the callback that clips
+    monkeypatch.setattr(DDCAdam, "grad_norm", counted)
     hf_trainer.main(["--steps=20", f"--output={tmp_path / 'unbroken'}"])
     assert steps == 20
     shutil.copytree(tmp_path / "unbroken/checkpoint-10", tmp_path / "resumed/checkpoint-10")

@@ -1,6 +1,8 @@
-"""What looks like a gauge and is none is not granted: patterns of real code, each in several spellings.
+"""What looks like a gauge and is none is not granted: patterns of real code, each in several
+spellings.
 
-Beside every false gauge stands a true one, which must still be found: to refuse all would be no proof.
+Beside every false gauge stands a true one, which must still be found: to refuse all would be no
+proof.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ def kinds(gauges: GaugeSet) -> set[str]:
 class Of(nn.Module):
     """A module of parts and a forward pass."""
 
-    def __init__(self, forward: Callable[..., object], **parts: nn.Module | nn.Parameter | Tensor) -> None:
+    def __init__(
+        self, forward: Callable[..., object], **parts: nn.Module | nn.Parameter | Tensor
+    ) -> None:
         super().__init__()
         for name, part in parts.items():
             if isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
@@ -52,36 +56,63 @@ def linear(out: int = WIDTH, bias: bool = True) -> nn.Linear:
     return nn.Linear(WIDTH, out, bias=bias)
 
 
-# ---------------------------------------------------------------------------------------------------- norms
+# --------------------------------------------------------------------------------------------------
+# norms
 
 NORMS: dict[str, Callable[[], nn.Module]] = {
     "weight + 1": lambda: Of(
-        lambda m, x: m.head(F.layer_norm(x, (WIDTH,), m.g + 1, m.b)), g=vector(0.0), b=vector(0.0), head=linear(CLASSES)
+        lambda m, x: m.head(F.layer_norm(x, (WIDTH,), m.g + 1, m.b)),
+        g=vector(0.0),
+        b=vector(0.0),
+        head=linear(CLASSES),
     ),
     "exp of the weight": lambda: Of(
-        lambda m, x: m.head(F.layer_norm(x, (WIDTH,), m.g.exp(), m.b)), g=vector(0.0), b=vector(), head=linear(CLASSES)
+        lambda m, x: m.head(F.layer_norm(x, (WIDTH,), m.g.exp(), m.b)),
+        g=vector(0.0),
+        b=vector(),
+        head=linear(CLASSES),
     ),
     "scale is a buffer": lambda: Of(
-        lambda m, x: m.head(F.layer_norm(x, (WIDTH,), m.g, m.b)), g=torch.ones(WIDTH), b=vector(), head=linear(CLASSES)
+        lambda m, x: m.head(F.layer_norm(x, (WIDTH,), m.g, m.b)),
+        g=torch.ones(WIDTH),
+        b=vector(),
+        head=linear(CLASSES),
     ),
     "shift is a buffer": lambda: Of(
-        lambda m, x: m.head(F.layer_norm(x, (WIDTH,), m.g, m.b)), g=vector(), b=torch.ones(WIDTH), head=linear(CLASSES)
+        lambda m, x: m.head(F.layer_norm(x, (WIDTH,), m.g, m.b)),
+        g=vector(),
+        b=torch.ones(WIDTH),
+        head=linear(CLASSES),
     ),
     "shift is computed": lambda: Of(
-        lambda m, x: m.head(F.layer_norm(x, (WIDTH,), m.g, 2 * m.b)), g=vector(), b=vector(), head=linear(CLASSES)
+        lambda m, x: m.head(F.layer_norm(x, (WIDTH,), m.g, 2 * m.b)),
+        g=vector(),
+        b=vector(),
+        head=linear(CLASSES),
     ),
-    "no scale": lambda: Of(lambda m, x: m.head(F.layer_norm(x, (WIDTH,), None, m.b)), b=vector(), head=linear(CLASSES)),
+    "no scale": lambda: Of(
+        lambda m, x: m.head(F.layer_norm(x, (WIDTH,), None, m.b)), b=vector(), head=linear(CLASSES)
+    ),
     "by hand, shift is a buffer": lambda: Of(
-        lambda m, x: m.head(F.rms_norm(x, (WIDTH,)) * m.g + m.b), g=vector(), b=torch.ones(WIDTH), head=linear(CLASSES)
+        lambda m, x: m.head(F.rms_norm(x, (WIDTH,)) * m.g + m.b),
+        g=vector(),
+        b=torch.ones(WIDTH),
+        head=linear(CLASSES),
     ),
     "by hand, 1 + scale": lambda: Of(
-        lambda m, x: m.head(F.rms_norm(x, (WIDTH,)) * (1 + m.g)), g=vector(0.0), head=linear(CLASSES)
+        lambda m, x: m.head(F.rms_norm(x, (WIDTH,)) * (1 + m.g)),
+        g=vector(0.0),
+        head=linear(CLASSES),
     ),
     "scale is returned": lambda: Of(
-        lambda m, x: (m.head(m.norm(x)), m.norm.weight.sum()), norm=nn.LayerNorm(WIDTH), head=linear(CLASSES)
+        lambda m, x: (m.head(m.norm(x)), m.norm.weight.sum()),
+        norm=nn.LayerNorm(WIDTH),
+        head=linear(CLASSES),
     ),
     "read after rounding": lambda: Of(
-        lambda m, x: m.head(m.norm(x).to(torch.int32).to(x.dtype)), norm=nn.LayerNorm(WIDTH), head=linear(CLASSES)
+        lambda m, x: m.head(m.norm(x).to(torch.int32).to(x.dtype)),
+        norm=nn.LayerNorm(WIDTH),
+        head=linear(CLASSES),
     ),
 }
 
@@ -98,14 +129,19 @@ def test_a_norm_with_plain_parameters_is_found_in_every_spelling() -> None:
         lambda m, x: m.head(F.layer_norm(x, (WIDTH,), m.g, m.b)),
         lambda m, x: m.head(F.layer_norm(x, (WIDTH,)) * m.g + m.b),
         lambda m, x: m.head(m.g * F.layer_norm(x, (WIDTH,)) + m.b),
-        lambda m, x: m.head((x - x.mean(-1, keepdim=True)) * torch.rsqrt(x.var(-1, keepdim=True) + 1e-5) * m.g + m.b),
+        lambda m, x: m.head(
+            (x - x.mean(-1, keepdim=True)) * torch.rsqrt(x.var(-1, keepdim=True) + 1e-5) * m.g + m.b
+        ),
     ]
     for spelling in spellings:
-        gauges = find_gauges(Of(spelling, g=vector(), b=vector(), head=linear(CLASSES)), inputs=(X,))
+        gauges = find_gauges(
+            Of(spelling, g=vector(), b=vector(), head=linear(CLASSES)), inputs=(X,)
+        )
         assert kinds(gauges) == {"norm_scale", "logit_shift"}, str(gauges)
 
 
-# ---------------------------------------------------------------------------------------------------- attention
+# --------------------------------------------------------------------------------------------------
+# attention
 
 
 def heads(x: Tensor) -> Tensor:
@@ -113,11 +149,21 @@ def heads(x: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    return F.scaled_dot_product_attention(heads(q), heads(k), heads(v), mask).transpose(1, 2).flatten(2)
+    return (
+        F.scaled_dot_product_attention(heads(q), heads(k), heads(v), mask)
+        .transpose(1, 2)
+        .flatten(2)
+    )
 
 
 def attention(forward: Callable[..., object], **parts: nn.Module | nn.Parameter) -> nn.Module:
-    parts = {"q": linear(), "k": linear(), "v": linear(), "o": linear(), "head": linear(CLASSES)} | parts
+    parts = {
+        "q": linear(),
+        "k": linear(),
+        "v": linear(),
+        "o": linear(),
+        "head": linear(CLASSES),
+    } | parts
     return Of(forward, **parts)
 
 
@@ -196,12 +242,24 @@ def inverse_values(m: nn.Module, x: Tensor) -> Tensor:
 EXTRA = {"q2": linear(), "k2": linear(), "v2": linear(), "o2": linear()}
 ONE_LAYER = {"v2": linear(), "q2": linear(), "o2": linear()}
 ATTENTION: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
-    "two attentions on one key map": (lambda: attention(two_on_one_key, **ONE_LAYER), {"value_rotation"}),
-    "values mixed into a later layer": (lambda: attention(values_mixed_later, **EXTRA), {"qk_rotation"}),
+    "two attentions on one key map": (
+        lambda: attention(two_on_one_key, **ONE_LAYER),
+        {"value_rotation"},
+    ),
+    "values mixed into a later layer": (
+        lambda: attention(values_mixed_later, **EXTRA),
+        {"qk_rotation"},
+    ),
     "values added": (lambda: attention(values_added), {"qk_rotation"}),
-    "packed, values added": (lambda: attention(packed_values_added, qkv=linear(3 * WIDTH)), {"qk_rotation"}),
+    "packed, values added": (
+        lambda: attention(packed_values_added, qkv=linear(3 * WIDTH)),
+        {"qk_rotation"},
+    ),
     "keys returned": (lambda: attention(keys_returned), {"value_rotation"}),
-    "packed, keys and values returned": (lambda: attention(packed_cache, qkv=linear(3 * WIDTH)), set()),
+    "packed, keys and values returned": (
+        lambda: attention(packed_cache, qkv=linear(3 * WIDTH)),
+        set(),
+    ),
     "mask made of keys": (lambda: attention(mask_of_keys), {"value_rotation"}),
     "mask made of queries": (
         lambda: attention(mask_of_queries, table=nn.Parameter(torch.randn(6, WIDTH // HEADS))),
@@ -210,8 +268,14 @@ ATTENTION: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "queries are keys": (lambda: attention(queries_are_keys), {"value_rotation"}),
     "squared": (lambda: attention(squared), {"qk_rotation"}),
     "root of the square": (lambda: attention(signed_root), {"qk_rotation"}),
-    "values scaled by a parameter of ones": (lambda: attention(scaled_values, scale=vector()), {"qk_rotation"}),
-    "queries shifted by a parameter of zeros": (lambda: attention(shifted_queries, scale=vector()), {"value_rotation"}),
+    "values scaled by a parameter of ones": (
+        lambda: attention(scaled_values, scale=vector()),
+        {"qk_rotation"},
+    ),
+    "queries shifted by a parameter of zeros": (
+        lambda: attention(shifted_queries, scale=vector()),
+        {"value_rotation"},
+    ),
     "inverse values": (lambda: attention(inverse_values), {"qk_rotation"}),
 }
 
@@ -233,7 +297,10 @@ def test_plain_heads_are_found_packed_and_not() -> None:
 
     def gated(m: nn.Module, x: Tensor) -> Tensor:
         q, k, v, gate = m.qkv(x).split([WIDTH, WIDTH, WIDTH, HEADS], -1)
-        y = F.scaled_dot_product_attention(heads(q), heads(k), heads(v)) * gate.sigmoid().mT[..., None]
+        y = (
+            F.scaled_dot_product_attention(heads(q), heads(k), heads(v))
+            * gate.sigmoid().mT[..., None]
+        )
         return m.head(m.o(y.transpose(1, 2).reshape(*x.shape)))
 
     for forward, rows in ((plain, 1), (packed, 3 * WIDTH), (gated, 3 * WIDTH + HEADS)):
@@ -245,23 +312,44 @@ def test_plain_heads_are_found_packed_and_not() -> None:
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_key_and_a_value_of_their_own_at_the_end(packed: bool) -> None:
-    """``nn.MultiheadAttention(add_bias_kv=True)``: one position more, which no head turns; it has none as it stands."""
+    """``nn.MultiheadAttention(add_bias_kv=True)``: one position more, which no head turns; it has
+    none as it stands.
+    """
     sizes = {} if packed else {"kdim": WIDTH + 1, "vdim": WIDTH + 1}
     module = nn.MultiheadAttention(WIDTH, HEADS, add_bias_kv=True, batch_first=True, **sizes)
-    model = Of(lambda m, x, y: m.head(m.mha(x, y, y, need_weights=False)[0]), mha=module, head=linear(CLASSES))
+    model = Of(
+        lambda m, x, y: m.head(m.mha(x, y, y, need_weights=False)[0]),
+        mha=module,
+        head=linear(CLASSES),
+    )
     y = X if packed else torch.randn(3, 9, WIDTH + 1)
     for verify in (False, True):
         assert kinds(find_gauges(model, inputs=(X, y), verify=verify)) == {"logit_shift"}
     plain = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
-    model = Of(lambda m, x: m.head(m.mha(x, x, x, need_weights=False)[0]), mha=plain, head=linear(CLASSES))
-    assert kinds(find_gauges(model, inputs=(X,))) == {"logit_shift", "value_rotation", "qk_rotation"}
+    model = Of(
+        lambda m, x: m.head(m.mha(x, x, x, need_weights=False)[0]), mha=plain, head=linear(CLASSES)
+    )
+    assert kinds(find_gauges(model, inputs=(X,))) == {
+        "logit_shift",
+        "value_rotation",
+        "qk_rotation",
+    }
 
 
 def test_relative_positions_of_sam() -> None:
     import timm
 
-    options = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 7}
-    model = timm.create_model("samvit_base_patch16", global_attn_indexes=(1,), window_size=2, **options)
+    options = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 16,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 7,
+    }
+    model = timm.create_model(
+        "samvit_base_patch16", global_attn_indexes=(1,), window_size=2, **options
+    )
     for verify in (False, True):
         gauges = find_gauges(model, inputs=(torch.randn(2, 3, 32, 32),), verify=verify)
         assert "qk_rotation" not in kinds(gauges), str(gauges)
@@ -287,16 +375,25 @@ def branched_rotary(m: nn.Module, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("forward", [late_rotary, branched_rotary])
 def test_a_rotary_embedding_that_sets_in_beyond_the_example(forward: Callable[..., Tensor]) -> None:
-    """On the example heads turn as wholes; longer inputs, which are tried, show that they do not."""
-    with pytest.warns(UserWarning, match="qk_rotation .* is no symmetry of the model and is left out"):
+    """On the example heads turn as wholes; longer inputs, which are tried, show that they do
+    not.
+    """
+    with pytest.warns(
+        UserWarning, match="qk_rotation .* is no symmetry of the model and is left out"
+    ):
         gauges = find_gauges(attention(forward), inputs=(X,))
     assert kinds(gauges) == {"logit_shift", "value_rotation"}
     assert any(r.kind == "qk_rotation" and "changes outputs" in r.reason for r in gauges.refused)
     long = torch.randn(2, 12, WIDTH)
-    assert kinds(find_gauges(attention(forward), inputs=(long,))) == {"logit_shift", "value_rotation", "qk_rotation"}
+    assert kinds(find_gauges(attention(forward), inputs=(long,))) == {
+        "logit_shift",
+        "value_rotation",
+        "qk_rotation",
+    }
 
 
-# ---------------------------------------------------------------------------------------------------- the loss
+# --------------------------------------------------------------------------------------------------
+# the loss
 
 
 def test_what_the_loss_is_is_asked_where_the_model_leaves_it_open() -> None:
@@ -306,11 +403,17 @@ def test_what_the_loss_is_is_asked_where_the_model_leaves_it_open() -> None:
     for model, inputs in ((two_towers, (X, X)), (as_dict, (X,)), (beside, (X,))):
         refused = find_gauges(model, inputs=inputs)
         assert not refused.found
-        assert any("find_gauges(model, loss='cross_entropy')" in refusal.reason for refusal in refused.refused)
+        assert any(
+            "find_gauges(model, loss='cross_entropy')" in refusal.reason
+            for refusal in refused.refused
+        )
         assert kinds(find_gauges(model, inputs=inputs, loss="cross_entropy")) == {"logit_shift"}
         assert not find_gauges(model, inputs=inputs, loss="other").found
-    hidden = Of(lambda m, x: {"hidden": (h := m.a(x)), "logits": m.b(h)}, a=linear(), b=linear(CLASSES))
-    assert kinds(find_gauges(hidden, inputs=(X,))) == {"logit_shift"}  # what the logits are made of is no other output
+    hidden = Of(
+        lambda m, x: {"hidden": (h := m.a(x)), "logits": m.b(h)}, a=linear(), b=linear(CLASSES)
+    )
+    # what the logits are made of is no other output
+    assert kinds(find_gauges(hidden, inputs=(X,))) == {"logit_shift"}
 
 
 def test_one_output_is_no_softmax() -> None:
@@ -336,11 +439,18 @@ def test_a_penalty_on_logits_is_seen() -> None:
         ({"num_labels": 3}, True),
     ],
 )
-def test_what_a_model_of_transformers_says_of_its_loss(options: dict[str, object], found: bool) -> None:
+def test_what_a_model_of_transformers_says_of_its_loss(
+    options: dict[str, object], found: bool
+) -> None:
     import transformers
 
     config = transformers.ViTConfig(
-        image_size=16, patch_size=8, hidden_size=16, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2
+        image_size=16,
+        patch_size=8,
+        hidden_size=16,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
     )
     for key, value in options.items():
         setattr(config, key, value)
@@ -350,17 +460,27 @@ def test_what_a_model_of_transformers_says_of_its_loss(options: dict[str, object
 
 
 def test_an_unknown_loss() -> None:
-    with pytest.raises(ValueError, match="Invalid loss='bce': expected None or one of cross_entropy, other"):
+    with pytest.raises(
+        ValueError, match="Invalid loss='bce': expected None or one of cross_entropy, other"
+    ):
         find_gauges(nn.Sequential(nn.Linear(3, 2)), loss="bce")
 
 
-# ---------------------------------------------------------------------------------------------------- wrappers
+# --------------------------------------------------------------------------------------------------
+# wrappers
 
 
 def inner_and_more() -> nn.Module:
-    """A submodule that is called module, and what is not inside it: the norm is read outside as well."""
+    """A submodule that is called module, and what is not inside it: the norm is read outside as
+    well.
+    """
     inner = Of(lambda m, x: m.up(m.norm(x)).relu(), norm=nn.LayerNorm(WIDTH), up=linear())
-    return Of(lambda m, x: m.head(m.module(x)) + m.skip(m.module.norm(x)), module=inner, head=linear(5), skip=linear(5))
+    return Of(
+        lambda m, x: m.head(m.module(x)) + m.skip(m.module.norm(x)),
+        module=inner,
+        head=linear(5),
+        skip=linear(5),
+    )
 
 
 def test_a_submodule_called_module_is_no_wrapper() -> None:
@@ -384,7 +504,8 @@ def test_names_in_a_wrapper_around_a_submodule_called_module() -> None:
     DDCAdam(wrapped.named_parameters(), gauges)
 
 
-# ---------------------------------------------------------------------------------------------------- training mode
+# --------------------------------------------------------------------------------------------------
+# training mode
 
 
 class Auxiliary(nn.Module):
@@ -440,7 +561,8 @@ def test_what_a_forward_pass_leaves_on_the_model_is_gone_and_was_seen() -> None:
     copy.deepcopy(model)
 
 
-# ---------------------------------------------------------------------------------------------------- ties
+# --------------------------------------------------------------------------------------------------
+# ties
 
 
 def tied_by_data(m: nn.Module) -> None:
@@ -473,18 +595,25 @@ def test_weights_that_share_memory_are_tied(tie: Callable[[nn.Module], None]) ->
         table = m.hidden[0] if hasattr(m, "hidden") else getattr(m, "table", m.embedding.weight)
         return m.head(m.norm(F.embedding(tokens, table)))
 
-    model = Of(forward, embedding=nn.Embedding(CLASSES, WIDTH), norm=nn.LayerNorm(WIDTH), head=linear(CLASSES))
+    model = Of(
+        forward,
+        embedding=nn.Embedding(CLASSES, WIDTH),
+        norm=nn.LayerNorm(WIDTH),
+        head=linear(CLASSES),
+    )
     tie(model)
     tokens = torch.arange(CLASSES)[None]
     for verify in (False, True):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore" if tie is tied_in_a_list else "error")  # the trial alone sees through a list
+            # the trial alone sees through a list
+            warnings.simplefilter("ignore" if tie is tied_in_a_list else "error")
             gauges = find_gauges(model, inputs=(tokens,), verify=verify)
         if verify or tie is not tied_in_a_list:
             assert not gauges.found, str(gauges)
 
 
-# ---------------------------------------------------------------------------------------------------- what hides
+# --------------------------------------------------------------------------------------------------
+# what hides
 
 
 def extra(m: nn.Module, x: Tensor) -> Tensor:
@@ -590,8 +719,12 @@ def test_what_cannot_be_tried_in_training_is_said() -> None:
         return m.head(m.norm(x))
 
     model = Of(forward, norm=nn.LayerNorm(WIDTH), head=linear(CLASSES))
-    with pytest.warns(UserWarning, match="2 gauges .* the model does not run in training: targets are needed"):
-        assert set(find_gauges(model, inputs=(X,)).unchecked) == set(find_gauges(model, inputs=(X, X)).found)
+    with pytest.warns(
+        UserWarning, match="2 gauges .* the model does not run in training: targets are needed"
+    ):
+        assert set(find_gauges(model, inputs=(X,)).unchecked) == set(
+            find_gauges(model, inputs=(X, X)).found
+        )
 
 
 def test_a_table_of_positions_that_ends_soon() -> None:
@@ -631,7 +764,11 @@ def test_random_numbers_of_numpy_do_not_cost_a_gauge() -> None:
     assert kinds(find_gauges(model, inputs=(X,))) == {"norm_scale", "logit_shift"}
     assert (np.random.get_state()[1] == before).all()  # noqa: NPY002
     generator = torch.Generator()
-    model = Of(lambda m, x: m.head(m.norm(x)) + torch.rand(1, generator=generator), norm=norm(), head=linear(CLASSES))
+    model = Of(
+        lambda m, x: m.head(m.norm(x)) + torch.rand(1, generator=generator),
+        norm=norm(),
+        head=linear(CLASSES),
+    )
     with pytest.warns(UserWarning, match="does not compute the same twice"):
         assert len(find_gauges(model, inputs=(X,)).unchecked) == 1
 
@@ -661,13 +798,16 @@ def test_a_bias_is_one_number_a_row() -> None:
 
 
 def test_text_among_the_inputs() -> None:
-    model = Of(lambda m, x, how: getattr(m.head(m.norm(x)), how)(1), norm=norm(), head=linear(CLASSES))
+    model = Of(
+        lambda m, x, how: getattr(m.head(m.norm(x)), how)(1), norm=norm(), head=linear(CLASSES)
+    )
     assert kinds(find_gauges(model, inputs=(X, "mean"), loss="other")) == {"norm_scale"}
     with pytest.raises(ValueError, match=r"inputs=\(x,\)"):
         find_gauges(model, inputs=X)
 
 
-# ---------------------------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------------------------
+# refusals
 
 
 def test_models_that_cannot_be_read_end_in_one_line() -> None:
@@ -676,7 +816,10 @@ def test_models_that_cannot_be_read_end_in_one_line() -> None:
     cases = {
         "no parameters": (nn.Sequential(nn.ReLU()), "has no parameters"),
         "quantised": (quantised, "parameter '0.weight' of Sequential is torch.int8, quantised"),
-        "control flow": (Of(lambda m, x: m.a(x) if x.sum() > 0 else x, a=linear()), "cannot be traced"),
+        "control flow": (
+            Of(lambda m, x: m.a(x) if x.sum() > 0 else x, a=linear()),
+            "cannot be traced",
+        ),
     }
     for model, message in cases.values():
         with pytest.raises(ValueError, match=message) as caught:
@@ -687,7 +830,9 @@ def test_models_that_cannot_be_read_end_in_one_line() -> None:
 def test_a_model_without_values_is_read_by_rules_and_says_so() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
-    with pytest.warns(UserWarning, match="2 gauges were proved by rules alone .* its weights have no values"):
+    with pytest.warns(
+        UserWarning, match="2 gauges were proved by rules alone .* its weights have no values"
+    ):
         gauges = find_gauges(model)
     assert kinds(gauges) == {"relu_rescale", "logit_shift"}
     assert set(gauges.unchecked) == set(gauges.found)
@@ -700,7 +845,12 @@ def test_a_model_without_values_is_read_by_rules_and_says_so() -> None:
 def llama() -> nn.Module:
     import transformers
 
-    sizes = {"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=11, **sizes))
 
 
@@ -713,7 +863,10 @@ def test_what_is_too_large_is_tried_on_a_narrow_twin(monkeypatch: pytest.MonkeyP
         gauges = find_gauges(model)
     assert str(gauges) == str(expected)
     assert not gauges.unchecked
-    with pytest.warns(UserWarning, match=r"gauges .* parameters, and Sequential has no config to build a narrow twin"):
+    with pytest.warns(
+        UserWarning,
+        match=r"gauges .* parameters, and Sequential has no config to build a narrow twin",
+    ):
         assert find_gauges(
             nn.Sequential(*[each for _ in range(4) for each in (nn.Linear(300, 300), nn.ReLU())])
         ).unchecked
@@ -726,7 +879,9 @@ def test_weights_on_the_meta_device_are_tried_on_a_narrow_twin() -> None:
         warnings.simplefilter("error")
         gauges = find_gauges(model)
     assert kinds(gauges) == {"logit_shift", "gated_rescale", "norm_scale", "value_rotation"}
-    assert any("inv_freq is on the meta device and has no values" in r.reason for r in gauges.refused)
+    assert any(
+        "inv_freq is on the meta device and has no values" in r.reason for r in gauges.refused
+    )
 
 
 def test_low_precision_does_not_hide_a_rotation() -> None:
@@ -736,7 +891,8 @@ def test_low_precision_does_not_hide_a_rotation() -> None:
     assert "qk_rotation" in expected
     assert str(find_gauges(model.bfloat16())) == expected
     tokens = torch.arange(6).view(2, 3)
-    assert str(find_gauges(model, inputs={"input_ids": tokens})) == expected  # no cache is asked for
+    # no cache is asked for
+    assert str(find_gauges(model, inputs={"input_ids": tokens})) == expected
 
 
 def test_finding_draws_no_random_number() -> None:
@@ -747,7 +903,9 @@ def test_finding_draws_no_random_number() -> None:
 
 
 def test_too_few_positions_do_not_show_how_heads_turn() -> None:
-    """At the first position a rotary embedding is the identity; of two, one angle is not seen to be one."""
+    """At the first position a rotary embedding is the identity; of two, one angle is not seen to be
+    one.
+    """
     for length in (1, 2):
         for verify in (False, True):
             gauges = find_gauges(attention(late_rotary), inputs=(X[:, :length],), verify=verify)

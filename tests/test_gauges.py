@@ -1,4 +1,6 @@
-"""The gauges are symmetries, find_gauges finds all and only those, and the evidence tells true from false."""
+"""The gauges are symmetries, find_gauges finds all and only those, and the evidence tells true from
+false.
+"""
 
 from __future__ import annotations
 
@@ -66,9 +68,12 @@ def test_every_gauge_moves_the_weights(config: GPTConfig) -> None:
     qk_norm=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_the_whole_group_is_a_symmetry_of_any_config(norm, mlp, positions, heads, bias, tied, qk_norm, seed) -> None:
+def test_the_whole_group_is_a_symmetry_of_any_config(
+    norm, mlp, positions, heads, bias, tied, qk_norm, seed
+) -> None:
     config = GPTConfig(
-        context=8, layers=1, width=16, heads=heads[0], kv_heads=heads[1], hidden=10, norm=norm, mlp=mlp,
+        context=8, layers=1, width=16, heads=heads[0], kv_heads=heads[1], hidden=10, norm=norm,
+        mlp=mlp,
         positions=positions, bias=bias, tied_head=tied, qk_norm=qk_norm,
     )  # fmt: skip
     model = make_model(config, seed % 1000)
@@ -86,7 +91,11 @@ def test_the_whole_group_is_a_symmetry_of_any_config(norm, mlp, positions, heads
         ({"mlp": "relu2"}, {"relu_rescale"}, {}),
         ({"mlp": "gelu"}, {"norm_scale"}, {"relu_rescale": "GELU"}),
         ({"tied_head": True}, {"norm_scale"}, {"logit_shift": "tied", "norm_scale": "tied"}),
-        ({"qk_norm": True}, {"value_rotation"}, {"qk_rotation": "QK-norm", "norm_scale": "not a linear map"}),
+        (
+            {"qk_norm": True},
+            {"value_rotation"},
+            {"qk_rotation": "QK-norm", "norm_scale": "not a linear map"},
+        ),
     ],
 )
 def test_found_and_refused(changes: dict, found: set[str], refused: dict[str, str]) -> None:
@@ -139,12 +148,18 @@ def test_only() -> None:
 
 
 def test_dimension_counts_the_orbit(config: GPTConfig) -> None:
-    """The tangent vectors of the action, found by small group elements, span as many dimensions as claimed."""
+    """The tangent vectors of the action, found by small group elements, span as many dimensions as
+    claimed.
+    """
     model = make_model(config)
     units = find_gauges(model)
     for gauges in (units, in_blocks(units)):
         tangents = orbit_tangents(model, gauges)
-        assert torch.linalg.matrix_rank(tangents, rtol=1e-9) == len(tangents) == gauges.dimension(model)
+        assert (
+            torch.linalg.matrix_rank(tangents, rtol=1e-9)
+            == len(tangents)
+            == gauges.dimension(model)
+        )
 
 
 def test_blocks_are_subgroups(config: GPTConfig) -> None:
@@ -165,7 +180,9 @@ def test_blocks_of_units_that_were_not_tried_are_not_either() -> None:
     units = find_gauges(make_model(MODELS["rms-swiglu-rope-gqa"]))
     gated, norm = (units.only([kind])[0] for kind in ("gated_rescale", "norm_scale"))
     blocks = in_blocks(GaugeSet(units.found, (), {gated: "no float64", norm: "no time"}))
-    block = next(gauge for gauge in blocks if gauge.where == gated.where and gauge.kind == gated.kind)
+    block = next(
+        gauge for gauge in blocks if gauge.where == gated.where and gauge.kind == gated.kind
+    )
     assert blocks.unchecked == {block: "no float64", norm: "no time"}
     assert block != gated
 
@@ -176,7 +193,10 @@ def test_a_chain_in_blocks_is_the_chained_rescale() -> None:
     (ours,) = (gauge for gauge in find_gauges(model, per_layer=True) if isinstance(gauge, Chain))
     assert chain.weights == ours.weights
     residual = DeepMLP(DeepMLPConfig(depth=4, width=8, residual=True), 7, 7)
-    assert [g.block for g in in_blocks(find_gauges(residual)) if isinstance(g, Rescale)] == [True, True]
+    assert [g.block for g in in_blocks(find_gauges(residual)) if isinstance(g, Rescale)] == [
+        True,
+        True,
+    ]
 
 
 def test_layers_that_cannot_have_one_scale_each_are_refused() -> None:
@@ -197,7 +217,9 @@ def test_layers_that_cannot_have_one_scale_each_are_refused() -> None:
 
 
 def orbit_tangents(model: GPT, gauges: GaugeSet) -> torch.Tensor:
-    """Derivative of the action at the identity: (dimension, parameters), by forward-mode differentiation."""
+    """Derivative of the action at the identity: (dimension, parameters), by forward-mode
+    differentiation.
+    """
     params = {name: p.detach() for name, p in params_of(model).items()}
     sizes = [p.numel() for p in params.values()]
     rows = []
@@ -229,7 +251,9 @@ def generators(gauge, params):
                 for side, sign in ((gauge.plus, 1), (gauge.minus, -gauge.degree)):
                     for name, axis in side:
                         tangents[name] = torch.zeros_like(params[name])
-                        tangents[name].movedim(axis, 0)[unit] = sign * params[name].movedim(axis, 0)[unit]
+                        tangents[name].movedim(axis, 0)[unit] = (
+                            sign * params[name].movedim(axis, 0)[unit]
+                        )
                 yield tangents
         case Rotation():
             units, k = gauge.shape
@@ -254,7 +278,9 @@ def test_the_action_is_a_homomorphism() -> None:
         params = {name: p.detach().clone() for name, p in params_of(model).items()}
         twice = {name: p.clone() for name, p in params.items()}
         a, b = gauge.sample(params, generator), gauge.sample(params, generator)
-        product = {Shift: a + b, Rescale: a * b, Rotation: b @ a if a.ndim == 3 else None}[type(gauge)]
+        product = {Shift: a + b, Rescale: a * b, Rotation: b @ a if a.ndim == 3 else None}[
+            type(gauge)
+        ]
         gauge.act_(twice, a)
         gauge.act_(twice, b)
         gauge.act_(params, product)
@@ -270,7 +296,8 @@ def test_a_rotation_of_one_head_turns_that_head_alone() -> None:
     element[1] = rotation.sample(params_of(model), torch.Generator().manual_seed(0))[1]
     moved = copy.deepcopy(model)
     rotation.act_(params_of(moved), element)
-    value, output = (getattr(moved.blocks[0].attention, n).weight - getattr(model.blocks[0].attention, n).weight
+    value, output = (getattr(moved.blocks[0].attention,
+    n).weight - getattr(model.blocks[0].attention, n).weight
                      for n in ("value", "output"))  # fmt: skip
     assert value[:4].abs().max() == 0
     assert value[4:].abs().min() > 0
@@ -299,7 +326,9 @@ def test_samples_are_uniform_in_spread_and_orthogonal() -> None:
             if isinstance(gauge, Rescale):
                 assert element.log().abs().max() <= 0.5
             if isinstance(gauge, Rotation):
-                torch.testing.assert_close(element @ element.mT, torch.eye(4, dtype=torch.float64).expand_as(element))
+                torch.testing.assert_close(
+                    element @ element.mT, torch.eye(4, dtype=torch.float64).expand_as(element)
+                )
                 signs += torch.linalg.det(element).round().tolist()
     assert set(signs) == {-1.0, 1.0}
 
@@ -323,7 +352,8 @@ def test_audit_and_check_tell_false_gauges() -> None:
         Rescale("norm_scale", "one reader forgotten", (Axis("blocks.0.attention_norm.weight"),),
                 (Axis("blocks.0.attention.query.weight", 1),)),
         Shift("embedding.weight", where="a tied head"),
-        Rotation("value_rotation", "values alone", (RotatedAxis("blocks.0.attention.value.weight", 0, heads),), True),
+        Rotation("value_rotation", "values alone", (RotatedAxis("blocks.0.attention.value.weight",
+        0, heads),), True),
         Rotation("qk_rotation", "heads under RoPE", (
             RotatedAxis("blocks.0.attention.query.weight", 0, heads),
             RotatedAxis("blocks.0.attention.key.weight", 0, heads)), True),
@@ -347,8 +377,10 @@ def test_audit_without_gradients_is_an_error() -> None:
         (lambda: Rescale("relu", "x", (Axis("a"),), (Axis("b", 1),)), "Invalid kind='relu'"),
         (lambda: Rescale("relu_rescale", "x", (), (Axis("b", 1),)), "both sides"),
         (lambda: Rescale("relu_rescale", "x", (Axis("a"),), (Axis("b", 1),), degree=0), "degree=0"),
-        (lambda: Rotation("value_rotation", "x", (RotatedAxis("a", 0, np.zeros((1, 1, 2), dtype=np.int64)),
-                          RotatedAxis("b", 0, np.zeros((1, 1, 3), dtype=np.int64))), True), "slots must agree"),
+        (lambda: Rotation("value_rotation", "x", (RotatedAxis("a", 0, np.zeros((1, 1, 2),
+        dtype=np.int64)),
+                          RotatedAxis("b", 0, np.zeros((1, 1, 3), dtype=np.int64))), True),
+                          "slots must agree"),
     ],
 )  # fmt: skip
 def test_bad_declarations(make, message: str) -> None:

@@ -1,4 +1,6 @@
-"""scale=gpu, as far as it can be checked without a GPU: shapes, memory, and no value needed on the host."""
+"""scale=gpu, as far as it can be checked without a GPU: shapes, memory, and no value needed on the
+host.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,21 @@ def config(*overrides: str) -> Config:
 @pytest.mark.slow
 def test_the_gpu_scale_fits_a_24_gb_card() -> None:
     gpu = config("scale=gpu")
-    assert (gpu.model.layers, gpu.model.norm, gpu.model.mlp, gpu.model.positions) == (12, "rms", "swiglu", "rope")
+    assert (gpu.model.layers, gpu.model.norm, gpu.model.mlp, gpu.model.positions) == (
+        12,
+        "rms",
+        "swiglu",
+        "rope",
+    )
     assert not gpu.model.tied_head
     assert gpu.training.precision == "bfloat16"
     ours = estimate_memory(gpu, load_data(gpu.data, gpu.model, 0))
     adamw = config("scale=gpu", "optimizer=adamw")
     plain = estimate_memory(adamw, load_data(adamw.data, adamw.model, 0))
     assert ours.parameters == plain.parameters == 75_909_888
-    assert ours.optimizer_state < plain.optimizer_state == pytest.approx(8 * ours.parameters, rel=1e-3)
+    assert (
+        ours.optimizer_state < plain.optimizer_state == pytest.approx(8 * ours.parameters, rel=1e-3)
+    )
     assert plain.peak < 22e9
     assert ours.peak < 1.05 * plain.peak
 
@@ -73,7 +82,9 @@ def test_bfloat16_autocast_trains(shakespeare) -> None:
 
 def vit_config(*overrides: str) -> Config:
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return resolve(compose("config", overrides=["+experiment=vit_scratch", "scale=gpu", *overrides]))
+        return resolve(
+            compose("config", overrides=["+experiment=vit_scratch", "scale=gpu", *overrides])
+        )
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "ddcadam", "muon", "ddcmuon"])

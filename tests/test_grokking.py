@@ -27,14 +27,24 @@ def record(name: str, accuracies: list[float], train: list[float] | None = None,
     steps = [100 * i for i in range(len(accuracies))]
     train = train or [1.0] * len(accuracies)
     curve = {"step": steps, "train_loss": steps, "validation_loss": steps, "train_accuracy": train}
-    return {"config": {"optimizer": {"name": name}}, "curve": {**curve, "validation_accuracy": accuracies}, **more}
+    return {
+        "config": {"optimizer": {"name": name}},
+        "curve": {**curve, "validation_accuracy": accuracies},
+        **more,
+    }
 
 
 def test_steps_of_a_curve() -> None:
     late = record("muon", [0.0, 0.5, 0.94, 0.95, 0.9], [0.1, 0.99, 1.0, 1.0, 1.0])
-    assert (fit_step(late), step_of(late), step_of(late, 0.75), step_of(late, 0.99)) == (100, 300, 200, None)
+    assert (fit_step(late), step_of(late), step_of(late, 0.75), step_of(late, 0.99)) == (
+        100,
+        300,
+        200,
+        None,
+    )
     assert delay(late) == 200
-    assert delay(record("muon", [0.0, 0.97, 0.98], [0.1, 0.95, 0.99])) == -100  # generalises before it fits
+    # generalises before it fits
+    assert delay(record("muon", [0.0, 0.97, 0.98], [0.1, 0.95, 0.99])) == -100
     assert delay(record("muon", [0.0, 0.1], [0.1, 1.0])) is None
     diverged = record("muon", [])
     assert (step_of(diverged), grokked([late, diverged])) == (None, 1)
@@ -61,7 +71,9 @@ def test_verdict_by_its_rule(ours: int, plain: int, expected: str) -> None:
     ]
     found = verdicts(records, CLAIM)
     assert [each.verdict for each in found] == [expected] * 2
-    assert found[0].ours.startswith(f"{ours} of 11 against {plain} of 11: {(ours - plain) / 11:+.2f}")
+    assert found[0].ours.startswith(
+        f"{ours} of 11 against {plain} of 11: {(ours - plain) / 11:+.2f}"
+    )
 
 
 def test_a_fifth_is_still_few() -> None:
@@ -80,7 +92,9 @@ def test_every_optimizer_has_as_many_settings() -> None:
 
 
 class Ended:
-    """Ended runs whose accuracies a function of their overrides gives; writes what the plan reads."""
+    """Ended runs whose accuracies a function of their overrides gives; writes what the plan
+    reads.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, accuracy) -> None:
         def read(self, planned, runs: str) -> list[SweepRun]:
@@ -90,8 +104,15 @@ class Ended:
                 value = accuracy(overrides, seed)
                 if value is not None:
                     run.folder.mkdir(exist_ok=True)
-                    row = {"step": 0, "train_loss": 0.0, "validation_loss": 0.0, "train_accuracy": 1.0}
-                    (run.folder / "records.jsonl").write_text(json.dumps({**row, "validation_accuracy": value}) + "\n")
+                    row = {
+                        "step": 0,
+                        "train_loss": 0.0,
+                        "validation_loss": 0.0,
+                        "train_accuracy": 1.0,
+                    }
+                    (run.folder / "records.jsonl").write_text(
+                        json.dumps({**row, "validation_accuracy": value}) + "\n"
+                    )
                     (run.folder / "run.json").write_text(json.dumps({"config": {}, **provenance()}))
                     (run.folder / "summary.json").write_text("{}")
                 found.append(run)
@@ -100,7 +121,9 @@ class Ended:
         monkeypatch.setattr(Experiment, "sweep", read)
 
 
-def test_the_choice_is_by_runs_that_grok_then_by_accuracy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_choice_is_by_runs_that_grok_then_by_accuracy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     often, once = grid("muon")[3], grid("muon")[7]
 
     def accuracy(overrides: str, seed: int) -> float:
@@ -150,12 +173,22 @@ def test_the_committed_table_is_what_its_records_make() -> None:
 def test_figures_from_records(tmp_path: Path) -> None:
     figures = drawn(drawings(read_lines(RECORDS)), tmp_path)
     assert {path.name for path in figures} == {"accuracy.png", "depth.png"}
-    assert all(path.stat().st_size > 10_000 for png in figures for path in (png, png.with_suffix(".pdf")))
+    assert all(
+        path.stat().st_size > 10_000 for png in figures for path in (png, png.with_suffix(".pdf"))
+    )
 
 
 def test_a_run_that_diverged_at_once_is_counted() -> None:
     records = read_lines(RECORDS)
-    index = next(i for i, r in enumerate(records) if "matched" in r["stages"] and r["stages"].keys() == {"matched"})
+    index = next(
+        i
+        for i, r in enumerate(records)
+        if "matched" in r["stages"] and r["stages"].keys() == {"matched"}
+    )
     empty = {key: [] for key in records[index]["curve"]}
-    changed = [*records[:index], {**records[index], "curve": empty, "diverged": True}, *records[index + 1 :]]
+    changed = [
+        *records[:index],
+        {**records[index], "curve": empty, "diverged": True},
+        *records[index + 1 :],
+    ]
     assert markdown(changed, CLAIM) != markdown(records, CLAIM)

@@ -1,4 +1,6 @@
-"""Image data: what comes in, what augmentation, mixup and label smoothing do, and the vision transformer on it."""
+"""Image data: what comes in, what augmentation, mixup and label smoothing do, and the vision
+transformer on it.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,14 @@ def digits() -> ImageData:
 
 
 def data(count: int = 10, classes: int = 3, **options) -> ImageData:
-    pixels = torch.randint(256, (count, 2, 8, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pixels = torch.randint(
+        256, (count, 2, 8, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     labels = torch.arange(count) % classes
     split = (pixels, labels)
-    return ImageData(ImageConfig(**options), split, split, classes, "", torch.zeros(2, 1, 1), torch.ones(2, 1, 1))
+    return ImageData(
+        ImageConfig(**options), split, split, classes, "", torch.zeros(2, 1, 1), torch.ones(2, 1, 1)
+    )
 
 
 def test_embedded_digits_are_whole(digits: ImageData) -> None:
@@ -71,7 +77,9 @@ def write_idx(path: Path, array: np.ndarray) -> None:
     path.write_bytes(gzip.compress(header + array.tobytes()))
 
 
-def test_fashion_mnist_is_read_from_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fashion_mnist_is_read_from_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pixels = np.random.default_rng(0).integers(256, size=(7, 28, 28), dtype=np.uint8)
     labels = np.array([0, 1, 2, 3, 4, 9, 9], dtype=np.uint8)
     for part in ("train", "t10k"):
@@ -87,14 +95,22 @@ def test_fashion_mnist_is_read_from_its_files(tmp_path: Path, monkeypatch: pytes
         idx(tmp_path / "train-images-idx3-ubyte.gz")
 
 
-@pytest.mark.skipif(not any(f.is_dir() for f in FASHION_MNIST_FOLDERS), reason="make fashion-mnist fetches the images")
+@pytest.mark.skipif(
+    not any(f.is_dir() for f in FASHION_MNIST_FOLDERS),
+    reason="make fashion-mnist fetches the images",
+)
 def test_fashion_mnist_is_whole() -> None:
     found = load_images(ImageConfig(name="fashion_mnist"))
-    assert (found.train[0].shape, found.validation[0].shape) == ((60_000, 1, 28, 28), (10_000, 1, 28, 28))
+    assert (found.train[0].shape, found.validation[0].shape) == (
+        (60_000, 1, 28, 28),
+        (10_000, 1, 28, 28),
+    )
     assert found.train[1].bincount().tolist() == [6000] * 10
 
 
-def test_without_files_and_hub_an_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_files_and_hub_an_error_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(images, "FASHION_MNIST_FOLDERS", (tmp_path / "absent",))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -106,14 +122,18 @@ def test_without_files_and_hub_an_error_says_what_to_do(monkeypatch: pytest.Monk
 def pictures(modes: list[str], size: tuple[int, int] = (6, 8)) -> list[Image.Image]:
     generator = np.random.default_rng(0)
     shape = {"RGB": (size[1], size[0], 3), "L": (size[1], size[0])}
-    return [Image.fromarray(generator.integers(256, size=shape[mode], dtype=np.uint8)) for mode in modes]
+    return [
+        Image.fromarray(generator.integers(256, size=shape[mode], dtype=np.uint8)) for mode in modes
+    ]
 
 
 def hub_of(monkeypatch: pytest.MonkeyPatch, found: list[Image.Image]) -> None:
     """A set as the hub's client gives it, of real pictures."""
     rows = datasets.Dataset.from_dict(
         {"img": found, "fine_label": list(range(len(found)))},
-        features=datasets.Features({"img": datasets.Image(), "fine_label": datasets.Value("int64")}),
+        features=datasets.Features(
+            {"img": datasets.Image(), "fine_label": datasets.Value("int64")}
+        ),
     )
     monkeypatch.setattr(datasets, "load_dataset", lambda path, split: rows)
 
@@ -164,13 +184,18 @@ def test_every_epoch_sees_every_image_once() -> None:
     split = data(10)
     seen = torch.cat([split.batch(step, 4, seed=0)[0] for step in range(5)])
     for epoch in seen.split(10):
-        assert sorted(epoch.flatten(1).sum(1).tolist()) == sorted(split.train[0].flatten(1).sum(1).tolist())
+        assert sorted(epoch.flatten(1).sum(1).tolist()) == sorted(
+            split.train[0].flatten(1).sum(1).tolist()
+        )
 
 
 def test_augmentation_moves_and_mirrors() -> None:
     size = 32
-    coordinates = torch.arange(size * size).view(1, 1, size, size).float() + 1  # every pixel is known by its value
-    moved = moved_and_mirrored(coordinates.expand(200, 1, size, size), torch.Generator().manual_seed(0))
+    # every pixel is known by its value
+    coordinates = torch.arange(size * size).view(1, 1, size, size).float() + 1
+    moved = moved_and_mirrored(
+        coordinates.expand(200, 1, size, size), torch.Generator().manual_seed(0)
+    )
     offsets, mirrored = set(), 0
     for image in moved[:, 0]:
         centre = image[size // 2 - 1 : size // 2 + 1, size // 2 - 1 : size // 2 + 1] - 1
@@ -194,7 +219,8 @@ def test_label_smoothing_is_torchs() -> None:
     _, targets = smooth.batch(0, 5, seed=0)
     expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.2)
     torch.testing.assert_close(cross_entropy(logits, targets), expected)
-    assert torch.equal(smooth.evaluation_batches("train", 1, 10)[0][1], plain.train[1])  # in training alone
+    # in training alone
+    assert torch.equal(smooth.evaluation_batches("train", 1, 10)[0][1], plain.train[1])
 
 
 def test_mixup_mixes_pairs_by_one_share() -> None:
@@ -215,17 +241,26 @@ def test_mixup_mixes_pairs_by_one_share() -> None:
 @pytest.mark.parametrize("class_token", [False, True])
 def test_gauges_of_the_vision_transformer(mlp: str, class_token: bool) -> None:
     torch.manual_seed(0)
-    config = ViTConfig(patch=4, layers=2, width=8, heads=2, hidden=12, mlp=mlp, class_token=class_token)
+    config = ViTConfig(
+        patch=4, layers=2, width=8, heads=2, hidden=12, mlp=mlp, class_token=class_token
+    )
     model = build_model(config, shape=(1, 8, 12), classes=3).double()
     gauges = find_gauges(model)
     rescale = {"relu": {"relu_rescale"}, "swiglu": {"gated_rescale"}, "gelu": set()}[mlp]
-    assert {gauge.kind for gauge in gauges} == {"logit_shift", "norm_scale", "value_rotation", "qk_rotation"} | rescale
+    assert {gauge.kind for gauge in gauges} == {
+        "logit_shift",
+        "norm_scale",
+        "value_rotation",
+        "qk_rotation",
+    } | rescale
     x = torch.randn(2, 1, 8, 12, dtype=torch.float64)
     assert max(check(model, gauges, lambda m: m(x).log_softmax(-1)).values()) < 1e-12
 
 
 def test_initialisation_is_that_of_a_step_scale_of_one() -> None:
-    model = build_model(ViTConfig(patch=7, layers=2, width=64, hidden=256), shape=(1, 28, 28), classes=10)
+    model = build_model(
+        ViTConfig(patch=7, layers=2, width=64, hidden=256), shape=(1, 28, 28), classes=10
+    )
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2:
             fan_in = parameter.shape[-1] if parameter.ndim != 4 else parameter[0].numel()
@@ -248,7 +283,9 @@ def test_calibration_error_against_a_plain_loop() -> None:
         inside = (confidence > low) & (confidence <= low + 1 / BINS)
         if inside.any():
             expected += inside.mean() * abs(hit[inside].mean() - confidence[inside].mean())
-    assert calibration_error(torch.tensor(confidence), torch.tensor(hit)) == pytest.approx(expected, abs=1e-12)
+    assert calibration_error(torch.tensor(confidence), torch.tensor(hit)) == pytest.approx(
+        expected, abs=1e-12
+    )
     certain = torch.ones(4)
     assert calibration_error(certain, torch.tensor([True] * 4)) == 0
     assert calibration_error(certain, torch.tensor([True, False, False, False])) == 0.75

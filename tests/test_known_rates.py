@@ -1,11 +1,20 @@
-"""The table of analytic rates: every row derived symbolically, then recovered by observables and reader."""
+"""The table of analytic rates: every row derived symbolically, then recovered by observables and
+reader.
+"""
 
 from __future__ import annotations
 
 import pytest
 import sympy as sp
 
-from ddc.slt.known_rates import KnownRate, known_rates, leaking, local_slope, normal_inputs, output_moment
+from ddc.slt.known_rates import (
+    KnownRate,
+    known_rates,
+    leaking,
+    local_slope,
+    normal_inputs,
+    output_moment,
+)
 from ddc.slt.known_rates import orthogonal_inputs as signs
 
 CASES = known_rates()
@@ -51,7 +60,10 @@ def silu(h: sp.Expr) -> sp.Expr:
     return h / 2
 
 
-EQUAL, UNEQUAL = [sp.Integer(1)] * 4, [sp.Rational(1, 2), sp.Integer(1), sp.Integer(2), sp.Rational(3, 2)]
+EQUAL, UNEQUAL = (
+    [sp.Integer(1)] * 4,
+    [sp.Rational(1, 2), sp.Integer(1), sp.Integer(2), sp.Rational(3, 2)],
+)
 
 
 def derived(case: KnownRate) -> tuple[sp.Expr, sp.Expr | None]:
@@ -99,18 +111,27 @@ def derived(case: KnownRate) -> tuple[sp.Expr, sp.Expr | None]:
             return leading(normal_mean((t**5 * x) ** 2))
         case "quotient of the scalar chain":
             weights = sp.symbols(f"w:{number}")
-            gradient = sp.Matrix([sp.diff(sp.prod(weights), w) for w in weights]).subs(dict.fromkeys(weights, t))
+            gradient = sp.Matrix([sp.diff(sp.prod(weights), w) for w in weights]).subs(
+                dict.fromkeys(weights, t)
+            )
             return leading((gradient.T * sp.ones(number, 1))[0] ** 2 / number)
         case "rotated dead direction under ReLU":
-            u = sp.Matrix([sp.Rational(3, 5), sp.Rational(4, 5) * (-1 if "mixed" in case.name else 1)])
+            u = sp.Matrix(
+                [sp.Rational(3, 5), sp.Rational(4, 5) * (-1 if "mixed" in case.name else 1)]
+            )
             v = sp.Matrix([-u[1], u[0]])
             halves = [sp.Matrix([sp.Max(0, sign * entry) for entry in u]) for sign in (1, -1)]
-            amplitudes = [abs((v.T * half)[0]) for half in halves]  # per unit of the live input, at t = 0
+            # per unit of the live input, at t = 0
+            amplitudes = [abs((v.T * half)[0]) for half in halves]
             if "mixed" in case.name:
                 assert amplitudes == [sp.Rational(12, 25)] * 2
                 return sp.Integer(0), None
             assert amplitudes == [0, 0]
-            return sp.Integer(2), None  # relu is the identity where the live input outweighs t: amplitude t
+            # relu is the identity where the live input outweighs t: amplitude t
+            return (
+                sp.Integer(2),
+                None,
+            )
         case "leak floor":
             return leading(sp.Rational(1, 10**6) + t**2)
     raise AssertionError(f"no derivation of {case.row}")
@@ -139,7 +160,9 @@ def test_every_row_of_the_table_has_a_case() -> None:
 
 
 def test_the_swiglu_coefficient_is_a_quarter_of_the_fourth_moment() -> None:
-    assert sp.limit(chain_moment(lambda h: t * silu(t * h) * t * h, 1) / t**6, t, 0) == sp.Rational(NORMAL[4], 4)
+    assert sp.limit(chain_moment(lambda h: t * silu(t * h) * t * h, 1) / t**6, t, 0) == sp.Rational(
+        NORMAL[4], 4
+    )
     case = next(case for case in CASES if case.row == "SwiGLU block")
     assert case.coefficient == pytest.approx(0.75, rel=0.01)  # 2,000 strata cut the tails
     assert float(normal_inputs().square().mean()) == pytest.approx(1, rel=1e-12)

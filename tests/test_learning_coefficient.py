@@ -1,4 +1,6 @@
-"""Estimates against known learning coefficients, the sampler against a plain loop, and the errors it reports."""
+"""Estimates against known learning coefficients, the sampler against a plain loop, and the errors
+it reports.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ GPT_CONFIG = GPTConfig(context=8, layers=1, width=8, heads=4, kv_heads=2, hidden
 
 
 def assert_close(found: Estimate, truth: float, error: float = 0.03) -> None:
-    """Within 5%, or in the interval; with an interval that says something and chains that have mixed."""
+    """Within 5%, or in the interval; with an interval that says something and chains that have
+    mixed.
+    """
     low, high = found.interval
     assert abs(found.value / truth - 1) < 0.05 or low <= truth <= high, (found, truth)
     assert abs(found.value - truth) < 4.5 * found.standard_error + 0.02 * truth, (found, truth)
@@ -57,7 +61,9 @@ def assert_close(found: Estimate, truth: float, error: float = 0.03) -> None:
 
 
 def tokens(count: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-    text = torch.randint(20, (count, GPT_CONFIG.context + 1), generator=torch.Generator().manual_seed(0))
+    text = torch.randint(
+        20, (count, GPT_CONFIG.context + 1), generator=torch.Generator().manual_seed(0)
+    )
     return text[:, :-1], text[:, 1:]
 
 
@@ -74,7 +80,12 @@ def small_gpt() -> GPT:
     [
         ((1, 1, 1, 0), HALF, 2),  # (b a)²: two factors
         ((2, 1, 2, 0), Fraction(1), 2),  # |a|² |b|²
-        ((1, 2, 1, 0), HALF, 1),  # (b · a)²: by hand, one smooth hypersurface with an isolated singularity
+        # (b · a)²: by hand, one smooth hypersurface with an isolated singularity
+        (
+            (1, 2, 1, 0),
+            HALF,
+            1,
+        ),
         ((2, 2, 2, 0), Fraction(3, 2), 1),
         ((2, 2, 2, 1), Fraction(2), 2),
         ((3, 3, 3, 1), Fraction(4), 1),
@@ -83,7 +94,9 @@ def small_gpt() -> GPT:
         ((1, 5, 2, 0), Fraction(1), 1),  # case M + N < H + r: all outputs free
     ],
 )
-def test_aoyagi_watanabe_values(shape: tuple[int, int, int, int], coefficient: Fraction, multiplicity: int) -> None:
+def test_aoyagi_watanabe_values(
+    shape: tuple[int, int, int, int], coefficient: Fraction, multiplicity: int
+) -> None:
     assert aoyagi_watanabe(*shape) == (coefficient, multiplicity)
 
 
@@ -94,8 +107,13 @@ def test_aoyagi_watanabe_is_consistent() -> None:
                 for r in range(min(m, n, h) + 1):
                     coefficient, multiplicity = aoyagi_watanabe(m, h, n, r)
                     assert (coefficient, multiplicity) == aoyagi_watanabe(n, h, m, r)
-                    # at most half the parameters that count, more with more hidden units, and more with more rank
-                    assert 0 < coefficient <= Fraction(min(m * n, h * (m + n - h) if h <= min(m, n) else m * n), 2)
+                    # at most half the parameters that count, more with more hidden units, and more
+                    # with more rank
+                    assert (
+                        0
+                        < coefficient
+                        <= Fraction(min(m * n, h * (m + n - h) if h <= min(m, n) else m * n), 2)
+                    )
                     assert coefficient <= aoyagi_watanabe(m, h + 1, n, r)[0]
                     if r < min(m, n, h):
                         assert coefficient <= aoyagi_watanabe(m, h, n, r + 1)[0]
@@ -128,15 +146,21 @@ def test_energy_of_a_normal_crossing(tau: float) -> None:
             energy = tau * w ** (2 * power)
             return energy**j * math.exp(-energy - w**2 / 2 + log_w)
 
-        return integrate.quad(integrand, -40, 3, limit=500, points=[-8, -4, 0], epsabs=0, epsrel=1e-10)[0]
+        return integrate.quad(
+            integrand, -40, 3, limit=500, points=[-8, -4, 0], epsabs=0, epsrel=1e-10
+        )[0]
 
     for power in (1, 2):
-        assert normal_crossing_energy((power,), tau) == pytest.approx(moment(1, power) / moment(0, power), rel=1e-6)
+        assert normal_crossing_energy((power,), tau) == pytest.approx(
+            moment(1, power) / moment(0, power), rel=1e-6
+        )
     a = 1 / (8 * tau)
     bessel = 0.5 + a - a * special.k1e(a) / special.k0e(a)
     assert normal_crossing_energy((1, 1), tau) == pytest.approx(bessel, rel=1e-6)
     # a localisation is a unit of length
-    assert normal_crossing_energy((1, 2), tau * 4**3, 4.0) == pytest.approx(normal_crossing_energy((1, 2), tau))
+    assert normal_crossing_energy((1, 2), tau * 4**3, 4.0) == pytest.approx(
+        normal_crossing_energy((1, 2), tau)
+    )
 
 
 @pytest.mark.parametrize("loss", [reduced_rank_potential(reduced_rank_minimum(3, 2, 4, 1))])
@@ -152,12 +176,16 @@ def test_the_minimum_of_reduced_rank_regression(loss) -> None:
 
 
 def test_one_step_of_all_chains_is_a_step_of_each() -> None:
-    """The batched step of a GPT under vmap, attention and integer inputs included, against a loop with autograd."""
+    """The batched step of a GPT under vmap, attention and integer inputs included, against a loop
+    with autograd.
+    """
     model = small_gpt()
     settings = Settings(chains=3, draws=4, burn_in=0, step_size=1e-4, gamma=3.0, seed=5)
     batches = minibatches(tokens(), 6, settings)
     params = named_parameters(model)
-    found = estimate(module_loss(model, cross_entropy), params, 100, batches=batches, settings=settings)
+    found = estimate(
+        module_loss(model, cross_entropy), params, 100, batches=batches, settings=settings
+    )
     tau = 100 / math.log(100)
     generator = torch.Generator().manual_seed(5)
     size = sum(p.numel() for p in params.values())
@@ -173,11 +201,19 @@ def test_one_step_of_all_chains_is_a_step_of_each() -> None:
             assert found.trace[c, step] == pytest.approx(float(excess), abs=1e-12)
             kicks = noise[c].split([p.numel() for p in chain.parameters()])
             with torch.no_grad():
-                for p, start, kick in zip(chain.parameters(), model.parameters(), kicks, strict=True):
-                    # exact for the localisation of strength 3, to first order the Langevin step of ε = 1e-4
+                for p, start, kick in zip(
+                    chain.parameters(), model.parameters(), kicks, strict=True
+                ):
+                    # exact for the localisation of strength 3, to first order the Langevin step of
+                    # ε = 1e-4
                     decay = math.exp(-1.5e-4)
                     spread = math.sqrt((1 - decay**2) / 3)
-                    p.copy_(start + decay * (p - start) - (1 - decay) / 3 * tau * p.grad + spread * kick.view_as(p))
+                    p.copy_(
+                        start
+                        + decay * (p - start)
+                        - (1 - decay) / 3 * tau * p.grad
+                        + spread * kick.view_as(p)
+                    )
                     assert spread == pytest.approx(1e-2, rel=1e-3)
                     assert (1 - decay) / 3 == pytest.approx(0.5e-4, rel=1e-3)
 
@@ -200,11 +236,15 @@ def test_a_seed_gives_one_result_and_leaves_the_global_generator_alone(sgld: boo
     settings = replace(SMALL, burn_in=40)
     data = reduced_rank_data(truth, 200, 0.1, 0)
     loss, batches = (
-        (reduced_rank_loss, minibatches(data, 100, settings)) if sgld else (reduced_rank_potential(truth), None)
+        (reduced_rank_loss, minibatches(data, 100, settings))
+        if sgld
+        else (reduced_rank_potential(truth), None)
     )
 
     def run(seed: int) -> Estimate:
-        return estimate(loss, truth, 100, 1.0, batches=batches, settings=replace(settings, seed=seed))
+        return estimate(
+            loss, truth, 100, 1.0, batches=batches, settings=replace(settings, seed=seed)
+        )
 
     state = torch.get_rng_state()
     first, again, other = run(1), run(1), run(2)
@@ -213,16 +253,23 @@ def test_a_seed_gives_one_result_and_leaves_the_global_generator_alone(sgld: boo
     assert first.step_size == again.step_size
     assert not torch.equal(first.trace, other.trace)
     assert all(
-        torch.equal(p, q) for p, q in zip(truth.values(), reduced_rank_minimum(2, 2, 2, 1).values(), strict=True)
+        torch.equal(p, q)
+        for p, q in zip(truth.values(), reduced_rank_minimum(2, 2, 2, 1).values(), strict=True)
     )
 
 
 def test_diagnostics_are_those_of_arviz() -> None:
-    found = estimate(quadratic_loss(torch.ones(2)), origin(2), 100, 1.0, settings=replace(SMALL, draws=100))
+    found = estimate(
+        quadratic_loss(torch.ones(2)), origin(2), 100, 1.0, settings=replace(SMALL, draws=100)
+    )
     losses = found.trace.numpy()
     assert found.trace.shape == (4, 100)
-    assert found.r_hat == pytest.approx(float(array_stats.rhat(losses, chain_axis=0, draw_axis=1)), rel=1e-6)
-    assert found.ess == pytest.approx(float(array_stats.ess(losses, chain_axis=0, draw_axis=1)), rel=1e-6)
+    assert found.r_hat == pytest.approx(
+        float(array_stats.rhat(losses, chain_axis=0, draw_axis=1)), rel=1e-6
+    )
+    assert found.ess == pytest.approx(
+        float(array_stats.ess(losses, chain_axis=0, draw_axis=1)), rel=1e-6
+    )
     assert found.value == pytest.approx(100 * losses.mean())
     assert found.standard_error == pytest.approx(100 * losses.mean(1).std(ddof=1) / 2)
 
@@ -230,7 +277,9 @@ def test_diagnostics_are_those_of_arviz() -> None:
 def test_r_hat_tells_chains_that_have_not_mixed() -> None:
     """A step far too small: the chains are still leaving w*."""
     settings = Settings(chains=8, draws=200, burn_in=0, step_size=1e-7)
-    found = estimate(quadratic_loss(torch.ones(3, dtype=torch.float64)), origin(3), 1000, 1.0, settings=settings)
+    found = estimate(
+        quadratic_loss(torch.ones(3, dtype=torch.float64)), origin(3), 1000, 1.0, settings=settings
+    )
     assert found.r_hat > 1.5
     assert found.ess < 0.05 * 8 * 200
 
@@ -238,7 +287,9 @@ def test_r_hat_tells_chains_that_have_not_mixed() -> None:
 def test_the_interval_covers() -> None:
     """100 estimates of 8 chains each, cut out of one run of independent chains."""
     settings = Settings(chains=800, draws=40, burn_in=20, steps=4, seed=1)
-    found = estimate(quadratic_loss(torch.ones(3, dtype=torch.float64)), origin(3), 1e4, 1.0, settings=settings)
+    found = estimate(
+        quadratic_loss(torch.ones(3, dtype=torch.float64)), origin(3), 1e4, 1.0, settings=settings
+    )
     means = 1e4 * found.trace.mean(1).view(100, 8)
     half = 2.3646 * means.std(1) / 8**0.5  # Student's t, 7 degrees of freedom
     covered = ((means.mean(1) - 1.5).abs() <= half).sum()
@@ -256,7 +307,9 @@ def test_sgld_bias_is_what_the_rule_says() -> None:
     def with_data(params: dict[str, torch.Tensor], nothing: torch.Tensor) -> torch.Tensor:
         return loss(params) + 0 * nothing.sum()
 
-    found = estimate(with_data, origin(3), tau, 1.0, batches=lambda _: (torch.zeros(500, 1),), settings=settings)
+    found = estimate(
+        with_data, origin(3), tau, 1.0, batches=lambda _: (torch.zeros(500, 1),), settings=settings
+    )
     decay = math.exp(-step / 2)
     inflation = (1 + decay) / (1 + decay - (1 - decay) * tau)
     assert inflation == pytest.approx(4 / 3, rel=0.01)
@@ -266,7 +319,9 @@ def test_sgld_bias_is_what_the_rule_says() -> None:
 
 
 def test_localisation_alone_is_sampled_exactly_at_any_step() -> None:
-    """The loss is negligible: the energies are those of the Gaussian of variance 1/γ, also at steps of 16/γ."""
+    """The loss is negligible: the energies are those of the Gaussian of variance 1/γ, also at steps
+    of 16/γ.
+    """
     loss = quadratic_loss(torch.ones(50, dtype=torch.float64))
     for step in (0.1, 16.0):
         settings = Settings(chains=200, draws=50, burn_in=100, step_size=step / 4, gamma=4.0)
@@ -309,7 +364,10 @@ def test_bad_settings(changes: dict, message: str) -> None:
         ({"params": {"w": torch.tensor([math.nan])}}, r"Invalid params\['w'\]: expected finite"),
         ({"params": {"w": torch.tensor([1])}}, r"Invalid params\['w'\]: expected finite floating"),
         ({"params": {"w": torch.zeros(1), "v": torch.zeros(1).double()}}, "one dtype"),
-        ({"loss": lambda params: params["w"].sum().log()}, "Invalid params: the loss there is -inf"),
+        (
+            {"loss": lambda params: params["w"].sum().log()},
+            "Invalid params: the loss there is -inf",
+        ),
     ],
 )
 def test_bad_arguments(arguments: dict, message: str) -> None:
@@ -331,17 +389,23 @@ def test_diverging_and_frozen_chains_are_errors() -> None:
     truth = reduced_rank_minimum(2, 2, 2, 1)
     far = replace(SMALL, draws=200, step_size=10.0)
     batches = minibatches(reduced_rank_data(truth, 100, 0.1, 0), 10, far)
-    with pytest.raises(RuntimeError, match=r"4 of 4 chains left the finite numbers: take a smaller step_size"):
+    with pytest.raises(
+        RuntimeError, match=r"4 of 4 chains left the finite numbers: take a smaller step_size"
+    ):
         estimate(reduced_rank_loss, truth, 1000, 1.0, batches=batches, settings=far)
     with pytest.raises(RuntimeError, match=r"4 of 4 chains never moved: take a smaller step_size"):
         estimate(reduced_rank_potential(truth), truth, 1e6, 1.0, settings=far)
 
 
 def test_no_step_size_is_an_error() -> None:
-    """One sample a batch at a low temperature: the noise of the minibatches swamps the posterior at any step."""
+    """One sample a batch at a low temperature: the noise of the minibatches swamps the posterior at
+    any step.
+    """
     truth = reduced_rank_minimum(2, 2, 2, 2)
     batches = minibatches(reduced_rank_data(truth, 100, 1.0, 0), 1, SMALL)
-    with pytest.raises(RuntimeError, match=r"no step size from .* passes the rule: take larger minibatches"):
+    with pytest.raises(
+        RuntimeError, match=r"no step size from .* passes the rule: take larger minibatches"
+    ):
         estimate(reduced_rank_loss, truth, 1e5, 1.0, batches=batches, settings=SMALL)
 
 
@@ -351,7 +415,9 @@ def test_no_step_size_is_an_error() -> None:
 @pytest.mark.parametrize(("dimension", "condition"), [(3, 1.0), (20, 1.0), (20, 1000.0)])
 def test_regular_models(dimension: int, condition: float) -> None:
     curvatures = torch.logspace(0, math.log10(condition), dimension, dtype=torch.float64)
-    settings = Settings(chains=64, draws=200, burn_in=40, steps=10 if condition == 1 else 40, seed=1)
+    settings = Settings(
+        chains=64, draws=200, burn_in=40, steps=10 if condition == 1 else 40, seed=1
+    )
     found = estimate(quadratic_loss(curvatures), origin(dimension), 1e4, 1.0, settings=settings)
     assert_close(found, float(regular(dimension)[0]))
 
@@ -387,12 +453,15 @@ def test_more_normal_crossings_at_one_temperature(powers: tuple[int, ...]) -> No
 def test_multiplicity_from_temperatures(powers: tuple[int, ...], first: float) -> None:
     settings = Settings(chains=2000, draws=80, burn_in=30, steps=25, seed=1)
     temperatures = [first * 4**i for i in range(5)]
-    found = fit_temperatures(normal_crossing_loss(powers), origin(2), temperatures, settings=settings)
+    found = fit_temperatures(
+        normal_crossing_loss(powers), origin(2), temperatures, settings=settings
+    )
     coefficient, multiplicity = normal_crossing(powers)
     assert found.multiplicity == multiplicity
     low, high = found.interval
     assert found.value == pytest.approx(float(coefficient), rel=0.05)
-    # the interval reaches up to the λ that goes with one multiplicity more, where the bootstrap chose it
+    # the interval reaches up to the λ that goes with one multiplicity more, where the bootstrap
+    # chose it
     assert 0.9 * coefficient < low < high < 1.5 * coefficient
     # one temperature alone falls short
     assert all(each.value < 0.95 * coefficient for each in found.estimates)
@@ -400,20 +469,34 @@ def test_multiplicity_from_temperatures(powers: tuple[int, ...], first: float) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "shape", [(2, 2, 2, 0), (3, 2, 4, 1), (4, 2, 3, 2), (2, 4, 2, 0), (5, 3, 2, 1), (3, 3, 3, 1), (1, 2, 4, 0)]
+    "shape",
+    [
+        (2, 2, 2, 0),
+        (3, 2, 4, 1),
+        (4, 2, 3, 2),
+        (2, 4, 2, 0),
+        (5, 3, 2, 1),
+        (3, 3, 3, 1),
+        (1, 2, 4, 0),
+    ],
 )
 def test_reduced_rank_regression(shape: tuple[int, int, int, int]) -> None:
     truth = reduced_rank_minimum(*shape)
     coefficient, multiplicity = aoyagi_watanabe(*shape)
     assert multiplicity == 1
     settings = Settings(chains=200, draws=100, burn_in=40, steps=30, gamma=10.0, seed=1)
-    assert_close(estimate(reduced_rank_potential(truth), truth, 1e6, 1.0, settings=settings), float(coefficient))
+    assert_close(
+        estimate(reduced_rank_potential(truth), truth, 1e6, 1.0, settings=settings),
+        float(coefficient),
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(3, 2, 4, 2), (4, 2, 3, 1)])
 def test_reduced_rank_regression_from_minibatches(shape: tuple[int, int, int, int]) -> None:
-    """SGLD on noisy data. The noise is small: it shifts λ̂ of one data set by about noise·√(λ/log n)."""
+    """SGLD on noisy data. The noise is small: it shifts λ̂ of one data set by about noise·√(λ/log
+    n).
+    """
     truth = reduced_rank_minimum(*shape)
     settings = Settings(chains=32, draws=300, burn_in=200, steps=5, gamma=1.0, seed=1)
     batches = minibatches(reduced_rank_data(truth, 5000, 0.1, 0), 100, settings)
@@ -439,7 +522,8 @@ def test_invariant_along_the_orbit_of_a_relu_mlp() -> None:
     def run(each: torch.nn.Module, seed: int, told: list) -> Estimate:
         params = named_parameters(each)
         return estimate(
-            lambda p: loss(p, x, y), params, 1000, 1.0, gauges=told, settings=replace(settings, seed=seed)
+            lambda p: loss(p, x, y), params, 1000, 1.0, gauges=told, settings=replace(settings,
+            seed=seed)
         )  # fmt: skip
 
     here, there = run(model, 1, gauges), run(moved, 2, gauges)
@@ -482,7 +566,9 @@ def test_the_given_minimum_is_left_where_it_is() -> None:
     before = {name: p.detach().clone() for name, p in named_parameters(model).items()}
     x = torch.ones(2, 3, dtype=torch.float64)
     loss = module_loss(model, F.mse_loss)
-    estimate(lambda p: loss(p, x, x), named_parameters(model), 10, 1.0, gauges=gauges, settings=SMALL)
+    estimate(
+        lambda p: loss(p, x, x), named_parameters(model), 10, 1.0, gauges=gauges, settings=SMALL
+    )
     assert all(torch.equal(p, before[name]) for name, p in named_parameters(model).items())
     balance_(before, gauges)
     assert not all(torch.equal(p, before[name]) for name, p in named_parameters(model).items())

@@ -1,4 +1,6 @@
-"""States that are loaded: by name where there are names; and what is refused leaves the optimizer as it was."""
+"""States that are loaded: by name where there are names; and what is refused leaves the optimizer
+as it was.
+"""
 
 from __future__ import annotations
 
@@ -123,7 +125,9 @@ def nothing(saved: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [last_shape, no_state, no_number, other_name, fewer, unnamed_and_fewer, nothing], ids=lambda f: f.__name__
+    "damage",
+    [last_shape, no_state, no_number, other_name, fewer, unnamed_and_fewer, nothing],
+    ids=lambda f: f.__name__,
 )
 @every
 def test_a_refused_state_leaves_the_optimizer_as_it_was(make, damage) -> None:
@@ -134,7 +138,10 @@ def test_a_refused_state_leaves_the_optimizer_as_it_was(make, damage) -> None:
             group["lr"] = 7.0
     damage(saved)
     model, optimizer = trained(make)
-    before, groups = copy.deepcopy(optimizer.state_dict()), [dict(group) for group in optimizer.param_groups]
+    before, groups = (
+        copy.deepcopy(optimizer.state_dict()),
+        [dict(group) for group in optimizer.param_groups],
+    )
     with pytest.raises(ValueError, match=r"[a-z]"):
         optimizer.load_state_dict(saved)
     assert_equal(optimizer.state_dict(), before)
@@ -173,7 +180,9 @@ def test_so_do_groups_that_disagree_under_a_gauge() -> None:
 
 
 def shuffled(model: nn.Module, seed: int) -> Groups:
-    """Two groups, of matrices and of the rest, with a decay of their own; in an order of their own."""
+    """Two groups, of matrices and of the rest, with a decay of their own; in an order of their
+    own.
+    """
     named = list(model.named_parameters())
     order = torch.randperm(len(named), generator=torch.Generator().manual_seed(seed)).tolist()
     named = [named[i] for i in order]
@@ -215,7 +224,8 @@ def test_what_is_missing_and_unknown_is_named() -> None:
     saved = DDCAdam([*named[1:], ("old.weight", named[0][1])]).state_dict()
     optimizer = DDCAdam(named)
     with pytest.raises(
-        ValueError, match=rf"it lacks '{named[0][0]}'; it has 'old.weight', which this optimizer has not"
+        ValueError,
+        match=rf"it lacks '{named[0][0]}'; it has 'old.weight', which this optimizer has not",
     ):
         optimizer.load_state_dict(saved)
     with pytest.raises(ValueError, match=r"and \d+ more"):
@@ -228,7 +238,9 @@ def test_groups_that_are_split_or_joined_must_agree() -> None:
 
     def optimizer(*rates: float) -> DDCAdam:
         size = len(named) // len(rates)
-        return DDCAdam([{"params": named[i * size : (i + 1) * size], "lr": lr} for i, lr in enumerate(rates)])
+        return DDCAdam(
+            [{"params": named[i * size : (i + 1) * size], "lr": lr} for i, lr in enumerate(rates)]
+        )
 
     for before, after in itertools.product([(0.3,), (0.3, 0.3)], [(0.1,), (0.1, 0.1)]):
         its = optimizer(*after)
@@ -247,12 +259,16 @@ def test_hidden_matrices_in_another_order_are_refused() -> None:
     hidden = hidden_matrices(model)
     other = DDCMuon(model.named_parameters(), find_gauges(model), hidden[::-1])
     before = copy.deepcopy(other.state_dict())
-    with pytest.raises(ValueError, match=r"hidden matrices are in the order .* pass the same matrices as hidden"):
+    with pytest.raises(
+        ValueError, match=r"hidden matrices are in the order .* pass the same matrices as hidden"
+    ):
         other.load_state_dict(optimizer.state_dict())
     assert_equal(other.state_dict(), before)
     order = optimizer.state_dict()["hidden"]
     again = sorted(hidden, key=lambda matrix: order.index(matrix.parameter))
-    DDCMuon(model.named_parameters(), find_gauges(model), again).load_state_dict(optimizer.state_dict())
+    DDCMuon(model.named_parameters(), find_gauges(model), again).load_state_dict(
+        optimizer.state_dict()
+    )
 
 
 def test_without_gauges_the_state_of_adamw_is_gone_on_from() -> None:

@@ -35,7 +35,11 @@ NAMES = ["wandb.group=overtraining", "wandb.job_type=tuned", "wandb.tags=[C1,tun
 def without_time(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of a history without times, readings and tables, and without what W&B adds."""
     return [
-        {k: v for k, v in row.items() if not k.startswith(("_", "slt/")) and "second" not in k and k not in TABLES}
+        {
+            k: v
+            for k, v in row.items()
+            if not k.startswith(("_", "slt/")) and "second" not in k and k not in TABLES
+        }
         for row in rows
     ]
 
@@ -48,22 +52,32 @@ def test_wandb_gets_every_record_and_every_cell(tmp_path: Path) -> None:
         setup.config.run_id, "overtraining", "tuned", ["C1", "tuned"]
     )  # fmt: skip
     identity = json.loads(json.dumps(setup.config.identity))
-    assert found.config == {**identity, "commit": here.info["commit"], "_wandb": found.config["_wandb"]}
+    assert found.config == {
+        **identity,
+        "commit": here.info["commit"],
+        "_wandb": found.config["_wandb"],
+    }
     assert without_time(found.rows("gap")) == here.rows
     timing = read_lines(setup.folder / "timing.jsonl")
-    assert [row["tokens_per_second"] for row in found.rows("gap")] == [row["tokens_per_second"] for row in timing]
+    assert [row["tokens_per_second"] for row in found.rows("gap")] == [
+        row["tokens_per_second"] for row in timing
+    ]
     assert {key: found.summary[key] for key in summary} == summary
     assert found.exit_code == 0
     for mine, row in zip(here.readings, found.rows("slt/loss"), strict=True):
         assert (row["slt/loss"], row["slt/arc_length"]) == (mine["loss"], mine["arc_length"])
         for layer in mine["layers"]:
-            assert {name: row[f"slt/{layer['layer']}/{name}"] for name in layer["values"]} == layer["values"]
+            assert {name: row[f"slt/{layer['layer']}/{name}"] for name in layer["values"]} == layer[
+                "values"
+            ]
         for key, value in mine.get("learning_coefficient", {}).items():
             assert row[f"slt/learning_coefficient/{key}"] == value
     rule, primary, floor = settings(here)
     cells = {each: read_cells(here.readings, each, rule, floor) for each in APPROACHES}
     everything = [cell.record() for each in cells.values() for cell in each]
-    assert found.tables["cells"] == [{key: each.get(key) for key in CELL_COLUMNS} for each in everything]
+    assert found.tables["cells"] == [
+        {key: each.get(key) for key in CELL_COLUMNS} for each in everything
+    ]
     assert [row["layer"] for row in found.tables["grid"]] == list(by_layer(cells[primary]))
     for cell in cells[primary]:
         assert found.summary[f"cell/{cell.layer}/{cell.observable}"] == cell.record()
@@ -72,7 +86,9 @@ def test_wandb_gets_every_record_and_every_cell(tmp_path: Path) -> None:
         assert found.summary[f"cells/{approach}/read"] == sum(cell.rate.read for cell in each)
 
 
-def test_offline_the_last_file_of_a_run_that_went_on_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_the_last_file_of_a_run_that_went_on_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original, steps = loop.train_step, 0
 
     def stop_once(*arguments: Any, **options: Any) -> float | None:
@@ -92,11 +108,19 @@ def test_offline_the_last_file_of_a_run_that_went_on_is_whole(tmp_path: Path, mo
     found, here = sent(setup.folder), Run.read(setup.folder)
     assert found.exit_code == 0
     assert without_time(found.rows("gap")) == here.rows
-    assert [row["slt/loss"] for row in found.rows("slt/loss")] == [row["loss"] for row in here.readings]
+    assert [row["slt/loss"] for row in found.rows("slt/loss")] == [
+        row["loss"] for row in here.readings
+    ]
 
 
 def test_wandb_knows_a_run_that_diverged(tmp_path: Path) -> None:
-    setup = run(tmp_path, "wandb=offline", "optimizer=adamw", "optimizer.lr=1e12", "training.max_grad_norm=null")
+    setup = run(
+        tmp_path,
+        "wandb=offline",
+        "optimizer=adamw",
+        "optimizer.lr=1e12",
+        "training.max_grad_norm=null",
+    )
     with pytest.raises(DivergedError):
         train(setup)
     assert sent(setup.folder).summary["stopped_by"] == "DivergedError"
@@ -104,12 +128,19 @@ def test_wandb_knows_a_run_that_diverged(tmp_path: Path) -> None:
 
 def test_names_in_wandb_leave_the_run_as_it_is() -> None:
     assert composed(*NAMES).run_id == composed().run_id
-    for key, value in (("tags", "[a,a]"), ("tags", "['']"), ("job_type", "''"), ("group", "x" * 129)):
+    for key, value in (
+        ("tags", "[a,a]"),
+        ("tags", "['']"),
+        ("job_type", "''"),
+        ("group", "x" * 129),
+    ):
         with pytest.raises(ValueError, match=rf"Invalid wandb\.{key}="):
             composed(f"wandb.{key}={value}")
 
 
-def mirrored(config: Config, folder: Path, rows: list[dict], readings: list[dict], summary: dict) -> Sent:
+def mirrored(
+    config: Config, folder: Path, rows: list[dict], readings: list[dict], summary: dict
+) -> Sent:
     """A run that has been, sent to W&B by what sends a run that is; and what came of it."""
     mirror = Mirror(config, folder)
     mirror.catch_up(rows, readings)
@@ -128,10 +159,15 @@ def test_the_table_of_c1_follows_from_wandb(tmp_path: Path) -> None:
     committed = {record["id"]: record for record in overtraining.EXPERIMENT.records}
     rebuilt = []
     for stage in ("matched", "tuned"):
-        for name, config in sweep_of(overtraining.EXPERIMENT.plan_lines(stage, str(tmp_path))).items():
+        for name, config in sweep_of(
+            overtraining.EXPERIMENT.plan_lines(stage, str(tmp_path))
+        ).items():
             record = committed[name]
             curve = record["curve"]
-            rows = [dict(zip(curve, values, strict=True)) for values in zip(*curve.values(), strict=True)]
+            rows = [
+                dict(zip(curve, values, strict=True))
+                for values in zip(*curve.values(), strict=True)
+            ]
             rows = [{**row, "gap": row["validation_loss"] - row["train_loss"]} for row in rows]
             found = mirrored(config, tmp_path / name, rows, [], record["summary"])
             assert found.group == "overtraining"
@@ -147,7 +183,9 @@ def test_the_table_of_c1_follows_from_wandb(tmp_path: Path) -> None:
                 }
             )
     assert len(rebuilt) == 20
-    protocols = [record for record in committed.values() if {"matched", "tuned"} & {*record["stages"]}]
+    protocols = [
+        record for record in committed.values() if {"matched", "tuned"} & {*record["stages"]}
+    ]
     expected = c1.verdicts(protocols, CLAIM["C1"])
     assert verdict_table(CLAIM, c1.verdicts(rebuilt, CLAIM["C1"])) == verdict_table(CLAIM, expected)
 
@@ -158,17 +196,25 @@ def test_the_table_of_c2_follows_from_wandb(tmp_path: Path) -> None:
     rebuilt = []
     for folder, planned in rates.sweep("small", str(tmp_path)).items():
         run = committed[folder].run
-        found = mirrored(planned.config, tmp_path / folder.name, run.rows, run.readings, run.summary or {})
+        found = mirrored(
+            planned.config, tmp_path / folder.name, run.rows, run.readings, run.summary or {}
+        )
         assert (found.group, found.job_type, found.tags) == ("rates", "small", ["C2", "matched"])
         primary = found.config["slt"]["approach"]
         cells = [row for row in found.tables["cells"] if row["approach"] == primary]
         counts = {"read": sum(cell["verdict"] == "read" for cell in cells)}
         approaches = {primary: {"total": len(cells), "counts": counts, "cells": cells}}
         info = {"id": found.id, "config": found.config, "seed": found.config["seed"]}
-        rebuilt.append(c2.Reading(Run(tmp_path, info, [], [], None), {"primary": primary, "approaches": approaches}))
+        rebuilt.append(
+            c2.Reading(
+                Run(tmp_path, info, [], [], None), {"primary": primary, "approaches": approaches}
+            )
+        )
         recorded = committed[folder].primary["cells"]
         for mine, cell in zip(cells, recorded, strict=True):
             assert mine == pytest.approx({key: cell.get(key) for key in CELL_COLUMNS})
     assert len(rebuilt) == 6
     expected = c2.verdicts(list(committed.values()), [], CLAIM["C2"])
-    assert verdict_table(CLAIM, c2.verdicts(rebuilt, [], CLAIM["C2"])) == verdict_table(CLAIM, expected)
+    assert verdict_table(CLAIM, c2.verdicts(rebuilt, [], CLAIM["C2"])) == verdict_table(
+        CLAIM, expected
+    )

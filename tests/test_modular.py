@@ -10,7 +10,9 @@ from ddc.data import DataError, ModularConfig, load_modular
 
 def pairs(data, split: str) -> dict[tuple[int, int], int]:
     inputs, targets = data.train if split == "train" else data.validation
-    return {tuple(pair): target for pair, target in zip(inputs.tolist(), targets.tolist(), strict=True)}
+    return {
+        tuple(pair): target for pair, target in zip(inputs.tolist(), targets.tolist(), strict=True)
+    }
 
 
 @pytest.mark.parametrize(
@@ -22,7 +24,9 @@ def pairs(data, split: str) -> dict[tuple[int, int], int]:
         ("squares", lambda a, b: (a**2 + b**2) % 11, True),
     ],
 )
-def test_all_pairs_once_with_the_right_answer_and_no_leak(operation: str, result, commutative: bool) -> None:
+def test_all_pairs_once_with_the_right_answer_and_no_leak(
+    operation: str, result, commutative: bool
+) -> None:
     data = load_modular(ModularConfig(operation=operation, prime=11, train_fraction=0.6), seed=3)
     train, validation = pairs(data, "train"), pairs(data, "validation")
     assert len(data.train[1]) + len(data.validation[1]) == 121
@@ -36,7 +40,9 @@ def test_all_pairs_once_with_the_right_answer_and_no_leak(operation: str, result
 
 
 def test_the_split_is_a_function_of_the_seed() -> None:
-    first, again, other = (pairs(load_modular(ModularConfig(), seed), "train") for seed in (0, 0, 1))
+    first, again, other = (
+        pairs(load_modular(ModularConfig(), seed), "train") for seed in (0, 0, 1)
+    )
     assert first == again != other
 
 

@@ -1,4 +1,6 @@
-"""Observables against explicit loops, algebraic zeros against exact ones, and what observing must not touch."""
+"""Observables against explicit loops, algebraic zeros against exact ones, and what observing must
+not touch.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ from tests.conftest import MODELS
 from tests.helpers import VOCABULARY, make_model, relu_mlp
 
 
-def probe(config: GPTConfig, batches: int = 3, size: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def probe(
+    config: GPTConfig, batches: int = 3, size: int = 4
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randint(VOCABULARY, (batches, size, config.context + 1), generator=generator)
     return [(t[:, :-1], t[:, 1:]) for t in tokens]
@@ -53,7 +57,9 @@ def test_moments_against_a_loop_over_samples(config: GPTConfig) -> None:
             gradient = score(model(x).detach(), y, index)
             for i in range(len(x)):
                 kept: list[torch.Tensor] = []
-                handle = module.register_forward_hook(lambda _m, _a, out, kept=kept: kept.append(out))
+                handle = module.register_forward_hook(
+                    lambda _m, _a, out, kept=kept: kept.append(out)
+                )
                 logits = model(x[i : i + 1])
                 handle.remove()
                 kept[0].retain_grad()
@@ -76,46 +82,71 @@ def test_the_score_is_the_gradient_of_the_log_likelihood() -> None:
 
 
 def test_labels_follow_the_model() -> None:
-    """Second moment of the score = the Fisher information of a categorical, diag(p) - p pᵀ; the mean is 0."""
+    """Second moment of the score = the Fisher information of a categorical, diag(p) - p pᵀ; the
+    mean is 0.
+    """
     logits = torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.float64).expand(200_000, 4)
     score = categorical_score(0)(logits, torch.zeros(200_000, dtype=torch.long), 0)
     p = logits[0].softmax(-1)
     fisher = torch.diag(p) - torch.outer(p, p)
     torch.testing.assert_close(score.T @ score / len(score), fisher, rtol=0, atol=5e-3)
-    torch.testing.assert_close(score.mean(0), torch.zeros(4, dtype=torch.float64), rtol=0, atol=5e-3)
-    assert torch.equal(score, categorical_score(0)(logits, torch.zeros(200_000, dtype=torch.long), 0))
-    assert not torch.equal(score, categorical_score(0)(logits, torch.zeros(200_000, dtype=torch.long), 1))
+    torch.testing.assert_close(
+        score.mean(0), torch.zeros(4, dtype=torch.float64), rtol=0, atol=5e-3
+    )
+    assert torch.equal(
+        score, categorical_score(0)(logits, torch.zeros(200_000, dtype=torch.long), 0)
+    )
+    assert not torch.equal(
+        score, categorical_score(0)(logits, torch.zeros(200_000, dtype=torch.long), 1)
+    )
 
 
 def test_readings_are_what_linear_algebra_says(config: GPTConfig) -> None:
     model = make_model(config)
     batches = probe(config, batches=6)
     for layer, reading in zip(
-        layers_of(model), observe(model, layers_of(model), batches, categorical_score(1)), strict=True
+        layers_of(model),
+        observe(model, layers_of(model), batches, categorical_score(1)),
+        strict=True,
     ):
         m = accumulate(model, [layer], batches, categorical_score(1))[0]
-        a, g = torch.linalg.eigvalsh(m.activation / m.rows), torch.linalg.eigvalsh(m.gradient / m.rows)
+        a, g = (
+            torch.linalg.eigvalsh(m.activation / m.rows),
+            torch.linalg.eigvalsh(m.gradient / m.rows),
+        )
         if config.norm == "layer":
             assert g[0] < 1e-12 * g[-1]
             g = g[1:]
         assert reading.values["activation_sigma_min"] == pytest.approx(math.sqrt(a[0]), rel=1e-5)
         assert reading.values["gradient_lambda_min"] == pytest.approx(float(g[0]), rel=1e-5)
-        assert reading.values["activation_log_volume"] == pytest.approx(float(a.log().sum()), rel=1e-6)
-        assert reading.values["gradient_log_volume"] == pytest.approx(float(g.log().sum()), rel=1e-6)
+        assert reading.values["activation_log_volume"] == pytest.approx(
+            float(a.log().sum()), rel=1e-6
+        )
+        assert reading.values["gradient_log_volume"] == pytest.approx(
+            float(g.log().sum()), rel=1e-6
+        )
         assert reading.values["fisher_min"] == pytest.approx(float(a[0] * g[0]), rel=1e-5)
         assert set(reading.values) == set(OBSERVABLES)
 
 
 def test_the_fisher_eigenvalue_is_that_of_the_exact_block() -> None:
-    """For one linear map under a Gaussian model, K-FAC is the exact Fisher block (all signs of noise, each input)."""
+    """For one linear map under a Gaussian model, K-FAC is the exact Fisher block (all signs of
+    noise, each input).
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4, bias=False)).double()
     x = torch.randn(10, 3, dtype=torch.float64).repeat_interleave(16, 0)
-    signs = torch.tensor(list(itertools.product((1.0, -1.0), repeat=4)), dtype=torch.float64).repeat(10, 1)
-    reading = observe(model, layers_of(model), [(x, signs)], lambda outputs, targets, index: targets)[0]
+    signs = torch.tensor(
+        list(itertools.product((1.0, -1.0), repeat=4)), dtype=torch.float64
+    ).repeat(10, 1)
+    reading = observe(
+        model, layers_of(model), [(x, signs)], lambda outputs, targets, index: targets
+    )[0]
     exact = fisher_block(model, ["0.weight"], x, signs, lambda output, sign: (output * sign).sum())
     torch.testing.assert_close(exact, torch.kron(torch.eye(4, dtype=torch.float64), x.T @ x / 160))
-    assert reading.values["fisher_min"] == pytest.approx(float(torch.linalg.eigvalsh(exact)[0]), rel=1e-9)
+    assert reading.values["fisher_min"] == pytest.approx(
+        float(torch.linalg.eigvalsh(exact)[0]), rel=1e-9
+    )
 
 
 def test_the_fisher_block_against_a_loop() -> None:
@@ -134,7 +165,8 @@ def test_the_fisher_block_against_a_loop() -> None:
         fisher_block(model, ["9.weight"], x, y, lambda output, label: output.sum())
 
 
-# --- algebraic zeros -------------------------------------------------------------------------------------------------
+# --- algebraic zeros
+# -------------------------------------------------------------------------------------------------
 
 
 def transformer_like() -> nn.Sequential:
@@ -163,7 +195,12 @@ def test_gamma_inverse_is_removed_after_a_layer_norm_also_with_beta() -> None:
 def test_no_zero_after_an_rms_norm() -> None:
     model = nn.Sequential(nn.Linear(5, 6), nn.RMSNorm(6), nn.Linear(6, 4)).double()
     x = torch.randn(200, 5, dtype=torch.float64)
-    assert observe(model, named_layers(model, ["1"]), [(x, x)], categorical_score(0))[0].activation.removed == {}
+    assert (
+        observe(model, named_layers(model, ["1"]), [(x, x)], categorical_score(0))[
+            0
+        ].activation.removed
+        == {}
+    )
 
 
 def test_a_dead_gamma_is_removed_instead() -> None:
@@ -175,14 +212,16 @@ def test_a_dead_gamma_is_removed_instead() -> None:
     assert reading.activation.removed == {"a gamma at zero": 1}
 
 
-def test_the_ones_direction_is_removed_from_logits_and_from_streams_that_only_layer_norms_read() -> None:
+def test_the_ones_direction_is_removed_from_logits_and_from_streams_of_layer_norms() -> None:
     model = transformer_like()
     x = torch.randn(200, 5, dtype=torch.float64)
     logits = observe(model, named_layers(model, ["2"]), [(x, x)], categorical_score(0))[0]
     assert logits.gradient.removed == {"softmax does not see the mean of the logits": 1}
     residuals = observe(model, named_layers(model, ["2"]), [(x, x)], gaussian_score(0))[0]
     assert residuals.gradient.removed == {}  # a Gaussian model sees the mean of its outputs
-    config = GPTConfig(context=16, layers=2, width=8, heads=2, kv_heads=2, hidden=12, norm="layer", bias=True)
+    config = GPTConfig(
+        context=16, layers=2, width=8, heads=2, kv_heads=2, hidden=12, norm="layer", bias=True
+    )
     gpt = make_model(config)
     for m in accumulate(gpt, layers_of(gpt), probe(config), categorical_score(0)):
         ones = torch.ones(8, dtype=torch.float64)
@@ -199,7 +238,8 @@ def test_rank_limits() -> None:
     assert embedding.activation.removed == {"only 3 different tokens": 13}
     assert len(embedding.activation.values) == embedding.activation.rank == 3
     assert block.activation.removed == block.gradient.removed == {"only 8 samples": 8}
-    # narrow maps in a row without a nonlinearity pass on no more than their width, in either direction
+    # narrow maps in a row without a nonlinearity pass on no more than their width, in either
+    # direction
     chain = nn.Sequential(
         nn.Linear(6, 2, bias=False), nn.Linear(2, 6, bias=False), nn.Linear(6, 6, bias=False)
     ).double()
@@ -207,13 +247,17 @@ def test_rank_limits() -> None:
     first, _, third = observe(chain, layers_of(chain), [(x, x)], gaussian_score(0))
     assert third.activation.removed == {"at most 2 directions come in": 4}
     assert len(first.gradient.values) == 2
-    with_relu = nn.Sequential(nn.Linear(6, 2), nn.ReLU(), nn.Linear(2, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    with_relu = nn.Sequential(
+        nn.Linear(6, 2), nn.ReLU(), nn.Linear(2, 6), nn.ReLU(), nn.Linear(6, 3)
+    ).double()
     assert [layer.activation_rank for layer in layers_of(with_relu)] == [6, 2, 6]
     assert [layer.gradient_rank for layer in layers_of(with_relu)] == [2, 6, 3]
 
 
 def test_eigenvalues_at_rounding_level_are_zero_and_the_rest_are_right() -> None:
-    """A float32 matrix of rank 5 in 8 dimensions: three eigenvalues are rounding, whatever the scale."""
+    """A float32 matrix of rank 5 in 8 dimensions: three eigenvalues are rounding, whatever the
+    scale.
+    """
     torch.manual_seed(0)
     basis = torch.randn(8, 5, dtype=torch.float64)
     z = torch.randn(4000, 5, dtype=torch.float64) * torch.tensor([1, 0.3, 0.1, 0.03, 1e-3])
@@ -222,18 +266,24 @@ def test_eigenvalues_at_rounding_level_are_zero_and_the_rest_are_right() -> None
         found = spectrum(x.T @ x / 4000, [], torch.finfo(torch.float32).eps)
         assert found.rank == 5
         assert found.smallest == 0
-        exact = torch.linalg.eigvals(basis.T @ basis @ (z.T @ z / 4000)).real.sort().values * scale**2
+        exact = (
+            torch.linalg.eigvals(basis.T @ basis @ (z.T @ z / 4000)).real.sort().values * scale**2
+        )
         torch.testing.assert_close(found.values[3:], exact, rtol=1e-3, atol=0)
         assert found.log_volume == pytest.approx(float(found.values[3:].log().sum()))
     with_zero = spectrum(torch.diag(torch.tensor([4.0, 0.0, 1.0], dtype=torch.float64)), [])
     assert with_zero.values.tolist() == [0, 1, 4]
     first = torch.tensor([1.0, 0, 0], dtype=torch.float64)
-    without = spectrum(torch.diag(torch.tensor([4.0, 0.5, 1.0], dtype=torch.float64)), [Zeros("first", vector=first)])
+    without = spectrum(
+        torch.diag(torch.tensor([4.0, 0.5, 1.0], dtype=torch.float64)),
+        [Zeros("first", vector=first)],
+    )
     assert without.values.tolist() == pytest.approx([0.5, 1])
     assert without.removed == {"first": 1}
 
 
-# --- any model, nothing changed --------------------------------------------------------------------------------------
+# --- any model, nothing changed
+# --------------------------------------------------------------------------------------
 
 
 def test_any_model_by_the_names_of_its_modules() -> None:
@@ -243,7 +293,9 @@ def test_any_model_by_the_names_of_its_modules() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.patches = nn.Conv2d(1, 12, 4, 4)
-            layer = nn.TransformerEncoderLayer(12, 3, 24, dropout=0.1, batch_first=True, norm_first=True)
+            layer = nn.TransformerEncoderLayer(
+                12, 3, 24, dropout=0.1, batch_first=True, norm_first=True
+            )
             self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
             self.head = nn.Linear(12, 10)
 
@@ -252,9 +304,13 @@ def test_any_model_by_the_names_of_its_modules() -> None:
 
     torch.manual_seed(0)
     model = Vision()
-    layers = named_layers(model, ["encoder.layers.0", "encoder.layers.1", "encoder.layers.1.linear2", "head"])
+    layers = named_layers(
+        model, ["encoder.layers.0", "encoder.layers.1", "encoder.layers.1.linear2", "head"]
+    )
     images = torch.randn(20, 1, 16, 16)
-    readings = observe(model, layers, [(images, torch.zeros(20, dtype=torch.long))], categorical_score(0))
+    readings = observe(
+        model, layers, [(images, torch.zeros(20, dtype=torch.long))], categorical_score(0)
+    )
     assert [reading.rows for reading in readings] == [320, 320, 320, 20]
     assert [len(reading.activation.values) for reading in readings] == [12, 12, 24, 12]
     assert readings[3].gradient.removed == {"softmax does not see the mean of the logits": 1}
@@ -290,9 +346,15 @@ def changes(model: nn.Module, batches: list[tuple[torch.Tensor, torch.Tensor]]) 
     gauges = find_gauges(model, inputs=(batches[0][0],))
     gauges.transform_(turned, torch.Generator().manual_seed(3))
     assert len(gauges) > 1
-    readings = [observe(each, layers_of(each), batches, categorical_score(0)) for each in (model, turned)]
+    readings = [
+        observe(each, layers_of(each), batches, categorical_score(0)) for each in (model, turned)
+    ]
     return [
-        max(abs(after.values[key] - value) / abs(value) for key, value in before.values.items() if value)
+        max(
+            abs(after.values[key] - value) / abs(value)
+            for key, value in before.values.items()
+            if value
+        )
         for before, after in zip(*readings, strict=True)
     ]
 
@@ -321,12 +383,16 @@ def test_cells_of_a_deep_mlp_are_read_at_hidden_units_which_rescale() -> None:
     ("make", "removed"),
     [
         (vision, {"embedding": (8, 1), "block 1": (0, 1), "block 2": (0, 10)}),
-        (lambda: vision(class_token=True), {"embedding": (7, 1), "block 1": (0, 1), "block 2": (0, 10)}),
+        (
+            lambda: vision(class_token=True),
+            {"embedding": (7, 1), "block 1": (0, 1), "block 2": (0, 10)},
+        ),
         (lambda: deep(residual=True), {"layer 1": (7, 0), "layer 4": (0, 12), "head": (0, 1)}),
     ],
 )
 def test_algebraic_zeros_of_other_models_are_all_there_are(
-    make: Callable[[], tuple[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]]], removed: dict[str, tuple[int, int]]
+    make: Callable[[], tuple[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]]],
+    removed: dict[str, tuple[int, int]],
 ) -> None:
     """What is removed is zero, of every layer; and of these layers nothing else is."""
     model, batches = make()
@@ -388,7 +454,10 @@ def test_half_precision_is_accumulated_in_double() -> None:
 )
 def test_names_that_are_none(names: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        named_layers(make_model(GPTConfig(context=8, layers=1, width=8, heads=2, kv_heads=2, hidden=8)), names)
+        named_layers(
+            make_model(GPTConfig(context=8, layers=1, width=8, heads=2, kv_heads=2, hidden=8)),
+            names,
+        )
 
 
 def test_what_cannot_be_observed_is_named() -> None:
@@ -412,8 +481,12 @@ def test_what_cannot_be_observed_is_named() -> None:
 
 def test_what_is_changed_in_place_or_not_finite_is_refused() -> None:
     x = torch.randn(4, 3)
-    inplace = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Linear(3, 3))
-    with pytest.raises(ValueError, match=r"layer 1: the model changes the activations of module '1' in place"):
+    inplace = nn.Sequential(
+        nn.Linear(3, 3), nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Linear(3, 3)
+    )
+    with pytest.raises(
+        ValueError, match=r"layer 1: the model changes the activations of module '1' in place"
+    ):
         observe(inplace, named_layers(inplace, ["0", "1"]), [(x, x)], gaussian_score(0))
     inplace[2].inplace = False
     observe(inplace, named_layers(inplace, ["0", "1"]), [(x, x)], gaussian_score(0))

@@ -1,4 +1,6 @@
-"""Parameters that a step treats in a way of their own, or that it refuses in a line that says what to do."""
+"""Parameters that a step treats in a way of their own, or that it refuses in a line that says what
+to do.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,17 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import ddc
 from ddc import DDCAdam, DDCMuon
-from ddc.gauges import Axis, Chain, Gauge, GaugeSet, HiddenMatrix, Rescale, RotatedAxis, Rotation, Shift
+from ddc.gauges import (
+    Axis,
+    Chain,
+    Gauge,
+    GaugeSet,
+    HiddenMatrix,
+    Rescale,
+    RotatedAxis,
+    Rotation,
+    Shift,
+)
 from ddc.optim.factory import make_optimizer
 from ddc.optim.muon import Muon
 from tests.helpers import relu_mlp, relu_mlp_gauges
@@ -34,7 +46,9 @@ every = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
 def mlp(device: str = "cpu") -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 4, dtype=torch.float64), nn.Linear(4, 2, dtype=torch.float64)).to(device)
+    return nn.Sequential(
+        nn.Linear(4, 4, dtype=torch.float64), nn.Linear(4, 2, dtype=torch.float64)
+    ).to(device)
 
 
 def backward(model: nn.Module, seed: int = 0) -> None:
@@ -43,7 +57,8 @@ def backward(model: nn.Module, seed: int = 0) -> None:
     model(x).square().sum().backward()
 
 
-# ------------------------------------------------------------------------------------------------ complex numbers
+# ------------------------------------------------------------------------------------------------
+# complex numbers
 
 
 def loss(w: Tensor, bias: Tensor, x: Tensor) -> Tensor:
@@ -84,22 +99,29 @@ def test_complex_parameters_are_stepped_as_adamw_does(make, dtype: torch.dtype) 
     tolerance = 1e-5 if dtype == torch.complex64 else 1e-12
     for p, q in zip(*twins, strict=True):
         torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(ours.state[p]["exp_avg"], plain.state[q]["exp_avg"], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            ours.state[p]["exp_avg"], plain.state[q]["exp_avg"], rtol=tolerance, atol=tolerance
+        )
 
 
 def test_complex_matrices_are_refused_where_real_ones_are_meant() -> None:
     w = [("w", nn.Parameter(torch.ones(2, 2, dtype=torch.complex64)))]
-    with pytest.raises(ValueError, match=r"'w' has shape \(2, 2\) and torch.complex64. Give it to AdamW"):
+    with pytest.raises(
+        ValueError, match=r"'w' has shape \(2, 2\) and torch.complex64. Give it to AdamW"
+    ):
         Muon(w)
     with pytest.raises(ValueError, match=r"hidden matrix 'w' is complex.* Leave it out of hidden"):
         DDCMuon(w, (), [HiddenMatrix("w")])
-    with pytest.raises(ValueError, match=r"logit_shift at head: its parameter 'w' is complex.* leave out one gauge"):
+    with pytest.raises(
+        ValueError, match=r"logit_shift at head: its parameter 'w' is complex.* leave out one gauge"
+    ):
         DDCAdam(w, [Shift("w")])
     with pytest.raises(ValueError, match="'w' is complex and a conjugated view"):
         DDCAdam([("w", nn.Parameter(torch.ones(2, dtype=torch.complex64).conj()))])
 
 
-# ------------------------------------------------------------------------------------------------ quantised, absent
+# ------------------------------------------------------------------------------------------------
+# quantised, absent
 
 
 @pytest.mark.parametrize("make", [DDCAdam, DDCMuon])
@@ -108,7 +130,9 @@ def test_frozen_quantised_weights_are_left_alone(make, kind: str) -> None:
     """bitsandbytes' are of an integer dtype; torchao's are tensors that wrap others."""
     plain, model = mlp(), mlp()
     values = torch.ones(5, 5, dtype=torch.int8)
-    model.quantised = nn.Parameter(values if kind == "int8" else TwoTensor(values * 0.1, values * 0.1), False)
+    model.quantised = nn.Parameter(
+        values if kind == "int8" else TwoTensor(values * 0.1, values * 0.1), False
+    )
     optimizers = [make(each.named_parameters()) for each in (plain, model)]
     for each, optimizer in zip((plain, model), optimizers, strict=True):
         for seed in range(2):
@@ -124,26 +148,38 @@ def test_frozen_quantised_weights_are_left_alone(make, kind: str) -> None:
 
 def test_what_cannot_be_stepped_is_named() -> None:
     wrapped = nn.Parameter(TwoTensor(torch.ones(2, 2), torch.ones(2, 2)))
-    with pytest.raises(ValueError, match=r"'w' is a TwoTensor, which keeps its values in another form.* the others"):
+    with pytest.raises(
+        ValueError, match=r"'w' is a TwoTensor, which keeps its values in another form.* the others"
+    ):
         DDCAdam([("w", wrapped)])
     integers = [("q", nn.Parameter(torch.ones(2, 2, dtype=torch.int8), False))]
-    with pytest.raises(ValueError, match=r"'q' has shape \(2, 2\) and torch.int8. Give it to AdamW"):
+    with pytest.raises(
+        ValueError, match=r"'q' has shape \(2, 2\) and torch.int8. Give it to AdamW"
+    ):
         Muon(integers)
-    with pytest.raises(ValueError, match="hidden matrix 'q' is not among the optimizer's parameters, or quantised"):
+    with pytest.raises(
+        ValueError, match="hidden matrix 'q' is not among the optimizer's parameters, or quantised"
+    ):
         DDCMuon(integers, (), [HiddenMatrix("q")])
-    with pytest.raises(ValueError, match=r"logit_shift at head: its parameter 'q' is not among .*, or quantised"):
+    with pytest.raises(
+        ValueError, match=r"logit_shift at head: its parameter 'q' is not among .*, or quantised"
+    ):
         DDCAdam(integers, [Shift("q")])
 
 
 @pytest.mark.parametrize("make", [DDCAdam, DDCMuon, Muon])
 def test_a_model_without_parameters(make) -> None:
-    with pytest.raises(ValueError, match=rf"{make.__name__} got no parameters.* Pass model.named_parameters\(\)"):
+    with pytest.raises(
+        ValueError, match=rf"{make.__name__} got no parameters.* Pass model.named_parameters\(\)"
+    ):
         make(nn.ReLU().named_parameters())
     with pytest.raises(TypeError, match=r"pass model.named_parameters\(\)"):
         make(nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize(("name", "options"), [("adamw", {}), ("ddcadam", {"compiled": None}), ("ddcmuon", {})])
+@pytest.mark.parametrize(
+    ("name", "options"), [("adamw", {}), ("ddcadam", {"compiled": None}), ("ddcmuon", {})]
+)
 def test_nor_is_there_an_optimizer_by_configuration(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="got no parameters"):
         make_optimizer(name, nn.ReLU(), GaugeSet(), 0.1, **options)
@@ -153,7 +189,8 @@ def test_the_norm_of_nothing() -> None:
     assert DDCAdam([{"params": []}]).grad_norm() == 0
 
 
-# ------------------------------------------------------------------------------------------------ other devices
+# ------------------------------------------------------------------------------------------------
+# other devices
 
 
 @every
@@ -162,13 +199,17 @@ def test_a_model_that_got_its_values_after_the_optimizer_was_made(make) -> None:
     optimizer = make(model.named_parameters())
     model.to_empty(device="cpu").load_state_dict(mlp().state_dict())
     backward(model)
-    with pytest.raises(ValueError, match=r"'0.weight' is on the meta device.* Make the optimizer after that"):
+    with pytest.raises(
+        ValueError, match=r"'0.weight' is on the meta device.* Make the optimizer after that"
+    ):
         optimizer.step()
 
 
 @every
 def test_the_state_goes_with_parameters_that_are_moved(make) -> None:
-    """The same parameters, moved from the meta device, where all is that has no values; then as if made here."""
+    """The same parameters, moved from the meta device, where all is that has no values; then as if
+    made here.
+    """
     model, plain = mlp("meta"), mlp()
     optimizer, other = make(model.named_parameters()), make(plain.named_parameters())
     for parameter, its in zip(model.parameters(), plain.parameters(), strict=True):
@@ -181,18 +222,23 @@ def test_the_state_goes_with_parameters_that_are_moved(make) -> None:
         assert torch.equal(parameter, its)
 
 
-# ------------------------------------------------------------------------------------------------ groups and names
+# ------------------------------------------------------------------------------------------------
+# groups and names
 
 
 @every
 def test_groups_without_names_may_come_later(make) -> None:
-    """As Lightning's BaseFinetuning adds what it unfreezes, and puts the groups back where it resumes."""
+    """As Lightning's BaseFinetuning adds what it unfreezes, and puts the groups back where it
+    resumes.
+    """
     model = mlp()
     model.append(nn.Linear(2, 2, dtype=torch.float64))
 
     def grown(optimizer: Optimizer) -> Optimizer:
         last = model[2]
-        optimizer.add_param_group({"params": [last.weight] if isinstance(optimizer, Muon) else list(last.parameters())})
+        optimizer.add_param_group(
+            {"params": [last.weight] if isinstance(optimizer, Muon) else list(last.parameters())}
+        )
         return optimizer
 
     def first() -> Optimizer:
@@ -222,11 +268,17 @@ def test_groups_without_names_may_come_later(make) -> None:
 
 def test_names_are_given_to_all_and_differ() -> None:
     a, b = (nn.Parameter(torch.ones(2)) for _ in range(2))
-    with pytest.raises(ValueError, match="parameter 1 of param group 0 has no name, and others of it have"):
+    with pytest.raises(
+        ValueError, match="parameter 1 of param group 0 has no name, and others of it have"
+    ):
         DDCAdam([("a", a), b])
-    with pytest.raises(ValueError, match=r"param group 1 have names \('b'\), those of the groups before have not"):
+    with pytest.raises(
+        ValueError, match=r"param group 1 have names \('b'\), those of the groups before have not"
+    ):
         DDCAdam([{"params": [a]}, {"params": [("b", b)]}])
-    with pytest.raises(ValueError, match=r"two parameters are called 'a' \(given as 'a' and '_orig_mod.a'\)"):
+    with pytest.raises(
+        ValueError, match=r"two parameters are called 'a' \(given as 'a' and '_orig_mod.a'\)"
+    ):
         DDCAdam([("a", a), ("_orig_mod.a", b)])
     optimizer = DDCAdam([("a", a)])
     for refused in ([("a", b)], [("b", nn.Parameter(TwoTensor(b.data, b.data)))]):
@@ -238,7 +290,8 @@ def test_names_are_given_to_all_and_differ() -> None:
     optimizer.step()
 
 
-# ----------------------------------------------------------------------------------------- gauges that do not fit
+# ----------------------------------------------------------------------------------------- gauges
+# that do not fit
 
 
 def rescale(where: str, plus: str, minus: str, plus_axis: int = 0, minus_axis: int = 1) -> Rescale:
@@ -265,22 +318,36 @@ CASES: dict[str, tuple[list[Gauge], tuple[str, ...]]] = {
     "rotation and rescale": ([rescale("x", W, "2.weight"), rotation("y", W, [[[0, 1]]])], ()),
     "chains": ([Chain((W, "2.weight"), "x"), Chain(("4.weight", W), "y")], ()),
     "chain and rescale": ([rescale("x", W, "2.weight"), Chain((W, "4.weight"), "y")], ()),
-    "hidden, plus sides": ([rescale("x", W, "2.weight"), rescale("y", W, "4.weight", 1)], (W, "2.weight", "4.weight")),
+    "hidden, plus sides": (
+        [rescale("x", W, "2.weight"), rescale("y", W, "4.weight", 1)],
+        (W, "2.weight", "4.weight"),
+    ),
     "hidden, one axis": ([rescale("x", "2.weight", W), rescale("y", "4.weight", W)], (W,)),
     "beside hidden": (
-        [Rescale("relu_rescale", "x", (Axis("2.weight"),), (Axis(W), Axis("4.weight", 1))), Shift(W, where="y")],
+        [
+            Rescale("relu_rescale", "x", (Axis("2.weight"),), (Axis(W), Axis("4.weight", 1))),
+            Shift(W, where="y"),
+        ],
         ("4.weight",),
     ),
 }
 
 
 @pytest.mark.parametrize(("gauges", "hidden"), CASES.values(), ids=CASES)
-def test_gauges_that_do_not_fit_are_named_with_what_helps(gauges: list[Gauge], hidden: tuple[str, ...]) -> None:
-    """The message has the parameter and the gauges; and what it says to leave out makes the rest fit."""
+def test_gauges_that_do_not_fit_are_named_with_what_helps(
+    gauges: list[Gauge], hidden: tuple[str, ...]
+) -> None:
+    """The message has the parameter and the gauges; and what it says to leave out makes the rest
+    fit.
+    """
     named = list(relu_mlp(bias=False).named_parameters())
 
     def make(gauges: list[Gauge]) -> DDCAdam:
-        return DDCMuon(named, gauges, list(map(HiddenMatrix, hidden))) if hidden else DDCAdam(named, gauges)
+        return (
+            DDCMuon(named, gauges, list(map(HiddenMatrix, hidden)))
+            if hidden
+            else DDCAdam(named, gauges)
+        )
 
     with pytest.raises(ValueError, match=W) as refused:
         make(gauges)
@@ -298,15 +365,20 @@ def test_a_refusal_in_a_step_names_the_gauge() -> None:
     optimizer = DDCAdam(model.named_parameters(), relu_mlp_gauges(model))
     model[0].weight.requires_grad_(False)
     model(torch.ones(1, 6, dtype=torch.float64)).sum().backward()
-    with pytest.raises(ValueError, match=r"'0.weight' was frozen.*its gauge \(relu_rescale at 0-2\)"):
+    with pytest.raises(
+        ValueError, match=r"'0.weight' was frozen.*its gauge \(relu_rescale at 0-2\)"
+    ):
         optimizer.step()
     hidden = [HiddenMatrix("0.weight", heads=2), HiddenMatrix("2.weight")]
     model = relu_mlp(bias=False)
-    with pytest.raises(ValueError, match=r"'0.weight': under relu_rescale at 0-2 .* HiddenMatrix\('0.weight'\)"):
+    with pytest.raises(
+        ValueError, match=r"'0.weight': under relu_rescale at 0-2 .* HiddenMatrix\('0.weight'\)"
+    ):
         DDCMuon(model.named_parameters(), relu_mlp_gauges(model)[:1], hidden)
 
 
-# ------------------------------------------------------------------------------------------------ tools and schedules
+# ------------------------------------------------------------------------------------------------
+# tools and schedules
 
 
 def test_the_norm_through_accelerate() -> None:
@@ -318,13 +390,17 @@ def test_the_norm_through_accelerate() -> None:
     assert ddc.grad_norm(wrapped) == ddc.grad_norm(optimizer) == optimizer.grad_norm() > 0
     plain = AdamW(model.parameters())
     for other in (plain, Accelerator(cpu=True).prepare(plain), None):
-        with pytest.raises(TypeError, match=r"has no gauge-invariant norm: clip by torch.nn.utils.clip_grad_norm_"):
+        with pytest.raises(
+            TypeError, match=r"has no gauge-invariant norm: clip by torch.nn.utils.clip_grad_norm_"
+        ):
             ddc.grad_norm(other)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["DDCAdam", "DDCMuon"])
-def test_a_compiled_step_holds_for_betas_and_momentum_that_change(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_step_holds_for_betas_and_momentum_that_change(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As OneCycleLR has it by default. Compiled without the compiler's last stage, to save time."""
     compiles: list[int] = []
 
@@ -334,7 +410,9 @@ def test_a_compiled_step_holds_for_betas_and_momentum_that_change(name: str, mon
 
     real = torch.compile
     keywords = {"fullgraph": True, "dynamic": False, "isolate_recompiles": True}
-    monkeypatch.setattr(torch, "compile", lambda function, **_: real(function, backend=backend, **keywords))
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **_: real(function, backend=backend, **keywords)
+    )
     models = [relu_mlp(depth=3) for _ in range(2)]
     optimizers = []
     for model in models:

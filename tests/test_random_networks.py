@@ -1,4 +1,6 @@
-"""``find_gauges`` on random networks: no gauge is false, no error is torch's, and the model is left as it was."""
+"""``find_gauges`` on random networks: no gauge is false, no error is torch's, and the model is left
+as it was.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,16 @@ from torch.utils._pytree import tree_leaves
 
 from ddc import DDCAdam, find_gauges
 from ddc.gauges import Gauge, GaugeSet
-from tests.random_networks import MAY_BE_REFUSED, Built, Network, build, clean_networks, expected, networks, simplest
+from tests.random_networks import (
+    MAY_BE_REFUSED,
+    Built,
+    Network,
+    build,
+    clean_networks,
+    expected,
+    networks,
+    simplest,
+)
 
 FRESH_INPUTS = 3
 
@@ -39,7 +50,8 @@ class Examined:
         unusable: what DDCAdam says of the gauges, if it refuses them without naming one.
         unchecked: gauges that it marks as not tried, though the weights have values.
         broken: the error of the network itself, which does not run: the fault of the generator.
-        may_be_refused: whether an error is right: the network does what no trace can hold, or has no parameters.
+        may_be_refused: whether an error is right: the network does what no trace can hold, or has
+            no parameters.
     """
 
     found: Counter[str]
@@ -56,9 +68,14 @@ class Examined:
     @property
     def faults(self) -> list[str]:
         """Everything that must not be, in words."""
-        found = [f"false: {gauge}, outputs change by {change:.1e}" for gauge, change in self.false.items()]
+        found = [
+            f"false: {gauge}, outputs change by {change:.1e}"
+            for gauge, change in self.false.items()
+        ]
         found += [f"left on the model: {what}" for what in self.left]
-        found += [f"refused as a whole: {self.error}"] * (bool(self.error) and not self.may_be_refused)
+        found += [f"refused as a whole: {self.error}"] * (
+            bool(self.error) and not self.may_be_refused
+        )
         others = {
             "crash": self.crash,
             "not usable": self.unusable,
@@ -69,13 +86,20 @@ class Examined:
 
 
 def examine(network: Network) -> Examined:
-    """Find the gauges of a network, and compare all that it computes before and after random elements of them."""
+    """Find the gauges of a network, and compare all that it computes before and after random
+    elements of them.
+    """
     try:
         built = build(network)
         observed(network, built, (), shifted=False)
     except Exception as error:
         return Examined(Counter(), Counter(), {}, broken=f"{type(error).__name__}: {error}")
-    examined = Examined(Counter(), Counter(), {}, may_be_refused=any(word in MAY_BE_REFUSED for word in network.words))
+    examined = Examined(
+        Counter(),
+        Counter(),
+        {},
+        may_be_refused=any(word in MAY_BE_REFUSED for word in network.words),
+    )
     before = Snapshot(built.model)
     try:
         with warnings.catch_warnings():
@@ -94,8 +118,12 @@ def examine(network: Network) -> Examined:
     examined.refused.update(refusal.kind for refusal in gauges.refused)
     examined.false = false_gauges(network, built, gauges)
     without_values = any(parameter.is_meta for parameter in built.model.parameters())
-    if said := {str(gauge) for gauge in getattr(gauges, "unchecked", {})}:  # who is told so is not misled
-        examined.false = {name: change for name, change in examined.false.items() if name not in said}
+    if said := {
+        str(gauge) for gauge in getattr(gauges, "unchecked", {})
+    }:  # who is told so is not misled
+        examined.false = {
+            name: change for name, change in examined.false.items() if name not in said
+        }
         examined.unchecked = "" if without_values else "; ".join(sorted(said))
     if gauges and not without_values:
         try:
@@ -112,7 +140,11 @@ def found_in(built: Built) -> GaugeSet:
     given = {"per_layer": built.per_layer, "inputs": built.inputs}
     if "loss" not in inspect.signature(find_gauges).parameters:
         gauges = find_gauges(built.model, **given)
-        return gauges.only({gauge.kind for gauge in gauges} - {"logit_shift"}) if built.loss == "other" else gauges
+        return (
+            gauges.only({gauge.kind for gauge in gauges} - {"logit_shift"})
+            if built.loss == "other"
+            else gauges
+        )
     try:
         return find_gauges(built.model, **given, loss=built.loss)
     except ValueError as error:
@@ -123,11 +155,26 @@ def found_in(built: Built) -> GaugeSet:
 
 def is_ours(message: str) -> bool:
     """Whether an error is one line and written by us."""
-    foreign = ("torch._", "torch.fx", "Traceback", "pytree", "FakeTensor", "GuardOn", "aten.", "0x", "github.com")
-    return 0 < len(message) < 400 and "\n" not in message and not any(word in message for word in foreign)
+    foreign = (
+        "torch._",
+        "torch.fx",
+        "Traceback",
+        "pytree",
+        "FakeTensor",
+        "GuardOn",
+        "aten.",
+        "0x",
+        "github.com",
+    )
+    return (
+        0 < len(message) < 400
+        and "\n" not in message
+        and not any(word in message for word in foreign)
+    )
 
 
-# ---------------------------------------------------------------------------------------------- the check
+# ---------------------------------------------------------------------------------------------- the
+# check
 
 
 @contextmanager
@@ -150,17 +197,25 @@ def generic(network: Network) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             scale = 0.3 if parameter.ndim < 2 else 0.5 * parameter.shape[-1] ** -0.5
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+            parameter.add_(
+                scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            )
     return model
 
 
 @torch.no_grad()
 def observed(
-    network: Network, built: Built, gauges: Iterable[Gauge], shifted: bool, inputs: range = range(FRESH_INPUTS)
+    network: Network,
+    built: Built,
+    gauges: Iterable[Gauge],
+    shifted: bool,
+    inputs: range = range(FRESH_INPUTS),
 ) -> dict[str, Tensor]:
-    """All that a network computes after random elements of gauges, by name: outputs, and losses kept as attributes.
+    """All that a network computes after random elements of gauges, by name: outputs, and losses
+    kept as attributes.
 
-    In training mode and evaluation, on several inputs; if ``shifted``, the first output up to a shift of all logits.
+    In training mode and evaluation, on several inputs; if ``shifted``, the first output up to a
+    shift of all logits.
     """
     model = generic(network)
     GaugeSet(tuple(gauges)).transform_(model, torch.Generator().manual_seed(2))
@@ -171,12 +226,20 @@ def observed(
             given_inputs = built.fresh(seed)
             torch.manual_seed(seed)
             with doubles():
-                outputs = model(**given_inputs) if isinstance(given_inputs, dict) else model(*given_inputs)
+                outputs = (
+                    model(**given_inputs)
+                    if isinstance(given_inputs, dict)
+                    else model(*given_inputs)
+                )
             mode = f"{'training' if training else 'evaluation'}, inputs {seed}"
-            for i, value in enumerate(leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)):
+            for i, value in enumerate(
+                leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)
+            ):
                 logits = shifted and i == 0 and value.ndim and value.is_floating_point()
                 values[f"output {i}, {mode}"] = (
-                    value.log_softmax(1 if network.head == "classes first" else -1) if logits else value
+                    value.log_softmax(1 if network.head == "classes first" else -1)
+                    if logits
+                    else value
                 )
             for name, module in model.named_modules():
                 for key, value in vars(module).items():
@@ -186,7 +249,9 @@ def observed(
 
 
 def false_gauges(network: Network, built: Built, gauges: GaugeSet) -> dict[str, float]:
-    """The gauges that change what a network computes, and by how much; "all together" if none does alone."""
+    """The gauges that change what a network computes, and by how much; "all together" if none does
+    alone.
+    """
     unshifted = [gauge for gauge in gauges if gauge.kind != "logit_shift"]
     shifts = [gauge for gauge in gauges if gauge.kind == "logit_shift"]
 
@@ -197,7 +262,9 @@ def false_gauges(network: Network, built: Built, gauges: GaugeSet) -> dict[str, 
     def change(group: list[Gauge], inputs: range = range(FRESH_INPUTS)) -> float:
         shifted = any(gauge in shifts for gauge in group)
         after = observed(network, built, group, shifted, inputs)
-        changes = [largest_change(before(shifted, inputs)[key], value) for key, value in after.items()]
+        changes = [
+            largest_change(before(shifted, inputs)[key], value) for key, value in after.items()
+        ]
         return max(changes, key=lambda each: math.inf if math.isnan(each) else each)
 
     def is_true(change: float) -> bool:
@@ -233,7 +300,11 @@ class Snapshot:
 
     def differences(self, model: nn.Module) -> Iterator[str]:
         facts, tensors = dict(facts_of(model)), dict(tensors_of(model))
-        yield from (f"{name} differs" for name in facts | self.facts if facts.get(name) != self.facts.get(name))
+        yield from (
+            f"{name} differs"
+            for name in facts | self.facts
+            if facts.get(name) != self.facts.get(name)
+        )
         for name, before in self.tensors.items():
             after = tensors.get(name)
             if after is not None and not before.is_meta and not torch.equal(before, after.detach()):
@@ -261,9 +332,12 @@ def facts_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
         yield f"requires_grad or grad of {name}", (parameter.requires_grad, parameter.grad is None)
 
 
-# ---------------------------------------------------------------------------------------------- tests
+# ----------------------------------------------------------------------------------------------
+# tests
 
-SETTINGS = settings(derandomize=True, deadline=None, database=None, phases=[Phase.generate], print_blob=False)
+SETTINGS = settings(
+    derandomize=True, deadline=None, database=None, phases=[Phase.generate], print_blob=False
+)
 
 
 @pytest.mark.slow

@@ -1,4 +1,6 @@
-"""The rate reader: intervals against simulation and scipy, every refusal, null controls, the chain rule."""
+"""The rate reader: intervals against simulation and scipy, every refusal, null controls, the chain
+rule.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ def test_the_block_bootstrap_is_the_limit_of_resampling() -> None:
     ("rho", "points", "least"), [(0.0, 8, 0.94), (0.0, 30, 0.94), (0.5, 30, 0.90), (0.8, 30, 0.88)]
 )
 def test_intervals_cover(rho: float, points: int, least: float) -> None:
-    """As the docstring says; an interval for white residuals would cover 47% at rho = 0.8, which is tested too."""
+    """As the docstring says; an interval for white residuals would cover 47% at rho = 0.8, which is
+    tested too.
+    """
     generator = np.random.default_rng(2)
     x = np.linspace(0, -3, points)
     covered = naive = 0
@@ -87,7 +91,9 @@ def test_a_power_is_read_through_noise() -> None:
     misses = 0
     for exponent in (0.5, 2.0, 6.0):
         for _ in range(20):
-            rate = read_rate(LOG_T, exponent * LOG_T + 0.3 * autoregressive(0.5, 32, generator), RULE)
+            rate = read_rate(
+                LOG_T, exponent * LOG_T + 0.3 * autoregressive(0.5, 32, generator), RULE
+            )
             assert rate.read
             assert rate.fit is not None
             misses += not rate.fit.low <= exponent <= rate.fit.high
@@ -135,7 +141,8 @@ def test_the_window_is_anchored_at_the_end_of_training() -> None:
 
 def test_null_controls_read_about_none() -> None:
     assert noise_share(LOG_T, RULE, walk=False, cells=200) <= 0.01
-    assert noise_share(LOG_T, RULE, walk=True, cells=200) <= 0.15  # a random walk has trends: it is the hard one
+    # a random walk has trends: it is the hard one
+    assert noise_share(LOG_T, RULE, walk=True, cells=200) <= 0.15
 
 
 def rows(steps: int = 30, layers: int = 2, noise: float = 0.0) -> list[dict]:
@@ -166,10 +173,19 @@ def rows(steps: int = 30, layers: int = 2, noise: float = 0.0) -> list[dict]:
 
 
 def test_the_grid() -> None:
-    cells = {c.observable: c for c in read_cells(rows(), "excess_loss", RULE, loss_floor=1.0) if c.layer == "l1"}
+    cells = {
+        c.observable: c
+        for c in read_cells(rows(), "excess_loss", RULE, loss_floor=1.0)
+        if c.layer == "l1"
+    }
     slopes = {name: cell.rate.fit.slope for name, cell in cells.items() if cell.rate.read}
     assert slopes == pytest.approx(
-        {"activation_sigma_min": 0.5, "gradient_lambda_min": 1.0, "activation_log_volume": 3.0, "fisher_min": 2.0}
+        {
+            "activation_sigma_min": 0.5,
+            "gradient_lambda_min": 1.0,
+            "activation_log_volume": 3.0,
+            "fisher_min": 2.0,
+        }
     )
     assert cells["gradient_log_volume"].rate.verdict == "plateau"
     assert cells["activation_log_volume"].order is None
@@ -197,17 +213,20 @@ def test_approach_parameters() -> None:
     assert np.isnan(log_approach(made, "arc_length")[-1])
     np.testing.assert_allclose(np.exp(log_approach(made, "step"))[1:], 1 / np.arange(1, 10))
     assert np.isnan(log_approach(made, "step")[0])
-    with pytest.raises(ValueError, match="Invalid approach='loss': expected one of excess_loss, arc_length, step"):
+    with pytest.raises(
+        ValueError, match="Invalid approach='loss': expected one of excess_loss, arc_length, step"
+    ):
         log_approach(made, "loss")
 
 
 @pytest.mark.parametrize("depth", [2, 3, 5])
 def test_the_chain_rule_between_approach_parameters(depth: int) -> None:
-    """Gradient flow of the scalar chain K = (w₁⋯w_L)²/2 from a symmetric start, solved in closed form.
+    """Gradient flow of the scalar chain K = (w₁⋯w_L)²/2 from a symmetric start, solved in closed
+    form.
 
-    With all w = t the Fisher information along the orbit's normal is L t^(2(L-1)), the excess loss t^(2L)/2 and the
-    arc length to the end √L t. Slopes against loss and length differ by the factor 2L of the chain rule, and give the
-    same order k = L.
+    With all w = t the Fisher information along the orbit's normal is L t^(2(L-1)), the excess loss
+    t^(2L)/2 and the arc length to the end √L t. Slopes against loss and length differ by the factor
+    2L of the chain rule, and give the same order k = L.
     """
     t = np.exp(np.linspace(-1, -6, 40))
     log_fisher = np.log(depth * t ** (2 * (depth - 1)))
@@ -247,7 +266,9 @@ def test_constants_out_of_range(key: str, value: float) -> None:
 
 
 def made_up_rows(values: np.ndarray) -> list[dict]:
-    """Readings of one layer whose observables, as logarithms, are the rows of ``values``; the loss falls by a power."""
+    """Readings of one layer whose observables, as logarithms, are the rows of ``values``; the loss
+    falls by a power.
+    """
     names = list(OBSERVABLES)
     found = []
     for i, column in enumerate(values.T):
@@ -255,7 +276,12 @@ def made_up_rows(values: np.ndarray) -> list[dict]:
             name: value if name.endswith("volume") else math.exp(value)
             for name, value in zip(names, column, strict=True)
         }
-        layer = {"layer": "block 1", "values": numbers, "activation": {"rank": 3}, "gradient": {"rank": 3}}
+        layer = {
+            "layer": "block 1",
+            "values": numbers,
+            "activation": {"rank": 3},
+            "gradient": {"rank": 3},
+        }
         found.append({"step": i, "loss": math.exp(LOG_T[i]), "layers": [layer]})
     return found
 

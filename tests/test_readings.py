@@ -1,4 +1,6 @@
-"""Readings in the trainer: they change no training number, survive a kill, and can be made again from the weights."""
+"""Readings in the trainer: they change no training number, survive a kill, and can be made again
+from the weights.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def test_readings_change_no_training_number(tmp_path: Path, optimizer: str) -> N
     assert plain.folder.name != observed.folder.name
     rows = readings(observed.folder)
     assert [row["step"] for row in rows] == reading_steps(9, 12)
-    assert ["learning_coefficient" in row for row in rows] == [i % 4 == (len(rows) - 1) % 4 for i in range(len(rows))]
+    assert ["learning_coefficient" in row for row in rows] == [
+        i % 4 == (len(rows) - 1) % 4 for i in range(len(rows))
+    ]
     assert {layer["layer"] for layer in rows[0]["layers"]} == {"embedding", "block 1"}
     assert all(set(layer["values"]) == set(OBSERVABLES) for row in rows for layer in row["layers"])
     assert rows[-1]["loss"] < rows[0]["loss"]
@@ -78,28 +82,48 @@ def test_readings_change_no_training_number(tmp_path: Path, optimizer: str) -> N
     ("overrides", "layers"),
     [
         (["+experiment=vit_scratch"], ["embedding", "block 1"]),
-        (["+experiment=vit_scratch", "model.class_token=true", "optimizer=adamw"], ["embedding", "block 1"]),
+        (
+            ["+experiment=vit_scratch", "model.class_token=true", "optimizer=adamw"],
+            ["embedding", "block 1"],
+        ),
         (["+experiment=grok_mlp", "optimizer=ddcmuon"], ["layer 1", "layer 2", "head"]),
-        (["+experiment=grok_mlp", "model.residual=true", "optimizer=muon"], ["layer 1", "layer 2", "head"]),
+        (
+            ["+experiment=grok_mlp", "model.residual=true", "optimizer=muon"],
+            ["layer 1", "layer 2", "head"],
+        ),
     ],
 )
-def test_other_models_are_read_and_train_as_without(tmp_path: Path, overrides: list[str], layers: list[str]) -> None:
-    plain, observed = run(tmp_path / "plain", *overrides), run(tmp_path / "observed", *overrides, *READ, *LLC)
+def test_other_models_are_read_and_train_as_without(
+    tmp_path: Path, overrides: list[str], layers: list[str]
+) -> None:
+    plain, observed = (
+        run(tmp_path / "plain", *overrides),
+        run(tmp_path / "observed", *overrides, *READ, *LLC),
+    )
     train(plain)
     train(observed)
     assert_same_run(plain.folder, observed.folder)
     rows = readings(observed.folder)
     assert [layer["layer"] for layer in rows[-1]["layers"]] == layers
-    assert all(math.isfinite(rows[-1]["learning_coefficient"][key]) for key in ("value", "low", "high"))
+    assert all(
+        math.isfinite(rows[-1]["learning_coefficient"][key]) for key in ("value", "low", "high")
+    )
     assert rows[-1]["arc_length"] > 0
     assert observed.observer is not None
     again = [row | {"layers": None} for row in observed.observer.read_again()]
-    assert again == [{key: row[key] for key in ("step", "arc_length", "loss")} | {"layers": None} for row in rows]
+    assert again == [
+        {key: row[key] for key in ("step", "arc_length", "loss")} | {"layers": None} for row in rows
+    ]
     others = list(observed.observer.read_untrained(rows[:2]))
     assert [row["step"] for row in others] == [row["step"] for row in rows[:2]]
     assert others[0]["layers"] != others[1]["layers"]
     figures = draw_readings(Run.read(observed.folder), tmp_path)
-    assert {path.name for path in figures} == {"cells.png", "cells.pdf", "spectra.png", "spectra.pdf"}
+    assert {path.name for path in figures} == {
+        "cells.png",
+        "cells.pdf",
+        "spectra.png",
+        "spectra.pdf",
+    }
 
 
 def test_a_run_without_readings_keeps_its_name() -> None:
@@ -126,7 +150,9 @@ def test_the_arc_is_the_sum_of_orbit_distances(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_resume_makes_the_same_readings(tmp_path: Path, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_makes_the_same_readings(
+    tmp_path: Path, keep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = [*READ, f"slt.keep_snapshots={keep}"]
     whole = run(tmp_path / "whole", *options)
     train(whole)
@@ -156,9 +182,15 @@ def test_resume_makes_the_same_readings(tmp_path: Path, keep: bool, monkeypatch:
             continue
     assert attempts >= 3
     assert_same_run(whole.folder, broken.folder)
-    assert (whole.folder / "readings.jsonl").read_bytes() == (broken.folder / "readings.jsonl").read_bytes()
+    assert (whole.folder / "readings.jsonl").read_bytes() == (
+        broken.folder / "readings.jsonl"
+    ).read_bytes()
     expected = reading_steps(9, 12) if keep else [12]
-    assert snapshot_steps(whole.folder / "snapshots") == snapshot_steps(broken.folder / "snapshots") == expected
+    assert (
+        snapshot_steps(whole.folder / "snapshots")
+        == snapshot_steps(broken.folder / "snapshots")
+        == expected
+    )
 
 
 def test_a_restarted_run_drops_its_old_readings(tmp_path: Path) -> None:
@@ -178,7 +210,9 @@ def test_diverging_chains_do_not_take_the_run_with_them(tmp_path: Path) -> None:
 
     setup.observer.learning_coefficient = diverge  # type: ignore[method-assign]
     train(setup)
-    assert readings(setup.folder)[-1]["learning_coefficient"] == {"error": "3 of 4 chains left the finite numbers"}
+    assert readings(setup.folder)[-1]["learning_coefficient"] == {
+        "error": "3 of 4 chains left the finite numbers"
+    }
 
 
 def test_the_configuration_of_a_run_is_restored(tmp_path: Path) -> None:
@@ -216,17 +250,28 @@ def test_wandb_gets_numbers_spectra_and_figures(tmp_path: Path) -> None:
     assert type(sent[0]["slt/block 1/gradient_spectrum"]).__name__ == "Histogram"
     assert sent[-2]["slt/learning_coefficient/value"] > 0
     assert set(sent[-1]) == {"cells", "spectra"}
-    assert {path.name for path in figures} == {"cells.png", "cells.pdf", "spectra.png", "spectra.pdf"}
+    assert {path.name for path in figures} == {
+        "cells.png",
+        "cells.pdf",
+        "spectra.png",
+        "spectra.pdf",
+    }
     assert all(path.stat().st_size > 5_000 for path in figures)
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("slt.readings=5", "Invalid slt.readings=5: expected 0, or at least slt.rule.min_checkpoints=8"),
+        (
+            "slt.readings=5",
+            "Invalid slt.readings=5: expected 0, or at least slt.rule.min_checkpoints=8",
+        ),
         ("slt.sequences=0", "Invalid slt.sequences=0"),
         ("slt.labels=random", "Invalid slt.labels=random: expected one of model, data"),
-        ("slt.approach=time", "Invalid slt.approach=time: expected one of excess_loss, arc_length, step"),
+        (
+            "slt.approach=time",
+            "Invalid slt.approach=time: expected one of excess_loss, arc_length, step",
+        ),
         ("slt.rule.min_r2=2", "Invalid slt.rule.min_r2=2"),
         ("slt.learning_coefficient.chains=1", "Invalid slt.learning_coefficient.chains=1"),
         ("slt.learning_coefficient.gamma=0", "Invalid slt.learning_coefficient.gamma=0"),
@@ -254,15 +299,29 @@ def test_the_command_line_and_the_script(tmp_path: Path) -> None:
 
     again = script(str(folder), "--output", str(tmp_path / "again"))
     assert again.returncode == 0, again.stderr
-    for words in ("DDCAdam, seed 0, against excess loss", "untrained model", "random walk", "λ_min(G)"):
+    for words in (
+        "DDCAdam, seed 0, against excess loss",
+        "untrained model",
+        "random walk",
+        "λ_min(G)",
+    ):
         assert words.replace(" ", "") in again.stdout.replace(" ", "").replace("\n", "")
     recorded = script(str(folder), "--output", str(tmp_path / "recorded"), "--recorded")
     assert recorded.returncode == 0, recorded.stderr
-    reports = [json.loads((tmp_path / name / folder.name / "rates.json").read_text()) for name in ("again", "recorded")]
-    assert reports[0]["approaches"] == reports[1]["approaches"]  # the same weights give the same readings, to the bit
+    reports = [
+        json.loads((tmp_path / name / folder.name / "rates.json").read_text())
+        for name in ("again", "recorded")
+    ]
+    # the same weights give the same readings, to the bit
+    assert reports[0]["approaches"] == reports[1]["approaches"]
     found = reports[0]["approaches"]["excess_loss"]
     assert sum(found["counts"].values()) == found["total"] == 10
-    assert set(found["null_controls"]) == {"untrained model", "shuffled checkpoints", "white noise", "random walk"}
+    assert set(found["null_controls"]) == {
+        "untrained model",
+        "shuffled checkpoints",
+        "white noise",
+        "random walk",
+    }
     assert "| DDCAdam, seed 0 | excess loss |" in (tmp_path / "again" / "table.md").read_text()
     for name in ("rates.png", "rates.pdf", "rates-spectra.png"):
         assert (tmp_path / "again" / folder.name / name).stat().st_size > 0
@@ -270,7 +329,10 @@ def test_the_command_line_and_the_script(tmp_path: Path) -> None:
         path.unlink()
     without = script(str(folder))
     assert without.returncode == 1
-    assert "slt.keep_snapshots=true, or read what was recorded during training with --recorded" in without.stderr
+    assert (
+        "slt.keep_snapshots=true, or read what was recorded during training with --recorded"
+        in without.stderr
+    )
     nothing = script(str(tmp_path))
     assert nothing.returncode == 1
     assert "holds no run" in nothing.stderr

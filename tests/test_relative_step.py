@@ -45,7 +45,14 @@ def test_length_and_angle_of_a_turn(angle: float) -> None:
 
 
 def relative_adamw(model: nn.Module, **options: Any) -> RelativeAdamW:
-    options = {"lr": 0.02, "adam_lr": 1e-3, "steps": {}, "betas": (0.9, 0.99), "eps": 1e-8, **options}
+    options = {
+        "lr": 0.02,
+        "adam_lr": 1e-3,
+        "steps": {},
+        "betas": (0.9, 0.99),
+        "eps": 1e-8,
+        **options,
+    }
     optimizer = make_optimizer("adamw_relative", model, GaugeSet(), 0.1, **options)
     assert isinstance(optimizer, RelativeAdamW)
     return optimizer
@@ -55,7 +62,10 @@ def test_steps_have_the_given_lengths_and_the_direction_of_adamw(config: GPTConf
     """Against AdamW written down, step by step."""
     model = make_model(config)
     ours = relative_adamw(model)
-    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in named_parameters(model).items()}
+    moments = {
+        name: (torch.zeros_like(p), torch.zeros_like(p))
+        for name, p in named_parameters(model).items()
+    }
     for step in range(1, 4):
         backward(model, step)
         before = {name: p.detach().clone() for name, p in named_parameters(model).items()}
@@ -102,20 +112,32 @@ def test_state_survives_a_copy_and_a_state_dict() -> None:
         backward(each, 1)
         its.step()
     for other, _ in pairs[1:]:
-        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+        assert all(
+            torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True)
+        )
 
 
 def test_records_have_the_steps_before_each_evaluation(tmp_path: Path) -> None:
-    """Of every matrix; and looking at them changes nothing, for a run that looks once ends alike."""
+    """Of every matrix; and looking at them changes nothing, for a run that looks once ends
+    alike.
+    """
     setup = run(tmp_path / "often", "optimizer=adamw_relative", "optimizer.lr=0.01", *SHORT)
     train(setup)
     rows = rows_of(setup.folder)
     assert rows[0]["matrix_step"] is None
     matrices = {name for name, p in named_parameters(setup.model).items() if p.ndim > 1}
     for row in rows[1:]:
-        assert row["matrix_step"]["relative"] == {name: pytest.approx(0.01, rel=1e-4) for name in matrices}
+        assert row["matrix_step"]["relative"] == {
+            name: pytest.approx(0.01, rel=1e-4) for name in matrices
+        }
         assert all(0 < angle < 0.0101 for angle in row["matrix_step"]["angle"].values())
-    once = run(tmp_path / "once", "optimizer=adamw_relative", "optimizer.lr=0.01", "training.evaluations=1", *SHORT)
+    once = run(
+        tmp_path / "once",
+        "optimizer=adamw_relative",
+        "optimizer.lr=0.01",
+        "training.evaluations=1",
+        *SHORT,
+    )
     train(once)
     assert rows_of(once.folder)[-1] == rows[-1]
 
@@ -130,10 +152,15 @@ def test_steps_may_be_those_of_another_run(tmp_path: Path) -> None:
     for name, step in rows_of(second.folder)[-1]["matrix_step"]["relative"].items():
         median = statistics.median(row["matrix_step"]["relative"][name] for row in rows[1:])
         assert step == pytest.approx(0.5 * median, rel=1e-4)
-    with pytest.raises(ValueError, match=r"optimizer\.steps_of: that run has no matrix blocks\.1\."):
+    with pytest.raises(
+        ValueError, match=r"optimizer\.steps_of: that run has no matrix blocks\.1\."
+    ):
         run(tmp_path, *options, "model.layers=2")
     for row in rows:  # as older runs have it
         del row["matrix_step"]
     (first.folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(ValueError, match=r"Invalid optimizer\.steps_of=.*: expected the folder of a run that recorded"):
+    with pytest.raises(
+        ValueError,
+        match=r"Invalid optimizer\.steps_of=.*: expected the folder of a run that recorded",
+    ):
         run(tmp_path, *options)

@@ -40,7 +40,8 @@ from experiments.protocols import CLAIMS, ROOT
 CLAIM = load_claims(CLAIMS)
 
 
-# ---------------------------------------------------------------------------------------------- registry
+# ----------------------------------------------------------------------------------------------
+# registry
 
 
 def test_every_claim_names_a_module_that_can_report_it() -> None:
@@ -70,7 +71,8 @@ def test_a_claim_without_a_rule_is_refused(tmp_path: Path) -> None:
         load_claims(path)
 
 
-# ---------------------------------------------------------------------------------------------- verdicts
+# ----------------------------------------------------------------------------------------------
+# verdicts
 
 
 @pytest.mark.parametrize(
@@ -95,7 +97,8 @@ def test_three_seeds_show_a_direction_at_most_and_only_if_they_agree() -> None:
     assert effect([1.0, 2.0, 3.0], None, 0.05) == Effect(1, enough=False)
     assert effect([-1.0, -2.0, -3.0], None, 0.05) == Effect(-1, enough=False)
     assert effect([1.0, 2.0, -0.1], None, 0.05) == Effect(0, enough=False)
-    assert effect([5.0, 5.0], None, 0.05) == effect([], None, 0.05) == Effect(None, enough=False)  # two show nothing
+    # two show nothing
+    assert effect([5.0, 5.0], None, 0.05) == effect([], None, 0.05) == Effect(None, enough=False)
     assert effect([1.0] * 5, 0.01, 0.05) == Effect(1, enough=True)
     assert effect([-1.0] * 5, 0.01, 0.05) == Effect(-1, enough=True)
     assert effect([1.0] * 5, 0.05, 0.05) == Effect(0, enough=True)
@@ -104,35 +107,49 @@ def test_three_seeds_show_a_direction_at_most_and_only_if_they_agree() -> None:
 def test_equivariance_fails_by_one_row() -> None:
     records = read_lines(ROOT / "results/equivariance/records.jsonl")
     assert {each.verdict for each in equivariance.verdicts(records, CLAIM["C6"])} == {"reproduced"}
-    broken = next(i for i, r in enumerate(records) if r["optimizer"] == "ddcadam" and r["dtype"] == "float64")
+    broken = next(
+        i for i, r in enumerate(records) if r["optimizer"] == "ddcadam" and r["dtype"] == "float64"
+    )
     changed = [*records[:broken], {**records[broken], "divergence": 1e-6}, *records[broken + 1 :]]
-    assert [v.verdict for v in equivariance.verdicts(changed, CLAIM["C6"])] == ["direction only", "reproduced"]
+    assert [v.verdict for v in equivariance.verdicts(changed, CLAIM["C6"])] == [
+        "direction only",
+        "reproduced",
+    ]
 
 
-# ---------------------------------------------------------------------------------------------- statistics
+# ----------------------------------------------------------------------------------------------
+# statistics
 
 
 def test_statistics_of_differences_agree_with_scipy() -> None:
     values = np.random.default_rng(0).normal(0.3, 1.0, 8)
     assert paired_p(values) == pytest.approx(stats.ttest_rel(values, np.zeros(8)).pvalue)
     assert paired_p(values[:4]) is None
-    assert paired_p([3.0] * 6) == pytest.approx(stats.binomtest(6, 6).pvalue)  # counts may all be one number
+    # counts may all be one number
+    assert paired_p([3.0] * 6) == pytest.approx(stats.binomtest(6, 6).pvalue)
     assert paired_p([0.0] * 6) == 1.0
     many = np.random.default_rng(1).normal(0.3, 1.0, 11)
     signs = np.array(list(itertools.product((1, -1), repeat=11)))
     means = np.abs((signs * many).mean(1))
     assert paired_p(many) == pytest.approx((means >= abs(many.mean()) - 1e-12).mean())
     assert interquartile_mean(values) == pytest.approx(np.sort(values)[2:6].mean())
-    df = 7  # Hedges' correction is exactly a ratio of gamma functions; the usual formula approximates it
+    # Hedges' correction is exactly a ratio of gamma functions; the usual formula approximates it
+    df = 7
     exact = np.sqrt(2 / df) * np.exp(gammaln(df / 2) - gammaln((df - 1) / 2))
-    assert effect_size(values) == pytest.approx(exact * values.mean() / values.std(ddof=1), rel=2e-3)
+    assert effect_size(values) == pytest.approx(
+        exact * values.mean() / values.std(ddof=1), rel=2e-3
+    )
     assert effect_size([1.0, 2.0]) is None
     assert effect_size([1.0, 1.0, 1.0]) is None
 
 
 def test_difference_of_shares() -> None:
     low, high = share_difference_interval((56, 48), (70, 80))
-    assert (low, high) == (pytest.approx(0.0524, abs=1e-4), pytest.approx(0.3339, abs=1e-4))  # Newcombe 1998, method 10
+    # Newcombe 1998, method 10
+    assert (low, high) == (
+        pytest.approx(0.0524, abs=1e-4),
+        pytest.approx(0.3339, abs=1e-4),
+    )
 
 
 def test_what_was_not_tested_stays_untested() -> None:
@@ -177,7 +194,9 @@ def test_pairs_are_by_seed_and_every_seed_is_shown() -> None:
     ],
 )
 def test_verdict_of_the_gap(ddcadam: list[float], expected: str) -> None:
-    found = overtraining.verdicts(made_up({"adamw": [3.0, 3.1, 3.2, 3.3, 3.4], "ddcadam": ddcadam}), CLAIM["C1"])
+    found = overtraining.verdicts(
+        made_up({"adamw": [3.0, 3.1, 3.2, 3.3, 3.4], "ddcadam": ddcadam}), CLAIM["C1"]
+    )
     assert [each.verdict for each in found] == [expected] * 2
 
 
@@ -185,8 +204,12 @@ def test_a_gap_that_was_never_reached_counts_as_no_seed() -> None:
     records = made_up({"adamw": [3.0, 3.1, 3.2, 3.3, 3.4], "ddcadam": [1.0, 1.1, 1.2, 1.3, 1.4]})
     records[-1]["summary"]["gap_at_train_loss"]["0.5"] = None
     found = overtraining.verdicts(records, CLAIM["C1"])
-    assert [(each.seeds, each.verdict) for each in found] == [("4 of 5", "direction only")] * 2  # four are not tested
-    records = made_up({"adamw": [3.0, 3.1, 3.2, 3.3, 3.4, 3.5], "ddcadam": [1.0, 1.15, 1.2, 1.35, 1.4, 1.5]})
+    assert [(each.seeds, each.verdict) for each in found] == [
+        ("4 of 5", "direction only")
+    ] * 2  # four are not tested
+    records = made_up(
+        {"adamw": [3.0, 3.1, 3.2, 3.3, 3.4, 3.5], "ddcadam": [1.0, 1.15, 1.2, 1.35, 1.4, 1.5]}
+    )
     assert {each.verdict for each in overtraining.verdicts(records, CLAIM["C1"])} == {"reproduced"}
     records[-1] |= {"diverged": True}  # no less than half of the gap, but not on every seed
     found = overtraining.verdicts(records, CLAIM["C1"])
@@ -218,7 +241,11 @@ def test_beyond_the_grid_speaks_against_a_verdict_only_where_it_does() -> None:
         if "beyond" in record["stages"] and record["config"]["optimizer"]["name"] == "adamw":
             record["summary"]["validation_loss"] += 1
     assert "0.659" in vit_report.beyond(records)
-    assert vit_report.beyond(worse) == vit_report.beyond([r for r in records if "beyond" not in r["stages"]]) == "–"
+    assert (
+        vit_report.beyond(worse)
+        == vit_report.beyond([r for r in records if "beyond" not in r["stages"]])
+        == "–"
+    )
 
 
 def test_23_of_28_learning_coefficients_are_near_the_true_one() -> None:
@@ -236,7 +263,8 @@ def test_cells_are_compared_grid_by_grid() -> None:
     assert small.ours.startswith("DDCAdam 5, 4, 4; AdamW 1, 2, 1: +3.0")
 
 
-# ---------------------------------------------------------------------------------------------- documents
+# ----------------------------------------------------------------------------------------------
+# documents
 
 
 def test_tables_as_latex() -> None:
@@ -245,7 +273,9 @@ def test_tables_as_latex() -> None:
     text = latex(table(["name_1", "50%"], [["a & b", "1.5"], ["ρ_P", "– 2"]]))
     assert text.isascii()
     assert text.count(r"\\") >= 3
-    assert all(each in text for each in (r"\toprule", r"\bottomrule", r"name\_1", r"50\%", r"a \& b"))
+    assert all(
+        each in text for each in (r"\toprule", r"\bottomrule", r"name\_1", r"50\%", r"a \& b")
+    )
 
 
 def test_a_figure_has_the_same_bytes_each_time(tmp_path: Path) -> None:
@@ -272,10 +302,14 @@ def test_missing_records_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_what_was_collected_stays_where_a_run_is_not_here(tmp_path: Path) -> None:
     collected = vit.EXPERIMENT.collect(str(tmp_path))
-    assert sorted(collected, key=lambda r: r["id"]) == sorted(vit.EXPERIMENT.records, key=lambda r: r["id"])
+    assert sorted(collected, key=lambda r: r["id"]) == sorted(
+        vit.EXPERIMENT.records, key=lambda r: r["id"]
+    )
 
 
-def test_the_readings_of_a_new_run_replace_those_of_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readings_of_a_new_run_replace_those_of_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(rates, "RESULTS", tmp_path / "results")
     for kept, run in rates.sweep("small", str(tmp_path / "runs")).items():
         source = ROOT / "results/rates/small" / kept.name
@@ -285,7 +319,8 @@ def test_the_readings_of_a_new_run_replace_those_of_the_old(tmp_path: Path, monk
         break
     rates.collect(str(tmp_path / "runs"))
     assert {path.name for path in kept.iterdir()} == {path.name for path in source.iterdir()}
-    assert [(stage.name, stage.recorded, stage.needed) for stage in rates.status(str(tmp_path / "runs"))] == [
+    assert [(stage.name, stage.recorded,
+    stage.needed) for stage in rates.status(str(tmp_path / "runs"))] == [
         ("small", 1, 6), ("deep", 0, 2), ("coefficients", 0, 2)
     ]  # fmt: skip
     (run.folder / "rates.json").unlink()
@@ -297,29 +332,46 @@ def test_the_readings_of_a_new_run_replace_those_of_the_old(tmp_path: Path, monk
 
 
 def test_the_page_shows_every_figure_with_its_caption() -> None:
-    section = Section("T", ("C1",), "make x", "table\n", {ROOT / "results/vit/losses.png": "caption"})
+    section = Section(
+        "T", ("C1",), "make x", "table\n", {ROOT / "results/vit/losses.png": "caption"}
+    )
     text = page([section], "main\n", ROOT)
     assert "![caption](results/vit/losses.png)" in text
     assert "`make x`" in text
 
 
 def test_cost_is_drawn_from_its_records(tmp_path: Path) -> None:
-    speed, memory = (json.loads((ROOT / f"results/benchmark/{name}.json").read_text()) for name in ("speed", "memory"))
+    speed, memory = (
+        json.loads((ROOT / f"results/benchmark/{name}.json").read_text())
+        for name in ("speed", "memory")
+    )
     figures = [path.name for path in drawn(cost.drawings(speed, memory), tmp_path)]
     assert figures == ["cost.png", "scaling.png"]
     assert (ROOT / "results/benchmark/speed.md").read_text() == cost.speed_table(speed)
     assert (ROOT / "results/benchmark/memory.md").read_text() == cost.memory_table(memory)
     state = {(row["model"], row["optimizer"]): row["optimizer_state"] for row in memory["rows"]}
     for model in {row["model"] for row in memory["rows"]}:  # no more state than AdamW's
-        assert all(state[model, name] <= state[model, "adamw"] for name in ("ddcadam", "muon", "ddcmuon"))
+        assert all(
+            state[model, name] <= state[model, "adamw"] for name in ("ddcadam", "muon", "ddcmuon")
+        )
 
 
 def test_slopes_of_cost_are_those_of_a_power_law(tmp_path: Path) -> None:
     sizes = [2, 4, 8, 16]
     times = [{"ms": 3 * n**1.5, "ratio to AdamW fused": n**-0.25} for n in sizes]
-    along = {"depth": {"sizes": sizes, "parameters": [7 * n**2 for n in sizes], "optimizers": {"DDCAdam": times}}}
-    assert "| depth, 2 to 16 | DDCAdam | 8.49 | 192.00 | 2.00 | 1.50 | -0.25 |" in cost.slope_table({"along": along})
-    assert cost.plot_scaling({"along": along | {"width": along["depth"]}}, tmp_path / "scaling")[0].exists()
+    along = {
+        "depth": {
+            "sizes": sizes,
+            "parameters": [7 * n**2 for n in sizes],
+            "optimizers": {"DDCAdam": times},
+        }
+    }
+    assert "| depth, 2 to 16 | DDCAdam | 8.49 | 192.00 | 2.00 | 1.50 | -0.25 |" in cost.slope_table(
+        {"along": along}
+    )
+    assert cost.plot_scaling({"along": along | {"width": along["depth"]}}, tmp_path / "scaling")[
+        0
+    ].exists()
 
 
 def test_the_readme_gives_the_verdicts() -> None:
@@ -334,9 +386,20 @@ def test_the_readme_gives_the_verdicts() -> None:
 
 
 def test_every_table_and_figure_is_a_target() -> None:
-    """None is committed that cannot be made by its path, and none can be made that is not committed."""
-    named = {path for source in command.sources(CLAIM).values() for each in source() for path in each.paths}
-    there = {path for suffix in ("md", "tex", "png", "pdf") for path in (ROOT / "results").rglob(f"*.{suffix}")}
+    """None is committed that cannot be made by its path, and none can be made that is not
+    committed.
+    """
+    named = {
+        path
+        for source in command.sources(CLAIM).values()
+        for each in source()
+        for path in each.paths
+    }
+    there = {
+        path
+        for suffix in ("md", "tex", "png", "pdf")
+        for path in (ROOT / "results").rglob(f"*.{suffix}")
+    }
     assert {str(path.relative_to(ROOT)) for path in there ^ named} == set()
 
 
@@ -344,9 +407,13 @@ def test_one_figure_is_made_by_its_path(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(command, "ROOT", tmp_path)
     monkeypatch.setattr(vit, "RESULTS", tmp_path / "results/vit")
     command.make(["results/vit/units.pdf"])
-    assert sorted(path.name for path in (tmp_path / "results/vit").iterdir()) == ["units.pdf", "units.png"]
+    assert sorted(path.name for path in (tmp_path / "results/vit").iterdir()) == [
+        "units.pdf",
+        "units.png",
+    ]
     with pytest.raises(
-        ValueError, match=r"results/vit/runs\.pdf is no table or figure; there are results/vit/table\.md"
+        ValueError,
+        match=r"results/vit/runs\.pdf is no table or figure; there are results/vit/table\.md",
     ):
         command.make(["results/vit/runs.pdf"])
 
@@ -354,13 +421,28 @@ def test_one_figure_is_made_by_its_path(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_make_knows_its_targets_and_states_no_time_that_is_not_recorded() -> None:
     makefile = (ROOT / "Makefile").read_text()
     assert not re.findall(
-        r"\d+ (?:seconds?|minutes?|hours?)\b|\b(?:a|an|two|three|eight) (?:minute|hour)s?\b", makefile
+        r"\d+ (?:seconds?|minutes?|hours?)\b|\b(?:a|an|two|three|eight) (?:minute|hour)s?\b",
+        makefile,
     )
-    shown = subprocess.run(["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    targets = {name for line in re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE) for name in line.split()}
+    shown = subprocess.run(
+        ["make", "--no-print-directory", "help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    targets = {
+        name
+        for line in re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+        for name in line.split()
+    }
     assert {line.split()[0] for line in shown.splitlines()} == targets - {"FORCE"} | {"results/%"}
     dry = subprocess.run(
-        ["make", "-n", "results/overtraining/losses.pdf"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "-n", "results/overtraining/losses.pdf"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     assert "-m experiments make results/overtraining/losses.pdf" in dry
     hours = re.findall(r"([0-9.]+) hours of one core", (ROOT / "README.md").read_text())
@@ -369,7 +451,9 @@ def test_make_knows_its_targets_and_states_no_time_that_is_not_recorded() -> Non
 
 @pytest.mark.slow
 def test_the_report_follows_from_committed_records(tmp_path: Path) -> None:
-    """What the report makes is removed, made again, and the same; and the page needs nothing but itself."""
+    """What the report makes is removed, made again, and the same; and the page needs nothing but
+    itself.
+    """
     for name in ("ddc", "experiments", "results", "benchmarks"):
         shutil.copytree(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")

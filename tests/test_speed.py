@@ -1,4 +1,6 @@
-"""What makes a step fast on a GPU, as far as it shows without one: nothing waits for the device; one graph holds it."""
+"""What makes a step fast on a GPU, as far as it shows without one: nothing waits for the device;
+one graph holds it.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +29,14 @@ OPTIMIZERS = ("DDCAdam", "DDCMuon")
 
 
 class Crossing(Exception):
-    """Data of the host and of the device met in one operation, or were copied from one to the other."""
+    """Data of the host and of the device met in one operation, or were copied from one to the
+    other.
+    """
 
 
 class NoCrossings(TorchDispatchMode):
-    """Raises at a :class:`Crossing`, where the host would wait and no graph be captured; numbers may come from there.
+    """Raises at a :class:`Crossing`, where the host would wait and no graph be captured; numbers
+    may come from there.
 
     What it cannot see is ``torch.tensor`` of a list made on the device.
     """
@@ -46,14 +51,20 @@ class NoCrossings(TorchDispatchMode):
 
 
 def without_data(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters with gradients on torch's device without data, where whatever needs a value on the host raises."""
-    empty: dict[str, Tensor] = {n: nn.Parameter(torch.empty_like(p, device="meta")) for n, p in parameters.items()}
+    """Parameters with gradients on torch's device without data, where whatever needs a value on the
+    host raises.
+    """
+    empty: dict[str, Tensor] = {
+        n: nn.Parameter(torch.empty_like(p, device="meta")) for n, p in parameters.items()
+    }
     for p in empty.values():
         p.grad = torch.empty_like(p)
     return empty
 
 
-def optimizer_of(name: str, model: nn.Module, parameters: Mapping[str, Tensor], **options: Any) -> DDCAdam:
+def optimizer_of(
+    name: str, model: nn.Module, parameters: Mapping[str, Tensor], **options: Any
+) -> DDCAdam:
     """With all gauges of the model, over parameters named as its own."""
     gauges = find_gauges(model)
     if name == "DDCAdam":
@@ -64,7 +75,9 @@ def optimizer_of(name: str, model: nn.Module, parameters: Mapping[str, Tensor], 
 @pytest.mark.parametrize("vertical", ["freeze", "adam", "balance"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_nothing_in_a_step_waits_for_the_device(name: str, config: GPTConfig, vertical: str) -> None:
+def test_nothing_in_a_step_waits_for_the_device(
+    name: str, config: GPTConfig, vertical: str
+) -> None:
     model = make_model(config, dtype=torch.float32)
     parameters = without_data(named_parameters(model))
     optimizer = optimizer_of(name, model, parameters, vertical=vertical)
@@ -74,7 +87,9 @@ def test_nothing_in_a_step_waits_for_the_device(name: str, config: GPTConfig, ve
 
 
 def test_nor_where_a_rotation_turns_a_part_of_each_head() -> None:
-    config = GPTConfig(context=8, layers=2, width=16, heads=2, kv_heads=1, hidden=12, positions="partial_rope")
+    config = GPTConfig(
+        context=8, layers=2, width=16, heads=2, kv_heads=1, hidden=12, positions="partial_rope"
+    )
     model = make_model(config, dtype=torch.float32)
     optimizer = optimizer_of("DDCAdam", model, without_data(named_parameters(model)))
     with NoCrossings():
@@ -107,12 +122,18 @@ def test_waiting_would_be_seen(kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_is_one_graph(name: str) -> None:
-    """``fullgraph`` raises at a graph break; the captured step moves the weights as the eager one does."""
+    """``fullgraph`` raises at a graph break; the captured step moves the weights as the eager one
+    does.
+    """
     moved = []
     for compiled in (False, True):
         model = make_model(CONFIGS["all gauges"])
         optimizer = optimizer_of(name, model, named_parameters(model))
-        step = torch.compile(optimizer.step, fullgraph=True, backend="eager") if compiled else optimizer.step
+        step = (
+            torch.compile(optimizer.step, fullgraph=True, backend="eager")
+            if compiled
+            else optimizer.step
+        )
         for seed in range(2):
             backward(model, seed)
             step()

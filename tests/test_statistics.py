@@ -38,6 +38,9 @@ def test_holm_multiplies_the_smallest_most_and_keeps_the_order() -> None:
 
 def test_a_combined_p_is_fishers() -> None:
     p = [0.05, 0.2, 0.6]
-    product = np.prod(p)  # of three uniform numbers, the chance of a product as small, in closed form
-    assert combined_p(p) == pytest.approx(product * (1 - np.log(product) + np.log(product) ** 2 / 2))
+    # of three uniform numbers, the chance of a product as small, in closed form
+    product = np.prod(p)
+    assert combined_p(p) == pytest.approx(
+        product * (1 - np.log(product) + np.log(product) ** 2 / 2)
+    )
     assert combined_p([0.03]) == pytest.approx(0.03)

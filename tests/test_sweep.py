@@ -56,7 +56,8 @@ def test_a_crash_stops_nothing_and_the_summary_says_what_is_missing(tmp_path: Pa
 
 
 LONGER = "training.steps=100 training.evaluations=4"
-#: Ways to crash: what the line of the run adds, the signal that kills it or None, and what its output says in the end.
+#: Ways to crash: what the line of the run adds, the signal that kills it or None, and what its
+#: output says in the end.
 CRASHES = (
     (LONGER, signal.SIGKILL, "100 steps, from step"),  # as the system does it when memory is out
     (LONGER, signal.SIGSEGV, "100 steps, from step"),  # as an extension does it that is wrong
@@ -69,11 +70,16 @@ CRASHES = (
 def test_a_tenth_of_200_runs_crash(tmp_path: Path) -> None:
     crashes = {seed: CRASHES[seed // 10 % len(CRASHES)] for seed in range(7, 200, 10)}
     runs = read_sweep(sweep_file(tmp_path, *(
-        f"optimizer={('adamw', 'muon')[seed // 2 % 2]} seed={seed} training.steps=2 training.evaluations=1 "
+        f"optimizer={('adamw', 'muon')[seed // 2 % 2]} seed={seed} "
+        "training.steps=2 training.evaluations=1 "
         + crashes.get(seed, [""])[0]
         for seed in range(200)
     )))  # fmt: skip
-    victims = {runs[seed].folder.name: (runs[seed].folder, crash[1]) for seed, crash in crashes.items() if crash[1]}
+    victims = {
+        runs[seed].folder.name: (runs[seed].folder, crash[1])
+        for seed, crash in crashes.items()
+        if crash[1]
+    }
     assert (len(runs), len(crashes), len(victims)) == (200, 20, 10)
 
     def kill_them() -> None:
@@ -99,7 +105,10 @@ def test_a_tenth_of_200_runs_crash(tmp_path: Path) -> None:
         assert line.split()[0] == ("unfinished" if number else "failed")
         assert line.endswith(f"in {runs[seed].folder}")
     for seed in set(range(200)) - set(crashes):
-        assert [row["step"] for row in Records(runs[seed].folder / "records.jsonl").read()] == [0, 2]
+        assert [row["step"] for row in Records(runs[seed].folder / "records.jsonl").read()] == [
+            0,
+            2,
+        ]
     outputs = [(run.folder / "output.log").read_text() for run in runs]
 
     run_missing(runs, jobs=2)
@@ -110,12 +119,16 @@ def test_a_tenth_of_200_runs_crash(tmp_path: Path) -> None:
     for run in (runs[seed] for seed in (0, 7, 17, 199)):  # two of which were killed
         alone = prepare(dataclasses.replace(run.config, runs=str(tmp_path / "alone")))
         train(alone)
-        assert (run.folder / "records.jsonl").read_bytes() == (alone.folder / "records.jsonl").read_bytes()
+        assert (run.folder / "records.jsonl").read_bytes() == (
+            alone.folder / "records.jsonl"
+        ).read_bytes()
 
 
 @pytest.mark.slow
 def test_a_run_that_diverged_is_a_result_and_is_not_run_again(tmp_path: Path) -> None:
-    path = sweep_file(tmp_path, "optimizer=adamw optimizer.lr=1e15 training.warmup=1.0 training.decay=0.0")
+    path = sweep_file(
+        tmp_path, "optimizer=adamw optimizer.lr=1e15 training.warmup=1.0 training.decay=0.0"
+    )
     assert "1 runs: 1 diverged" in sweep("run", path).stdout
     log = read_sweep(path)[0].folder / "output.log"
     before = log.read_bytes()
@@ -131,7 +144,9 @@ def test_a_task_of_an_array_is_the_same_run(tmp_path: Path) -> None:
     assert sweep("task", path, 1).returncode == 0
     states = [run.state for run in read_sweep(path)]
     assert states == ["missing", "complete"]
-    here = prepare(composed("+experiment=grok_mlp", "optimizer=ddcmuon", f"runs={tmp_path / 'here'}"))
+    here = prepare(
+        composed("+experiment=grok_mlp", "optimizer=ddcmuon", f"runs={tmp_path / 'here'}")
+    )
     train(here)
     there = read_sweep(path)[1].folder
     assert there.name == here.folder.name
@@ -148,7 +163,9 @@ def test_bad_lines_are_refused_before_anything_runs(tmp_path: Path) -> None:
         read_sweep(sweep_file(tmp_path, "optimizer=muon", "optimizer=muon wandb=offline"))
     with pytest.raises(ValueError, match=r"line 3: .*nonsense"):
         read_sweep(sweep_file(tmp_path, "nonsense=1"))
-    with pytest.raises(ValueError, match=r"line 3: .*optimizer.orthogonalizer=svd: expected one of newton_schulz"):
+    with pytest.raises(
+        ValueError, match=r"line 3: .*optimizer.orthogonalizer=svd: expected one of newton_schulz"
+    ):
         read_sweep(sweep_file(tmp_path, "optimizer=ddcmuon optimizer.orthogonalizer=svd"))
     with pytest.raises(ValueError, match=r"line 4: .*quot"):
         read_sweep(sweep_file(tmp_path, "optimizer=muon", "optimizer='muon"))
@@ -159,9 +176,15 @@ def test_bad_lines_are_refused_before_anything_runs(tmp_path: Path) -> None:
     "line",
     [
         "optimizer=muon seed=3 optimizer.lr=0.5 seed=4",
-        "+experiment=lm_overtrain 'gauges=[logit_shift,value_rotation]' optimizer.betas=[0.8,0.99] wandb.entity=null",
+        (
+            "+experiment=lm_overtrain 'gauges=[logit_shift,value_rotation]'"
+            " optimizer.betas=[0.8,0.99] wandb.entity=null"
+        ),
         "optimizer={lr: 0.1} optimizer=adamw ++seed=4 ~slt.rule.kink +slt.rule.kink=0.5",
-        "scale=gpu training.precision=float32 optimizer.weight_decay=${optimizer.lr} hydra.job.name=x",
+        (
+            "scale=gpu training.precision=float32 optimizer.weight_decay=${optimizer.lr}"
+            " hydra.job.name=x"
+        ),
         "optimizer=adamw name='a-b' runs=\"x y\"",
         "optimizer=adamw,muon",
         "seed=1,2",
@@ -189,14 +212,17 @@ def test_an_empty_file_has_nothing_to_submit(tmp_path: Path) -> None:
     path = tmp_path / "empty.txt"
     path.write_text("# nothing\n")
     submitted = subprocess.run(
-        ["bash", "slurm/submit.sh", str(path)], cwd=ROOT, capture_output=True, text=True, check=False,
+        ["bash", "slurm/submit.sh", str(path)], cwd=ROOT, capture_output=True, text=True,
+        check=False,
         env={**os.environ, "DDC_PYTHON": sys.executable},
     )  # fmt: skip
     assert submitted.returncode != 0
     assert "has no runs" in submitted.stderr
 
 
-def test_folders_do_not_depend_on_where_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_do_not_depend_on_where_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "sweep.txt"
     path.write_text("+experiment=grok_mlp runs=runs/here\n")
     here = read_sweep(path)[0].folder
@@ -230,7 +256,9 @@ def test_a_killed_run_resumes_and_two_processes_do_not_meet(tmp_path: Path) -> N
     wait_for(lambda: run.state == "complete")
     lines = timing.read_text().splitlines()
     assert lines[: len(before)] == before  # resumed, not started over
-    rows = [json.loads(line)["step"] for line in (run.folder / "records.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)["step"] for line in (run.folder / "records.jsonl").read_text().splitlines()
+    ]
     assert rows == list(range(0, 8001, 50))
 
 

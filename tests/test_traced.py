@@ -1,4 +1,6 @@
-"""Gauges and hidden matrices of models that others wrote: what is found is real, and DDC's steps commute with it."""
+"""Gauges and hidden matrices of models that others wrote: what is found is real, and DDC's steps
+commute with it.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,10 @@ FOUND = {
     "Sequential ReLU MLP without biases": {"logit_shift", "relu_rescale"},
 }
 REFUSED = {
-    "GPT-2": {"logit_shift": "tied to the embedding", "relu_rescale": "NewGELUActivation is not homogeneous"},
+    "GPT-2": {
+        "logit_shift": "tied to the embedding",
+        "relu_rescale": "NewGELUActivation is not homogeneous",
+    },
     "Qwen3": {"qk_rotation": "QK-norm"},
     "GPT-J": {"qk_rotation": "scaled_dot_product_attention"},
     "Gemma 2": {"norm_scale": "its weight does not multiply", "logit_shift": "not a linear map"},
@@ -73,7 +78,13 @@ def test_found_refused_and_real(name: str) -> None:
 
 def test_examples_of_inputs_are_known() -> None:
     """The same gauges without an example, where the kind of model says what it takes."""
-    for name in ("Llama", "ViT (transformers)", "ViT", "TransformerEncoderLayer, ReLU", "Sequential ReLU MLP"):
+    for name in (
+        "Llama",
+        "ViT (transformers)",
+        "ViT",
+        "TransformerEncoderLayer, ReLU",
+        "Sequential ReLU MLP",
+    ):
         model, inputs = make(name)
         assert str(find_gauges(model)) == str(find_gauges(model, inputs=inputs)), name
 
@@ -81,10 +92,18 @@ def test_examples_of_inputs_are_known() -> None:
 def comparable(gauge: Gauge) -> tuple:
     match gauge:
         case Rotation():
-            slots = {(slot.parameter, slot.axis, repr(slot.indices.tolist())) for slot in gauge.slots}
+            slots = {
+                (slot.parameter, slot.axis, repr(slot.indices.tolist())) for slot in gauge.slots
+            }
             return gauge.kind, gauge.where, gauge.reflections, frozenset(slots)
         case Rescale():
-            return gauge.kind, gauge.where, frozenset(gauge.plus), frozenset(gauge.minus), float(gauge.degree)
+            return (
+                gauge.kind,
+                gauge.where,
+                frozenset(gauge.plus),
+                frozenset(gauge.minus),
+                float(gauge.degree),
+            )
         case _:
             return gauge.kind, gauge.where, gauge.parameters
 
@@ -94,7 +113,9 @@ def test_a_trace_finds_what_the_readers_of_our_models_do(config: GPTConfig) -> N
     found = gauges_of_trace(traced(model, (batch(config, 0)[:1, :4],)))
     assert set(map(comparable, found)) == set(map(comparable, find_gauges(model)))
     hidden = hidden_matrices.dispatch(nn.Module)(model, inputs=(batch(config, 0)[:1, :4],))
-    assert sorted(m.parameter for m in hidden) == sorted(m.parameter for m in hidden_matrices(model))
+    assert sorted(m.parameter for m in hidden) == sorted(
+        m.parameter for m in hidden_matrices(model)
+    )
 
 
 @pytest.mark.parametrize("per_layer", [False, True])
@@ -125,9 +146,11 @@ def test_equivariance_on_every_model(name: str, make_optimizer) -> None:
     gauges.transform_(copies[1], torch.Generator().manual_seed(1))
     muon = {"lr": 0.02, "adam_lr": 3e-3, "orthogonalizer": "polar"}
     optimizers = [
-        DDCMuon(each.named_parameters(), gauges, hidden, weight_decay=0.1, **muon)
-        if make_optimizer is DDCMuon
-        else DDCAdam(each.named_parameters(), gauges, lr=3e-3, weight_decay=0.1)
+        (
+            DDCMuon(each.named_parameters(), gauges, hidden, weight_decay=0.1, **muon)
+            if make_optimizer is DDCMuon
+            else DDCAdam(each.named_parameters(), gauges, lr=3e-3, weight_decay=0.1)
+        )
         for each in copies
     ]
     for _ in range(50):
@@ -136,8 +159,9 @@ def test_equivariance_on_every_model(name: str, make_optimizer) -> None:
     with torch.no_grad():
         a, b = (logits(each, inputs).log_softmax(-1) for each in copies)
         moved = (a - logits(model, inputs).log_softmax(-1)).abs().max()
-    # behind a QK-norm, gradients of queries have singular values of the size of rounding errors, of which the polar
-    # factor makes ones: a start moved by 1e-15 instead of by the group ends as far away
+    # behind a QK-norm, gradients of queries have singular values of the size of rounding errors, of
+    # which the polar factor makes ones: a start moved by 1e-15 instead of by the group ends as far
+    # away
     assert (a - b).abs().max() < (1e-5 if name == "Qwen3" and make_optimizer is DDCMuon else 1e-7)
     assert moved > 1e-2
 
@@ -209,11 +233,23 @@ def test_llama_heads_share_their_group() -> None:
 
 
 def test_the_shim_is_for_machines_that_need_it() -> None:
-    """In a fresh process: torchvision imports after it; where its library loads, nothing is declared."""
-    code = "from ddc.compatibility import provide_torchvision_operators as p; print(p()); import torchvision, timm"
+    """In a fresh process: torchvision imports after it; where its library loads, nothing is
+    declared.
+    """
+    code = (
+        "from ddc.compatibility import provide_torchvision_operators as p; print(p()); import"
+        " torchvision, timm"
+    )
     root = Path(__file__).resolve().parents[1]
-    here = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    here = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
     assert here.stdout.strip() == str(torch.version.cuda is None)
-    loads = "import ddc.compatibility as c; c._loads = lambda path: True; print(c.provide_torchvision_operators())"
-    there = subprocess.run([sys.executable, "-c", loads], cwd=root, capture_output=True, text=True, check=True)
+    loads = (
+        "import ddc.compatibility as c; c._loads = lambda path: True;"
+        " print(c.provide_torchvision_operators())"
+    )
+    there = subprocess.run(
+        [sys.executable, "-c", loads], cwd=root, capture_output=True, text=True, check=True
+    )
     assert there.stdout.strip() == "False"

@@ -31,18 +31,39 @@ from ddc.training.records import Records, gap_at, summarize
 ROOT = Path(__file__).resolve().parents[1]
 register_schemas()
 TINY = [
-    "model.layers=1", "model.width=16", "model.heads=2", "model.kv_heads=1", "model.hidden=16", "model.context=16",
-    "training.batch_size=4", "training.steps=12", "training.evaluations=4", "training.evaluation_batches=2",
-    "data.train_tokens=2000", "wandb=disabled",
-]  # fmt: skip
+    "model.layers=1",
+    "model.width=16",
+    "model.heads=2",
+    "model.kv_heads=1",
+    "model.hidden=16",
+    "model.context=16",
+    "training.batch_size=4",
+    "training.steps=12",
+    "training.evaluations=4",
+    "training.evaluation_batches=2",
+    "data.train_tokens=2000",
+    "wandb=disabled",
+]
 TINY_GROK = [
-    "model.depth=2", "model.width=16", "data.prime=7", "training.batch_size=16", "training.steps=12",
-    "training.evaluations=4", "wandb=disabled",
-]  # fmt: skip
+    "model.depth=2",
+    "model.width=16",
+    "data.prime=7",
+    "training.batch_size=16",
+    "training.steps=12",
+    "training.evaluations=4",
+    "wandb=disabled",
+]
 TINY_VIT = [
-    "model.layers=1", "model.width=16", "model.heads=2", "model.hidden=16", "training.batch_size=4",
-    "training.steps=12", "training.evaluations=4", "training.evaluation_batches=2", "wandb=disabled",
-]  # fmt: skip
+    "model.layers=1",
+    "model.width=16",
+    "model.heads=2",
+    "model.hidden=16",
+    "training.batch_size=4",
+    "training.steps=12",
+    "training.evaluations=4",
+    "training.evaluation_batches=2",
+    "wandb=disabled",
+]
 
 
 def composed(*overrides: str) -> Config:
@@ -83,8 +104,13 @@ def test_every_experiment_trains(tmp_path: Path, experiment: str, optimizer: str
 
 def test_records_say_what_a_hand_written_loop_gets(tmp_path: Path) -> None:
     """The trainer against the few lines that it stands for."""
-    setup = run(tmp_path / "a", "optimizer=adamw", "training.max_grad_norm=null", "training.schedule=constant",
-                "training.warmup=0.0")  # fmt: skip
+    setup = run(
+        tmp_path / "a",
+        "optimizer=adamw",
+        "training.max_grad_norm=null",
+        "training.schedule=constant",
+        "training.warmup=0.0",
+    )
     other = run(tmp_path / "b", "optimizer=adamw")
     train(setup)
     rows = Records(setup.folder / "records.jsonl").read()
@@ -92,7 +118,9 @@ def test_records_say_what_a_hand_written_loop_gets(tmp_path: Path) -> None:
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], 1e-3, (0.9, 0.99)
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        1e-3,
+        (0.9, 0.99),
     )
     for step in range(12):
         x, y = other.data.batch(step, 4, 0)
@@ -121,11 +149,18 @@ def test_a_complete_run_is_not_run_again(tmp_path: Path) -> None:
 
 
 def test_the_run_id_knows_what_decides_the_numbers() -> None:
-    ids = {composed(*o).run_id for o in ([], ["seed=1"], ["optimizer.lr=1e-4"], ["gauges=none"], ["optimizer=adamw"])}
+    ids = {
+        composed(*o).run_id
+        for o in ([], ["seed=1"], ["optimizer.lr=1e-4"], ["gauges=none"], ["optimizer=adamw"])
+    }
     assert len(ids) == 5
-    same = {composed(*o).run_id for o in ([], ["wandb=offline"], ["runs=/elsewhere"], ["training.resume=never"])}
+    same = {
+        composed(*o).run_id
+        for o in ([], ["wandb=offline"], ["runs=/elsewhere"], ["training.resume=never"])
+    }
     assert len(same) == 1
-    assert "compiled" not in composed().identity["optimizer"]  # ids of runs before there was the key
+    # ids of runs before there was the key
+    assert "compiled" not in composed().identity["optimizer"]
     assert composed("optimizer.compiled=true").identity["optimizer"]["compiled"]
 
 
@@ -147,7 +182,9 @@ def test_a_run_with_compiled_steps(tmp_path: Path) -> None:
     setups = [run(tmp_path, f"optimizer.compiled={compiled}") for compiled in ("true", "false")]
     for setup in setups:
         train(setup)
-    compiled, eager = ([row["train_loss"] for row in Records(s.folder / "records.jsonl").read()] for s in setups)
+    compiled, eager = (
+        [row["train_loss"] for row in Records(s.folder / "records.jsonl").read()] for s in setups
+    )
     assert compiled == pytest.approx(eager, rel=1e-4)
     assert [bool(setup.optimizer._advance.compiled) for setup in setups] == [True, False]
 
@@ -162,7 +199,9 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_resume_from_any_evaluation_is_bit_exact(tmp_path: Path, optimizer: str, monkeypatch) -> None:
+def test_resume_from_any_evaluation_is_bit_exact(
+    tmp_path: Path, optimizer: str, monkeypatch
+) -> None:
     whole = run(tmp_path / "whole", f"optimizer={optimizer}")
     train(whole)
     saves = 0
@@ -196,7 +235,13 @@ def test_resume_from_any_evaluation_is_bit_exact(tmp_path: Path, optimizer: str,
 
 def train_py(*overrides: str, **options: object) -> subprocess.Popen[str]:
     flags = [o for o in overrides if o.startswith("--")]
-    command = [sys.executable, str(ROOT / "train.py"), *flags, *TINY, *(o for o in overrides if o not in flags)]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *flags,
+        *TINY,
+        *(o for o in overrides if o not in flags),
+    ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=ROOT, **(pipes | options))  # type: ignore[call-overload]
 
@@ -211,7 +256,10 @@ LONG = ["training.steps=300", "training.evaluations=60"]
 def start_and_wait_for_rows(root: Path, rows: int) -> subprocess.Popen[str]:
     process = train_py(*LONG, f"runs={root}")
     deadline = time.time() + 120
-    while not list(root.glob("gpt/*")) or len(Records(run_folder(root) / "records.jsonl").read()) < rows:
+    while (
+        not list(root.glob("gpt/*"))
+        or len(Records(run_folder(root) / "records.jsonl").read()) < rows
+    ):
         assert time.time() < deadline
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
@@ -250,13 +298,26 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path, number: int) 
     output = second.communicate(timeout=300)[0]
     assert second.returncode == 0, output
     assert f"from step {saved}" in output
-    assert [row["step"] for row in Records(folder / "records.jsonl").read()] == list(range(0, 301, 5))
+    assert [row["step"] for row in Records(folder / "records.jsonl").read()] == list(
+        range(0, 301, 5)
+    )
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
-    setup = run(tmp_path, "optimizer=adamw", "optimizer.lr=1e15", "training.warmup=1.0", "training.decay=0.0",
-                "training.max_grad_norm=null", "training.evaluations=12")  # fmt: skip
-    with pytest.raises(DivergedError, match=r"checkpoint-\d+-[0-9a-f]+\.pt; a smaller optimizer\.lr"):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    tmp_path: Path,
+) -> None:
+    setup = run(
+        tmp_path,
+        "optimizer=adamw",
+        "optimizer.lr=1e15",
+        "training.warmup=1.0",
+        "training.decay=0.0",
+        "training.max_grad_norm=null",
+        "training.evaluations=12",
+    )
+    with pytest.raises(
+        DivergedError, match=r"checkpoint-\d+-[0-9a-f]+\.pt; a smaller optimizer\.lr"
+    ):
         train(setup)
     assert all(torch.isfinite(value).all() for value in weights(setup.folder).values())
     rows = Records(setup.folder / "records.jsonl").read()
@@ -280,7 +341,9 @@ def spoil_gradients(setup: loop.Setup, index: tuple[int, int], steps: range) -> 
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_gradient_that_is_no_number_stops_the_run_at_the_next_loss(tmp_path: Path, optimizer: str) -> None:
+def test_a_gradient_that_is_no_number_stops_the_run_at_the_next_loss(
+    tmp_path: Path, optimizer: str
+) -> None:
     setup = run(tmp_path, f"optimizer={optimizer}")
     spoil_gradients(setup, (0, 0), range(4, 5))
     with pytest.raises(DivergedError, match=r"the loss of step 5 is nan.* last good checkpoint"):
@@ -290,7 +353,9 @@ def test_a_gradient_that_is_no_number_stops_the_run_at_the_next_loss(tmp_path: P
     assert "step 5 is nan" in (setup.folder / "diverged.json").read_text()
 
 
-def test_weights_that_are_no_numbers_are_not_saved_though_the_loss_is_finite(tmp_path: Path) -> None:
+def test_weights_that_are_no_numbers_are_not_saved_though_the_loss_is_finite(
+    tmp_path: Path,
+) -> None:
     """The embedding of a token that no batch has."""
     setup = run(tmp_path, "training.max_grad_norm=null")
     spoil_gradients(setup, (1, 0), range(4, 5))
@@ -312,7 +377,10 @@ def test_float16_skips_what_overflows_and_stops_where_all_does(tmp_path: Path) -
             rows = Records(setup.folder / "records.jsonl").read()
             assert [row["loss_scale"] for row in rows] == [2.0**16] + [2.0 ** (16 - bad)] * 4
         else:
-            with pytest.raises(DivergedError, match=r"gradients of step 33 .* overflow, down to a loss scale of 6e-05"):
+            with pytest.raises(
+                DivergedError,
+                match=r"gradients of step 33 .* overflow, down to a loss scale of 6e-05",
+            ):
                 train(setup)
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
@@ -321,15 +389,23 @@ def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None
     setup, other = run(tmp_path), run(tmp_path, "model.width=32")
     train(setup)
     with pytest.raises(ValueError, match=r"(?s)does not fit this run .* training.resume=never"):
-        load_checkpoint(setup.folder, other.model, other.optimizer, torch.amp.GradScaler("cpu"), ALONE)
+        load_checkpoint(
+            setup.folder, other.model, other.optimizer, torch.amp.GradScaler("cpu"), ALONE
+        )
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["training.steps=0"], "Invalid training.steps=0: expected a positive integer"),
-        (["training.schedule=linear"], "Invalid training.schedule=linear: expected one of constant, cosine, wsd"),
-        (["training.accumulation=3"], "Invalid training.accumulation=3: must divide training.batch_size=4"),
+        (
+            ["training.schedule=linear"],
+            "Invalid training.schedule=linear: expected one of constant, cosine, wsd",
+        ),
+        (
+            ["training.accumulation=3"],
+            "Invalid training.accumulation=3: must divide training.batch_size=4",
+        ),
         (["training.warmup=0.9", "training.decay=0.2"], "Invalid training.warmup"),
         (["training.max_grad_norm=0"], "Invalid training.max_grad_norm=0"),
         (["optimizer.lr=0"], "Invalid optimizer.lr=0"),
@@ -346,14 +422,20 @@ def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None
         (["data=file"], "data=file needs data.path"),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path, overrides: list[str], message: str) -> None:
+def test_bad_input_is_refused_before_anything_is_written(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         run(tmp_path, *overrides)
     assert not list(tmp_path.iterdir())
 
 
 def test_foreign_keys_are_errors() -> None:
-    for overrides in (["optimizer=adamw", "optimizer.radial_rate=1"], ["training.epochs=3"], ["gauges.spin=true"]):
+    for overrides in (
+        ["optimizer=adamw", "optimizer.radial_rate=1"],
+        ["training.epochs=3"],
+        ["gauges.spin=true"],
+    ):
         with pytest.raises(Exception, match="Could not override"):
             composed(*overrides)
 
@@ -387,8 +469,10 @@ def test_schedules(schedule: str) -> None:
 
 
 def test_gap_at_equal_train_loss() -> None:
-    rows = [{"step": i, "train_loss": t, "validation_loss": v, "gap": v - t}
-            for i, (t, v) in enumerate([(3.0, 3.0), (2.0, 2.4), (1.0, 2.6), (1.2, 2.5), (0.5, 3.5)])]  # fmt: skip
+    rows = [
+        {"step": i, "train_loss": t, "validation_loss": v, "gap": v - t}
+        for i, (t, v) in enumerate([(3.0, 3.0), (2.0, 2.4), (1.0, 2.6), (1.2, 2.5), (0.5, 3.5)])
+    ]
     assert gap_at(rows, 1.5) == pytest.approx(1.0)
     assert gap_at(rows, 1.0) == pytest.approx(1.6)
     assert gap_at(rows, 0.1) is None
@@ -411,13 +495,20 @@ def test_records_survive_a_cut_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mode", "key"), [("offline", None), ("auto", None), ("online", None), ("auto", "0" * 40)])
-def test_wandb_never_takes_the_run_with_it(tmp_path: Path, mode: str, key: str | None, monkeypatch) -> None:
-    """Nor does a key without a network, or no key where one is needed: what cannot be sent is kept for wandb sync."""
+@pytest.mark.parametrize(
+    ("mode", "key"), [("offline", None), ("auto", None), ("online", None), ("auto", "0" * 40)]
+)
+def test_wandb_never_takes_the_run_with_it(
+    tmp_path: Path, mode: str, key: str | None, monkeypatch
+) -> None:
+    """Nor does a key without a network, or no key where one is needed: what cannot be sent is kept
+    for wandb sync.
+    """
     for variable in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens: refused here, as on a train
+    # nobody listens: refused here, as on a train
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     if key:
         monkeypatch.setenv("WANDB_API_KEY", key)
     setup = run(tmp_path, f"wandb={mode}")
@@ -426,7 +517,9 @@ def test_wandb_never_takes_the_run_with_it(tmp_path: Path, mode: str, key: str |
     assert list(setup.folder.glob("wandb/offline-run-*/run-*.wandb"))
 
 
-def test_a_wandb_error_in_the_middle_is_survived(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_wandb_error_in_the_middle_is_survived(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     class Broken:
         def log(self, *arguments: object, **options: object) -> None:
             raise OSError("no space left on device")
@@ -461,8 +554,11 @@ def test_multirun(tmp_path: Path) -> None:
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
     assert sorted(f.name.rsplit("-", 1)[0] for f in (tmp_path / "gpt").iterdir()) == [
-        "adamw-seed0", "adamw-seed1", "ddcadam-seed0", "ddcadam-seed1",
-    ]  # fmt: skip
+        "adamw-seed0",
+        "adamw-seed1",
+        "ddcadam-seed0",
+        "ddcadam-seed1",
+    ]
     assert not (ROOT / "multirun").exists()
     assert not (ROOT / "outputs").exists()
 
@@ -472,7 +568,13 @@ def test_the_command_line_ends_with_summary_and_plots(tmp_path: Path) -> None:
     process = train_py("+experiment=lm_overtrain", "optimizer=ddcadam", f"runs={tmp_path}")
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
-    for words in ("train loss", "validation loss, best", "gap at train loss 1.0", "wall time", "tokens/s"):
+    for words in (
+        "train loss",
+        "validation loss, best",
+        "gap at train loss 1.0",
+        "wall time",
+        "tokens/s",
+    ):
         assert words in output
     for line in output.splitlines()[-4:]:
         assert (ROOT / line.strip()).stat().st_size > 0
@@ -497,7 +599,9 @@ def test_the_command_line_refuses_in_one_line(tmp_path: Path) -> None:
     process = train_py("data=file", "data.path=/no/such/file", f"runs={tmp_path}")
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 1
-    assert output.strip().splitlines()[-1] == "error: data.path=/no/such/file: there is no such file"
+    assert (
+        output.strip().splitlines()[-1] == "error: data.path=/no/such/file: there is no such file"
+    )
     assert "Traceback" not in output
 
 
@@ -507,19 +611,30 @@ def test_the_compare_script(tmp_path: Path) -> None:
     for setup in setups:
         train(setup)
     command = [
-        sys.executable, "scripts/compare.py", *(str(s.folder) for s in setups),
-        "--output", str(tmp_path / "c"), "--keep", str(tmp_path / "kept"),
-    ]  # fmt: skip
+        sys.executable,
+        "scripts/compare.py",
+        *(str(s.folder) for s in setups),
+        "--output",
+        str(tmp_path / "c"),
+        "--keep",
+        str(tmp_path / "kept"),
+    ]
     environment = os.environ | {"COLUMNS": "120"}
-    output = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    ).stdout
     assert "AdamW, seed 0" in output
     assert "DDCAdam, seed 0" in output
     assert (tmp_path / "c.png").stat().st_size > 10_000
     assert "| validation loss, best |" in (tmp_path / "c.md").read_text()
     kept = [tmp_path / "kept" / s.folder.name for s in setups]
     command[2:4] = [str(folder) for folder in kept]
-    again = subprocess.run(command[:6], cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    again = subprocess.run(
+        command[:6], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    ).stdout
     assert again == output
-    wrong = subprocess.run([*command[:2], str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False)
+    wrong = subprocess.run(
+        [*command[:2], str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert wrong.returncode == 2
     assert "holds no run" in wrong.stderr

@@ -43,7 +43,9 @@ LARGE: dict[str, Callable[[], nn.Module]] = {
     "encoder and decoder": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config()),
     "vision": lambda: transformers.ViTForImageClassification(transformers.ViTConfig()),
     "stages": lambda: transformers.SwinForImageClassification(transformers.SwinConfig()),
-    "vision and text": lambda: transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig()),
+    "vision and text": lambda: transformers.Qwen2_5_VLForConditionalGeneration(
+        transformers.Qwen2_5_VLConfig()
+    ),
 }  # fmt: skip
 
 
@@ -60,7 +62,10 @@ def test_a_twin_has_the_names_and_ties_of_its_model(kind: str) -> None:
     for name, p in twin.named_parameters():
         assert p.ndim == len(shapes[name]), name
         assert all(a <= b for a, b in zip(p.shape, shapes[name], strict=True)), name
-    kinds = [{re.sub(r"\d+", "*", name) for name in names} for names in (dict(cut.named_parameters()), shapes)]
+    kinds = [
+        {re.sub(r"\d+", "*", name) for name in names}
+        for names in (dict(cut.named_parameters()), shapes)
+    ]
     assert kinds[0] <= kinds[1]
     assert sum(p.numel() for p in cut.parameters()) < 3e6
 
@@ -91,15 +96,21 @@ def test_a_twin_of_a_model_on_the_meta_device_computes_on_its_inputs() -> None:
 def test_there_is_no_twin_without_a_config_that_builds_the_model() -> None:
     with pytest.raises(ValueError, match="Linear has no config to build a narrow twin from"):
         narrow_twin(nn.Linear(3, 3))
-    config = transformers.LlamaConfig(vocab_size=67, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
+    config = transformers.LlamaConfig(
+        vocab_size=67, hidden_size=32, intermediate_size=48, num_hidden_layers=1
+    )
     model = transformers.LlamaForCausalLM(config)
     model.adapter = nn.Linear(3, 3)
-    with pytest.raises(ValueError, match=r"has other parameters than its config builds \(adapter.bias, for one\)"):
+    with pytest.raises(
+        ValueError, match=r"has other parameters than its config builds \(adapter.bias, for one\)"
+    ):
         narrow_twin(model)
 
     class Headed(transformers.LlamaForCausalLM):
         def __init__(self, config: transformers.LlamaConfig, labels: int) -> None:
             super().__init__(config)
 
-    with pytest.raises(ValueError, match=r"cannot be built from its config with small widths: .*labels"):
+    with pytest.raises(
+        ValueError, match=r"cannot be built from its config with small widths: .*labels"
+    ):
         narrow_twin(Headed(config, 3))

@@ -45,7 +45,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of small runs: a vision transformer, a GPT without biases, a deep MLP."""
     folders = {}
     for experiment in ("vit_scratch", "lm_overtrain", "grok_mlp"):
-        setup = run(tmp_path_factory.mktemp("runs"), f"+experiment={experiment}", "optimizer=ddcadam")
+        setup = run(
+            tmp_path_factory.mktemp("runs"), f"+experiment={experiment}", "optimizer=ddcadam"
+        )
         train(setup)
         folders[experiment] = setup.folder
     return folders
@@ -71,7 +73,10 @@ def test_a_pruned_run_loads_and_runs(
     assert f"{sizes[1]:,}" in shown
     before = measure(whole, evaluation_batches(whole, "validation"))
     assert f"{before['loss']:.4f}" in shown
-    assert before["loss"] == json.loads((trained[experiment] / "summary.json").read_text())["validation_loss"]
+    assert (
+        before["loss"]
+        == json.loads((trained[experiment] / "summary.json").read_text())["validation_loss"]
+    )
     whole.model = small
     assert f"{measure(whole, evaluation_batches(whole, 'validation'))['loss']:.4f}" in shown
 
@@ -86,7 +91,9 @@ def test_capacity_is_measured_once(
     assert [len(block["removal_to_mean"]) for block in record["blocks"]] == [16]
     assert [row["keep"] for row in record["pruning"]] == [1.0, 0.75, 0.5, 0.25]
     summary = json.loads((folder / "summary.json").read_text())
-    assert record["pruning"][0]["validation_loss"] == pytest.approx(summary["validation_loss"], rel=1e-6)
+    assert record["pruning"][0]["validation_loss"] == pytest.approx(
+        summary["validation_loss"], rel=1e-6
+    )
     assert "blocks.0.mlp" in capsys.readouterr().out
     assert (folder / "capacity.png").stat().st_size > 10_000
     written = (folder / "capacity.json").stat().st_mtime_ns
@@ -130,7 +137,10 @@ def test_the_tuning_is_by_the_last_validation_loss() -> None:
 
 def fake(name: str, seed: int, loss: float, spare: float, rise: float) -> dict:
     blocks = [{"removal_to_mean": [0.0 if i < 100 * spare else 1.0 for i in range(100)]}]
-    pruning = [{"keep": 1.0, "validation_loss": loss}, {"keep": 0.5, "validation_loss": loss + rise}]
+    pruning = [
+        {"keep": 1.0, "validation_loss": loss},
+        {"keep": 0.5, "validation_loss": loss + rise},
+    ]
     return {
         "stages": {"matched": name, "tuned": name},
         "config": {"optimizer": {"name": name, "lr": 1e-3, "weight_decay": 0.1}},
@@ -141,11 +151,17 @@ def fake(name: str, seed: int, loss: float, spare: float, rise: float) -> dict:
     }
 
 
-def fakes(adamw: tuple[float, float, float], ddcadam: tuple[float, float, float], spread: float = 0.01) -> list[dict]:
+def fakes(
+    adamw: tuple[float, float, float], ddcadam: tuple[float, float, float], spread: float = 0.01
+) -> list[dict]:
     """Five seeds each; AdamW's lie ``spread`` apart, DDCAdam's the other way round."""
     return [
         fake(
-            name, seed, loss + sign * spread * (seed - 2), spare + 0.01 * sign * (seed - 2), rise + sign * spread * seed
+            name,
+            seed,
+            loss + sign * spread * (seed - 2),
+            spare + 0.01 * sign * (seed - 2),
+            rise + sign * spread * seed,
         )
         for name, (loss, spare, rise), sign in (("adamw", adamw, 1), ("ddcadam", ddcadam, -1))
         for seed in range(5)
@@ -166,8 +182,20 @@ SAME = (2.0, 0.3, 0.5)
     ("ddcadam", "spread", "losses", "capacity"),
     [
         ((1.7, 0.5, 0.3), 0.01, "reproduced", "reproduced"),
-        ((1.9, 0.5, 0.5), 0.01, "direction only", "direction only"),  # 5% of the loss; a rise that is not tested apart
-        ((1.7, 0.5, 0.8), 0.01, "reproduced", "not reproduced"),  # more spare units, and a larger rise
+        # 5% of the loss; a rise that is not tested apart
+        (
+            (1.9, 0.5, 0.5),
+            0.01,
+            "direction only",
+            "direction only",
+        ),
+        # more spare units, and a larger rise
+        (
+            (1.7, 0.5, 0.8),
+            0.01,
+            "reproduced",
+            "not reproduced",
+        ),
         ((2.2, 0.1, 0.8), 0.01, "not reproduced", "not reproduced"),
         ((1.7, 0.3, 0.5), 1.0, "not reproduced", "not reproduced"),  # too much noise
     ],
@@ -189,12 +217,18 @@ def test_the_committed_table_is_what_its_records_make() -> None:
 def test_figures_from_records(tmp_path: Path) -> None:
     figures = drawn(drawings(read_lines(RECORDS)), tmp_path)
     assert {path.stem for path in figures} == {"losses", "pruning", "units"}
-    assert all(path.stat().st_size > 10_000 for png in figures for path in (png, png.with_suffix(".pdf")))
+    assert all(
+        path.stat().st_size > 10_000 for png in figures for path in (png, png.with_suffix(".pdf"))
+    )
 
 
 def test_a_run_that_diverged_is_counted_and_left_out_with_its_partner() -> None:
     records = copy.deepcopy(read_lines(RECORDS))
-    index = next(i for i, record in enumerate(records) if "matched" in record["stages"] and record["seed"] == 0)
+    index = next(
+        i
+        for i, record in enumerate(records)
+        if "matched" in record["stages"] and record["seed"] == 0
+    )
     records[index] |= {"diverged": True, "summary": None}
     text = markdown(records, CLAIMS)
     assert "1 diverged" in text

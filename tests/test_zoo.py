@@ -22,23 +22,32 @@ from experiments.zoo import findings, in_processes, run, verdicts
 from experiments.zoo_document import document, general
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Chosen for what differs: norms, gates, positions, shared maps, state spaces, experts, stages, towers, losses.
+#: Chosen for what differs: norms, gates, positions, shared maps, state spaces, experts, stages,
+#: towers, losses.
 FORTY = """
-    GPT2LMHeadModel LlamaForCausalLM Qwen3ForCausalLM Gemma3ForCausalLM GPTNeoXForCausalLM NemotronForCausalLM
-    DogeForCausalLM DiffLlamaForCausalLM BloomForCausalLM FalconForCausalLM MptForCausalLM OPTForCausalLM
-    MambaForCausalLM MixtralForCausalLM GptOssForCausalLM PhiForCausalLM Olmo2ForCausalLM StableLmForCausalLM
+    GPT2LMHeadModel LlamaForCausalLM Qwen3ForCausalLM Gemma3ForCausalLM GPTNeoXForCausalLM
+    NemotronForCausalLM
+    DogeForCausalLM DiffLlamaForCausalLM BloomForCausalLM FalconForCausalLM MptForCausalLM
+    OPTForCausalLM
+    MambaForCausalLM MixtralForCausalLM GptOssForCausalLM PhiForCausalLM Olmo2ForCausalLM
+    StableLmForCausalLM
     BertForMaskedLM DebertaV2ForMaskedLM AlbertForMaskedLM ModernBertForMaskedLM
     T5ForConditionalGeneration BartForConditionalGeneration LlamaForSequenceClassification
-    ViTForImageClassification SwinForImageClassification ConvNextForImageClassification CLIPModel Wav2Vec2ForCTC
-    test_vit vit_srelpos_small_patch16_224 samvit_base_patch16 eva02_tiny_patch14_224 xcit_nano_12_p16_224 resnet18
+    ViTForImageClassification SwinForImageClassification ConvNextForImageClassification CLIPModel
+    Wav2Vec2ForCTC
+    test_vit vit_srelpos_small_patch16_224 samvit_base_patch16 eva02_tiny_patch14_224
+    xcit_nano_12_p16_224 resnet18
     convnext_atto poolformer_s12 test_mambaout levit_128s
 """.split()  # noqa: SIM905
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # over two minutes of a core, and several times that where others use it too
+# over two minutes of a core, and several times that where others use it too
+@pytest.mark.timeout(1800)
 def test_forty_architectures(tmp_path: Path) -> None:
-    """What is found is real, what is not is refused in one line, and both optimizers train on it."""
+    """What is found is real, what is not is refused in one line, and both optimizers train on
+    it.
+    """
     assert len(FORTY) == 40
     command = [sys.executable, "-m", "experiments.zoo", "--output", str(tmp_path), "--only", *FORTY]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -49,7 +58,11 @@ def test_forty_architectures(tmp_path: Path) -> None:
     assert not wrong, json.dumps(wrong, indent=1)
     assert sum(sum(record.get("found", {}).values()) for record in records) > 300
     text = document(records, FORTY, "", "")
-    assert all(f"\n| {record['model']} | {record['family']} |" in text for record in records if "found" in record)
+    assert all(
+        f"\n| {record['model']} | {record['family']} |" in text
+        for record in records
+        if "found" in record
+    )
 
 
 def is_sound(record: dict[str, Any]) -> bool:
@@ -67,9 +80,15 @@ def test_a_false_gauge_is_seen() -> None:
 
     class Trained(nn.Sequential):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x) + (self[0](x).sum(-1, keepdim=True) * torch.arange(5) if self.training else 0)
+            return super().forward(x) + (
+                self[0](x).sum(-1, keepdim=True) * torch.arange(5) if self.training else 0
+            )
 
-    for activation, kind, false in ((nn.ReLU, nn.Sequential, 0), (nn.GELU, nn.Sequential, 1), (nn.ReLU, Trained, 1)):
+    for activation, kind, false in (
+        (nn.ReLU, nn.Sequential, 0),
+        (nn.GELU, nn.Sequential, 1),
+        (nn.ReLU, Trained, 1),
+    ):
         made = Made(kind(nn.Linear(3, 4), activation(), nn.Linear(4, 5)), (x,), (y,))
         seen = verdicts(made, GaugeSet((gauge,)))
         assert len(seen["false"]) == false
@@ -98,7 +117,8 @@ def fail() -> Made:
 
 def test_a_model_that_ends_otherwise_stops_no_other() -> None:
     bad = [Architecture("named", "bad", make.__name__, make) for make in (sleep, grow, abort, fail)]
-    # Only the first is to run into the limit of time: on a busy machine two seconds may not fill the memory.
+    # Only the first is to run into the limit of time: on a busy machine two seconds may not fill
+    # the memory.
     limits = (2.0, 120.0, 120.0, 120.0)
     records = [
         record
@@ -118,7 +138,9 @@ def test_a_model_that_ends_otherwise_stops_no_other() -> None:
 def test_models_with_a_record_of_this_version_are_skipped(tmp_path: Path) -> None:
     records, about = Records(tmp_path / "records.jsonl"), provenance()
     records.append({"library": "named", "family": "named", "model": "Llama", **about})
-    records.append({"library": "named", "family": "named", "model": "GPT-2", **about, "commit": "another"})
+    records.append(
+        {"library": "named", "family": "named", "model": "GPT-2", **about, "commit": "another"}
+    )
     run(records, only=["Llama"])
     assert [record["model"] for record in records.read()] == ["Llama"]
 
@@ -141,11 +163,17 @@ def test_findings_count_kinds_and_reasons() -> None:
     [
         ("its reader, add, is not a linear map", "its reader, …, is not a linear map"),
         ("its reader, the output of the model, is not a linear map",) * 2,
-        ("mul, which gives the output, is not a linear map", "…, which gives the output, is not a linear map"),
+        (
+            "mul, which gives the output, is not a linear map",
+            "…, which gives the output, is not a linear map",
+        ),
         ("wte is tied to another parameter", "… is tied to another parameter"),
         ("the head is tied to the embedding",) * 2,
         ("its values are read by new_empty as well", "its values are read by … as well"),
-        ("a random element changes outputs by 1.2e-01 of what", "a random element changes outputs by … of what"),
+        (
+            "a random element changes outputs by 1.2e-01 of what",
+            "a random element changes outputs by … of what",
+        ),
     ],
 )
 def test_reasons_are_counted_without_names(reason: str, without: str) -> None:

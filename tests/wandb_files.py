@@ -1,7 +1,9 @@
-"""What was sent to W&B, read back from the files of an offline run: no record of the run is looked at.
+"""What was sent to W&B, read back from the files of an offline run: no record of the run is looked
+at.
 
-wandb has no reader of its own in Python. The file is a header of seven bytes, then records in LevelDB's log format
-(blocks of 32 KiB; CRC-32, length, kind; a record may be in several fragments), each a protobuf message.
+wandb has no reader of its own in Python. The file is a header of seven bytes, then records in
+LevelDB's log format (blocks of 32 KiB; CRC-32, length, kind; a record may be in several fragments),
+each a protobuf message.
 """
 
 from __future__ import annotations
@@ -47,7 +49,12 @@ def sent(folder: Path) -> Sent:
         match record.WhichOneof("record_type"):
             case "run":
                 run = record.run
-                found.id, found.group, found.job_type, found.tags = run.run_id, run.run_group, run.job_type, [*run.tags]
+                found.id, found.group, found.job_type, found.tags = (
+                    run.run_id,
+                    run.run_group,
+                    run.job_type,
+                    [*run.tags],
+                )
                 merge(found.config, run.config.update)
             case "history":
                 found.history.append(merge({}, record.history.item))
@@ -58,7 +65,9 @@ def sent(folder: Path) -> Sent:
     for name, value in found.summary.items():
         if isinstance(value, dict) and value.get("_type") == "table-file":
             table = json.loads((path.parent / "files" / value["path"]).read_text())
-            found.tables[name] = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+            found.tables[name] = [
+                dict(zip(table["columns"], row, strict=True)) for row in table["data"]
+            ]
     return found
 
 

@@ -1,4 +1,6 @@
-"""Models that others wrote, small and at random: name, and how to make the model and an example of its inputs."""
+"""Models that others wrote, small and at random: name, and how to make the model and an example of
+its inputs.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,22 @@ Made = tuple[nn.Module, Mapping[str, Any] | tuple[Tensor, ...]]
 #: More different tokens than a model is wide: gradients of full rank, whose polar factor is stable.
 VOCABULARY = 67
 TOKENS = torch.randint(VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(0))
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 GROUPED = SIZES | {"num_key_value_heads": 2}
 GPT2_SIZES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0}
-VIT_SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 7}
+VIT_SIZES = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 4,
+    "num_classes": 7,
+}
 
 
 def images() -> Tensor:
@@ -34,7 +48,9 @@ def images() -> Tensor:
 
 def text(model: str, config: str, **options: Any) -> Callable[[], Made]:
     def make() -> Made:
-        made = getattr(transformers, model)(getattr(transformers, config)(vocab_size=VOCABULARY, **options))
+        made = getattr(transformers, model)(
+            getattr(transformers, config)(vocab_size=VOCABULARY, **options)
+        )
         return made, {"input_ids": TOKENS, "use_cache": False}
 
     return make
@@ -64,7 +80,11 @@ def mlp(bias: bool = True) -> Made:
 ZOO: dict[str, Callable[[], Made]] = {
     "GPT-2": text("GPT2LMHeadModel", "GPT2Config", **GPT2_SIZES),
     "GPT-2, ReLU, head not tied": text(
-        "GPT2LMHeadModel", "GPT2Config", **GPT2_SIZES, tie_word_embeddings=False, activation_function="relu"
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        **GPT2_SIZES,
+        tie_word_embeddings=False,
+        activation_function="relu",
     ),
     "Llama": text("LlamaForCausalLM", "LlamaConfig", **GROUPED),
     "Mistral": text("MistralForCausalLM", "MistralConfig", **GROUPED, sliding_window=3),
@@ -92,7 +112,9 @@ ZOO: dict[str, Callable[[], Made]] = {
 
 
 def make(name: str, seed: int = 0) -> Made:
-    """A model in float64, in evaluation mode, with random norm scales and biases, and inputs for it."""
+    """A model in float64, in evaluation mode, with random norm scales and biases, and inputs for
+    it.
+    """
     torch.manual_seed(seed)
     model, inputs = ZOO[name]()
     model = model.double().eval()

@@ -1,4 +1,6 @@
-"""How much of a network's feed-forward capacity is used: what its hidden units do, and the network without some."""
+"""How much of a network's feed-forward capacity is used: what its hidden units do, and the network
+without some.
+"""
 
 from ddc.capacity.blocks import FeedForward, feed_forward_blocks
 from ddc.capacity.measure import (

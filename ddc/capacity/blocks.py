@@ -1,4 +1,6 @@
-"""Feed-forward blocks of any model that ``torch.export`` traces, and the weights of their hidden units."""
+"""Feed-forward blocks of any model that ``torch.export`` traces, and the weights of their hidden
+units.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,33 @@ from torch import nn
 from torch.fx import Node
 
 from ddc.gauges import Axis
-from ddc.gauges.trace import KEEPS, Inputs, LinearMap, Trace, inputs, module_path, operation, traced, value_of
+from ddc.gauges.trace import (
+    KEEPS,
+    Inputs,
+    LinearMap,
+    Trace,
+    inputs,
+    module_path,
+    operation,
+    traced,
+    value_of,
+)
 
 #: Operations on each entry by itself, which may lie between the linear maps of a block.
 ELEMENTWISE = KEEPS | frozenset(
     (
-        *("relu", "relu_", "leaky_relu", "leaky_relu_", "gelu", "silu", "silu_", "sigmoid", "tanh", "mish"),
+        *(
+            "relu",
+            "relu_",
+            "leaky_relu",
+            "leaky_relu_",
+            "gelu",
+            "silu",
+            "silu_",
+            "sigmoid",
+            "tanh",
+            "mish",
+        ),
         *("hardswish", "softplus", "abs", "square", "pow", "mul", "div", "neg", "add", "sub"),
     )
 )
@@ -28,8 +51,8 @@ class FeedForward:
 
     Attributes:
         where: the place in the model, in the model's own names.
-        inward: weights, and biases, of the linear maps that give the units, with the axis of the units: W_up, and
-            W_gate where there is one.
+        inward: weights, and biases, of the linear maps that give the units, with the axis of the
+            units: W_up, and W_gate where there is one.
         outward: weight of the linear map that reads the units, with their axis: W_down.
         outward_bias: name of its bias; None if it has none.
         units: number of hidden units.
@@ -50,8 +73,9 @@ class FeedForward:
 def feed_forward_blocks(model: nn.Module, example: Inputs | None = None) -> list[FeedForward]:
     """The feed-forward blocks of a model, in its order.
 
-    A block is a linear map whose input is computed, entry by entry, from the outputs of linear maps that nothing else
-    reads. Layers of a plain chain, whose units come from the units of the layer before, are no blocks.
+    A block is a linear map whose input is computed, entry by entry, from the outputs of linear maps
+    that nothing else reads. Layers of a plain chain, whose units come from the units of the layer
+    before, are no blocks.
 
     Args:
         model: any model that ``torch.export`` traces.
@@ -61,20 +85,30 @@ def feed_forward_blocks(model: nn.Module, example: Inputs | None = None) -> list
         ValueError: the model cannot be traced, or ``example`` is needed.
     """
     trace = traced(model, example)
-    blocks = [block for linear in trace.linear_maps.values() if (block := _block_before(trace, linear)) is not None]
+    blocks = [
+        block
+        for linear in trace.linear_maps.values()
+        if (block := _block_before(trace, linear)) is not None
+    ]
     places = [block.where for block in blocks]
-    blocks = [replace(block, where=block.reader) if places.count(block.where) > 1 else block for block in blocks]
+    blocks = [
+        replace(block, where=block.reader) if places.count(block.where) > 1 else block
+        for block in blocks
+    ]
     inward = {axis.parameter for block in blocks for axis in block.inward}
     outward = {block.outward.parameter for block in blocks}
     return [
         block
         for block in blocks
-        if block.outward.parameter not in inward and not outward & {axis.parameter for axis in block.inward}
+        if block.outward.parameter not in inward
+        and not outward & {axis.parameter for axis in block.inward}
     ]
 
 
 def _block_before(trace: Trace, reader: LinearMap) -> FeedForward | None:
-    """The block that a linear map ends; None if what it reads is not computed from linear maps entry by entry."""
+    """The block that a linear map ends; None if what it reads is not computed from linear maps
+    entry by entry.
+    """
     sources: list[LinearMap] = []
     between: set[Node] = set()
     waiting, width = [reader.input], value_of(reader.input).shape[-1:]
@@ -93,7 +127,9 @@ def _block_before(trace: Trace, reader: LinearMap) -> FeedForward | None:
     elementwise = between - trace.linear_maps.keys()
     if (
         reader.input in trace.linear_maps
-        or not all(user is reader.node or user in elementwise for node in between for user in node.users)
+        or not all(
+            user is reader.node or user in elementwise for node in between for user in node.users
+        )
         or not all(_is_alone(trace, linear) for linear in maps)
         or module_path(reader.node)
         != reader.weight.rpartition(".")[0]  # its module must be there to be asked for its input
@@ -103,7 +139,10 @@ def _block_before(trace: Trace, reader: LinearMap) -> FeedForward | None:
     axes = [
         axis
         for linear in sources
-        for axis in (Axis(linear.weight, linear.rows), *([Axis(linear.bias)] if linear.bias else []))
+        for axis in (
+            Axis(linear.weight, linear.rows),
+            *([Axis(linear.bias)] if linear.bias else []),
+        )
     ]
     units = trace.tensors[reader.weight].shape[1 - reader.rows]
     where = common_owner([linear.weight for linear in maps])
@@ -119,5 +158,8 @@ def _is_alone(trace: Trace, linear: LinearMap) -> bool:
 def common_owner(names: Sequence[str]) -> str:
     """The innermost module that holds all of the parameters."""
     paths = [name.split(".")[:-1] for name in names]
-    depth = next((i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), min(map(len, paths)))
+    depth = next(
+        (i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1),
+        min(map(len, paths)),
+    )
     return ".".join(paths[0][:depth])

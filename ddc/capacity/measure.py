@@ -1,6 +1,8 @@
-"""What hidden units do: how large they are, what the loss is without them, and of which rank their weights are.
+"""What hidden units do: how large they are, what the loss is without them, and of which rank their
+weights are.
 
-Everything here is a function of the gauge orbit: a gauge transformation of the weights changes none of it.
+Everything here is a function of the gauge orbit: a gauge transformation of the weights changes none
+of it.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from ddc.gauges.trace import Trace, in_evaluation
 
 @dataclass(frozen=True)
 class UnitStatistics:
-    """Values of a block's hidden units over data, each of shape (units,), float64: mean, and mean square."""
+    """Values of a block's hidden units over data, each of shape (units,), float64: mean, and mean
+    square.
+    """
 
     mean: Tensor
     mean_square: Tensor
@@ -35,7 +39,8 @@ class UnitStatistics:
 def unit_statistics(
     model: nn.Module, blocks: Sequence[FeedForward], batches: Iterable[Tensor]
 ) -> dict[str, UnitStatistics]:
-    """Means and mean squares of the hidden units of each block, by its place, over all positions of all batches.
+    """Means and mean squares of the hidden units of each block, by its place, over all positions of
+    all batches.
 
     Args:
         model: called on each batch, in evaluation mode; left as it was.
@@ -56,7 +61,10 @@ def unit_statistics(
 
         return add
 
-    handles = [model.get_submodule(block.reader).register_forward_pre_hook(hook(block.where)) for block in blocks]
+    handles = [
+        model.get_submodule(block.reader).register_forward_pre_hook(hook(block.where))
+        for block in blocks
+    ]
     try:
         with in_evaluation(model):
             for batch in batches:
@@ -71,7 +79,8 @@ def unit_statistics(
 
 @dataclass(frozen=True)
 class RemovalEffects:
-    """Change of the loss, in nats, when one hidden unit of a block is removed, by unit: (units,) float64.
+    """Change of the loss, in nats, when one hidden unit of a block is removed, by unit: (units,)
+    float64.
 
     Attributes:
         to_zero: the unit is 0 instead.
@@ -93,7 +102,8 @@ def removal_effects(
 ) -> dict[str, RemovalEffects]:
     """What the removal of each hidden unit by itself does to the loss, by place of the block.
 
-    Exact: all that comes after the block is computed again for each unit, and nothing that comes before it.
+    Exact: all that comes after the block is computed again for each unit, and nothing that comes
+    before it.
 
     Args:
         model: in evaluation mode while it is traced; left as it was.
@@ -112,7 +122,11 @@ def removal_effects(
     for block in blocks:
         reader = readers[block.outward.parameter]
         later = trace.descendants(reader.node)
-        before = {node: value for node, value in values.items() if node not in later and later & {*node.users}}
+        before = {
+            node: value
+            for node, value in values.items()
+            if node not in later and later & {*node.users}
+        }
         hidden, y = values[reader.input], values[reader.node]
         columns = unit_view(trace.tensors[block.outward.parameter], block.outward.axis)
         mean = statistics[block.where].mean.to(hidden)
@@ -120,7 +134,9 @@ def removal_effects(
         for unit in range(block.units):
             for i, instead in enumerate((0.0, mean[unit])):
                 without = y - (hidden[..., unit, None] - instead) * columns[unit]
-                changes[i, unit] = loss(trace.value(output, {**before, reader.node: without})) - base
+                changes[i, unit] = (
+                    loss(trace.value(output, {**before, reader.node: without})) - base
+                )
             advance()
         effects[block.where] = RemovalEffects(*changes)
     return effects
@@ -148,11 +164,14 @@ class Spectrum:
         return float(self.values.square().sum() / self.values[0] ** 2)
 
 
-def dressed(params: Params, gauges: Iterable[Gauge], block: FeedForward) -> tuple[dict[str, Tensor], Rescale | None]:
-    """Copies of the block's weights with the scales of the norms before it in them, and the block's rescale gauge.
+def dressed(
+    params: Params, gauges: Iterable[Gauge], block: FeedForward
+) -> tuple[dict[str, Tensor], Rescale | None]:
+    """Copies of the block's weights with the scales of the norms before it in them, and the block's
+    rescale gauge.
 
-    The columns of W_up (and W_gate) are multiplied by the size ρ of the (γ, β) that they read, which is then 1, as in
-    DDCAdam's step: the only scales left are those of the hidden units.
+    The columns of W_up (and W_gate) are multiplied by the size ρ of the (γ, β) that they read,
+    which is then 1, as in DDCAdam's step: the only scales left are those of the hidden units.
     """
     rescales = [gauge for gauge in gauges if isinstance(gauge, Rescale)]
     mine = {axis.parameter for axis in (*block.inward, block.outward)}
@@ -170,11 +189,12 @@ def dressed(params: Params, gauges: Iterable[Gauge], block: FeedForward) -> tupl
 
 @torch.no_grad()
 def unit_norms(params: Params, gauges: Iterable[Gauge], block: FeedForward) -> Tensor:
-    """Invariant norms of the hidden units, ρ_P^k ρ_M: of what gives a unit times what reads it, (units,) float64.
+    """Invariant norms of the hidden units, ρ_P^k ρ_M: of what gives a unit times what reads it,
+    (units,) float64.
 
-    ρ_P is the norm of the unit's row of W_up and its entry of the bias, dressed; with a gate, of the value branch alone
-    (the gate's scale is no gauge). Without a rescale gauge (GELU), of all that gives the unit. k is the degree of the
-    activation: 1, but 2 for ReLU².
+    ρ_P is the norm of the unit's row of W_up and its entry of the bias, dressed; with a gate, of
+    the value branch alone (the gate's scale is no gauge). Without a rescale gauge (GELU), of all
+    that gives the unit. k is the degree of the activation: 1, but 2 for ReLU².
     """
     copies, own = dressed(params, gauges, block)
     plus, degree = (own.plus, own.degree) if own else (block.inward, 1)
@@ -184,11 +204,14 @@ def unit_norms(params: Params, gauges: Iterable[Gauge], block: FeedForward) -> T
 
 
 @torch.no_grad()
-def dressed_spectra(params: Params, gauges: Iterable[Gauge], block: FeedForward) -> tuple[Spectrum, Spectrum]:
+def dressed_spectra(
+    params: Params, gauges: Iterable[Gauge], block: FeedForward
+) -> tuple[Spectrum, Spectrum]:
     """Spectra of W_up and W_down in coordinates that no gauge changes.
 
-    Each unit's scale is put where it is looked at: into the rows of W_up (those of W_down have norm 1 then), and into
-    the columns of W_down (those of W_up have norm 1 then). Without a rescale gauge they are as they are.
+    Each unit's scale is put where it is looked at: into the rows of W_up (those of W_down have norm
+    1 then), and into the columns of W_down (those of W_up have norm 1 then). Without a rescale
+    gauge they are as they are.
     """
     copies, own = dressed(params, gauges, block)
     up, down = (own.plus[0] if own else block.inward[0]), block.outward
@@ -197,9 +220,13 @@ def dressed_spectra(params: Params, gauges: Iterable[Gauge], block: FeedForward)
         log_plus, log_minus = own.log_norms(copies)
         own.act_(copies, scale(log_minus / own.degree))
         own.act_(others, scale(-log_plus))
-    return Spectrum(torch.linalg.svdvals(copies[up.parameter])), Spectrum(torch.linalg.svdvals(others[down.parameter]))
+    return Spectrum(torch.linalg.svdvals(copies[up.parameter])), Spectrum(
+        torch.linalg.svdvals(others[down.parameter])
+    )
 
 
 def scale(log_scale: Tensor) -> Tensor:
-    """Scales of units from their logarithms; 1 where a side of the unit is zero, which nothing can scale to 1."""
+    """Scales of units from their logarithms; 1 where a side of the unit is zero, which nothing can
+    scale to 1.
+    """
     return torch.where(log_scale.isfinite(), log_scale, 0.0).exp()

@@ -14,17 +14,21 @@ from ddc.gauges.base import Params, unit_view
 
 @torch.no_grad()
 def contributions(params: Params, block: FeedForward, statistics: UnitStatistics) -> Tensor:
-    """How much the removal of each hidden unit changes what the block puts out: (units,) float64, no gauge changes it.
+    """How much the removal of each hidden unit changes what the block puts out: (units,) float64,
+    no gauge changes it.
 
-    The norm of the unit's column of W_down times the standard deviation of the unit over the data, for what it
-    contributes on the average goes into the bias of W_down; times its root mean square where there is no bias.
+    The norm of the unit's column of W_down times the standard deviation of the unit over the data,
+    for what it contributes on the average goes into the bias of W_down; times its root mean square
+    where there is no bias.
     """
     spread = statistics.mean_square if block.outward_bias is None else statistics.variance
     columns = unit_view(params[block.outward.parameter], block.outward.axis)
     return columns.double().cpu().norm(dim=1) * spread.sqrt()
 
 
-def kept_units(params: Params, block: FeedForward, statistics: UnitStatistics, keep: float) -> Tensor:
+def kept_units(
+    params: Params, block: FeedForward, statistics: UnitStatistics, keep: float
+) -> Tensor:
     """Indices, in their order, of the units with the largest :func:`contributions`; at least one.
 
     Raises:
@@ -38,9 +42,13 @@ def kept_units(params: Params, block: FeedForward, statistics: UnitStatistics, k
 
 @torch.no_grad()
 def pruned_parameters(
-    params: Params, blocks: Sequence[FeedForward], statistics: Mapping[str, UnitStatistics], keep: float
+    params: Params,
+    blocks: Sequence[FeedForward],
+    statistics: Mapping[str, UnitStatistics],
+    keep: float,
 ) -> dict[str, Tensor]:
-    """All parameters that a model without the other units has in place of its own, with no training after it.
+    """All parameters that a model without the other units has in place of its own, with no training
+    after it.
 
     Args:
         params: the model's parameters by name.
@@ -49,7 +57,8 @@ def pruned_parameters(
         keep: share of the units to keep in each block.
 
     Returns:
-        The weights and biases that change. Where W_down has a bias, it takes over the means of the removed units.
+        The weights and biases that change. Where W_down has a bias, it takes over the means of the
+            removed units.
 
     Raises:
         ValueError: a share that is not in (0, 1].
@@ -64,5 +73,7 @@ def pruned_parameters(
             columns = unit_view(params[block.outward.parameter], block.outward.axis)
             mean = statistics[block.where].mean.to(columns)
             gone = gone.to(columns.device)
-            changed[block.outward_bias] = params[block.outward_bias].detach() + mean[gone] @ columns[gone]
+            changed[block.outward_bias] = (
+                params[block.outward_bias].detach() + mean[gone] @ columns[gone]
+            )
     return changed

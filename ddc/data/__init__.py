@@ -1,4 +1,6 @@
-"""Data sets: text as windows of tokens, images with labels, modular arithmetic as pairs of residues."""
+"""Data sets: text as windows of tokens, images with labels, modular arithmetic as pairs of
+residues.
+"""
 
 from ddc.data.config import DataConfig, DataError
 from ddc.data.images import ImageConfig, ImageData, load_images

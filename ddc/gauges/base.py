@@ -1,4 +1,6 @@
-"""What a gauge is: a group that acts on named parameters and leaves the loss of every batch unchanged."""
+"""What a gauge is: a group that acts on named parameters and leaves the loss of every batch
+unchanged.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,9 @@ KINDS = (
 class Gauge(ABC):
     """A continuous symmetry of the loss, acting on a few named parameters.
 
-    A *unit* is one index of the group: a neuron, a channel, a head, a frequency plane; or a whole layer, a *block*. All
-    units of one layer form one gauge, so that everything that reads a gauge can be batched over its units.
+    A *unit* is one index of the group: a neuron, a channel, a head, a frequency plane; or a whole
+    layer, a *block*. All units of one layer form one gauge, so that everything that reads a gauge
+    can be batched over its units.
 
     Attributes:
         kind: one of :data:`KINDS`.
@@ -57,8 +60,8 @@ class Gauge(ABC):
         Args:
             params: the model's parameters by name (for shapes, dtype and device).
             generator: a CPU generator, so that a seed gives the same element on every device.
-            spread: size of the element: scales lie in e^±spread, shifts have standard deviation ``spread``;
-                rotations are always uniform.
+            spread: size of the element: scales lie in e^±spread, shifts have standard deviation
+                ``spread``; rotations are always uniform.
         """
 
     @abstractmethod
@@ -69,8 +72,8 @@ class Gauge(ABC):
     def audit(self, params: Params, grads: Params) -> float:
         """Size of the gradient along the orbit, relative to the gradient across it.
 
-        Zero up to rounding if and only if the loss that made the gradients is stationary along the orbit,
-        as a true symmetry makes it; of order 1 for a gauge declared by mistake.
+        Zero up to rounding if and only if the loss that made the gradients is stationary along the
+        orbit, as a true symmetry makes it; of order 1 for a gauge declared by mistake.
         """
 
     def __str__(self) -> str:
@@ -79,7 +82,9 @@ class Gauge(ABC):
 
 @dataclass(frozen=True)
 class Refusal:
-    """A gauge of this kind was looked for at this place and not granted, with the reason in words."""
+    """A gauge of this kind was looked for at this place and not granted, with the reason in
+    words.
+    """
 
     kind: str
     where: str
@@ -97,10 +102,15 @@ def check_kind(kind: str) -> None:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model that ``torch.compile``, DDP or DataParallel wraps, or the model itself."""
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # which takes a second to import, and is there if it wraps
+    # which takes a second to import, and is there if it wraps
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
     if dynamo is not None and isinstance(model, dynamo.OptimizedModule):
         return unwrapped(model._orig_mod)
-    return unwrapped(model.module) if isinstance(model, DistributedDataParallel | DataParallel) else model
+    return (
+        unwrapped(model.module)
+        if isinstance(model, DistributedDataParallel | DataParallel)
+        else model
+    )
 
 
 def named_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -109,7 +119,9 @@ def named_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without the mark of ``torch.compile`` on the modules that it compiled one by one."""
+    """A parameter's name without the mark of ``torch.compile`` on the modules that it compiled one
+    by one.
+    """
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
@@ -118,8 +130,9 @@ def plain_names(names: Sequence[str], known: Collection[str] | None = None) -> l
 
     Args:
         names: of all parameters, of a model that ``torch.compile`` or DDP may have wrapped.
-        known: some names of the unwrapped model, by which the prefix ``module.`` that DDP puts before all names is told
-            from a submodule of that name; None takes what all names begin with for DDP's.
+        known: some names of the unwrapped model, by which the prefix ``module.`` that DDP puts
+            before all names is told from a submodule of that name; None takes what all names begin
+            with for DDP's.
     """
     plain = [plain_name(name) for name in names]
     wrapped = all(name.startswith("module.") for name in plain)
@@ -129,7 +142,9 @@ def plain_names(names: Sequence[str], known: Collection[str] | None = None) -> l
 
 
 def place_of(tensor: Tensor) -> tuple[object, ...] | None:
-    """Where the values of a tensor lie in memory, and in which shape; None for what has none, or none of its own."""
+    """Where the values of a tensor lie in memory, and in which shape; None for what has none, or
+    none of its own.
+    """
     if (
         tensor.is_meta
         or isinstance(tensor, DTensor | FakeTensor)
@@ -137,7 +152,13 @@ def place_of(tensor: Tensor) -> tuple[object, ...] | None:
         or not tensor.numel()
     ):
         return None
-    return tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride()
+    return (
+        tensor.device,
+        tensor.untyped_storage().data_ptr(),
+        tensor.storage_offset(),
+        tensor.shape,
+        tensor.stride(),
+    )
 
 
 def first_line(error: BaseException) -> str:
@@ -147,12 +168,16 @@ def first_line(error: BaseException) -> str:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor of which ranks hold parts (a DTensor, for which all ranks must ask), or the tensor itself."""
+    """All of a tensor of which ranks hold parts (a DTensor, for which all ranks must ask), or the
+    tensor itself.
+    """
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def unit_view(tensor: Tensor, axis: int | None) -> Tensor:
-    """View a vector or matrix as (units, entries of the unit); ``axis`` is that of the units, None for a single one."""
+    """View a vector or matrix as (units, entries of the unit); ``axis`` is that of the units, None
+    for a single one.
+    """
     if axis is None:
         return tensor.reshape(1, -1)
     if tensor.ndim == 1:

@@ -1,8 +1,9 @@
 """A representative of each gauge orbit, and the distance between two orbits.
 
-On the orbit of a point under shifts and scales there is one point of least norm: logits centred, and for every
-unit the two sides in balance, |plus|² = degree · |minus|² (Kempf and Ness: such points are unique up to the
-isometries of the group, here the rotations). What is measured there is a function of the orbit alone.
+On the orbit of a point under shifts and scales there is one point of least norm: logits centred,
+and for every unit the two sides in balance, |plus|² = degree · |minus|² (Kempf and Ness: such
+points are unique up to the isometries of the group, here the rotations). What is measured there is
+a function of the orbit alone.
 """
 
 from __future__ import annotations
@@ -17,18 +18,22 @@ from ddc.gauges.base import Gauge, Params, unit_view
 
 
 @torch.no_grad()
-def balance_(params: Params, gauges: Iterable[Gauge], tolerance: float = 1e-12, sweeps: int = 10_000) -> None:
+def balance_(
+    params: Params, gauges: Iterable[Gauge], tolerance: float = 1e-12, sweeps: int = 10_000
+) -> None:
     """Move parameters, in place, to the point of least norm of their orbit under shifts and scales.
 
-    Where gauges overlap (a SwiGLU block's W_up lies on a norm scale and on a gated rescale) each is balanced in turn
-    until none moves; the problem is convex in the logarithms of the scales, so the order does not matter. The layers
-    of a chain get equal norms; a chain and rescales of its units are not balanced together. A unit
-    with a side of norm zero has no balanced point and is left as it is.
+    Where gauges overlap (a SwiGLU block's W_up lies on a norm scale and on a gated rescale) each is
+    balanced in turn until none moves; the problem is convex in the logarithms of the scales, so the
+    order does not matter. The layers of a chain get equal norms; a chain and rescales of its units
+    are not balanced together. A unit with a side of norm zero has no balanced point and is left as
+    it is.
 
     Args:
         params: the model's parameters by name, of any floating dtype; float64 for exact invariance.
         gauges: those to balance; rotations leave the norm alone and are passed over.
-        tolerance: on the last sweep, the largest ``|log c|`` of a unit (not below the dtype's rounding).
+        tolerance: on the last sweep, the largest ``|log c|`` of a unit (not below the dtype's
+            rounding).
         sweeps: at most so many.
 
     Raises:
@@ -56,11 +61,15 @@ def balance_(params: Params, gauges: Iterable[Gauge], tolerance: float = 1e-12, 
             moved = max(moved, float(log_scale.abs().max()))
         if moved <= max(tolerance, 8 * rounding):
             return
-    raise RuntimeError(f"not balanced after {sweeps} sweeps over the scales: the last one moved by {moved:.1e}")
+    raise RuntimeError(
+        f"not balanced after {sweeps} sweeps over the scales: the last one moved by {moved:.1e}"
+    )
 
 
 def _balance_chain_(params: Params, chain: Chain) -> None:
-    """Give all layers the same norm, their geometric mean; a layer of norm zero leaves the chain as it is."""
+    """Give all layers the same norm, their geometric mean; a layer of norm zero leaves the chain as
+    it is.
+    """
     log_norms = torch.stack([params[name].double().norm().log() for name in chain.weights])
     if log_norms.isfinite().all():
         for name, log_scale in zip(chain.weights, log_norms.mean() - log_norms, strict=True):
@@ -69,15 +78,22 @@ def _balance_chain_(params: Params, chain: Chain) -> None:
 
 @torch.no_grad()
 def align_(params: Params, reference: Params, gauges: Iterable[Gauge]) -> None:
-    """Turn the units of every rotation gauge, in place, as close to ``reference`` as they go (Procrustes).
+    """Turn the units of every rotation gauge, in place, as close to ``reference`` as they go
+    (Procrustes).
 
-    Schönemann 1966: the rotation that minimises ``|R x - y|`` over all slices x of a unit is the polar factor of
-    Σ y xᵀ; where the group has no reflections, its smallest singular direction is flipped if need be (Kabsch).
+    Schönemann 1966: the rotation that minimises ``|R x - y|`` over all slices x of a unit is the
+    polar factor of Σ y xᵀ; where the group has no reflections, its smallest singular direction is
+    flipped if need be (Kabsch).
     """
     for gauge in gauges:
         if not isinstance(gauge, Rotation):
             continue
-        gauge.act_(params, nearest_turn(gauge, params, reference, gauge.reflections).to(params[gauge.parameters[0]]))
+        gauge.act_(
+            params,
+            nearest_turn(gauge, params, reference, gauge.reflections).to(
+                params[gauge.parameters[0]]
+            ),
+        )
 
 
 @torch.no_grad()
@@ -109,9 +125,9 @@ def nearest_turn(gauge: Rotation, params: Params, reference: Params, reflections
 def orbit_distance(first: Params, second: Params, gauges: Iterable[Gauge]) -> Tensor:
     """Euclidean distance of two points' balanced representatives, turned onto each other.
 
-    A function of the two orbits: either point may be moved by any element of the product group. Between nearby
-    points of a trajectory it is the length of the step in the metric that the balanced points inherit, an invariant
-    one; summed, the arc length of the trajectory.
+    A function of the two orbits: either point may be moved by any element of the product group.
+    Between nearby points of a trajectory it is the length of the step in the metric that the
+    balanced points inherit, an invariant one; summed, the arc length of the trajectory.
 
     Args:
         first: parameters by name; copied, not changed, and taken in float64.
@@ -122,7 +138,10 @@ def orbit_distance(first: Params, second: Params, gauges: Iterable[Gauge]) -> Te
         A float64 scalar.
     """
     gauges = list(gauges)
-    a, b = ({name: p.detach().double().clone() for name, p in point.items()} for point in (first, second))
+    a, b = (
+        {name: p.detach().double().clone() for name, p in point.items()}
+        for point in (first, second)
+    )
     for point in (a, b):
         balance_(point, gauges)
     align_(b, a, gauges)

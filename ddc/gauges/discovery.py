@@ -33,26 +33,29 @@ def find_gauges(
     loss: str | None = None,
     verify: bool = True,
 ) -> GaugeSet:
-    """Read the gauges of a model: what was found, and what was refused with the reason. Never guesses.
+    """Read the gauges of a model: what was found, and what was refused with the reason. Never
+    guesses.
 
-    The model is traced on an example, and gauges are proved on the operations that it makes (``ddc.gauges.traced``).
-    Then they are tried: a random element of all groups at once must change nothing that the model computes, with random
-    weights in float64, on the example in evaluation and in training, and on other and longer ones
-    (``ddc.gauges.verify``). What fails is refused, with a warning; what cannot be tried is marked in
-    :attr:`GaugeSet.unchecked`, with another.
+    The model is traced on an example, and gauges are proved on the operations that it makes
+    (``ddc.gauges.traced``). Then they are tried: a random element of all groups at once must change
+    nothing that the model computes, with random weights in float64, on the example in evaluation
+    and in training, and on other and longer ones (``ddc.gauges.verify``). What fails is refused,
+    with a warning; what cannot be tried is marked in :attr:`GaugeSet.unchecked`, with another.
 
     Args:
         model: any model that ``torch.export`` traces; left as it is.
-        per_layer: where a chain of ReLU layers can be rescaled neuron by neuron, take the smaller group that rescales
-            it layer by layer instead (the chained rescale).
-        inputs: an example of what the model takes, as a tuple or, by keyword, a mapping: three positions or more, where
-            there are positions. Not needed for models of transformers and timm, nor for ``nn.Sequential`` of linear
-            maps and torch's encoder layers, nor where ``model.example_inputs()`` gives a tuple.
-        loss: ``"cross_entropy"`` if the model is trained by softmax cross-entropy of its output ``logits``, or of its
-            first; ``"other"`` if by anything else: the logit shift is a gauge of the former alone. None assumes the
-            former, but refuses the shift where the model speaks against it (one output, several,
-            ``config.problem_type``).
-        verify: whether to try the gauges. It takes copies of the weights in float64, and some fifteen forward passes.
+        per_layer: where a chain of ReLU layers can be rescaled neuron by neuron, take the smaller
+            group that rescales it layer by layer instead (the chained rescale).
+        inputs: an example of what the model takes, as a tuple or, by keyword, a mapping: three
+            positions or more, where there are positions. Not needed for models of transformers and
+            timm, nor for ``nn.Sequential`` of linear maps and torch's encoder layers, nor where
+            ``model.example_inputs()`` gives a tuple.
+        loss: ``"cross_entropy"`` if the model is trained by softmax cross-entropy of its output
+            ``logits``, or of its first; ``"other"`` if by anything else: the logit shift is a gauge
+            of the former alone. None assumes the former, but refuses the shift where the model
+            speaks against it (one output, several, ``config.problem_type``).
+        verify: whether to try the gauges. It takes copies of the weights in float64, and some
+            fifteen forward passes.
 
     Raises:
         ValueError: the model cannot be traced, ``inputs`` are needed, or an unknown ``loss``.
@@ -64,9 +67,14 @@ def find_gauges(
     for gauge in gauges:
         if gauge not in checked.found:
             reason = reason_of[gauge.kind, gauge.where]
-            warnings.warn(f"find_gauges: {gauge} is no symmetry of the model and is left out: {reason}", stacklevel=2)
+            warnings.warn(
+                f"find_gauges: {gauge} is no symmetry of the model and is left out: {reason}",
+                stacklevel=2,
+            )
     for reason, count in Counter(checked.unchecked.values()).items():
-        what = "gauges were proved by rules alone" if count > 1 else "gauge was proved by rules alone"
+        what = (
+            "gauges were proved by rules alone" if count > 1 else "gauge was proved by rules alone"
+        )
         warnings.warn(f"find_gauges: {count} {what} and not tried: {reason}", stacklevel=2)
     return checked
 
@@ -74,7 +82,9 @@ def find_gauges(
 def _found(
     model: nn.Module, per_layer: bool, inputs: Inputs | None, loss: str | None, verify: bool
 ) -> tuple[GaugeSet, GaugeSet]:
-    """The gauges that rules find, and what is left of them after they were tried, if they are to be."""
+    """The gauges that rules find, and what is left of them after they were tried, if they are to
+    be.
+    """
     gauges = read_gauges(model, per_layer, inputs, loss)
     if loss == "other":
         shifts = [gauge for gauge in gauges if gauge.kind == "logit_shift"]
@@ -82,26 +92,35 @@ def _found(
     return gauges, _checked(model, gauges, per_layer, inputs, loss) if verify else gauges
 
 
-def _checked(model: nn.Module, gauges: GaugeSet, per_layer: bool, inputs: Inputs | None, loss: str | None) -> GaugeSet:
-    """The gauges that a random element leaves without effect, on the model or, where it cannot be run, on a twin."""
+def _checked(
+    model: nn.Module, gauges: GaugeSet, per_layer: bool, inputs: Inputs | None, loss: str | None
+) -> GaugeSet:
+    """The gauges that a random element leaves without effect, on the model or, where it cannot be
+    run, on a twin.
+    """
     try:
         if not (reason := unfit(model)):
             return verified(gauges, model, *example(model, inputs))
         twin = narrow_twin(model)
         if still := unfit(twin):
             return unchecked(gauges, f"{reason}, and of its narrow twin: {still}")
-        _, of_twin = _found(twin, per_layer, tree_map_only(Tensor, Tensor.cpu, inputs), loss, verify=True)
+        _, of_twin = _found(
+            twin, per_layer, tree_map_only(Tensor, Tensor.cpu, inputs), loss, verify=True
+        )
     except ValueError as error:
         return unchecked(gauges, f"{reason}, and {error}" if reason else str(error))
     return verified_by_twin(gauges, of_twin)
 
 
 @singledispatch
-def read_gauges(model: nn.Module, per_layer: bool, inputs: Inputs | None, loss: str | None) -> GaugeSet:
+def read_gauges(
+    model: nn.Module, per_layer: bool, inputs: Inputs | None, loss: str | None
+) -> GaugeSet:
     """The gauges of a model by rules alone; arguments as for :func:`find_gauges`.
 
-    A family of models whose gauges can be told without a trace, as those of this package, has a reader of its own,
-    registered with ``read_gauges.register``, which gives the same and takes no time.
+    A family of models whose gauges can be told without a trace, as those of this package, has a
+    reader of its own, registered with ``read_gauges.register``, which gives the same and takes no
+    time.
     """
     return gauges_of_trace(traced(model, inputs), per_layer, loss)
 
@@ -112,7 +131,10 @@ def _(model: DeepMLP, per_layer: bool, inputs: Inputs | None, loss: str | None) 
     shift = Shift("head.weight")
     if model.config.residual:
         pairs = list(zip(layers[::2], layers[1::2], strict=True))
-        rescales = [Rescale("relu_rescale", f"blocks.{i}", (Axis(a),), (Axis(b, 1),)) for i, (a, b) in enumerate(pairs)]
+        rescales = [
+            Rescale("relu_rescale", f"blocks.{i}", (Axis(a),), (Axis(b, 1),))
+            for i, (a, b) in enumerate(pairs)
+        ]
         reason = "the input of a residual block is read by more than one layer"
         return GaugeSet((shift, *rescales), (Refusal("chained_rescale", "layers", reason),))
     chain = ["embedding.weight", *layers, "head.weight"]
@@ -122,8 +144,14 @@ def _(model: DeepMLP, per_layer: bool, inputs: Inputs | None, loss: str | None) 
     # a neuron of the input layer is a column of the embedding, which is a table of rows
     first = Rescale("relu_rescale", "embedding", (Axis(chain[0], 1),), (Axis(chain[1], 1),))
     pairs = list(pairwise(chain[1:]))
-    rescales = [Rescale("relu_rescale", f"layers.{i}", (Axis(a),), (Axis(b, 1),)) for i, (a, b) in enumerate(pairs)]
-    reason = "the rescales of all neurons contain it; find_gauges(model, per_layer=True) finds it in their place"
+    rescales = [
+        Rescale("relu_rescale", f"layers.{i}", (Axis(a),), (Axis(b, 1),))
+        for i, (a, b) in enumerate(pairs)
+    ]
+    reason = (
+        "the rescales of all neurons contain it; find_gauges(model, per_layer=True) finds it in"
+        " their place"
+    )
     return GaugeSet((shift, first, *rescales), (Refusal("chained_rescale", "layers", reason),))
 
 
@@ -133,11 +161,16 @@ def _(model: GPT, per_layer: bool, inputs: Inputs | None, loss: str | None) -> G
     for i, _block in enumerate(model.blocks):
         place = f"blocks.{i}"
         attention = f"{place}.attention"
-        finding.norm(f"{place}.attention_norm", [f"{attention}.{name}" for name in ("query", "key", "value")])
+        finding.norm(
+            f"{place}.attention_norm", [f"{attention}.{name}" for name in ("query", "key", "value")]
+        )
         finding.value_rotation(attention)
         finding.query_key_rotation(attention)
         mlp = f"{place}.mlp"
-        finding.norm(f"{place}.mlp_norm", [f"{mlp}.{name}" for name in ("gate", "up") if finding.has(f"{mlp}.{name}")])
+        finding.norm(
+            f"{place}.mlp_norm",
+            [f"{mlp}.{name}" for name in ("gate", "up") if finding.has(f"{mlp}.{name}")],
+        )
         finding.feed_forward(mlp)
     finding.norm("norm", ["head"])
     finding.logit_shift("head")
@@ -163,11 +196,18 @@ class _Finding:
 
     def parameter(self, module: str, name: str) -> str | None:
         """The full name of a module's parameter, if it has one."""
-        return f"{module}.{name}" if isinstance(getattr(self.modules[module], name, None), Tensor) else None
+        return (
+            f"{module}.{name}"
+            if isinstance(getattr(self.modules[module], name, None), Tensor)
+            else None
+        )
 
     def affine(self, module: str, axis: int = 0) -> tuple[Axis, ...]:
         """Weight and, for rows, bias of a module as one side of a rescale."""
-        names = (self.parameter(module, "weight"), self.parameter(module, "bias") if axis == 0 else None)
+        names = (
+            self.parameter(module, "weight"),
+            self.parameter(module, "bias") if axis == 0 else None,
+        )
         return tuple(Axis(name, axis) for name in names if name is not None)
 
     def is_tied(self, module: str) -> bool:
@@ -175,9 +215,15 @@ class _Finding:
         return (place_of(weight) or id(weight)) in self.tied
 
     def norm(self, norm: str, readers: list[str]) -> None:
-        """Norm scale: gamma (and beta) against the columns of every linear map that reads the norm."""
+        """Norm scale: gamma (and beta) against the columns of every linear map that reads the
+        norm.
+        """
         if not isinstance(self.modules[norm], nn.LayerNorm | nn.RMSNorm):
-            self.refuse("norm_scale", norm, f"{type(self.modules[norm]).__name__} is not a LayerNorm or RMSNorm")
+            self.refuse(
+                "norm_scale",
+                norm,
+                f"{type(self.modules[norm]).__name__} is not a LayerNorm or RMSNorm",
+            )
         elif self.parameter(norm, "weight") is None:
             self.refuse("norm_scale", norm, "the norm has no scale")
         elif not_linear := [name for name in readers if type(self.modules[name]) is not nn.Linear]:
@@ -201,9 +247,11 @@ class _Finding:
         """ReLU, ReLU² or gated rescale: rows of ``up`` against columns of ``down``."""
         mlp = self.modules[place]
         assert isinstance(mlp, MLP)
-        kind, degree = {"swiglu": ("gated_rescale", 1), "relu": ("relu_rescale", 1), "relu2": ("relu_rescale", 2)}.get(
-            mlp.activation, ("", 0)
-        )
+        kind, degree = {
+            "swiglu": ("gated_rescale", 1),
+            "relu": ("relu_rescale", 1),
+            "relu2": ("relu_rescale", 2),
+        }.get(mlp.activation, ("", 0))
         if not degree:
             self.refuse("relu_rescale", place, f"{mlp.activation.upper()} is not homogeneous")
             return
@@ -211,7 +259,9 @@ class _Finding:
         self.found.append(Rescale(kind, place, plus, minus, degree))
 
     def value_rotation(self, place: str) -> None:
-        """Rows of W_V by R, columns of W_O by R^T, for each key-value head and the query heads that read it."""
+        """Rows of W_V by R, columns of W_O by R^T, for each key-value head and the query heads that
+        read it.
+        """
         attention = self.modules[place]
         assert isinstance(attention, Attention)
         value, output = head_indices(attention)
@@ -220,23 +270,39 @@ class _Finding:
         self.found.append(Rotation("value_rotation", place, tuple(slots), reflections=True))
 
     def query_key_rotation(self, place: str) -> None:
-        """Rows of W_Q and W_K by the same R: per head without RoPE; with it, per frequency plane and the rest."""
+        """Rows of W_Q and W_K by the same R: per head without RoPE; with it, per frequency plane
+        and the rest.
+        """
         attention = self.modules[place]
         assert isinstance(attention, Attention)
         for name in ("query_norm", "key_norm"):
             if getattr(attention, name) is not None:
-                self.refuse("norm_scale", f"{place}.{name}", "its reader, the attention product, is not a linear map")
+                self.refuse(
+                    "norm_scale",
+                    f"{place}.{name}",
+                    "its reader, the attention product, is not a linear map",
+                )
         if attention.query_norm is not None or attention.key_norm is not None:
-            self.refuse("qk_rotation", place, "QK-norm has a scale of its own, which does not commute with rotations")
+            self.refuse(
+                "qk_rotation",
+                place,
+                "QK-norm has a scale of its own, which does not commute with rotations",
+            )
             return
         key, query = head_indices(attention)
         rotated = attention.rope.rotated if attention.rope is not None else 0
         if rotated:
-            self._rotate_queries_and_keys(place, planes(query, rotated), planes(key, rotated), reflections=False)
+            self._rotate_queries_and_keys(
+                place, planes(query, rotated), planes(key, rotated), reflections=False
+            )
         if key.shape[-1] - rotated > 1:
-            self._rotate_queries_and_keys(place, query[..., rotated:], key[..., rotated:], reflections=True)
+            self._rotate_queries_and_keys(
+                place, query[..., rotated:], key[..., rotated:], reflections=True
+            )
 
-    def _rotate_queries_and_keys(self, place: str, query: np.ndarray, key: np.ndarray, reflections: bool) -> None:
+    def _rotate_queries_and_keys(
+        self, place: str, query: np.ndarray, key: np.ndarray, reflections: bool
+    ) -> None:
         slots = [
             RotatedAxis(name, 0, indices)
             for linear, indices in (("query", query), ("key", key))
@@ -249,13 +315,17 @@ class _Finding:
 
 
 def head_indices(attention: Attention) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of key-value heads, (kv_heads, 1, d_head), and of their query heads, (kv_heads, group, d_head)."""
+    """Indices of key-value heads, (kv_heads, 1, d_head), and of their query heads, (kv_heads,
+    group, d_head).
+    """
     kv_heads, group = attention.kv_heads, attention.heads // attention.kv_heads
     keys = np.arange(attention.key.out_features).reshape(kv_heads, 1, -1)
     return keys, np.arange(attention.query.out_features).reshape(kv_heads, group, -1)
 
 
 def planes(heads: np.ndarray, rotated: int) -> np.ndarray:
-    """Split (kv_heads, copies, d_head) into the planes of a half-split RoPE: (kv_heads · planes, copies, 2)."""
+    """Split (kv_heads, copies, d_head) into the planes of a half-split RoPE: (kv_heads · planes,
+    copies, 2).
+    """
     pairs = np.stack((heads[..., : rotated // 2], heads[..., rotated // 2 : rotated]), axis=-1)
     return pairs.swapaxes(1, 2).reshape(-1, heads.shape[1], 2)

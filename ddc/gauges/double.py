@@ -22,7 +22,9 @@ class Untouched(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func._schema.is_mutable or "batch_norm" in func.name():  # whose schema does not say that it keeps statistics
+        if (
+            func._schema.is_mutable or "batch_norm" in func.name()
+        ):  # whose schema does not say that it keeps statistics
             args, kwargs = tree_map_only(Tensor, self._copy, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -34,13 +36,14 @@ class Untouched(TorchDispatchMode):
 class InDouble(TorchDispatchMode):
     """Every floating-point operation in float64, also where the model asks for another type.
 
-    Norms and rotary embeddings are computed in float32 by many models whatever the type of their weights; in this mode
-    they are not, so that rounding stays at 1e-15. Kernels that know no float64 are replaced.
+    Norms and rotary embeddings are computed in float32 by many models whatever the type of their
+    weights; in this mode they are not, so that rounding stays at 1e-15. Kernels that know no
+    float64 are replaced.
 
     Args:
         held: what stands in for tensors that exist already, by their place in memory
-            (:func:`ddc.gauges.base.place_of`): weights, buffers, and all else that the model keeps. What is written to
-            them is written to these.
+            (:func:`ddc.gauges.base.place_of`): weights, buffers, and all else that the model keeps.
+            What is written to them is written to these.
     """
 
     def __init__(self, held: Mapping[object, Tensor] | None = None) -> None:
@@ -49,7 +52,8 @@ class InDouble(TorchDispatchMode):
 
     def __enter__(self) -> InDouble:
         self._default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)  # of what is made without a type; its limits are asked for in Python
+        # of what is made without a type; its limits are asked for in Python
+        torch.set_default_dtype(torch.float64)
         super().__enter__()
         return self
 
@@ -70,7 +74,13 @@ class InDouble(TorchDispatchMode):
 def double(value: Any) -> Any:
     """The value as it is in double precision: tensors and types of lower one are replaced."""
     if isinstance(value, torch.dtype):
-        return torch.float64 if value.is_floating_point else torch.complex128 if value.is_complex else value
+        return (
+            torch.float64
+            if value.is_floating_point
+            else torch.complex128
+            if value.is_complex
+            else value
+        )
     if not isinstance(value, Tensor) or value.dtype in (torch.float64, torch.complex128):
         return value
     if value.is_floating_point():
@@ -79,7 +89,9 @@ def double(value: Any) -> Any:
 
 
 def grouped_product(x: Tensor, weight: Tensor, ends: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Rows of ``x``, (rows, in), by the weights of their groups, (groups, in, out), which end at the rows ``ends``."""
+    """Rows of ``x``, (rows, in), by the weights of their groups, (groups, in, out), which end at
+    the rows ``ends``.
+    """
     bounds = [0, *ends.tolist()]
     parts = [x[a:b] @ w for a, b, w in zip(bounds, bounds[1:], weight, strict=False)]
     rest = x.new_zeros(x.shape[0] - bounds[-1], weight.shape[-1])

@@ -24,7 +24,8 @@ class GaugeSet(Sequence[Gauge]):
     Attributes:
         found: the gauges.
         refused: what was looked for and not granted.
-        unchecked: those of ``found`` that rules proved, but that could not be tried numerically, with the reason.
+        unchecked: those of ``found`` that rules proved, but that could not be tried numerically,
+            with the reason.
     """
 
     found: tuple[Gauge, ...] = ()
@@ -56,7 +57,9 @@ class GaugeSet(Sequence[Gauge]):
         )
 
     def dimension(self, model: nn.Module) -> int:
-        """Dimension of the product group: how many directions of parameter space the loss cannot see."""
+        """Dimension of the product group: how many directions of parameter space the loss cannot
+        see.
+        """
         params = named_parameters(model)
         return sum(gauge.dimension(params) for gauge in self.found)
 
@@ -72,7 +75,10 @@ class GaugeSet(Sequence[Gauge]):
 
     def __str__(self) -> str:
         header = ("gauge", "where", "verdict")
-        rows = [*_rows(self.found, self._verdict), *_rows(self.refused, lambda r: f"refused: {r.reason}")]
+        rows = [
+            *_rows(self.found, self._verdict),
+            *_rows(self.refused, lambda r: f"refused: {r.reason}"),
+        ]
         if not rows:
             return "no gauges"
         widths = [max(len(row[i]) for row in [header, *rows]) for i in range(2)]
@@ -99,36 +105,48 @@ LogProbs = Callable[[nn.Module], Tensor]
 
 @torch.no_grad()
 def check(
-    model: nn.Module, gauges: Iterable[Gauge], log_probs: LogProbs, seed: int = 0, spread: float = 1.0
+    model: nn.Module,
+    gauges: Iterable[Gauge],
+    log_probs: LogProbs,
+    seed: int = 0,
+    spread: float = 1.0,
 ) -> dict[Gauge, float]:
-    """Apply a random element of each gauge to a float64 copy of the model and compare its log-probabilities.
+    """Apply a random element of each gauge to a float64 copy of the model and compare its
+    log-probabilities.
 
     Args:
         model: left as it is.
         gauges: what is checked, each by itself.
-        log_probs: gives the model's log-probabilities on some fixed batch. Logits will not do: the logit
-            shift changes them.
+        log_probs: gives the model's log-probabilities on some fixed batch. Logits will not do: the
+            logit shift changes them.
         seed: of the random elements.
         spread: of the random elements, as in :meth:`Gauge.sample`.
 
     Returns:
-        The largest absolute change of a log-probability for each gauge: about 1e-13 for a true symmetry. All is
-        computed in float64, also what the model itself computes in float32 (:class:`ddc.gauges.double.InDouble`).
+        The largest absolute change of a log-probability for each gauge: about 1e-13 for a true
+            symmetry. All is
+        computed in float64, also what the model itself computes in float32
+            (:class:`ddc.gauges.double.InDouble`).
 
     Raises:
         TypeError: something that is no gauge.
-        ValueError: a gauge of parameters that the model does not have or that have no values, or ``log_probs`` that
-            gives something else than a tensor.
+        ValueError: a gauge of parameters that the model does not have or that have no values, or
+            ``log_probs`` that gives something else than a tensor.
     """
     gauges = _gauges_of(model, gauges)
     if nowhere := [name for name, p in named_parameters(model).items() if p.is_meta]:
-        raise ValueError(f"{nowhere[0]!r} is on the meta device and has no values: give the model weights first")
+        raise ValueError(
+            f"{nowhere[0]!r} is on the meta device and has no values: give the model weights first"
+        )
 
     def evaluated(model: nn.Module) -> Tensor:
         with InDouble():
             value = log_probs(model)
         if not isinstance(value, Tensor):
-            raise ValueError(f"log_probs gave a {type(value).__name__}: it must give a tensor, as log_softmax(-1) does")
+            raise ValueError(
+                f"log_probs gave a {type(value).__name__}: it must give a tensor, as"
+                " log_softmax(-1) does"
+            )
         return value
 
     model = copy.deepcopy(model).double()
@@ -142,13 +160,15 @@ def check(
 
 
 def audit(model: nn.Module, gauges: Iterable[Gauge]) -> dict[Gauge, float]:
-    """Read, from the gradients that the model's parameters hold, how stationary the loss is along each orbit.
+    """Read, from the gradients that the model's parameters hold, how stationary the loss is along
+    each orbit.
 
-    Costs one pass over weights and gradients and no forward pass, so it can be logged during training. What is split
-    over ranks is gathered, so all ranks must call.
+    Costs one pass over weights and gradients and no forward pass, so it can be logged during
+    training. What is split over ranks is gathered, so all ranks must call.
 
     Returns:
-        :meth:`Gauge.audit` for each gauge: rounding error for a true symmetry, of order 1 for a false one.
+        :meth:`Gauge.audit` for each gauge: rounding error for a true symmetry, of order 1 for a
+            false one.
 
     Raises:
         TypeError: something that is no gauge.
@@ -162,7 +182,9 @@ def audit(model: nn.Module, gauges: Iterable[Gauge]) -> dict[Gauge, float]:
     for gauge in gauges:
         missing = [name for name in gauge.parameters if name not in grads]
         if missing:
-            raise ValueError(f"{gauge}: no gradient on {', '.join(missing)}; call audit after backward()")
+            raise ValueError(
+                f"{gauge}: no gradient on {', '.join(missing)}; call audit after backward()"
+            )
         ratios[gauge] = gauge.audit(params, grads)
     return ratios
 
@@ -175,8 +197,13 @@ def _gauges_of(model: nn.Module, gauges: Iterable[Gauge]) -> list[Gauge]:
     names = named_parameters(model)
     for gauge in gauges:
         if not isinstance(gauge, Gauge):
-            raise TypeError(f"expected gauges as find_gauges returns them, got {type(gauge).__name__}")
+            raise TypeError(
+                f"expected gauges as find_gauges returns them, got {type(gauge).__name__}"
+            )
         for name in gauge.parameters:
             if name not in names:
-                raise ValueError(f"{gauge}: the model has no parameter {name!r}; take the gauges of this very model")
+                raise ValueError(
+                    f"{gauge}: the model has no parameter {name!r}; take the gauges of this very"
+                    " model"
+                )
     return gauges

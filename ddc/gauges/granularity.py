@@ -1,9 +1,10 @@
 """How fine a rescale is: a scale for each hidden unit, or one for a whole block of weights.
 
-Between two linear maps the group is R+ for each hidden unit. One scale for the whole pair of matrices is a subgroup of
-it: the one that the paper's companion decomposes, as the model of it that is machine-checked states (repository
-DeadDirections/DeadDirections, ``DdcAdamEquivariance.lean``). An optimizer that is told of the smaller group is
-equivariant under that alone, and free in more: the ratios between units are a direction like any other.
+Between two linear maps the group is R+ for each hidden unit. One scale for the whole pair of
+matrices is a subgroup of it: the one that the paper's companion decomposes, as the model of it that
+is machine-checked states (repository DeadDirections/DeadDirections, ``DdcAdamEquivariance.lean``).
+An optimizer that is told of the smaller group is equivariant under that alone, and free in more:
+the ratios between units are a direction like any other.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ OF_HIDDEN_UNITS = ("relu_rescale", "gated_rescale")
 def in_blocks(gauges: GaugeSet) -> GaugeSet:
     """The same gauges, but with one scale for all hidden units of a ReLU or gated rescale.
 
-    Each side becomes one block, a bias with the matrix that it is added to. ReLU layers that follow each other become a
-    :class:`~ddc.gauges.Chain`, with one scale a layer. Where they cannot (biases, a degree other than 1, a norm scale
-    on one of them), their rescales are refused.
+    Each side becomes one block, a bias with the matrix that it is added to. ReLU layers that follow
+    each other become a :class:`~ddc.gauges.Chain`, with one scale a layer. Where they cannot
+    (biases, a degree other than 1, a norm scale on one of them), their rescales are refused.
     """
-    rescales = [gauge for gauge in gauges if isinstance(gauge, Rescale) and gauge.kind in OF_HIDDEN_UNITS]
+    rescales = [
+        gauge for gauge in gauges if isinstance(gauge, Rescale) and gauge.kind in OF_HIDDEN_UNITS
+    ]
     others = [gauge for gauge in gauges if gauge not in rescales]
     found: list[Gauge] = []
     refused = list(gauges.refused)
@@ -49,7 +52,9 @@ def _connected(rescales: Sequence[Rescale]) -> list[list[Rescale]]:
     groups: list[list[Rescale]] = []
     for gauge in rescales:
         mine = set(gauge.parameters)
-        touched = [group for group in groups if any(mine & set(other.parameters) for other in group)]
+        touched = [
+            group for group in groups if any(mine & set(other.parameters) for other in group)
+        ]
         groups = [group for group in groups if group not in touched]
         groups.append([*itertools.chain.from_iterable(touched), gauge])
     return groups
@@ -70,7 +75,9 @@ def _no_chain(rescales: Sequence[Rescale], others: Sequence[Gauge]) -> str | Non
 
 
 def _as_chain(rescales: Sequence[Rescale]) -> Chain:
-    """Rescales of which each, but the last, has on its minus side what the next one has on its plus side."""
+    """Rescales of which each, but the last, has on its minus side what the next one has on its plus
+    side.
+    """
     after = {gauge.plus[0].parameter: gauge.minus[0].parameter for gauge in rescales}
     weights = [next(name for name in after if name not in after.values())]
     while weights[-1] in after:

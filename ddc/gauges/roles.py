@@ -1,7 +1,9 @@
-"""Which matrices of a model are hidden: linear maps between hidden representations, and what heads they hold.
+"""Which matrices of a model are hidden: linear maps between hidden representations, and what heads
+they hold.
 
-An optimizer that treats a matrix as a linear map (Muon) is meant for these alone. A table of vectors (an embedding, a
-head) has the shape of a matrix but not the role, so the role is read from the model, never from a name or a shape.
+An optimizer that treats a matrix as a linear map (Muon) is meant for these alone. A table of
+vectors (an embedding, a head) has the shape of a matrix but not the role, so the role is read from
+the model, never from a name or a shape.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ class HiddenMatrix:
 
     Args:
         parameter: name of the weight, of shape (out, in).
-        heads: how many heads it holds; each is a linear map by itself, to be orthogonalised by itself. 1 takes the
-            matrix as a whole (the heads *stacked*).
-        axis: along which the heads lie: 0 for queries, keys and values, 1 for the output projection.
+        heads: how many heads it holds; each is a linear map by itself, to be orthogonalised by
+            itself. 1 takes the matrix as a whole (the heads *stacked*).
+        axis: along which the heads lie: 0 for queries, keys and values, 1 for the output
+            projection.
 
     Raises:
         ValueError: a number of heads or an axis that cannot be.
@@ -37,38 +40,49 @@ class HiddenMatrix:
 
     def __post_init__(self) -> None:
         if self.heads < 1:
-            raise ValueError(f"Invalid heads={self.heads} of {self.parameter}: expected a positive integer")
+            raise ValueError(
+                f"Invalid heads={self.heads} of {self.parameter}: expected a positive integer"
+            )
         if self.axis not in (0, 1):
-            raise ValueError(f"Invalid axis={self.axis} of {self.parameter}: expected 0 (rows) or 1 (columns)")
+            raise ValueError(
+                f"Invalid axis={self.axis} of {self.parameter}: expected 0 (rows) or 1 (columns)"
+            )
 
 
 @singledispatch
-def hidden_matrices(model: nn.Module, per_head: bool = False, inputs: Inputs | None = None) -> Sequence[HiddenMatrix]:
+def hidden_matrices(
+    model: nn.Module, per_head: bool = False, inputs: Inputs | None = None
+) -> Sequence[HiddenMatrix]:
     """The hidden matrices of a model, in its order.
 
-    The model is traced on an example. Its linear maps are hidden but for the head, which gives the output, and those
-    that read the model's inputs as they are; weights that are used twice are left out.
+    The model is traced on an example. Its linear maps are hidden but for the head, which gives the
+    output, and those that read the model's inputs as they are; weights that are used twice are left
+    out.
 
     Args:
         model: any model that ``torch.export`` traces.
-        per_head: attention matrices head by head, instead of stacked; for the models of this package.
+        per_head: attention matrices head by head, instead of stacked; for the models of this
+            package.
         inputs: as for :func:`ddc.find_gauges`.
 
     Raises:
-        ValueError: the model cannot be traced, ``inputs`` are needed, or ``per_head`` is asked of another model.
+        ValueError: the model cannot be traced, ``inputs`` are needed, or ``per_head`` is asked of
+            another model.
     """
     if (inner := unwrapped(model)) is not model:
         return hidden_matrices(inner, per_head, inputs)  # wrapped by torch.compile or DDP
     if per_head:
         raise ValueError(
-            f"per_head=True is for {GPT.__name__}. For a {type(model).__name__}, name matrices and heads yourself: "
-            "[HiddenMatrix('layers.0.query.weight', heads=8), ...]"
+            f"per_head=True is for {GPT.__name__}. For a {type(model).__name__}, name matrices and"
+            " heads yourself: [HiddenMatrix('layers.0.query.weight', heads=8), ...]"
         )
     trace = traced(model, inputs)
     return [
         HiddenMatrix(linear.weight)
         for linear in trace.linear_maps.values()
-        if linear != trace.head and trace.used_once(linear.weight) and trace.depends_on_parameters(linear.input)
+        if linear != trace.head
+        and trace.used_once(linear.weight)
+        and trace.depends_on_parameters(linear.input)
     ]
 
 
@@ -90,5 +104,7 @@ def _(model: GPT, per_head: bool = False, inputs: Inputs | None = None) -> Seque
 
 
 @hidden_matrices.register
-def _(model: DeepMLP, per_head: bool = False, inputs: Inputs | None = None) -> Sequence[HiddenMatrix]:
+def _(
+    model: DeepMLP, per_head: bool = False, inputs: Inputs | None = None
+) -> Sequence[HiddenMatrix]:
     return [HiddenMatrix(f"layers.{i}.weight") for i in range(len(model.layers))]

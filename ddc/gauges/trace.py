@@ -1,7 +1,9 @@
-"""A model as a graph of operations: which linear maps there are, and where a scale or a head goes from one to another.
+"""A model as a graph of operations: which linear maps there are, and where a scale or a head goes
+from one to another.
 
-The graph is ``torch.export``'s: operations of ATen on parameters, buffers and example inputs. All that is said here is
-said of the operations, so it holds for any module that makes them, whatever its class is called.
+The graph is ``torch.export``'s: operations of ATen on parameters, buffers and example inputs. All
+that is said here is said of the operations, so it holds for any module that makes them, whatever
+its class is called.
 """
 
 from __future__ import annotations
@@ -66,10 +68,24 @@ KEEPS = frozenset(["to", "type_as", "dropout", "_to_copy", "float", "lift_fresh_
 #: Elementwise operations f with f(c x) = c f(x) for c > 0.
 HOMOGENEOUS = frozenset(["relu", "relu_", "leaky_relu", "leaky_relu_", "abs"])
 #: Linear operations: what a rotary embedding is made of.
-LINEAR_OPERATIONS = MOVES | KEEPS | frozenset(["mul", "div", "add", "sub", "neg", "cat", "stack", "getitem", "rsub"])
+LINEAR_OPERATIONS = (
+    MOVES
+    | KEEPS
+    | frozenset(["mul", "div", "add", "sub", "neg", "cat", "stack", "getitem", "rsub"])
+)
 
 #: What is not looked into: values without parts of their own, classes, functions, imported modules.
-CLOSED: tuple[type, ...] = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device, torch.Generator)
+CLOSED: tuple[type, ...] = (
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.Generator,
+)
 CLOSED += (type, ModuleType, FunctionType, MethodType, BuiltinFunctionType)
 
 #: At how many positions a head is looked at.
@@ -78,14 +94,17 @@ POSITIONS = 8
 
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Afterwards all that a model keeps is what it was: a forward pass may leave losses, caches and counts.
+    """Afterwards all that a model keeps is what it was: a forward pass may leave losses, caches and
+    counts.
 
-    Attributes of its modules and of plain objects that they hold, lists, dicts and sets; not the values of tensors.
+    Attributes of its modules and of plain objects that they hold, lists, dicts and sets; not the
+    values of tensors.
     """
     kept: list[tuple[Any, Any]] = [
         (each, kind(each))
         for each in reachable(model)
-        if (kind := next((kind for kind in (dict, list, set) if isinstance(each, kind)), None)) is not None
+        if (kind := next((kind for kind in (dict, list, set) if isinstance(each, kind)), None))
+        is not None
     ]
     try:
         yield
@@ -97,13 +116,17 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 if each != before:
                     each.clear()
                     each.update(before)
-            elif len(each) != len(before) or any(each.get(key, each) is not value for key, value in before.items()):
+            elif len(each) != len(before) or any(
+                each.get(key, each) is not value for key, value in before.items()
+            ):
                 each.clear()
                 each.update(before)
 
 
 def reachable(value: Any) -> list[Any]:
-    """What a model, or another value, holds: modules, containers, plain objects and their dicts, tensors."""
+    """What a model, or another value, holds: modules, containers, plain objects and their dicts,
+    tensors.
+    """
     found: list[Any] = []
     seen: set[int] = set()
     waiting = [value]
@@ -138,7 +161,9 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def running(model: nn.Module, training: bool, seed: int) -> Iterator[None]:
-    """A model in a mode, with random numbers from a seed; afterwards all is as it was, generators too."""
+    """A model in a mode, with random numbers from a seed; afterwards all is as it was, generators
+    too.
+    """
     cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     state = random.getstate(), np.random.get_state()  # noqa: NPY002
     with preserved(model), torch.random.fork_rng(cuda):
@@ -156,10 +181,19 @@ def running(model: nn.Module, training: bool, seed: int) -> Iterator[None]:
             np.random.set_state(state[1])  # noqa: NPY002
 
 
-def fill_caches(model: nn.Module, inputs: tuple[Any, Any], training: bool = False, seed: int = 0) -> None:
-    """Run a model as it is, so that what it, or what it calls, computes once and keeps is real, not traced."""
+def fill_caches(
+    model: nn.Module, inputs: tuple[Any, Any], training: bool = False, seed: int = 0
+) -> None:
+    """Run a model as it is, so that what it, or what it calls, computes once and keeps is real, not
+    traced.
+    """
     held = [each for each in reachable(model) if isinstance(each, Tensor)]
-    with running(model, training, seed), torch.no_grad(), contextlib.suppress(Exception), Untouched(held):
+    with (
+        running(model, training, seed),
+        torch.no_grad(),
+        contextlib.suppress(Exception),
+        Untouched(held),
+    ):
         model(*inputs[0], **inputs[1])
 
 
@@ -169,15 +203,23 @@ def arguments(node: Node) -> tuple[Any, ...]:
 
 
 def inputs(node: Node) -> list[Node]:
-    """The nodes from whose values that of a node is computed; not those that lend their type alone."""
+    """The nodes from whose values that of a node is computed; not those that lend their type
+    alone.
+    """
     if operation(node) == "type_as":
         return [arguments(node)[0]]
     return node.all_input_nodes
 
 
 def readers(node: Node) -> list[Node]:
-    """The nodes that compute with the value of a node; not those that only look at its type or shape."""
-    return [user for user in node.users if node in inputs(user) and operation(user) != "_assert_tensor_metadata"]
+    """The nodes that compute with the value of a node; not those that only look at its type or
+    shape.
+    """
+    return [
+        user
+        for user in node.users
+        if node in inputs(user) and operation(user) != "_assert_tensor_metadata"
+    ]
 
 
 def operation(node: Node) -> str:
@@ -186,7 +228,11 @@ def operation(node: Node) -> str:
         return ""
     if node.target is operator.getitem:
         return "getitem"
-    return str(node.target).split(".")[1] if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
+    return (
+        str(node.target).split(".")[1]
+        if isinstance(node.target, torch._ops.OpOverload)
+        else str(node.target)
+    )
 
 
 @dataclass(frozen=True)
@@ -195,10 +241,13 @@ class LinearMap:
 
     Attributes:
         node, input: the operation, and the node that it reads.
-        output: the node of what it gives: the operation, or the addition of the bias where that is one by itself.
+        output: the node of what it gives: the operation, or the addition of the bias where that is
+            one by itself.
         weight: name of the weight.
-        rows: axis of the weight along which the outputs lie: 0, or 1 where the weight is stored as (in, out).
-        bias: name of the bias where it is a parameter by itself, and the node of the bias whatever it is.
+        rows: axis of the weight along which the outputs lie: 0, or 1 where the weight is stored as
+            (in, out).
+        bias: name of the bias where it is a parameter by itself, and the node of the bias whatever
+            it is.
     """
 
     node: Node
@@ -212,7 +261,9 @@ class LinearMap:
 
 @dataclass(frozen=True)
 class Arrival:
-    """Where a flow ends: at argument ``argument`` of ``node``, with the labels and the degree that it has there."""
+    """Where a flow ends: at argument ``argument`` of ``node``, with the labels and the degree that
+    it has there.
+    """
 
     node: Node
     argument: int
@@ -254,14 +305,19 @@ class Trace:
         ValueError: the model cannot be traced.
     """
 
-    def __init__(self, model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> None:
         fill_caches(model, (tuple(args), dict(kwargs or {})))
         try:
             with running(model, training=False, seed=0), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "The tensor attribute")  # what is left on the model is seen by trying
+                # what is left on the model is seen by trying
+                warnings.filterwarnings("ignore", "The tensor attribute")
                 program = torch.export.export(model, tuple(args), dict(kwargs or {}), strict=False)
         except Exception as error:
-            raise ValueError(f"{type(model).__name__} cannot be traced by torch.export: {first_line(error)}") from error
+            raise ValueError(
+                f"{type(model).__name__} cannot be traced by torch.export: {first_line(error)}"
+            ) from error
         self.model = model
         self.graph = program.graph
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
@@ -275,20 +331,32 @@ class Trace:
             placeholders[node]: first_name[place_of(named[name]) or id(named[name])]
             for node, name in signature.inputs_to_parameters.items()
         }
-        self.tensors: dict[str, Tensor] = {plain_name(name): parameter for name, parameter in named.items()}
+        self.tensors: dict[str, Tensor] = {
+            plain_name(name): parameter for name, parameter in named.items()
+        }
         self.outputs = list(_output_nodes(self.graph))
         self._output_names = _output_names(program)
         self._constants = self._constant_values(program, placeholders, args, kwargs or {})
         self._module = program.graph_module
-        others = [*model.buffers(), *program.constants.values(), *reachable(vars(program.graph_module))]
+        others = [
+            *model.buffers(),
+            *program.constants.values(),
+            *reachable(vars(program.graph_module)),
+        ]
         self._shared = overlapping(named, [each for each in others if isinstance(each, Tensor)])
 
     def _constant_values(
-        self, program: Any, placeholders: Mapping[str, Node], args: Sequence[Any], kwargs: Mapping[str, Any]
+        self,
+        program: Any,
+        placeholders: Mapping[str, Node],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
     ) -> dict[Node, Any]:
         """Values of all placeholders."""
         signature = program.graph_signature
-        values: dict[Node, Any] = {node: self.tensors[name] for node, name in self.parameters.items()}
+        values: dict[Node, Any] = {
+            node: self.tensors[name] for node, name in self.parameters.items()
+        }
         for node, name in signature.inputs_to_buffers.items():
             values[placeholders[node]] = program.state_dict.get(name, program.constants.get(name))
         for node, name in getattr(signature, "inputs_to_lifted_tensor_constants", {}).items():
@@ -299,10 +367,13 @@ class Trace:
                 values[placeholders[node]] = value
         return values
 
-    # ------------------------------------------------------------------------------------------ parameters
+    # ------------------------------------------------------------------------------------------
+    # parameters
 
     def parameter(self, node: object) -> tuple[str, int] | None:
-        """The parameter that a node is a view of, and how often it is transposed; None if it is none."""
+        """The parameter that a node is a view of, and how often it is transposed; None if it is
+        none.
+        """
         transposed = 0
         while isinstance(node, Node) and node.op == "call_function":
             name = operation(node)
@@ -327,13 +398,17 @@ class Trace:
         return found
 
     def used_once(self, name: str) -> bool:
-        """Whether one operation alone computes with the parameter, and no other tensor has its values."""
+        """Whether one operation alone computes with the parameter, and no other tensor has its
+        values.
+        """
         return len(self.uses.get(name, ())) == 1 and name not in self._shared
 
     @cached_property
     def logits(self) -> Node:
         """The output that is called ``logits``, or the first."""
-        return next((node for node in self.outputs if self.output_name(node) == "logits"), self.outputs[0])
+        return next(
+            (node for node in self.outputs if self.output_name(node) == "logits"), self.outputs[0]
+        )
 
     def output_name(self, node: Node) -> str:
         """The key of an output, of a model that gives its outputs by name; empty for others."""
@@ -370,15 +445,26 @@ class Trace:
                 output, bias = added
             rows = (rows + transposed) % 2
             of_bias = self.parameter(bias)
-            if of_bias is not None and self.tensors[of_bias[0]].shape != self.tensors[name].shape[rows : rows + 1]:
+            if (
+                of_bias is not None
+                and self.tensors[of_bias[0]].shape != self.tensors[name].shape[rows : rows + 1]
+            ):
                 of_bias = None  # a matrix, or one number for all rows
-            maps[node] = LinearMap(node, x, output, name, rows, of_bias[0] if of_bias else None, bias)
+            maps[node] = LinearMap(
+                node, x, output, name, rows, of_bias[0] if of_bias else None, bias
+            )
         return maps
 
     def _added_bias(self, node: Node) -> tuple[Node, Node] | None:
-        """The addition, and what it adds, where all that is done with a product is to add a parameter to its rows."""
+        """The addition, and what it adds, where all that is done with a product is to add a
+        parameter to its rows.
+        """
         users = list(node.users)
-        if len(users) != 1 or operation(users[0]) not in ("add", "add_") or len(arguments(users[0])) != 2:
+        if (
+            len(users) != 1
+            or operation(users[0]) not in ("add", "add_")
+            or len(arguments(users[0])) != 2
+        ):
             return None
         (add,) = users
         (bias,) = [each for each in arguments(add) if each is not node] or [None]
@@ -387,20 +473,27 @@ class Trace:
             return None
         return add, bias
 
-    # ------------------------------------------------------------------------------------------ flow of scales
+    # ------------------------------------------------------------------------------------------
+    # flow of scales
 
     def flow(self, sources: Mapping[Node, Tensor]) -> Flow:
-        """Follow scales through the graph, from nodes whose entries are multiplied by c of their label.
+        """Follow scales through the graph, from nodes whose entries are multiplied by c of their
+        label.
 
         Args:
             sources: int64 labels of the shape of each node's value.
 
         Returns:
-            The operations at which the flow ends: linear maps, attention, the output, and all that is not homogeneous.
+            The operations at which the flow ends: linear maps, attention, the output, and all that
+                is not homogeneous.
         """
-        state: dict[Node, tuple[Any, float]] = {node: (labels, 1.0) for node, labels in sources.items()}
+        state: dict[Node, tuple[Any, float]] = {
+            node: (labels, 1.0) for node, labels in sources.items()
+        }
         flow = Flow([], set(), gated=False, dropout=False)
-        waiting = sorted({user for node in sources for user in readers(node)}, key=self.order.__getitem__)
+        waiting = sorted(
+            {user for node in sources for user in readers(node)}, key=self.order.__getitem__
+        )
         seen = set(waiting)
         while waiting:
             node = waiting.pop(0)
@@ -418,7 +511,9 @@ class Trace:
             waiting = sorted([*waiting, *fresh], key=self.order.__getitem__)
         return flow
 
-    def _transfer(self, node: Node, state: Mapping[Node, tuple[Any, float]], flow: Flow) -> tuple[Any, float] | None:
+    def _transfer(
+        self, node: Node, state: Mapping[Node, tuple[Any, float]], flow: Flow
+    ) -> tuple[Any, float] | None:
         """Labels and degree of a node's value; None where the flow ends."""
         name, args = operation(node), arguments(node)
         scaled = [each for each in inputs(node) if each in state]
@@ -428,7 +523,11 @@ class Trace:
             return self._combine(node, state, flow)
         if name in ("cat", "stack") and set(scaled) == set(args[0]):
             degrees = {state[each][1] for each in scaled}
-            return (apply(node, [state[each][0] for each in args[0]]), degrees.pop()) if len(degrees) == 1 else None
+            return (
+                (apply(node, [state[each][0] for each in args[0]]), degrees.pop())
+                if len(degrees) == 1
+                else None
+            )
         if scaled != [args[0]]:
             return None
         labels, degree = state[args[0]]
@@ -449,11 +548,15 @@ class Trace:
             return labels, degree * (2 if name == "square" else args[1])
         if name in ("mean", "sum") and len(args) > 1:
             keep = len(args) > 2 and bool(args[2])
-            lows, highs = (extreme(labels, args[1], keepdim=keep) for extreme in (torch.amin, torch.amax))
+            lows, highs = (
+                extreme(labels, args[1], keepdim=keep) for extreme in (torch.amin, torch.amax)
+            )
             return (lows, degree) if torch.equal(lows, highs) else None
         return None
 
-    def _combine(self, node: Node, state: Mapping[Node, tuple[Any, float]], flow: Flow) -> tuple[Any, float] | None:
+    def _combine(
+        self, node: Node, state: Mapping[Node, tuple[Any, float]], flow: Flow
+    ) -> tuple[Any, float] | None:
         """Labels and degree of a product, quotient, sum or difference of two values."""
         name, (a, b) = operation(node), arguments(node)
         shape = value_of(node).shape
@@ -479,15 +582,21 @@ class Trace:
         return computing_device(self.tensors[linear.weight].device)
 
     @torch.no_grad()
-    def leak(self, source: LinearMap, rows: Sequence[int], target: Node, argument: int) -> Node | None:
-        """An operation other than ``target``, at this argument alone, that reads these outputs of a linear map, if any.
+    def leak(
+        self, source: LinearMap, rows: Sequence[int], target: Node, argument: int
+    ) -> Node | None:
+        """An operation other than ``target``, at this argument alone, that reads these outputs of a
+        linear map, if any.
 
-        Where outputs go is told by changing them: what is only moved, and does not change, does not hold them.
+        Where outputs go is told by changing them: what is only moved, and does not change, does not
+        hold them.
         """
         on_the_way = self.ancestors(arguments(target)[argument], [source.output])
         generator = torch.Generator().manual_seed(0)
         shape = value_of(source.output).shape
-        outputs = torch.randn(shape, generator=generator, dtype=torch.float64).to(self.device_of(source))
+        outputs = torch.randn(shape, generator=generator, dtype=torch.float64).to(
+            self.device_of(source)
+        )
         moved = outputs.clone()
         moved[..., list(rows)] += 1
         before: dict[Node, Any] = {source.output: outputs}
@@ -503,7 +612,11 @@ class Trace:
             node = waiting.pop()
             for user in readers(node):
                 if user is target:
-                    taken = [i for i, each in enumerate([*user.args, *user.kwargs.values()]) if each is node]
+                    taken = [
+                        i
+                        for i, each in enumerate([*user.args, *user.kwargs.values()])
+                        if each is node
+                    ]
                     if taken != [argument]:
                         return user
                 elif user in on_the_way or operation(user) in MOVES | KEEPS | {"getitem"}:
@@ -540,10 +653,12 @@ class Trace:
                     waiting.append(argument)
         return found
 
-    # ------------------------------------------------------------------------------------------ values
+    # ------------------------------------------------------------------------------------------
+    # values
 
     def value(self, node: Node, given: dict[Node, Any]) -> Any:
-        """Compute the value of a node, on the example inputs, and keep it in ``given`` with all that it took.
+        """Compute the value of a node, on the example inputs, and keep it in ``given`` with all
+        that it took.
 
         Args:
             node: what is asked for.
@@ -564,7 +679,9 @@ class Trace:
             elif operation(each) == "type_as":
                 given[each] = given[inputs(each)[0]]
             else:
-                args, kwargs = torch.fx.node.map_arg((arguments(each), dict(each.kwargs)), given.__getitem__)
+                args, kwargs = torch.fx.node.map_arg(
+                    (arguments(each), dict(each.kwargs)), given.__getitem__
+                )
                 args, kwargs = tree_map_only(torch.device, computing_device, (args, kwargs))
                 if operation(each).endswith("_"):  # what was given is not to change
                     args = (args[0].clone(), *args[1:])
@@ -576,8 +693,10 @@ class Trace:
         """How the outputs of a linear map, the same at every position, enter attention.
 
         Returns:
-            (outputs, heads, positions, entries) in float64, of the first example and of at most :data:`POSITIONS`
-            positions, evenly spread; None if an operation between the two is not linear, or depends on parameters.
+            (outputs, heads, positions, entries) in float64, of the first example and of at most
+                :data:`POSITIONS`
+            positions, evenly spread; None if an operation between the two is not linear, or depends
+                on parameters.
 
         Raises:
             NoValue: a constant on the way is on the meta device.
@@ -599,7 +718,9 @@ class Trace:
             positions = torch.arange(min(POSITIONS, length)) * length // min(POSITIONS, length)
 
             def enter(outputs: Tensor) -> Tensor:
-                value = torch.as_tensor(self.value(target, {**fixed, source.output: outputs.broadcast_to(shape)}))
+                value = torch.as_tensor(
+                    self.value(target, {**fixed, source.output: outputs.broadcast_to(shape)})
+                )
                 return value.reshape(-1, *value.shape[-3:])[0]
 
             units = torch.eye(shape[-1], dtype=torch.float64, device=self.device_of(source))
@@ -616,7 +737,9 @@ def overlapping(named: Mapping[str, Tensor], others: Sequence[Tensor]) -> set[st
     def span(tensor: Tensor) -> tuple[object, int, int] | None:
         if place_of(tensor) is None:
             return None
-        extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        extent = 1 + sum(
+            (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        )
         start, size = int(tensor.storage_offset()), tensor.element_size()
         return tensor.untyped_storage().data_ptr(), start * size, (start + extent) * size
 
@@ -647,8 +770,14 @@ def module_path(node: Node) -> str:
 
 
 def callable_of(node: Node) -> Any:
-    """What a node calls; a view is taken of any value, also where strides are others than in the model."""
-    return torch.ops.aten.reshape.default if node.target is torch.ops.aten.view.default else node.target
+    """What a node calls; a view is taken of any value, also where strides are others than in the
+    model.
+    """
+    return (
+        torch.ops.aten.reshape.default
+        if node.target is torch.ops.aten.view.default
+        else node.target
+    )
 
 
 def apply(node: Node, first: Any) -> Any:
@@ -662,7 +791,10 @@ def _varies_with(factor: Node, labels: Tensor) -> bool:
     if not isinstance(value, Tensor):
         return value is None  # a number is the same for all
     sizes = [1] * (labels.ndim - value.ndim) + list(value.shape)
-    return any(size > 1 and bool((labels.amin(axis) != labels.amax(axis)).any()) for axis, size in enumerate(sizes))
+    return any(
+        size > 1 and bool((labels.amin(axis) != labels.amax(axis)).any())
+        for axis, size in enumerate(sizes)
+    )
 
 
 def _swaps(node: Node) -> bool:
@@ -683,7 +815,9 @@ def _is_linear(node: Node, moving: Collection[Node]) -> bool:
     if name == "dropout":
         return not float(args[1]) > 0
     if name in ("mul", "div"):
-        return [argument in moving for argument in args].count(True) == 1 and (name == "mul" or args[1] not in moving)
+        return [argument in moving for argument in args].count(True) == 1 and (
+            name == "mul" or args[1] not in moving
+        )
     return True
 
 
@@ -699,7 +833,11 @@ def _output_names(program: Any) -> dict[Node, str]:
     (output,) = (node for node in program.graph.nodes if node.op == "output")
     flat = list(output.args[0])[-len(program.graph_signature.user_outputs) :]
     given = tree_unflatten(flat, program.call_spec.out_spec)
-    return {node: key for key, node in given.items() if isinstance(node, Node)} if isinstance(given, Mapping) else {}
+    return (
+        {node: key for key, node in given.items() if isinstance(node, Node)}
+        if isinstance(given, Mapping)
+        else {}
+    )
 
 
 def _flat(values: Any) -> Iterator[Any]:
@@ -724,7 +862,9 @@ def value_of(node: Node) -> Tensor:
 
 
 def has_fixed_shape(node: Node) -> bool:
-    """Whether the shape of a node's value does not depend on other values, as that of a selection does."""
+    """Whether the shape of a node's value does not depend on other values, as that of a selection
+    does.
+    """
     value = node.meta.get("val")
     return not isinstance(value, Tensor) or all(isinstance(size, int) for size in value.shape)
 
@@ -755,8 +895,11 @@ def traced(model: nn.Module, inputs: Inputs | None = None) -> Trace:
     return Trace(model, args, kwargs)
 
 
-def example(model: nn.Module, inputs: Inputs | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of ``inputs``, or of the example that the model's kind is known to take.
+def example(
+    model: nn.Module, inputs: Inputs | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of ``inputs``, or of the example that the model's kind is
+    known to take.
 
     Raises:
         ValueError: the model cannot be traced, or ``inputs`` are needed.
@@ -765,25 +908,36 @@ def example(model: nn.Module, inputs: Inputs | None = None) -> tuple[tuple[Any, 
     if not parameters:
         raise ValueError(f"{name} has no parameters: there is nothing to condition")
     if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
-        raise ValueError("a model whose parameters are DTensors cannot be traced: find its gauges before fully_shard")
+        raise ValueError(
+            "a model whose parameters are DTensors cannot be traced: find its gauges before"
+            " fully_shard"
+        )
     for key, parameter in parameters.items():
         if not parameter.is_floating_point() and not parameter.is_complex():
             raise ValueError(
-                f"parameter {key!r} of {name} is {parameter.dtype}, quantised: gauges move weights continuously, so "
-                "find them in the model before it is quantised"
+                f"parameter {key!r} of {name} is {parameter.dtype}, quantised: gauges move weights"
+                " continuously, so find them in the model before it is quantised"
             )
     if inputs is None:
         return example_inputs(model)
     if isinstance(inputs, Tensor):  # type: ignore[unreachable]  # which callers may not know
-        raise ValueError("Invalid inputs, a tensor: pass a tuple of what the model takes, inputs=(x,)")
+        raise ValueError(
+            "Invalid inputs, a tensor: pass a tuple of what the model takes, inputs=(x,)"
+        )
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
     return args, _without_cache(model) | kwargs
 
 
 def _without_cache(model: nn.Module) -> dict[str, Any]:
-    """What tells a model of transformers not to return keys and values of a cache, which training does not use."""
+    """What tells a model of transformers not to return keys and values of a cache, which training
+    does not use.
+    """
     takes = "use_cache" in inspect.signature(model.forward).parameters
-    return {"use_cache": False} if takes and hasattr(getattr(model, "config", None), "use_cache") else {}
+    return (
+        {"use_cache": False}
+        if takes and hasattr(getattr(model, "config", None), "use_cache")
+        else {}
+    )
 
 
 def example_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -805,22 +959,31 @@ def example_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
         height, width = (size, size) if isinstance(size, int) else size
         return (), {"pixel_values": random(2, channels, height, width)}
     if main_input == "input_ids":
-        return (), {"input_ids": torch.arange(6, device=weight.device).view(2, 3), **_without_cache(model)}
-    if (patches := getattr(model, "patch_embed", None)) is not None and getattr(patches, "img_size", None):
+        return (), {
+            "input_ids": torch.arange(6, device=weight.device).view(2, 3),
+            **_without_cache(model),
+        }
+    if (patches := getattr(model, "patch_embed", None)) is not None and getattr(
+        patches, "img_size", None
+    ):
         return (random(2, weight_channels(patches), *patches.img_size),), {}
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.TransformerEncoderLayer)]
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Linear | nn.TransformerEncoderLayer)
+    ]
     if isinstance(model, nn.Sequential | nn.Linear) and layers and isinstance(layers[0], nn.Linear):
         return (random(2, layers[0].in_features),), {}
     if isinstance(model, nn.TransformerEncoder | nn.TransformerEncoderLayer):
-        (encoder, *_) = (layer for layer in layers if isinstance(layer, nn.TransformerEncoderLayer))
+        encoder, *_ = (layer for layer in layers if isinstance(layer, nn.TransformerEncoderLayer))
         return (random(2, 3, encoder.linear1.in_features),), {}
     raise ValueError(
-        f"what a {type(model).__name__} takes is not known: pass an example, find_gauges(model, inputs=(x,)), "
-        "or inputs={...} for keyword arguments"
+        f"what a {type(model).__name__} takes is not known: pass an example, find_gauges(model,"
+        " inputs=(x,)), or inputs={...} for keyword arguments"
     )
 
 
 def weight_channels(patches: nn.Module) -> int:
     """Channels of the images that a patch embedding takes."""
-    (weight, *_) = (p for p in patches.parameters() if p.ndim > 1)
+    weight, *_ = (p for p in patches.parameters() if p.ndim > 1)
     return weight.shape[1]

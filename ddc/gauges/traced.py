@@ -1,7 +1,7 @@
 """The gauges of a traced model: rules on its graph, one for each kind.
 
-What a rule cannot prove it refuses. The rules read operations; names of modules and classes serve for
-messages alone.
+What a rule cannot prove it refuses. The rules read operations; names of modules and classes serve
+for messages alone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from ddc.gauges.trace import (
 )
 
 ATTENTION = "scaled_dot_product_attention"
-#: Two numbers of a rotary embedding count as equal within this; it is computed in single precision or less.
+#: Two numbers of a rotary embedding count as equal within this; it is computed in single precision
+#: or less.
 CLOSE = 1e-3
 
 #: Kinds of loss in transformers (``model.loss_type``) that are softmax cross-entropy of the logits.
@@ -68,7 +69,8 @@ class Heads:
     """How the outputs of a linear map enter attention, head by head.
 
     Attributes:
-        planes: by head, the pairs of outputs that a rotary embedding turns; key: the pair of entries that they become.
+        planes: by head, the pairs of outputs that a rotary embedding turns; key: the pair of
+            entries that they become.
         rest: by head, the outputs that enter as they are; key: the entry that they become.
     """
 
@@ -78,7 +80,10 @@ class Heads:
     def outputs(self) -> set[int]:
         """All outputs that enter attention."""
         pairs = chain.from_iterable(planes.values() for planes in self.planes)
-        return {*chain.from_iterable(pairs), *chain.from_iterable(rest.values() for rest in self.rest)}
+        return {
+            *chain.from_iterable(pairs),
+            *chain.from_iterable(rest.values() for rest in self.rest),
+        }
 
 
 def gauges_of_trace(trace: Trace, per_layer: bool = False, loss: str | None = None) -> GaugeSet:
@@ -86,7 +91,8 @@ def gauges_of_trace(trace: Trace, per_layer: bool = False, loss: str | None = No
 
     Args:
         trace: of the model.
-        per_layer: chains of ReLU layers without biases as one chained rescale each, in place of their neurons'.
+        per_layer: chains of ReLU layers without biases as one chained rescale each, in place of
+            their neurons'.
         loss: as for :func:`ddc.find_gauges`.
     """
     finding = Finding(trace)
@@ -100,7 +106,9 @@ def gauges_of_trace(trace: Trace, per_layer: bool = False, loss: str | None = No
 
 
 def chained(gauges: Sequence[Gauge]) -> list[Gauge]:
-    """Rescales of neurons that follow each other, without biases, as one rescale of whole layers."""
+    """Rescales of neurons that follow each other, without biases, as one rescale of whole
+    layers.
+    """
     links = {
         gauge.plus[0].parameter: gauge
         for gauge in gauges
@@ -127,10 +135,13 @@ class Finding:
         self.found: list[Gauge] = []
         self.refused: list[Refusal] = []
 
-    # ------------------------------------------------------------------------------------------ norm scale
+    # ------------------------------------------------------------------------------------------
+    # norm scale
 
     def norm_scales(self) -> None:
-        """A scale gamma (and beta) after a norm, against the columns of all linear maps that read it."""
+        """A scale gamma (and beta) after a norm, against the columns of all linear maps that read
+        it.
+        """
         scales: set[str] = set()
         for node in self.trace.graph.nodes:
             if (scale := self._scale(node)) is not None:
@@ -144,13 +155,21 @@ class Finding:
                 except NotProved as reason:
                     self.refused.append(Refusal("norm_scale", where, str(reason)))
         for name, module in self.modules.items():
-            if "norm" in type(module).__name__.lower() and not any(owner(scale) == name for scale in scales):
+            if "norm" in type(module).__name__.lower() and not any(
+                owner(scale) == name for scale in scales
+            ):
                 weight = getattr(module, "weight", None)
-                why = "the norm has no scale" if weight is None else "its weight does not multiply what the norm gives"
+                why = (
+                    "the norm has no scale"
+                    if weight is None
+                    else "its weight does not multiply what the norm gives"
+                )
                 self.refused.append(Refusal("norm_scale", name, why))
 
     def _scale(self, node: Node) -> tuple[Node, tuple[str, ...], str] | None:
-        """A node whose entries along the last axis are scaled (and shifted), the parameters that do, and why not."""
+        """A node whose entries along the last axis are scaled (and shifted), the parameters that
+        do, and why not.
+        """
         match operation(node), arguments(node):
             case (("layer_norm" | "rms_norm"), (_, shape, *rest)) if len(shape) == 1:
                 affine = [each for each in rest[:2] if isinstance(each, Node)]
@@ -160,7 +179,11 @@ class Finding:
                 if not self._is_vector(gamma, node) or (a is gamma and self._is_vector(b, node)):
                     return None
                 affine, users, scaled = [gamma], list(node.users), True
-                if len(users) == 1 and operation(users[0]) == "add" and self._is_vector(arguments(users[0])[1], node):
+                if (
+                    len(users) == 1
+                    and operation(users[0]) == "add"
+                    and self._is_vector(arguments(users[0])[1], node)
+                ):
                     node = users[0]
                     affine.append(arguments(node)[1])
             case _:
@@ -200,7 +223,9 @@ class Finding:
         labels = last_axis(arrival.labels)
         units = self.trace.tensors[linear.weight].shape[1 - linear.rows]
         if labels is None or not torch.equal(labels, torch.arange(units)):
-            raise NotProved("the columns of a linear map that reads it are not its units, one for one")
+            raise NotProved(
+                "the columns of a linear map that reads it are not its units, one for one"
+            )
         return Axis(linear.weight, 1 - linear.rows)
 
     def _require_single(self, names: Sequence[str], axes: Sequence[Axis] = ()) -> None:
@@ -208,7 +233,8 @@ class Finding:
         for name in [*names, *(axis.parameter for axis in axes)]:
             if not self.trace.used_once(name):
                 raise NotProved(
-                    f"{owner(name).rpartition('.')[2]} is tied to another parameter, or used more than once"
+                    f"{owner(name).rpartition('.')[2]} is tied to another parameter, or used more"
+                    " than once"
                 )
 
     def describe(self, node: Node) -> str:
@@ -217,7 +243,11 @@ class Finding:
             return "the output of the model"
         name = operation(node)
         module = self.modules.get(module_path(node))
-        if module is None or self._activation(node) is None or type(module).__name__.lower() == name:
+        if (
+            module is None
+            or self._activation(node) is None
+            or type(module).__name__.lower() == name
+        ):
             return name
         return type(module).__name__
 
@@ -227,10 +257,13 @@ class Finding:
         plain = module is not None and not [*module.children(), *module.parameters()]
         return path if plain else None
 
-    # ------------------------------------------------------------------------------------------ rescales
+    # ------------------------------------------------------------------------------------------
+    # rescales
 
     def rescales(self) -> None:
-        """Rows of one linear map against columns of the next, with what is homogeneous, or a gate, between them."""
+        """Rows of one linear map against columns of the next, with what is homogeneous, or a gate,
+        between them.
+        """
         taken: dict[Axis, str] = {}
         for name, sources, plus in self._rescale_sources():
             flow = self.trace.flow(sources)
@@ -239,12 +272,17 @@ class Finding:
             units = self.trace.tensors[name].shape[plus[0].axis]
             ends = [arrival.node in self.trace.linear_maps for arrival in flow.arrivals]
             parts = [len(arrival.labels.unique()) < units for arrival in flow.arrivals]
-            # a gate by itself, or in one weight with the values, of which a part of the units goes on
-            gated = flow.gated and (all(ends) or any(end and part for end, part in zip(ends, parts, strict=True)))
+            # a gate by itself, or in one weight with the values, of which a part of the units goes
+            # on
+            gated = flow.gated and (
+                all(ends) or any(end and part for end, part in zip(ends, parts, strict=True))
+            )
             kind = "gated_rescale" if gated else "relu_rescale"
             try:
                 gauge = self._rescale(kind, name, flow, plus)
-                if (clash := next((axis for axis in gauge.minus if axis in taken), None)) is not None:
+                if (
+                    clash := next((axis for axis in gauge.minus if axis in taken), None)
+                ) is not None:
                     raise NotProved(f"the other side is scaled by {taken[clash]} already")
             except NotProved as reason:
                 self.refused.append(Refusal(kind, self.place([name]), str(reason)))
@@ -253,7 +291,9 @@ class Finding:
             self.found.append(gauge)
 
     def _rescale_sources(self) -> list[tuple[str, dict[Node, Tensor], tuple[Axis, ...]]]:
-        """Weights whose output units may be scaled: name, nodes of the outputs with their labels, and the side."""
+        """Weights whose output units may be scaled: name, nodes of the outputs with their labels,
+        and the side.
+        """
         sources = []
         for linear in self.trace.linear_maps.values():
             if not has_fixed_shape(linear.output):  # experts that are chosen by their index
@@ -264,26 +304,46 @@ class Finding:
             sources.append((linear.weight, {linear.output: labels_of(linear.output)}, tuple(plus)))
         tables: dict[str, list[Node]] = defaultdict(list)
         for node in self.trace.graph.nodes:
-            if operation(node) == "embedding" and (view := self.trace.parameter(arguments(node)[0])) is not None:
+            if (
+                operation(node) == "embedding"
+                and (view := self.trace.parameter(arguments(node)[0])) is not None
+            ):
                 tables[view[0]].append(node)
         for name, nodes in tables.items():
             sources.append((name, {node: labels_of(node) for node in nodes}, (Axis(name, 1),)))
         return sources
 
     def _is_between(self, flow: Flow) -> bool:
-        """Whether the flow is what a feed-forward block does: elementwise from linear map to linear map.
+        """Whether the flow is what a feed-forward block does: elementwise from linear map to linear
+        map.
 
-        A gate branch, whose scale its activation does not pass on, is none: the value branch is looked at by itself.
+        A gate branch, whose scale its activation does not pass on, is none: the value branch is
+        looked at by itself.
         """
         linear = [arrival.node in self.trace.linear_maps for arrival in flow.arrivals]
         if all(linear):
             return bool(flow.activations) or flow.gated
-        onward = [self._onward(arrival.node) for arrival in flow.arrivals if arrival.node not in self.trace.linear_maps]
+        onward = [
+            self._onward(arrival.node)
+            for arrival in flow.arrivals
+            if arrival.node not in self.trace.linear_maps
+        ]
         return any(each is not None and (any(linear) or not each.gated) for each in onward)
 
     def _onward(self, node: Node) -> Flow | None:
         """Where an activation's values go, if to linear maps alone."""
-        known = (ATTENTION, "add", "output", "layer_norm", "rms_norm", "mul", "cat", "matmul", "bmm", "")
+        known = (
+            ATTENTION,
+            "add",
+            "output",
+            "layer_norm",
+            "rms_norm",
+            "mul",
+            "cat",
+            "matmul",
+            "bmm",
+            "",
+        )
         if (module := self._activation(node)) is not None:  # of several operations
             node = [each for each in self.trace.graph.nodes if module_path(each) == module][-1]
         elif operation(node) in known:
@@ -292,10 +352,16 @@ class Finding:
         if not isinstance(value, Tensor) or value.ndim < 2:
             return None
         flow = self.trace.flow({node: labels_of(node)})
-        return flow if flow.arrivals and all(end.node in self.trace.linear_maps for end in flow.arrivals) else None
+        return (
+            flow
+            if flow.arrivals and all(end.node in self.trace.linear_maps for end in flow.arrivals)
+            else None
+        )
 
     def _rescale(self, kind: str, name: str, flow: Flow, plus: tuple[Axis, ...]) -> Rescale:
-        other = [arrival.node for arrival in flow.arrivals if arrival.node not in self.trace.linear_maps]
+        other = [
+            arrival.node for arrival in flow.arrivals if arrival.node not in self.trace.linear_maps
+        ]
         if other and kind == "gated_rescale":
             raise NotProved("its rows are in one weight with those of its gate")
         if other:
@@ -308,9 +374,15 @@ class Finding:
             raise NotProved("its readers read it at different degrees")
         if not self._bias_is_whole(name):
             raise NotProved("its bias is not a parameter of its own")
-        tables = {axis.parameter for axis in plus if axis.axis == 1 and self._is_table(axis.parameter)}
-        self._require_single([axis.parameter for axis in plus if axis.parameter not in tables], readers)
-        return Rescale(kind, self.place([name, readers[0].parameter]), plus, tuple(readers), degrees.pop())
+        tables = {
+            axis.parameter for axis in plus if axis.axis == 1 and self._is_table(axis.parameter)
+        }
+        self._require_single(
+            [axis.parameter for axis in plus if axis.parameter not in tables], readers
+        )
+        return Rescale(
+            kind, self.place([name, readers[0].parameter]), plus, tuple(readers), degrees.pop()
+        )
 
     def _is_table(self, name: str) -> bool:
         """Whether embeddings alone use a parameter."""
@@ -323,14 +395,18 @@ class Finding:
             if linear.weight == name
         )
 
-    # ------------------------------------------------------------------------------------------ rotations
+    # ------------------------------------------------------------------------------------------
+    # rotations
 
     def rotations(self) -> None:
         """Heads of each attention: values against outputs, queries and keys with each other."""
         for node in self.trace.graph.nodes:
             if operation(node) == ATTENTION:
                 where = module_path(node) or "attention"
-                for kind, rule in (("value_rotation", self._value_rotation), ("qk_rotation", self._qk_rotation)):
+                for kind, rule in (
+                    ("value_rotation", self._value_rotation),
+                    ("qk_rotation", self._qk_rotation),
+                ):
                     try:
                         self.found += rule(node, where)
                     except NotProved as reason:
@@ -339,7 +415,11 @@ class Finding:
                 where = module_path(node) or "attention"
                 for kind in ("value_rotation", "qk_rotation"):
                     self.refused.append(
-                        Refusal(kind, where, "attention is read where it is scaled_dot_product_attention")
+                        Refusal(
+                            kind,
+                            where,
+                            "attention is read where it is scaled_dot_product_attention",
+                        )
                     )
 
     def _is_attention(self, node: Node) -> bool:
@@ -352,7 +432,9 @@ class Finding:
         return found[0] if len(found) == 1 else None
 
     def _heads(self, node: Node, argument: int, what: str) -> tuple[LinearMap, Heads]:
-        """The linear map of an argument of attention, and its heads, whose outputs go nowhere else."""
+        """The linear map of an argument of attention, and its heads, whose outputs go nowhere
+        else.
+        """
         linear = self._origin(arguments(node)[argument])
         if linear is None:
             raise NotProved(f"its {what} do not come from one linear map")
@@ -362,7 +444,9 @@ class Finding:
         except NoValue as error:
             raise NotProved(f"how its {what} enter attention is not known: {error}") from None
         if matrix is None:
-            raise NotProved(f"its {what} pass through what is not linear (a QK-norm, say) before they meet")
+            raise NotProved(
+                f"its {what} pass through what is not linear (a QK-norm, say) before they meet"
+            )
         heads = heads_of(matrix, what)
         rows = [*heads.outputs()]
         if (user := self.trace.leak(linear, rows, node, argument)) is not None:
@@ -383,39 +467,69 @@ class Finding:
         output = self.trace.linear_maps.get(arrival.node)
         columns = last_axis(arrival.labels)
         if output is None or columns is None or len(columns) != query_heads * width:
-            raise NotProved(f"what it gives goes to {self.describe(arrival.node)}, no linear map of all heads")
+            raise NotProved(
+                f"what it gives goes to {self.describe(arrival.node)}, no linear map of all heads"
+            )
         self._require_single([], [Axis(output.weight)])
         position = np.empty(len(columns), dtype=np.int64)
         position[columns.numpy()] = np.arange(len(columns))
         groups = grouped([tuple(rest[i] for i in sorted(rest)) for rest in heads.rest], query_heads)
         rows = np.array(list(groups))[:, None, :]
-        reading = np.array([[position[h * width : (h + 1) * width] for h in members] for members in groups.values()])
-        slots = [*self._row_slots(value, rows), RotatedAxis(output.weight, 1 - output.rows, reading)]
-        return [Rotation("value_rotation", where, tuple(slots), reflections=True)] if width > 1 else []
+        reading = np.array(
+            [
+                [position[h * width : (h + 1) * width] for h in members]
+                for members in groups.values()
+            ]
+        )
+        slots = [
+            *self._row_slots(value, rows),
+            RotatedAxis(output.weight, 1 - output.rows, reading),
+        ]
+        return (
+            [Rotation("value_rotation", where, tuple(slots), reflections=True)] if width > 1 else []
+        )
 
     def _qk_rotation(self, node: Node, where: str) -> list[Rotation]:
         if min(value_of(arguments(node)[i]).shape[-2] for i in (0, 1)) < 3:
-            raise NotProved("the example has too few positions to see how they turn its heads: pass a longer one")
+            raise NotProved(
+                "the example has too few positions to see how they turn its heads: pass a"
+                " longer one"
+            )
         (query, q), (key_map, k) = self._heads(node, 0, "queries"), self._heads(node, 1, "keys")
         kinds = {frozenset(planes) for planes in (*q.planes, *k.planes)}
         if len(kinds) != 1:
             raise NotProved("its queries and keys are turned in different planes")
-        signatures = [(*sorted(a.items()), *sorted(b.items())) for a, b in zip(k.planes, k.rest, strict=True)]
+        signatures = [
+            (*sorted(a.items()), *sorted(b.items())) for a, b in zip(k.planes, k.rest, strict=True)
+        ]
         groups = list(grouped(signatures, len(q.rest)).values())
-        repeated = len(q.rest) // len(k.rest)  # query heads on a key head, where attention itself repeats these
+        # query heads on a key head, where attention itself repeats these
+        repeated = len(q.rest) // len(k.rest)
         rotations = []
         keys = [group[0] // repeated for group in groups]
         if planes := sorted(q.planes[0]):
-            of_query: Indices = [[q.planes[head][plane] for head in group] for group in groups for plane in planes]
+            of_query: Indices = [
+                [q.planes[head][plane] for head in group] for group in groups for plane in planes
+            ]
             of_key: Indices = [[k.planes[key][plane]] for key in keys for plane in planes]
             rotations.append(self._qk(where, query, of_query, key_map, of_key, reflections=False))
         if len(rest := sorted(q.rest[0])) > 1:
-            of_query = [[tuple(q.rest[head][i] for i in rest) for head in group] for group in groups]
+            of_query = [
+                [tuple(q.rest[head][i] for i in rest) for head in group] for group in groups
+            ]
             of_key = [[tuple(k.rest[key][i] for i in rest)] for key in keys]
             rotations.append(self._qk(where, query, of_query, key_map, of_key, reflections=True))
         return rotations
 
-    def _qk(self, where: str, query: LinearMap, q: Indices, key: LinearMap, k: Indices, reflections: bool) -> Rotation:
+    def _qk(
+        self,
+        where: str,
+        query: LinearMap,
+        q: Indices,
+        key: LinearMap,
+        k: Indices,
+        reflections: bool,
+    ) -> Rotation:
         slots = (*self._row_slots(query, np.array(q)), *self._row_slots(key, np.array(k)))
         return Rotation("qk_rotation", where, slots, reflections)
 
@@ -432,7 +546,9 @@ class Finding:
         return slots
 
     def _bias_parts(self, linear: LinearMap) -> list[tuple[str, int, int]]:
-        """The parameters that a bias is put together from: name, first row, number of rows; zeros are left out."""
+        """The parameters that a bias is put together from: name, first row, number of rows; zeros
+        are left out.
+        """
         node = linear.bias_node
         if node is None:
             return []
@@ -447,7 +563,8 @@ class Finding:
             start += size
         return parts
 
-    # ------------------------------------------------------------------------------------------ logit shift
+    # ------------------------------------------------------------------------------------------
+    # logit shift
 
     def logit_shift(self, loss: str | None) -> None:
         """The same vector added to all rows of the linear map that gives the logits."""
@@ -455,11 +572,20 @@ class Finding:
         where = "output" if linear is None else owner(linear.weight)
         try:
             if linear is None:
-                raise NotProved(f"{self.describe(self.trace.logits)}, which gives the output, is not a linear map")
+                raise NotProved(
+                    f"{self.describe(self.trace.logits)}, which gives the output, is not a"
+                    " linear map"
+                )
             self._require_softmax(linear, loss)
             if linear.rows != 0 or not self.trace.used_once(linear.weight):
-                embedding = any(operation(use) == "embedding" for use in self.trace.uses[linear.weight])
-                raise NotProved("the head is tied to the embedding" if embedding else "the head is used more than once")
+                embedding = any(
+                    operation(use) == "embedding" for use in self.trace.uses[linear.weight]
+                )
+                raise NotProved(
+                    "the head is tied to the embedding"
+                    if embedding
+                    else "the head is used more than once"
+                )
             if linear.bias_node is not None and linear.bias is None:
                 raise NotProved("its bias is not a parameter of its own")
             if linear.bias is not None:
@@ -471,26 +597,37 @@ class Finding:
             self.found.append(Shift(linear.weight, linear.bias, where=where))
 
     def _require_softmax(self, head: LinearMap, loss: str | None) -> None:
-        """The loss is softmax cross-entropy of the logits: the caller says so, or no sign speaks against it.
+        """The loss is softmax cross-entropy of the logits: the caller says so, or no sign speaks
+        against it.
 
         Raises:
             NotProved: one output, a loss of another kind, or signs of one.
         """
         if value_of(head.output).shape[-1] == 1:
-            raise NotProved("it has one output, which a softmax makes constant: its loss is another one")
+            raise NotProved(
+                "it has one output, which a softmax makes constant: its loss is another one"
+            )
         if loss is not None:  # find_gauges leaves the shift out where it is another
             return
-        ask = "; if it is softmax cross-entropy of this output, say so: find_gauges(model, loss='cross_entropy')"
+        ask = (
+            "; if it is softmax cross-entropy of this output, say so: find_gauges(model,"
+            " loss='cross_entropy')"
+        )
         if problem := other_loss(self.trace.model):
             raise NotProved(problem + ask)
         if (name := self.trace.output_name(self.trace.logits)) and name != "logits":
             raise NotProved(f"the output is called {name!r}, not logits{ask}")
         related = self.trace.ancestors(head.output) | self.trace.descendants(head.output)
-        if any(each not in related and self.trace.depends_on_parameters(each) for each in self.trace.outputs):
+        if any(
+            each not in related and self.trace.depends_on_parameters(each)
+            for each in self.trace.outputs
+        ):
             raise NotProved(f"the model has other outputs, of which the loss may be made{ask}")
 
     def drop_overlaps(self) -> None:
-        """Refuse rotations that turn the same index: each by itself may be a symmetry, but they do not commute."""
+        """Refuse rotations that turn the same index: each by itself may be a symmetry, but they do
+        not commute.
+        """
         turned: dict[tuple[str, int, int], set[Gauge]] = defaultdict(set)
         for gauge in self.found:
             if isinstance(gauge, Rotation):
@@ -499,13 +636,18 @@ class Finding:
                         turned[name, axis, index].add(gauge)
         clashing = {gauge for gauges in turned.values() if len(gauges) > 1 for gauge in gauges}
         reason = "another rotation turns the same heads"
-        self.refused += [Refusal(gauge.kind, gauge.where, reason) for gauge in self.found if gauge in clashing]
+        self.refused += [
+            Refusal(gauge.kind, gauge.where, reason) for gauge in self.found if gauge in clashing
+        ]
         self.found = [gauge for gauge in self.found if gauge not in clashing]
 
-    # ------------------------------------------------------------------------------------------ places
+    # ------------------------------------------------------------------------------------------
+    # places
 
     def place(self, names: Sequence[str]) -> str:
-        """The module that holds these parameters; of the first alone, if that is but a list of modules."""
+        """The module that holds these parameters; of the first alone, if that is but a list of
+        modules.
+        """
         paths = [owner(name).split(".") for name in names]
         shared = []
         for parts in zip(*paths, strict=False):
@@ -519,7 +661,9 @@ class Finding:
 
 
 def other_loss(model: nn.Module) -> str:
-    """What a model of transformers says of its loss, if that is not softmax cross-entropy; empty otherwise."""
+    """What a model of transformers says of its loss, if that is not softmax cross-entropy; empty
+    otherwise.
+    """
     problem = getattr(getattr(model, "config", None), "problem_type", None)
     if problem in ("regression", "multi_label_classification"):
         return f"config.problem_type is {problem!r}"
@@ -535,7 +679,9 @@ def owner(parameter: str) -> str:
 
 
 def grouped(keys: Sequence[Key], count: int) -> dict[Key, list[int]]:
-    """Which of ``count`` query heads read which key-value head; ``keys`` tells key-value heads apart."""
+    """Which of ``count`` query heads read which key-value head; ``keys`` tells key-value heads
+    apart.
+    """
     groups: dict[Key, list[int]] = {}
     group = count // len(keys)
     for head in range(count):
@@ -553,12 +699,17 @@ def heads_of(matrix: Tensor, what: str) -> Heads:
         what: for messages.
 
     Raises:
-        NotProved: entries of a head that are no outputs as they are, nor pairs of them turned by position.
+        NotProved: entries of a head that are no outputs as they are, nor pairs of them turned by
+            position.
     """
     heads = Heads([], [])
     met_by = (matrix != 0).any(2)
     for head in range(matrix.shape[1]):
-        block, met = matrix[:, head], met_by[:, head]  # (outputs, positions, entries), (outputs, entries)
+        # (outputs, positions, entries), (outputs, entries)
+        block, met = (
+            matrix[:, head],
+            met_by[:, head],
+        )
         outputs = met.any(1).nonzero().flatten().tolist()
         planes, rest, scales = {}, {}, []
         for rows, entries in components(met[outputs], outputs):
@@ -593,7 +744,9 @@ def heads_of(matrix: Tensor, what: str) -> Heads:
 
 
 def components(met: Tensor, names: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Connected components of a bipartite graph: rows, by name, with their columns; isolated columns are left out."""
+    """Connected components of a bipartite graph: rows, by name, with their columns; isolated
+    columns are left out.
+    """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 

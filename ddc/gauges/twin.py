@@ -1,12 +1,13 @@
-"""A narrow twin of a model: the same architecture and parameter names, from the same config with small widths.
+"""A narrow twin of a model: the same architecture and parameter names, from the same config with
+small widths.
 
-A gauge is a statement about operations, not about widths: a model and its twin have the same, by kind, place and
-parameters. So a model that is too large to compute with, or whose weights are nowhere (the meta device), can be checked
-on its twin.
+A gauge is a statement about operations, not about widths: a model and its twin have the same, by
+kind, place and parameters. So a model that is too large to compute with, or whose weights are
+nowhere (the meta device), can be checked on its twin.
 
-Configs are those of transformers in form: objects with ``to_dict`` whose attributes are sizes. They are read by the
-names of these attributes, so that no class is imported or named here; a twin that comes out otherwise than its model
-(other parameters, other ties between them) is refused.
+Configs are those of transformers in form: objects with ``to_dict`` whose attributes are sizes. They
+are read by the names of these attributes, so that no class is imported or named here; a twin that
+comes out otherwise than its model (other parameters, other ties between them) is refused.
 """
 
 from __future__ import annotations
@@ -33,21 +34,29 @@ MULTIPLE = 8
 MEANINGS = {
     "vocabulary": r"vocab_size",
     "token": r"token_(id|index)$",
-    "layers": r"(^|_)(n_?layers?|num_(hidden_|decoder_|encoder_)?layers|(en|de)coder_layers|depths?|num_blocks)$"
-    r"|(period|_interval|every_n_layers|layer_group_size|window_pattern|max_window_layers)$",
+    "layers": (
+        r"(^|_)(n_?layers?|num_(hidden_|decoder_|encoder_)?layers|(en|de)coder_layers|depths?|num_blocks)$"
+        r"|(period|_interval|every_n_layers|layer_group_size|window_pattern|max_window_layers)$"
+    ),
     "first layers": r"(first_k_dense_replace|num_dense_layers|num_kv_shared_layers|layer_offset)$",
     "experts": r"(^|_)(num_(local_|routed_)?experts|n_routed_experts|moe_num_experts)$",
     "experts used": r"(per_tok(en)?|moe_topk|moe_top_k|moe_k|top_k_experts|topk)$",
     "groups of experts": r"(^n_group|topk_group|num_expert_group)$",
-    "inputs": r"(num|in|audio|image|input|mask_input|patch_embed_input)_channels$|token|mel|_id$|label|class|^chunk"
-    r"|spatial_merge|max_|image_size|patch_size|kernel|stride|window_size|_index|positions|num_frames|input_dim"
-    r"|input_feat|cross_attention_dim$|bins?$",
+    "inputs": (
+        r"(num|in|audio|image|input|mask_input|patch_embed_input)_channels$|token|mel|_id$|label|class|^chunk"
+        r"|spatial_merge|max_|image_size|patch_size|kernel|stride|window_size|_index|positions|num_frames|input_dim"
+        r"|input_feat|cross_attention_dim$|bins?$"
+    ),
     "heads": r"(^|_)(n_?heads?|(num_)?(attention_|key_value_|kv_|key_|value_)?heads)$",
-    "width of a head": r"(^|_)(head_?dim|d_kv|d_head|dim_head|head_size|kv_channels|rotary_dim|head_v_dim)$",
+    "width of a head": (
+        r"(^|_)(head_?dim|d_kv|d_head|dim_head|head_size|kv_channels|rotary_dim|head_v_dim)$"
+    ),
     "groups": r"groups$",
     "places of layers": r"(layer_ids|_layers)$",
-    "width": r"(size|dims?|width|rank|channels|units|filters|inner|embd|d_model|d_ff|dff|planes|d_ssm|emb)s?$"
-    r"|hidden_size|hidden_dim|embed_dim|intermediate|d_model|n_embd|_dims?_|^hidden$",
+    "width": (
+        r"(size|dims?|width|rank|channels|units|filters|inner|embd|d_model|d_ff|dff|planes|d_ssm|emb)s?$"
+        r"|hidden_size|hidden_dim|embed_dim|intermediate|d_model|n_embd|_dims?_|^hidden$"
+    ),
 }
 
 
@@ -57,17 +66,20 @@ def meaning(key: str) -> str:
 
 
 def narrow_twin(model: nn.Module) -> nn.Module:
-    """A model of the same class and parameter names with small widths, on the CPU, in float32, weights at random.
+    """A model of the same class and parameter names with small widths, on the CPU, in float32,
+    weights at random.
 
-    What inputs show of a model stays: vocabulary, positions, images, labels. So inputs of the model are inputs of its
-    twin, but for those that are hidden states. The random state of torch is left as it was.
+    What inputs show of a model stays: vocabulary, positions, images, labels. So inputs of the model
+    are inputs of its twin, but for those that are hidden states. The random state of torch is left
+    as it was.
 
     Args:
-        model: one that has a config in the manner of transformers. Only its parameters' names are read.
+        model: one that has a config in the manner of transformers. Only its parameters' names are
+            read.
 
     Raises:
-        ValueError: there is no such config, or what it builds, narrowed, does not have the parameters of the model; the
-            message is a reason in words.
+        ValueError: there is no such config, or what it builds, narrowed, does not have the
+            parameters of the model; the message is a reason in words.
     """
     config = getattr(model, "config", None)
     name = type(model).__name__
@@ -81,11 +93,15 @@ def narrow_twin(model: nn.Module) -> nn.Module:
                 with torch.device("cpu"):
                     twin = type(model)(narrow_config(config))
     except Exception as error:
-        raise ValueError(f"{name} cannot be built from its config with small widths: {first_line(error)}") from error
+        raise ValueError(
+            f"{name} cannot be built from its config with small widths: {first_line(error)}"
+        ) from error
     if size > LARGEST:
         raise ValueError(f"{name} has {size:,} parameters even where its config is narrowed")
     if other := sorted(_ties(model) ^ _ties(twin)):
-        raise ValueError(f"{name} has other parameters than its config builds ({', '.join(other[0])}, for one)")
+        raise ValueError(
+            f"{name} has other parameters than its config builds ({', '.join(other[0])}, for one)"
+        )
     return twin.train(model.training)
 
 
@@ -94,9 +110,10 @@ def narrow_config(config: Any, layers: int | None = None, vocabulary: int | None
 
     Args:
         config: left as it is.
-        layers: how many layers each stack of them keeps, where it has more: one of each kind first. Experts are cut to
-            four then. None keeps all, and with them every parameter's name.
-        vocabulary: at most how many tokens the twin knows; special tokens beyond become its last. None keeps all.
+        layers: how many layers each stack of them keeps, where it has more: one of each kind first.
+            Experts are cut to four then. None keeps all, and with them every parameter's name.
+        vocabulary: at most how many tokens the twin knows; special tokens beyond become its last.
+            None keeps all.
     """
     config = copy.deepcopy(config)
     tree = list(_configs(config))
@@ -109,9 +126,19 @@ def narrow_config(config: Any, layers: int | None = None, vocabulary: int | None
 class _Narrowing:
     """Sizes of one config, before and after."""
 
-    def __init__(self, config: Any, streams: set[int], layers: int | None, vocabulary: int | None) -> None:
-        self.config, self.streams, self.layers, self.vocabulary = config, streams, layers, vocabulary
-        width, self.heads = max(_streams(config), default=None), _size(config, "num_attention_heads")
+    def __init__(
+        self, config: Any, streams: set[int], layers: int | None, vocabulary: int | None
+    ) -> None:
+        self.config, self.streams, self.layers, self.vocabulary = (
+            config,
+            streams,
+            layers,
+            vocabulary,
+        )
+        width, self.heads = (
+            max(_streams(config), default=None),
+            _size(config, "num_attention_heads"),
+        )
         self.factor = WIDTH / (width or 16 * WIDTH)
         of_heads = width // self.heads if width and self.heads else None
         self.head_width = _size(config, "head_dim") or of_heads
@@ -123,7 +150,8 @@ class _Narrowing:
         }
         if inner := _size(config, "mamba_d_ssm"):
             self.inner[inner] = self.of_width(inner)
-        is_depth = meaning(_key(config, "num_hidden_layers")) == "layers"  # of some configs it is the number of stages
+        # of some configs it is the number of stages
+        is_depth = meaning(_key(config, "num_hidden_layers")) == "layers"
         self.depth = _size(config, "num_hidden_layers") if is_depth else None
         self.kept = list(range(self.depth or 0)) if layers is None else self.kinds_of_layers(layers)
 
@@ -132,9 +160,14 @@ class _Narrowing:
         attributes = vars(self.config).items()
         lists = [value for _, value in attributes if self.is_by_layer(value)]
         places = [value for key, value in attributes if self.is_of_layers(key, value)]
-        kinds = [repr([[each[i] for each in lists], [i in each for each in places]]) for i in range(self.depth or 0)]
+        kinds = [
+            repr([[each[i] for each in lists], [i in each for each in places]])
+            for i in range(self.depth or 0)
+        ]
         sources = len(kinds) - (_size(self.config, "num_kv_shared_layers") or 0)
-        if 0 < sources < len(kinds):  # the last layers share the keys and values of earlier ones of their type
+        if (
+            0 < sources < len(kinds)
+        ):  # the last layers share the keys and values of earlier ones of their type
             types = self.config.layer_types
             kept = first_of_each(types[:sources], count - count // 2)
             return kept + [sources + types[sources:].index(types[i]) for i in kept][: count // 2]
@@ -157,9 +190,12 @@ class _Narrowing:
             if key.startswith("rope") and isinstance(value, dict):
                 setattr(self.config, key, self.rope(value))
             elif key == "_heterogeneity_spec":
-                layers = {place: value.per_layer_overrides.get(i, {}) for place, i in enumerate(self.kept)}
+                layers = {
+                    place: value.per_layer_overrides.get(i, {}) for place, i in enumerate(self.kept)
+                }
                 value.per_layer_overrides = {
-                    place: {name: self.of(name, each) for name, each in own.items()} for place, own in layers.items()
+                    place: {name: self.of(name, each) for name, each in own.items()}
+                    for place, own in layers.items()
                 }
             elif not key.startswith("_") and (narrow := self.of(key, value)) is not value:
                 setattr(self.config, key, narrow)
@@ -201,14 +237,20 @@ class _Narrowing:
 
     def of_heads(self, value: int) -> int:
         for key, width in vars(self.config).items():
-            if meaning(key) == "width of a head" and type(width) is int and (inner := self.inner.get(value * width)):
+            if (
+                meaning(key) == "width of a head"
+                and type(width) is int
+                and (inner := self.inner.get(value * width))
+            ):
                 return inner // self.of_head_width(width)
         if self.heads is None or value >= self.heads:
             return min(HEADS, 2 ** int(math.log2(value)))
         return 1 if value == 1 else HEADS // 2
 
     def of_width(self, value: int) -> int:
-        """Widths of residual streams become one width; others keep their ratio to it, and stay different from it."""
+        """Widths of residual streams become one width; others keep their ratio to it, and stay
+        different from it.
+        """
         if value in self.streams:
             return WIDTH
         narrow = max(1, round(value * self.factor / MULTIPLE)) * MULTIPLE

@@ -1,8 +1,10 @@
-"""The numeric half of the proof: what the rules found is tried on the model itself, in float64; what fails is dropped.
+"""The numeric half of the proof: what the rules found is tried on the model itself, in float64;
+what fails is dropped.
 
-The rules of ``ddc.gauges.traced`` read one program, the one that the model runs in evaluation on the example. What they
-cannot see (another path in training, another one for longer inputs, a rule that is wrong) shows here: a random element
-of the group must change nothing that the model computes.
+The rules of ``ddc.gauges.traced`` read one program, the one that the model runs in evaluation on
+the example. What they cannot see (another path in training, another one for longer inputs, a rule
+that is wrong) shows here: a random element of the group must change nothing that the model
+computes.
 """
 
 from __future__ import annotations
@@ -27,16 +29,19 @@ from ddc.gauges.double import InDouble, double
 from ddc.gauges.gauge_set import GaugeSet
 from ddc.gauges.trace import fill_caches, reachable, running
 
-#: What a gauge may change, relative to what the same weights change when they are moved by as much off the gauge. It
-#: leaves room for rounding, which is 1e-15 to 1e-10 of that; a false gauge changes as much as any move.
+#: What a gauge may change, relative to what the same weights change when they are moved by as much
+#: off the gauge. It leaves room for rounding, which is 1e-15 to 1e-10 of that; a false gauge
+#: changes as much as any move.
 TOLERANCE = 1e-6
 #: What of an entry counts as rounding, however little the moves change it.
 ROUNDING = 1e-10
 #: A model of more parameters is tried on a narrow twin: a copy in float64 would take over 2 GiB.
 LARGEST = 2**28
-#: Positions to which sequences are lengthened, for what sets in behind the example's: the first that the model takes.
+#: Positions to which sequences are lengthened, for what sets in behind the example's: the first
+#: that the model takes.
 LONGER = (32, 24, 16, 12, 8)
-#: How many random numbers are drawn for a parameter at most, and repeated: a prime, so that no two rows are the same.
+#: How many random numbers are drawn for a parameter at most, and repeated: a prime, so that no two
+#: rows are the same.
 DRAWN = 1_000_003
 
 
@@ -46,14 +51,19 @@ class NotTried(Exception):
 
 @dataclass(frozen=True)
 class Change:
-    """How much a move changes what a model computes, relative to another move by as much, and in which mode."""
+    """How much a move changes what a model computes, relative to another move by as much, and in
+    which mode.
+    """
 
     size: float
     training: bool = False
 
     def __str__(self) -> str:
         where = " in training mode" if self.training else ""
-        return f"a random element changes outputs by {self.size:.1e} of what any such move of its weights does{where}"
+        return (
+            f"a random element changes outputs by {self.size:.1e} of what any such move of its"
+            f" weights does{where}"
+        )
 
 
 @dataclass(frozen=True)
@@ -91,7 +101,10 @@ class Subject:
             if place_of(p) not in self.weights:
                 self.weights[place_of(p)] = generic(p.detach(), generator)
         example = (tuple(args), dict(kwargs))
-        self.cases = [self._case(example, training=False, seed=0), self._case(example, training=True, seed=0)]
+        self.cases = [
+            self._case(example, training=False, seed=0),
+            self._case(example, training=True, seed=0),
+        ]
         self._try(another(example, generator), seed=1)
         any(self._try(longer, seed=2) for longer in lengthened(example))
 
@@ -114,7 +127,9 @@ class Subject:
     def outputs(
         self, inputs: Any, training: bool, seed: int, weights: Mapping[object, Tensor] | None = None
     ) -> list[Tensor]:
-        """What the model computes: its outputs, logits first, and all tensors that it keeps, in float64."""
+        """What the model computes: its outputs, logits first, and all tensors that it keeps, in
+        float64.
+        """
         held = dict(self.weights if weights is None else weights)
         if self.writes:
             held = {place: weight.clone() for place, weight in held.items()}
@@ -124,27 +139,43 @@ class Subject:
                 if (place := place_of(tensor)) is not None and place not in held:
                     held[place] = double(tensor.detach().clone())
             kept = [stand_in for place, stand_in in held.items() if place not in versions]
-            for module in self.model.modules():  # which tells the model its type; what else holds them, InDouble sees
+            for module in (
+                self.model.modules()
+            ):  # which tells the model its type; what else holds them, InDouble sees
                 for own in (module._parameters, module._buffers):
-                    stand_ins: dict[str, Any] = {k: held.get(place_of(x), x) for k, x in own.items() if x is not None}
+                    stand_ins: dict[str, Any] = {
+                        k: held.get(place_of(x), x) for k, x in own.items() if x is not None
+                    }
                     own.update(stand_ins)
             before = {id(tensor) for tensor in tensors(reachable(self.model))}
             with InDouble(held):
                 given = self.model(*tree_map(double, inputs[0]), **tree_map(double, inputs[1]))
             left = [tensor for tensor in tensors(reachable(self.model)) if id(tensor) not in before]
-        if not self.writes and any(held[place]._version != version for place, version in versions.items()):
+        if not self.writes and any(
+            held[place]._version != version for place, version in versions.items()
+        ):
             self.writes = True
             return self.outputs(inputs, training, seed, weights)
-        logits = [given["logits"]] if isinstance(given, Mapping) and isinstance(given.get("logits"), Tensor) else []
-        found = [*logits, *(each for each in tensors([given]) if not any(each is first for first in logits))]
+        logits = (
+            [given["logits"]]
+            if isinstance(given, Mapping) and isinstance(given.get("logits"), Tensor)
+            else []
+        )
+        found = [
+            *logits,
+            *(each for each in tensors([given]) if not any(each is first for first in logits)),
+        ]
         if not found:
             raise NotTried("its outputs hold no tensor")
-        return [double(each).clone() for each in [*found, *left, *kept]]  # a model may give its weights
+        # a model may give its weights
+        return [double(each).clone() for each in [*found, *left, *kept]]
 
     def change(self, gauges: Sequence[Gauge]) -> Change:
         """The largest change under a random element of the product of these groups."""
         generator = torch.Generator().manual_seed(0)
-        moved = self.weights | {place: self.weights[place].clone() for place in self._places(gauges)}
+        moved = self.weights | {
+            place: self.weights[place].clone() for place in self._places(gauges)
+        }
         by_name = {name: moved[place_of(p)] for name, p in self.params.items()}
         for gauge in gauges:
             gauge.act_(by_name, gauge.sample(by_name, generator))
@@ -163,14 +194,19 @@ class Subject:
 
     def _places(self, gauges: Sequence[Gauge]) -> list[object]:
         """Where in memory the parameters under some gauges are."""
-        return list(dict.fromkeys(place_of(self.params[name]) for gauge in gauges for name in gauge.parameters))
+        return list(
+            dict.fromkeys(
+                place_of(self.params[name]) for gauge in gauges for name in gauge.parameters
+            )
+        )
 
     def _run(self, weights: Mapping[object, Tensor]) -> list[list[Tensor]]:
         """What the model computes in each case with other weights."""
         return [self.outputs(case.inputs, case.training, case.seed, weights) for case in self.cases]
 
     def failing(self, gauges: Sequence[Gauge]) -> dict[Gauge, Change]:
-        """Those that are no symmetries, found by halves: where all are, one application of all at once shows it.
+        """Those that are no symmetries, found by halves: where all are, one application of all at
+        once shows it.
 
         Raises:
             NotTried: the model cannot be run, or does not compute the same twice.
@@ -182,20 +218,31 @@ class Subject:
             return {gauges[0]: change}
         half = len(gauges) // 2
         failing = self.failing(gauges[:half]) | self.failing(gauges[half:])
-        return failing or dict.fromkeys(gauges, change)  # together alone: which of them is not known
+        # together alone: which of them is not known
+        return failing or dict.fromkeys(gauges, change)
 
     def require_repeatable(self) -> None:
-        """Raise NotTried if the model does not compute the same twice, with the same random numbers."""
+        """Raise NotTried if the model does not compute the same twice, with the same random
+        numbers.
+        """
         for case, again in zip(self.cases, self._run(self.weights), strict=True):
             if len(again) != len(case.outputs) or not all(map(same, again, case.outputs)):
                 raise NotTried("it does not compute the same twice")
 
 
 def generic(param: Tensor, generator: torch.Generator) -> Tensor:
-    """A parameter in float64, moved at random: weights at zero, or tiny, would hide what they multiply."""
+    """A parameter in float64, moved at random: weights at zero, or tiny, would hide what they
+    multiply.
+    """
     if not param.is_floating_point() and not param.is_complex():
         return param
-    fan = 1 if param.ndim < 2 else max(param.shape[-2:]) if param.ndim < 4 else math.prod(param.shape[1:])
+    fan = (
+        1
+        if param.ndim < 2
+        else max(param.shape[-2:])
+        if param.ndim < 4
+        else math.prod(param.shape[1:])
+    )
     return noise_like(param, generator).mul_(0.3 if param.ndim < 2 else fan**-0.5).add_(param)
 
 
@@ -213,13 +260,17 @@ def another(inputs: Any, generator: torch.Generator) -> Any:
         if x.is_floating_point() and x.numel() > 1:
             noise = torch.randn(x.shape, generator=generator).to(x)
             return noise * x.std() + x.mean()
-        return x.flatten()[torch.randperm(x.numel(), generator=generator).to(x.device)].view(x.shape)
+        return x.flatten()[torch.randperm(x.numel(), generator=generator).to(x.device)].view(
+            x.shape
+        )
 
     return tree_map_only(Tensor, redrawn, inputs)
 
 
 def lengthened(inputs: Any) -> Iterator[Any]:
-    """Inputs whose sequences, along axis 1, are repeated up to each of :data:`LONGER`, twice, and by one."""
+    """Inputs whose sequences, along axis 1, are repeated up to each of :data:`LONGER`, twice, and
+    by one.
+    """
     leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
     lengths = [x.shape[1] for x in leaves if x.ndim in (2, 3)]
     own = next((length for length in lengths if length > 0), 0)
@@ -235,7 +286,9 @@ def lengthened(inputs: Any) -> Iterator[Any]:
 
 
 def tensors(values: Any) -> list[Tensor]:
-    """All tensors in some values: in containers of any kind, and in the attributes of plain objects."""
+    """All tensors in some values: in containers of any kind, and in the attributes of plain
+    objects.
+    """
     return [value for value in reachable(values) if isinstance(value, Tensor)]
 
 
@@ -245,9 +298,13 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 def difference(
-    before: Sequence[Tensor], after: Sequence[Tensor], control: Sequence[Tensor], shifted: Collection[int] = ()
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    control: Sequence[Tensor],
+    shifted: Collection[int] = (),
 ) -> float:
-    """The largest change of an output relative to that by another move; infinite where shapes are not the same.
+    """The largest change of an output relative to that by another move; infinite where shapes are
+    not the same.
 
     Entries that neither move changes (masked ones) do not count, however large they are.
 
@@ -255,8 +312,8 @@ def difference(
         before: what the model computes.
         after: the same after the move that is tried.
         control: the same after another move of the same weights.
-        shifted: under a logit shift, the number of logits: the first output, if it has as many, is compared up to a
-            constant, as softmax sees it.
+        shifted: under a logit shift, the number of logits: the first output, if it has as many, is
+            compared up to a constant, as softmax sees it.
     """
     if [x.shape for x in before] != [x.shape for x in after]:
         return math.inf
@@ -265,7 +322,10 @@ def difference(
         if not x.is_floating_point() and not x.is_complex():
             largest = max(largest, math.inf if not torch.equal(x, y) else 0.0)
             continue
-        change, other = (moved(x, each, centred=i == 0 and x.ndim > 0 and x.shape[-1] in shifted) for each in (y, z))
+        change, other = (
+            moved(x, each, centred=i == 0 and x.ndim > 0 and x.shape[-1] in shifted)
+            for each in (y, z)
+        )
         rounding = ROUNDING * x.abs().nan_to_num(0, 0, 0)
         beyond = change[change > rounding]
         if beyond.numel():
@@ -275,19 +335,25 @@ def difference(
 
 
 def moved(x: Tensor, y: Tensor, centred: bool) -> Tensor:
-    """By how much each entry changes; what is infinite, or no number, before and after does not, else without bound."""
+    """By how much each entry changes; what is infinite, or no number, before and after does not,
+    else without bound.
+    """
     if x.shape != y.shape:
         return torch.zeros_like(x, dtype=torch.float64)
     change = y - x
     change = torch.where((x == y) | (x.isnan() & y.isnan()), torch.zeros_like(change), change)
     if centred:
         finite = change.isfinite()
-        mean = torch.where(finite, change, 0).sum(-1, keepdim=True) / finite.sum(-1, keepdim=True).clamp(min=1)
+        mean = torch.where(finite, change, 0).sum(-1, keepdim=True) / finite.sum(
+            -1, keepdim=True
+        ).clamp(min=1)
         change = torch.where((x == y) & ~x.isfinite(), change, change - mean)
     return change.abs().nan_to_num(math.inf)
 
 
-def verified(gauges: GaugeSet, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> GaugeSet:
+def verified(
+    gauges: GaugeSet, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> GaugeSet:
     """The same gauges without those that change what the model computes, which are refused.
 
     Args:
@@ -309,7 +375,9 @@ def verified(gauges: GaugeSet, model: nn.Module, args: Sequence[Any], kwargs: Ma
 
 
 def verified_by_twin(gauges: GaugeSet, of_twin: GaugeSet) -> GaugeSet:
-    """The same gauges, checked as far as they are found, or refused, in a narrow twin of the model."""
+    """The same gauges, checked as far as they are found, or refused, in a narrow twin of the
+    model.
+    """
 
     def place(entry: Gauge | Refusal) -> tuple[str, str]:
         return entry.kind, entry.where
@@ -321,8 +389,12 @@ def verified_by_twin(gauges: GaugeSet, of_twin: GaugeSet) -> GaugeSet:
     needed = Counter(map(key, gauges))
     reasons = {place(refusal): refusal.reason for refusal in of_twin.refused}
     others = [gauge for gauge in gauges if checked[key(gauge)] < needed[key(gauge)]]
-    left = refuse(gauges, {gauge: reasons[place(gauge)] for gauge in others if place(gauge) in reasons})
-    missing = {gauge: "a narrow twin of the model does not have it" for gauge in left if gauge in others}
+    left = refuse(
+        gauges, {gauge: reasons[place(gauge)] for gauge in others if place(gauge) in reasons}
+    )
+    missing = {
+        gauge: "a narrow twin of the model does not have it" for gauge in left if gauge in others
+    }
     return replace(left, unchecked=missing)
 
 

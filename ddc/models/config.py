@@ -8,7 +8,10 @@ from omegaconf import MISSING
 
 #: Why gauges are absent, in several models.
 NO_CHAIN = "it takes a chain of ReLU layers without biases: model=deep_mlp model.residual=false"
-QK_NORM = "model.qk_norm=true gives queries and keys a scale of their own, which does not commute with rotations"
+QK_NORM = (
+    "model.qk_norm=true gives queries and keys a scale of their own, which does not commute with"
+    " rotations"
+)
 
 
 @dataclass
@@ -19,9 +22,14 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.name != type(self).name:
-            raise ValueError(f"Invalid model.name={self.name}: expected {type(self).name}; model=NAME chooses another")
+            raise ValueError(
+                f"Invalid model.name={self.name}: expected {type(self).name}; model=NAME chooses"
+                " another"
+            )
 
     @property
     def absent_gauges(self) -> dict[str, str]:
-        """Kinds of gauge that the model does not have, with the reason in the words of its configuration."""
+        """Kinds of gauge that the model does not have, with the reason in the words of its
+        configuration.
+        """
         raise NotImplementedError

@@ -1,4 +1,6 @@
-"""A deep ReLU network without biases on pairs of tokens: every neuron, and so every layer, can be rescaled."""
+"""A deep ReLU network without biases on pairs of tokens: every neuron, and so every layer, can be
+rescaled.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,10 @@ class DeepMLPConfig(ModelConfig):
             if (value := getattr(self, key)) < 1:
                 raise ValueError(f"Invalid model.{key}={value}: expected a positive integer")
         if self.residual and self.depth % 2:
-            raise ValueError(f"Invalid model.depth={self.depth}: model.residual=true needs an even number of layers")
+            raise ValueError(
+                f"Invalid model.depth={self.depth}: model.residual=true needs an even number of"
+                " layers"
+            )
 
     @property
     def absent_gauges(self) -> dict[str, str]:
@@ -49,19 +54,23 @@ class DeepMLPConfig(ModelConfig):
 class DeepMLP(nn.Module):
     """Pairs of tokens, (batch, 2), to logits, (batch, classes).
 
-    The two tokens have tables of their own, rows 0 to tokens - 1 and tokens to 2 · tokens - 1 of one embedding, whose
-    sum is the input layer of a ReLU network; then ``depth`` hidden matrices and a linear head, all without biases.
-    With ``residual``, h + W2 relu(W1 h) for each two of them, else relu(W h) for each.
+    The two tokens have tables of their own, rows 0 to tokens - 1 and tokens to 2 · tokens - 1 of
+    one embedding, whose sum is the input layer of a ReLU network; then ``depth`` hidden matrices
+    and a linear head, all without biases. With ``residual``, h + W2 relu(W1 h) for each two of
+    them, else relu(W h) for each.
 
-    Hidden matrices start as N(0, 2/width), which keeps the size of activations from layer to layer (He et al.,
-    arXiv:1502.01852; the second of a residual pair at depth^-½ of that), embedding and head as N(0, 1/width).
+    Hidden matrices start as N(0, 2/width), which keeps the size of activations from layer to layer
+    (He et al., arXiv:1502.01852; the second of a residual pair at depth^-½ of that), embedding and
+    head as N(0, 1/width).
     """
 
     def __init__(self, config: DeepMLPConfig, tokens: int, classes: int) -> None:
         super().__init__()
         self.config, self.tokens = config, tokens
         self.embedding = nn.Embedding(2 * tokens, config.width)
-        self.layers = nn.ModuleList(nn.Linear(config.width, config.width, bias=False) for _ in range(config.depth))
+        self.layers = nn.ModuleList(
+            nn.Linear(config.width, config.width, bias=False) for _ in range(config.depth)
+        )
         self.head = nn.Linear(config.width, classes, bias=False)
         nn.init.normal_(self.embedding.weight, std=config.width**-0.5)
         nn.init.normal_(self.head.weight, std=config.width**-0.5)

@@ -42,21 +42,29 @@ class GPTConfig(ModelConfig):
         super().__post_init__()
         for key, choices in (("norm", NORMS), ("mlp", MLPS), ("positions", POSITIONS)):
             if (value := getattr(self, key)) not in choices:
-                raise ValueError(f"Invalid model.{key}={value!r}: expected one of {', '.join(choices)}")
+                raise ValueError(
+                    f"Invalid model.{key}={value!r}: expected one of {', '.join(choices)}"
+                )
         for key in ("context", "layers", "width", "heads", "kv_heads", "hidden"):
             if (value := getattr(self, key)) < 1:
                 raise ValueError(f"Invalid model.{key}={value}: expected a positive integer")
         if self.width % self.heads:
-            raise ValueError(f"Invalid model.heads={self.heads}: must divide model.width={self.width}")
+            raise ValueError(
+                f"Invalid model.heads={self.heads}: must divide model.width={self.width}"
+            )
         if self.heads % self.kv_heads:
-            raise ValueError(f"Invalid model.kv_heads={self.kv_heads}: must divide model.heads={self.heads}")
+            raise ValueError(
+                f"Invalid model.kv_heads={self.kv_heads}: must divide model.heads={self.heads}"
+            )
         if self.head_width < 2:
-            raise ValueError(f"Invalid model.heads={self.heads}: heads of width 1 cannot turn; take fewer")
+            raise ValueError(
+                f"Invalid model.heads={self.heads}: heads of width 1 cannot turn; take fewer"
+            )
         if self.rotated_width % 2:
             raise ValueError(
-                f"Invalid model.heads={self.heads}: model.positions={self.positions} turns {self.rotated_width} of "
-                f"{self.head_width} entries of a head (model.width / model.heads), which must be an even number; "
-                "model.positions=learned turns none"
+                f"Invalid model.heads={self.heads}: model.positions={self.positions} turns"
+                f" {self.rotated_width} of {self.head_width} entries of a head (model.width /"
+                " model.heads), which must be an even number; model.positions=learned turns none"
             )
 
     @property
@@ -78,12 +86,17 @@ class GPTConfig(ModelConfig):
 
     @property
     def rotated_width(self) -> int:
-        """How many leading entries of each query and key RoPE turns (entry i with i + rotated_width/2)."""
-        return {"rope": self.head_width, "partial_rope": self.head_width // 2, "learned": 0}[self.positions]
+        """How many leading entries of each query and key RoPE turns (entry i with i +
+        rotated_width/2).
+        """
+        return {"rope": self.head_width, "partial_rope": self.head_width // 2, "learned": 0}[
+            self.positions
+        ]
 
 
 class RotaryEmbedding(nn.Module):
-    """RoPE on the first ``rotated`` entries of each head, half-split: entry i pairs with i + rotated/2.
+    """RoPE on the first ``rotated`` entries of each head, half-split: entry i pairs with i +
+    rotated/2.
 
     Source: Su et al., arXiv:2104.09864; the half-split pairing is that of GPT-NeoX and Llama.
     """
@@ -120,7 +133,9 @@ class Attention(nn.Module):
         self.output = nn.Linear(config.width, config.width, bias=config.bias)
         self.query_norm = nn.RMSNorm(config.head_width) if config.qk_norm else None
         self.key_norm = nn.RMSNorm(config.head_width) if config.qk_norm else None
-        self.rope = RotaryEmbedding(config.rotated_width, config.context) if config.rotated_width else None
+        self.rope = (
+            RotaryEmbedding(config.rotated_width, config.context) if config.rotated_width else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         q = rearrange(self.query(x), "b t (h d) -> b h t d", h=self.heads)
@@ -130,7 +145,9 @@ class Attention(nn.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         if self.rope is not None:
             q, k = self.rope(q), self.rope(k)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+        y = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads
+        )
         return self.output(rearrange(y, "b h t d -> b t (h d)"))
 
 
@@ -140,7 +157,11 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.activation = config.mlp
-        self.gate = nn.Linear(config.width, config.hidden, bias=config.bias) if config.mlp == "swiglu" else None
+        self.gate = (
+            nn.Linear(config.width, config.hidden, bias=config.bias)
+            if config.mlp == "swiglu"
+            else None
+        )
         self.up = nn.Linear(config.width, config.hidden, bias=config.bias)
         self.down = nn.Linear(config.hidden, config.width, bias=config.bias)
 
@@ -173,17 +194,20 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Decoder-only transformer: tokens of shape (batch, time) to logits of shape (batch, time, vocab_size).
+    """Decoder-only transformer: tokens of shape (batch, time) to logits of shape (batch, time,
+    vocab_size).
 
-    Linear maps and embeddings start as N(0, 1/fan_in), at which the step scale of DDCAdam is 1 and a learning
-    rate means the same as for AdamW; biases start at 0, norm scales at 1.
+    Linear maps and embeddings start as N(0, 1/fan_in), at which the step scale of DDCAdam is 1 and
+    a learning rate means the same as for AdamW; biases start at 0, norm scales at 1.
     """
 
     def __init__(self, config: GPTConfig, vocab_size: int) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(vocab_size, config.width)
-        self.position = nn.Embedding(config.context, config.width) if config.positions == "learned" else None
+        self.position = (
+            nn.Embedding(config.context, config.width) if config.positions == "learned" else None
+        )
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = make_norm(config)
         self.head = nn.Linear(config.width, vocab_size, bias=config.bias and not config.tied_head)
@@ -199,7 +223,8 @@ class GPT(nn.Module):
         """Tokens of a small batch."""
         device = self.embedding.weight.device
         return (
-            torch.arange(2 * min(self.config.context, 4), device=device).view(2, -1) % self.embedding.num_embeddings,
+            torch.arange(2 * min(self.config.context, 4), device=device).view(2, -1)
+            % self.embedding.num_embeddings,
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -216,4 +241,6 @@ class GPT(nn.Module):
 
 def make_norm(config: GPTConfig) -> nn.Module:
     """The norm of the config: RMSNorm, or LayerNorm with gamma and beta."""
-    return nn.RMSNorm(config.width, eps=1e-6) if config.norm == "rms" else nn.LayerNorm(config.width)
+    return (
+        nn.RMSNorm(config.width, eps=1e-6) if config.norm == "rms" else nn.LayerNorm(config.width)
+    )

@@ -20,7 +20,11 @@ from ddc.models.gpt import GPT, GPTConfig
 from ddc.models.vit import ViTConfig, vision_transformer
 
 #: Configurations of all models by name.
-MODELS: dict[str, type[ModelConfig]] = {"gpt": GPTConfig, "vit": ViTConfig, "deep_mlp": DeepMLPConfig}
+MODELS: dict[str, type[ModelConfig]] = {
+    "gpt": GPTConfig,
+    "vit": ViTConfig,
+    "deep_mlp": DeepMLPConfig,
+}
 WEIGHTS, CONFIG = "model.safetensors", "model.json"
 
 
@@ -29,8 +33,8 @@ def build_model(config: ModelConfig, **sizes: Any) -> nn.Module:
 
     Args:
         config: the architecture.
-        sizes: what the data decides: ``vocab_size`` of a GPT, ``shape`` of the images and ``classes`` of a vision
-            transformer, ``tokens`` and ``classes`` of a deep MLP.
+        sizes: what the data decides: ``vocab_size`` of a GPT, ``shape`` of the images and
+            ``classes`` of a vision transformer, ``tokens`` and ``classes`` of a deep MLP.
 
     Raises:
         ValueError: sizes that do not fit the architecture.
@@ -45,7 +49,9 @@ def build_model(config: ModelConfig, **sizes: Any) -> nn.Module:
     raise TypeError(f"no model has the configuration {type(config).__name__}")
 
 
-def save_model(folder: Path, model: nn.Module, config: ModelConfig, sizes: dict[str, Any], **about: Any) -> None:
+def save_model(
+    folder: Path, model: nn.Module, config: ModelConfig, sizes: dict[str, Any], **about: Any
+) -> None:
     """Write ``model.safetensors`` and ``model.json`` to a folder, for :func:`load_model`.
 
     Args:
@@ -56,8 +62,11 @@ def save_model(folder: Path, model: nn.Module, config: ModelConfig, sizes: dict[
         about: whatever else a reader should know, for ``model.json``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_model(model, str(folder / WEIGHTS))  # keeps one name of a weight that has two
-    (folder / CONFIG).write_text(json.dumps({"model": dataclasses.asdict(config), "sizes": sizes, **about}, indent=1))
+    # keeps one name of a weight that has two
+    safetensors.torch.save_model(model, str(folder / WEIGHTS))
+    (folder / CONFIG).write_text(
+        json.dumps({"model": dataclasses.asdict(config), "sizes": sizes, **about}, indent=1)
+    )
 
 
 def load_model(folder: Path | str) -> nn.Module:
@@ -99,5 +108,10 @@ def check_fit(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: ob
     for name in (*own, *given):
         shapes = [tuple(each[name].shape) if name in each else None for each in (given, own)]
         if shapes[0] != shapes[1]:
-            theirs, mine = ("no such parameter" if shape is None else str(shape) for shape in shapes)
-            raise ValueError(f"{source} is of another architecture: {name} is {theirs} there, {mine} in this model")
+            theirs, mine = (
+                "no such parameter" if shape is None else str(shape) for shape in shapes
+            )
+            raise ValueError(
+                f"{source} is of another architecture: {name} is {theirs} there, {mine} in this"
+                " model"
+            )

@@ -1,4 +1,6 @@
-"""timm's vision transformer, with the feed-forward block as a choice: it decides whether there is a rescale gauge."""
+"""timm's vision transformer, with the feed-forward block as a choice: it decides whether there is a
+rescale gauge.
+"""
 
 from __future__ import annotations
 
@@ -41,12 +43,16 @@ class ViTConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.mlp not in FEED_FORWARDS:
-            raise ValueError(f"Invalid model.mlp={self.mlp!r}: expected one of {', '.join(FEED_FORWARDS)}")
+            raise ValueError(
+                f"Invalid model.mlp={self.mlp!r}: expected one of {', '.join(FEED_FORWARDS)}"
+            )
         for key in ("patch", "layers", "width", "heads", "hidden"):
             if (value := getattr(self, key)) < 1:
                 raise ValueError(f"Invalid model.{key}={value}: expected a positive integer")
         if self.width % self.heads:
-            raise ValueError(f"Invalid model.heads={self.heads}: must divide model.width={self.width}")
+            raise ValueError(
+                f"Invalid model.heads={self.heads}: must divide model.width={self.width}"
+            )
 
     @property
     def absent_gauges(self) -> dict[str, str]:
@@ -57,16 +63,19 @@ class ViTConfig(ModelConfig):
         if self.qk_norm:
             absent["qk_rotation"] = QK_NORM
         if self.width == self.heads:
-            absent |= dict.fromkeys(("value_rotation", "qk_rotation"), "heads of width 1 cannot turn")
+            absent |= dict.fromkeys(
+                ("value_rotation", "qk_rotation"), "heads of width 1 cannot turn"
+            )
         return absent
 
 
 def vision_transformer(config: ViTConfig, shape: tuple[int, int, int], classes: int) -> nn.Module:
     """A ``VisionTransformer`` of timm: images ``(batch, *shape)`` to logits ``(batch, classes)``.
 
-    Linear maps, the patch embedding among them, start as N(0, 1/fan_in), positions and class token as N(0, 1/width), at
-    which a learning rate means the same for DDCAdam as for AdamW; biases start at 0, norm scales at 1. timm's own
-    start, a standard deviation of 0.02 for linear maps, would make AdamW's relative steps several times larger.
+    Linear maps, the patch embedding among them, start as N(0, 1/fan_in), positions and class token
+    as N(0, 1/width), at which a learning rate means the same for DDCAdam as for AdamW; biases start
+    at 0, norm scales at 1. timm's own start, a standard deviation of 0.02 for linear maps, would
+    make AdamW's relative steps several times larger.
 
     Raises:
         ValueError: patches that do not tile the images.
@@ -78,7 +87,8 @@ def vision_transformer(config: ViTConfig, shape: tuple[int, int, int], classes: 
     channels, *size = shape
     if any(side % config.patch for side in size):
         raise ValueError(
-            f"Invalid model.patch={config.patch}: must divide both sides of the images, {size[0]} and {size[1]}"
+            f"Invalid model.patch={config.patch}: must divide both sides of the images, {size[0]}"
+            f" and {size[1]}"
         )
     model = VisionTransformer(
         img_size=tuple(size),

@@ -1,8 +1,8 @@
 """Averages of second moments over the indices that a rotation gauge turns.
 
-Adam divides each coordinate by its own second moment, which a rotation does not respect. Averaged over the
-turned indices the second moment is invariant, and the quotient turns with the weights. The averaged moment is
-also smaller: the d_head rows of a head share one row of it.
+Adam divides each coordinate by its own second moment, which a rotation does not respect. Averaged
+over the turned indices the second moment is invariant, and the quotient turns with the weights. The
+averaged moment is also smaller: the d_head rows of a head share one row of it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ class Averaging:
 
     Args:
         dim: the dimension of the stacked tensor along which the rotations act.
-        blocks: integer arrays of shape (groups, k): the indices averaged together, none of them twice.
+        blocks: integer arrays of shape (groups, k): the indices averaged together, none of them
+            twice.
         size: length of that dimension; an index in no block stays by itself.
     """
 
     def __init__(self, dim: int, blocks: Sequence[np.ndarray], size: int) -> None:
         turned = np.concatenate([block.ravel() for block in blocks])
         rest = np.setdiff1d(np.arange(size), turned)
-        blocks = [block[block.min(1).argsort()] for block in blocks] + ([rest[:, None]] if len(rest) else [])
+        blocks = [block[block.min(1).argsort()] for block in blocks] + (
+            [rest[:, None]] if len(rest) else []
+        )
         self.dim = dim
         self.blocks = blocks
         self.groups = sum(map(len, blocks))
@@ -44,8 +47,12 @@ class Averaging:
         return self.dim, self.group_of.tobytes()
 
     def part(self, start: int, stop: int) -> Averaging:
-        """The averaging of the indices from ``start`` to ``stop`` alone; no group may have others as well."""
-        here = [block[(block[:, 0] >= start) & (block[:, 0] < stop)] - start for block in self.blocks]
+        """The averaging of the indices from ``start`` to ``stop`` alone; no group may have others
+        as well.
+        """
+        here = [
+            block[(block[:, 0] >= start) & (block[:, 0] < stop)] - start for block in self.blocks
+        ]
         return Averaging(self.dim, here, stop - start)
 
     def reduced_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
@@ -55,7 +62,9 @@ class Averaging:
         return tuple(reduced)
 
     def indices(self, device: torch.device) -> list[Tensor]:
-        """Each block's indices, and each index's group: copied to a device once, for a copy waits for it."""
+        """Each block's indices, and each index's group: copied to a device once, for a copy waits
+        for it.
+        """
         if device not in self._indices:
             arrays = [*(block.ravel() for block in self.blocks), self.group_of]
             self._indices[device] = [torch.from_numpy(array).to(device) for array in arrays]
@@ -64,7 +73,11 @@ class Averaging:
     def mean(self, x: Tensor) -> Tensor:
         """Average x over each group of indices."""
         if self.regular is not None:
-            return x.unflatten(self.dim, self.regular).mean(self.dim + 1).flatten(self.dim, self.dim + 1)
+            return (
+                x.unflatten(self.dim, self.regular)
+                .mean(self.dim + 1)
+                .flatten(self.dim, self.dim + 1)
+            )
         means = [
             x.index_select(self.dim, index).unflatten(self.dim, block.shape).mean(self.dim + 1)
             for block, index in zip(self.blocks, self.indices(x.device)[:-1], strict=True)

@@ -14,7 +14,9 @@ from ddc.optim.closure import loss_of
 
 
 class JoinedState(ChainMap[Any, Any]):
-    """States of several optimizers as one; they are defaultdicts, which must not make an entry when they are asked."""
+    """States of several optimizers as one; they are defaultdicts, which must not make an entry when
+    they are asked.
+    """
 
     def __getitem__(self, key: Any) -> Any:
         for state in self.maps:
@@ -24,7 +26,8 @@ class JoinedState(ChainMap[Any, Any]):
 
 
 class CombinedOptimizer(Optimizer):
-    """Steps several optimizers over disjoint parameters; groups and state are theirs, one after the other.
+    """Steps several optimizers over disjoint parameters; groups and state are theirs, one after the
+    other.
 
     Args:
         parts: the optimizers; their hyperparameters are changed through ``param_groups`` as ever.
@@ -52,7 +55,8 @@ class CombinedOptimizer(Optimizer):
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave. Where one part refuses its state, all are as they were.
+        """Load what :meth:`state_dict` gave. Where one part refuses its state, all are as they
+        were.
 
         Raises:
             ValueError: it was saved by another kind of optimizer, or does not fit the parameters.

@@ -17,9 +17,24 @@ from ddc.optim.closure import loss_of
 from ddc.optim.hidden import HiddenMatrices
 from ddc.optim.parameters import check_has_values, is_plain, listed, names_of, names_under, prepared
 from ddc.optim.plan import ChainPlan, Plan, PolarPlan, Role, make_plan
-from ddc.optim.saved import as_it_was_if_refused, check_shapes, in_own_order, parameter_names, saved_ids
+from ddc.optim.saved import (
+    as_it_was_if_refused,
+    check_shapes,
+    in_own_order,
+    parameter_names,
+    saved_ids,
+)
 from ddc.optim.sharding import restore_, shards_of
-from ddc.optim.stacked import Arithmetic, Context, Dresser, Group, Hyper, Rates, StackedParameter, as_tensors
+from ddc.optim.stacked import (
+    Arithmetic,
+    Context,
+    Dresser,
+    Group,
+    Hyper,
+    Rates,
+    StackedParameter,
+    as_tensors,
+)
 from ddc.optim.stacks import ChainStack, FreeStack, PolarStack
 
 VERTICAL_MODES = ("freeze", "adam", "balance")
@@ -28,10 +43,11 @@ Stack = PolarStack | ChainStack | FreeStack | HiddenMatrices
 
 
 class DDCAdam(Optimizer):
-    r"""Adam lifted to the orbits of a model's gauges: a gauge transformation of the weights commutes with the step.
+    r"""Adam lifted to the orbits of a model's gauges: a gauge transformation of the weights
+    commutes with the step.
 
-    For each unit of a rescale gauge with sides P and M, :math:`L \mapsto L` under :math:`(cP, c^{-k}M)`, with
-    weights W and gradient g of a side, :math:`\rho = |W|`:
+    For each unit of a rescale gauge with sides P and M, :math:`L \mapsto L` under :math:`(cP,
+    c^{-k}M)`, with weights W and gradient g of a side, :math:`\rho = |W|`:
 
     .. math::
         \hat g &= \langle g, W \rangle, \qquad x = \rho\, g - (\hat g / \rho)\, W \\
@@ -39,58 +55,68 @@ class DDCAdam(Optimizer):
         u &= \mathrm{Adam}(x), \qquad u \leftarrow u - \langle u, W \rangle W / \rho^2 \\
         W &\leftarrow (1 - \eta \lambda)\, e^{\Delta}\, \rho\, (W - \eta s u) / |W - \eta s u|
 
-    with :math:`\Delta = k \Delta_U / \sqrt{1 + k^2}` on P and :math:`\Delta_U / \sqrt{1 + k^2}` on M (and the
-    vertical mode, below). Parameters under several rescales are decomposed by one and multiplied by the norms
-    of the others ("dressed"). Under a rotation gauge Adam's second moment is averaged over the indices that it
-    turns; under a logit shift gradient and update are centred over the vocabulary. All else is AdamW.
-    Source: arXiv:2606.29176 and its companion arXiv:2606.05957; the retraction, the step scale "init", the
-    averaged second moment, the rule for overlaps and the treatment of dead sides are ours (docs/method.md).
+    with :math:`\Delta = k \Delta_U / \sqrt{1 + k^2}` on P and :math:`\Delta_U / \sqrt{1 + k^2}` on
+    M (and the vertical mode, below). Parameters under several rescales are decomposed by one and
+    multiplied by the norms of the others ("dressed"). Under a rotation gauge Adam's second moment
+    is averaged over the indices that it turns; under a logit shift gradient and update are centred
+    over the vocabulary. All else is AdamW. Source: arXiv:2606.29176 and its companion
+    arXiv:2606.05957; the retraction, the step scale "init", the averaged second moment, the rule
+    for overlaps and the treatment of dead sides are ours (docs/method.md).
 
     Args:
-        params: ``model.named_parameters()``, or param groups whose ``"params"`` are such pairs. Plain tensors
-            will do only without gauges. They may be DTensors, as ``fully_shard`` makes them, of a model whose gauges
-            were found before (docs/distributed.md).
-        gauges: what :func:`ddc.find_gauges` returns, or any sequence of gauges. Without gauges this is AdamW.
+        params: ``model.named_parameters()``, or param groups whose ``"params"`` are such pairs.
+            Plain tensors will do only without gauges. They may be DTensors, as ``fully_shard``
+            makes them, of a model whose gauges were found before (docs/distributed.md).
+        gauges: what :func:`ddc.find_gauges` returns, or any sequence of gauges. Without gauges this
+            is AdamW.
         lr: learning rate; as for AdamW, a float or a tensor of one element.
         betas, eps: Adam's, for every one of the moments above.
-        weight_decay: decoupled, applied to a weight as it stands (under a logit shift to its centred part).
-        radial_rate: r above: the rate of the norms relative to that of the directions; 0 freezes the norms.
-        vertical: what becomes of the gauge coordinate log rho_P - k log rho_M: ``"freeze"`` leaves it as it
-            is, ``"adam"`` steps on its gradient (which is rounding error), ``"balance"`` relaxes it to 0 at rate
-            ``lr * radial_rate``. No choice changes the function that the network computes.
+        weight_decay: decoupled, applied to a weight as it stands (under a logit shift to its
+            centred part).
+        radial_rate: r above: the rate of the norms relative to that of the directions; 0 freezes
+            the norms.
+        vertical: what becomes of the gauge coordinate log rho_P - k log rho_M: ``"freeze"`` leaves
+            it as it is, ``"adam"`` steps on its gradient (which is rounding error), ``"balance"``
+            relaxes it to 0 at rate ``lr * radial_rate``. No choice changes the function that the
+            network computes.
         step_scale: s above: ``"init"`` is √fan_in · rms(W), which is 1 at the usual initialisation;
             ``"norm"`` is the paper's rho.
-        retract: keep the norm under the tangential step (division above); without, every step lengthens W a
-            little, as in the paper's statement.
-        additive: the order of the paper's companion: decay first, and the exponential on W alone. With
-            :math:`W \leftarrow (1 - \eta\lambda) W`, and all of the above read from this W,
-            :math:`W \leftarrow e^{\Delta}\, W - \eta s u`. Needs ``retract=False``. With ``step_scale="norm"`` and
-            gauges :func:`in blocks <ddc.gauges.in_blocks>` it is the step of the companion's machine-checked model
-            (repository DeadDirections/DeadDirections, ``DdcAdamEquivariance.lean``), but that ``"balance"``, which
-            that model does not have, moves all of the side along the gauge: with :math:`\Delta_V` its part of
-            :math:`\Delta`, :math:`W \leftarrow e^{\Delta}\, W - e^{\Delta_V} \eta s u`.
-        compiled: compile the step, and :meth:`grad_norm`, with ``torch.compile`` when they are first called: as one
-            function, or where layers are large as one for each stack of alike layers. That takes tens of seconds for a
-            transformer, and on a CPU a C++ compiler; what it saves is in docs/speed.md. A step in which gradients are
-            missing is compiled by stacks, but for those that miss one. Not compiled are parameters that are split over
-            ranks, of lower precision than float32 or complex; and all of it no longer once hyperparameters that are no
-            numbers have changed often. Numbers, such as lr and betas, may change at every step.
+        retract: keep the norm under the tangential step (division above); without, every step
+            lengthens W a little, as in the paper's statement.
+        additive: the order of the paper's companion: decay first, and the exponential on W alone.
+            With :math:`W \leftarrow (1 - \eta\lambda) W`, and all of the above read from this W,
+            :math:`W \leftarrow e^{\Delta}\, W - \eta s u`. Needs ``retract=False``. With
+            ``step_scale="norm"`` and gauges :func:`in blocks <ddc.gauges.in_blocks>` it is the step
+            of the companion's machine-checked model (repository DeadDirections/DeadDirections,
+            ``DdcAdamEquivariance.lean``), but that ``"balance"``, which that model does not have,
+            moves all of the side along the gauge: with :math:`\Delta_V` its part of :math:`\Delta`,
+            :math:`W \leftarrow e^{\Delta}\, W - e^{\Delta_V} \eta s u`.
+        compiled: compile the step, and :meth:`grad_norm`, with ``torch.compile`` when they are
+            first called: as one function, or where layers are large as one for each stack of alike
+            layers. That takes tens of seconds for a transformer, and on a CPU a C++ compiler; what
+            it saves is in docs/speed.md. A step in which gradients are missing is compiled by
+            stacks, but for those that miss one. Not compiled are parameters that are split over
+            ranks, of lower precision than float32 or complex; and all of it no longer once
+            hyperparameters that are no numbers have changed often. Numbers, such as lr and betas,
+            may change at every step.
 
-    Weights of lower precision than float32 have their state, and their arithmetic, in float32. State is
-    complete from construction: ``exp_avg`` and ``exp_avg_sq`` as Adam's (the latter averaged as above),
-    ``step``, and ``radial_exp_avg``, ``radial_exp_avg_sq`` (``vertical_…``) with the first parameter of a gauge.
+    Weights of lower precision than float32 have their state, and their arithmetic, in float32.
+    State is complete from construction: ``exp_avg`` and ``exp_avg_sq`` as Adam's (the latter
+    averaged as above), ``step``, and ``radial_exp_avg``, ``radial_exp_avg_sq`` (``vertical_…``)
+    with the first parameter of a gauge.
 
-    A layer of which no parameter has a gradient is left alone; where only some have, the missing gradients
-    are zero. A side of norm zero has no direction: it takes its tangential step in the scale of the other side
-    until it has one. If both sides are zero, or the side is a single entry (the gamma of an RMSNorm), it stays,
-    and so does what a zero gamma dresses. A gradient that is inf or nan is not hidden: all units that it is in
-    become nan, on both sides of their gauges. More on degenerate weights and gradients: docs/method.md.
+    A layer of which no parameter has a gradient is left alone; where only some have, the missing
+    gradients are zero. A side of norm zero has no direction: it takes its tangential step in the
+    scale of the other side until it has one. If both sides are zero, or the side is a single entry
+    (the gamma of an RMSNorm), it stays, and so does what a zero gamma dresses. A gradient that is
+    inf or nan is not hidden: all units that it is in become nan, on both sides of their gauges.
+    More on degenerate weights and gradients: docs/method.md.
 
     Raises:
-        ValueError: a hyperparameter out of range, gauges that do not fit the parameters or each other,
-            parameters that are all zero and would stay so under their gauge, or parameters under one gauge in
-            param groups that differ in anything but weight decay; in ``step``, a parameter that was frozen since
-            while what shares its gauge was not.
+        ValueError: a hyperparameter out of range, gauges that do not fit the parameters or each
+            other, parameters that are all zero and would stay so under their gauge, or parameters
+            under one gauge in param groups that differ in anything but weight decay; in ``step``, a
+            parameter that was frozen since while what shares its gauge was not.
         RuntimeError: in ``step``, a sparse gradient.
     """
 
@@ -149,25 +175,35 @@ class DDCAdam(Optimizer):
         self._built.append((group_indices, gauges))
         groups = [self.param_groups[index] for index in group_indices]
         if gauges and not all("param_names" in group for group in groups):
-            raise ValueError("gauges name parameters: pass model.named_parameters(), not parameters()")
+            raise ValueError(
+                "gauges name parameters: pass model.named_parameters(), not parameters()"
+            )
         indexed = list(zip(group_indices, groups, strict=True))
         given = [name for index, group in indexed for name in names_of(group, index)]
         places = [(param, index) for index, group in indexed for param in group["params"]]
         params: dict[str, Tensor] = {}
         group_of: dict[str, int] = {}
-        for name, (param, index) in zip(plain_names(given, names_under(gauges)), places, strict=True):
+        for name, (param, index) in zip(
+            plain_names(given, names_under(gauges)), places, strict=True
+        ):
             if is_plain(param):  # frozen quantised weights are left alone
                 params[name], group_of[name] = param, index
         for stack in self._stacks_of(params, group_of, gauges):
             self.state.update(stack.states())
             self._stacks.append(stack)
-        device = next((param.device for group in self.param_groups for param in group["params"]), torch.device("cpu"))
+        device = next(
+            (param.device for group in self.param_groups for param in group["params"]),
+            torch.device("cpu"),
+        )
         self._advance, self._norm = Arithmetic(advance, device), Arithmetic(invariant_norm, device)
-        self._placed = [(param, param.device) for group in self.param_groups for param in group["params"]]
+        self._placed = [
+            (param, param.device) for group in self.param_groups for param in group["params"]
+        ]
         self._check_groups()
 
     def _follow_parameters(self) -> None:
-        """Go with what was done to the groups elsewhere: parameters moved to another device, groups put beside them.
+        """Go with what was done to the groups elsewhere: parameters moved to another device, groups
+        put beside them.
 
         Raises:
             ValueError: they hold other parameters than the optimizer was made for.
@@ -175,7 +211,10 @@ class DDCAdam(Optimizer):
         if torch.compiler.is_compiling():
             return
         params = [param for group in self.param_groups for param in group["params"]]
-        if any(param is not mine for param, (mine, _) in zip_longest(params, self._placed, fillvalue=(None, None))):
+        if any(
+            param is not mine
+            for param, (mine, _) in zip_longest(params, self._placed, fillvalue=(None, None))
+        ):
             self._build_groups_put_beside(params)
         if any(param.device != device for param, device in self._placed):
             before = self.state
@@ -193,14 +232,18 @@ class DDCAdam(Optimizer):
         """Build the groups that were put beside the others, as Lightning does where it resumes."""
         first = sum(len(indices) for indices, _ in self._built)
         known = sum(len(group["params"]) for group in self.param_groups[:first])
-        if known != len(self._placed) or any(p is not mine for p, (mine, _) in zip(params, self._placed, strict=False)):
+        if known != len(self._placed) or any(
+            p is not mine for p, (mine, _) in zip(params, self._placed, strict=False)
+        ):
             raise ValueError(
-                "param_groups hold other parameters than those that the optimizer was made for: make it anew, after "
-                "whatever changed them, or add groups by add_param_group"
+                "param_groups hold other parameters than those that the optimizer was made for:"
+                " make it anew, after whatever changed them, or add groups by add_param_group"
             )
         self._build(range(first, len(self.param_groups)), ())
 
-    def _stacks_of(self, params: dict[str, Tensor], group_of: dict[str, int], gauges: list[Gauge]) -> list[Stack]:
+    def _stacks_of(
+        self, params: dict[str, Tensor], group_of: dict[str, int], gauges: list[Gauge]
+    ) -> list[Stack]:
         """The stacks that together step these parameters, in the order in which they step."""
         return Builder(params, group_of, self.param_groups).stacks(make_plan(params, gauges))
 
@@ -228,46 +271,60 @@ class DDCAdam(Optimizer):
     def grad_norm(self) -> Tensor:
         """Norm of the gradient in the gauge-invariant metric, for clipping.
 
-        The Euclidean norm depends on the gauge, so that clipping by it would undo equivariance. This one
-        measures each block of weights relative to its step scale; at the 1/√fan_in initialisation the two about
-        agree, and thresholds carry over. Use with
+        The Euclidean norm depends on the gauge, so that clipping by it would undo equivariance.
+        This one measures each block of weights relative to its step scale; at the 1/√fan_in
+        initialisation the two about agree, and thresholds carry over. Use with
         ``torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, optimizer.grad_norm())``.
 
-        It is inf or nan where a gradient is, and inf where squares overflow. As with torch's own norm, clipping by
-        nan makes every gradient nan, and by inf zero (nan where it was inf). A GradScaler skips such a step;
-        without one, look at the norm first if you want an error: torch's ``error_if_nonfinite`` waits for the
-        device in the same way.
+        It is inf or nan where a gradient is, and inf where squares overflow. As with torch's own
+        norm, clipping by nan makes every gradient nan, and by inf zero (nan where it was inf). A
+        GradScaler skips such a step; without one, look at the norm first if you want an error:
+        torch's ``error_if_nonfinite`` waits for the device in the same way.
         """
         self._follow_parameters()
         whole = self._in_one_go()
-        norm: Tensor = self._norm(whole, self._stacks, self._settings(), self.compiled and not whole)
+        norm: Tensor = self._norm(
+            whole, self._stacks, self._settings(), self.compiled and not whole
+        )
         return norm
 
     def _settings(self) -> list[Group]:
-        """:attr:`settings` of each group; a compiled step must not see numbers, which may change at every step."""
-        groups = [{key: value for key, value in group.items() if key in self.settings} for group in self.param_groups]
+        """:attr:`settings` of each group; a compiled step must not see numbers, which may change at
+        every step.
+        """
+        groups = [
+            {key: value for key, value in group.items() if key in self.settings}
+            for group in self.param_groups
+        ]
         if not self.compiled:
             return groups
         return [{key: as_tensors(value) for key, value in group.items()} for group in groups]
 
     def _in_one_go(self) -> bool:
-        """Whether to compile all of a step as one function: each stack is taken at once, and no gradient is missing."""
+        """Whether to compile all of a step as one function: each stack is taken at once, and no
+        gradient is missing.
+        """
         return self.compiled and all(
             stack.single_chunk
-            and all(p.compilable and all(param.grad is not None for param in p.params) for p in stack.parameters)
+            and all(
+                p.compilable and all(param.grad is not None for param in p.params)
+                for p in stack.parameters
+            )
             for stack in self._stacks
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state, copying it into the buffers that exist, in their dtype and on their device.
 
-        Parameters are matched by name where optimizer and state have names (:func:`ddc.optim.saved.in_own_order`).
-        Where a state is refused, the optimizer is as it was. If parameters have moved to another device since, the
-        state follows them, here and in ``step``: so an optimizer made for a model on the CPU works in the Trainer of
-        transformers, which moves the model and then has accelerate load the optimizer's own state.
+        Parameters are matched by name where optimizer and state have names
+        (:func:`ddc.optim.saved.in_own_order`). Where a state is refused, the optimizer is as it
+        was. If parameters have moved to another device since, the state follows them, here and in
+        ``step``: so an optimizer made for a model on the CPU works in the Trainer of transformers,
+        which moves the model and then has accelerate load the optimizer's own state.
 
         Raises:
-            ValueError: the state was saved by another optimizer, with other gauges or of other parameters.
+            ValueError: the state was saved by another optimizer, with other gauges or of other
+                parameters.
         """
         self._follow_parameters()
         saved, own = in_own_order(self, state_dict), self.state
@@ -288,16 +345,26 @@ class DDCAdam(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         names = ("_gauges", "_hidden", "compiled", "_advance", "_norm", "_placed")
         own = {key: value for key, value in vars(self).items() if key in names}
-        return {**super().__getstate__(), "_stacks": self._stacks, "_built": self._built, "_ready": True, **own}
+        return {
+            **super().__getstate__(),
+            "_stacks": self._stacks,
+            "_built": self._built,
+            "_ready": True,
+            **own,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """As in ``torch.optim``: states that were saved before a hyperparameter came have its default."""
+        """As in ``torch.optim``: states that were saved before a hyperparameter came have its
+        default.
+        """
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("additive", False)
 
     def _check_groups(self) -> None:
-        """Parameters under one gauge must share what the step shares; and gradients must be dense."""
+        """Parameters under one gauge must share what the step shares; and gradients must be
+        dense.
+        """
         self._check_agreement()
         for stack in self._stacks:
             for p in stack.parameters:
@@ -323,13 +390,15 @@ class DDCAdam(Optimizer):
                         if first[key] is not other[key] and first[key] != other[key]:
                             names = [p.names[0] for p in stack.parameters]
                             raise ValueError(
-                                f"param groups disagree in {key} ({first[key]} and {other[key]}) over parameters "
-                                f"under one gauge: {', '.join(names)}. Put them in one group or leave the gauge out "
-                                f"({self._gauges_of(names)})"
+                                f"param groups disagree in {key} ({first[key]} and {other[key]})"
+                                f" over parameters under one gauge: {', '.join(names)}. Put them in"
+                                f" one group or leave the gauge out ({self._gauges_of(names)})"
                             )
 
 
-def advance(stacks: Sequence[Stack], groups: list[Group], rates: list[Rates], compiled: bool) -> None:
+def advance(
+    stacks: Sequence[Stack], groups: list[Group], rates: list[Rates], compiled: bool
+) -> None:
     """One step of all stacks, each of which may read the norms of those before it."""
     context = Context(groups, rates, compiled)
     for stack in stacks:
@@ -338,7 +407,8 @@ def advance(stacks: Sequence[Stack], groups: list[Group], rates: list[Rates], co
 
 def invariant_norm(stacks: Sequence[Stack], groups: list[Group], compiled: bool) -> Tensor:
     """:meth:`DDCAdam.grad_norm`."""
-    context = Context(groups, [Rates(0.0, 1.0)] * len(groups), compiled)  # it does not depend on them
+    # it does not depend on them
+    context = Context(groups, [Rates(0.0, 1.0)] * len(groups), compiled)
     terms = [stack.grad_norm_squared(context) for stack in stacks] or [torch.zeros(())]
     return torch.stack([term.to(terms[0]) for term in terms]).sum().sqrt()
 
@@ -354,7 +424,10 @@ def check_hyperparameters(group: Mapping[str, Any]) -> None:
         if group[key] not in choices:
             raise ValueError(f"Invalid {key}={group[key]!r}: expected one of {', '.join(choices)}")
     if group["additive"] and group["retract"]:
-        raise ValueError("Invalid retract=True with additive=True: what is added is not retracted; set retract=False")
+        raise ValueError(
+            "Invalid retract=True with additive=True: what is added is not retracted; set"
+            " retract=False"
+        )
 
 
 def check_frozen(stack: PolarStack | ChainStack, gauges_of: Callable[[Iterable[str]], str]) -> None:
@@ -363,15 +436,19 @@ def check_frozen(stack: PolarStack | ChainStack, gauges_of: Callable[[Iterable[s
     ``gauges_of`` gives the gauges of some parameters, for the message.
     """
     named = [list(zip(p.names, p.params, strict=True)) for p in stack.parameters]
-    tied = zip(*named, strict=True) if isinstance(stack, PolarStack) else [list(chain.from_iterable(named))]
+    tied = (
+        zip(*named, strict=True)
+        if isinstance(stack, PolarStack)
+        else [list(chain.from_iterable(named))]
+    )
     for layer in tied:
         if any(param.grad is not None for _, param in layer):
             for name, param in layer:
                 if param.grad is None and not param.requires_grad:
                     raise ValueError(
-                        f"{name!r} was frozen after the optimizer was made, but would move with what shares "
-                        f"its gauge ({gauges_of(each for each, _ in layer)}). Freeze that too, or make the optimizer "
-                        "anew without the gauge"
+                        f"{name!r} was frozen after the optimizer was made, but would move with"
+                        f" what shares its gauge ({gauges_of(each for each, _ in layer)}). Freeze"
+                        " that too, or make the optimizer anew without the gauge"
                     )
 
 
@@ -381,19 +458,27 @@ def is_fake(tensor: Tensor) -> bool:
 
 
 def check_not_zero(params: Mapping[str, Tensor], why: str, otherwise: str) -> None:
-    """Raise ValueError if parameters that cannot leave zero, and could without gauges, are all zero."""
+    """Raise ValueError if parameters that cannot leave zero, and could without gauges, are all
+    zero.
+    """
     if not any(is_fake(param) or bool(whole(param.detach().any())) for param in params.values()):
         names = " and ".join(map(repr, params))
-        raise ValueError(f"{names}: all zero, and {why}, so would stay zero. Initialise at random, or {otherwise}")
+        raise ValueError(
+            f"{names}: all zero, and {why}, so would stay zero. Initialise at random, or"
+            f" {otherwise}"
+        )
 
 
 class Builder:
     """Makes stacks of a plan: what has equal roles, shapes and param groups is stacked.
 
-    ``place`` says where the norms of each gauge are found in a step: its stack, and which layer of it.
+    ``place`` says where the norms of each gauge are found in a step: its stack, and which layer of
+    it.
     """
 
-    def __init__(self, params: dict[str, Tensor], group_of: dict[str, int], groups: list[dict[str, Any]]) -> None:
+    def __init__(
+        self, params: dict[str, Tensor], group_of: dict[str, int], groups: list[dict[str, Any]]
+    ) -> None:
         self.params, self.group_of, self.groups = params, group_of, groups
         self.place: dict[Rescale, tuple[Dresser, int]] = {}
 
@@ -415,12 +500,23 @@ class Builder:
                 group = self.groups[self.group_of[members[0].plus[0].name]]
                 stack = PolarStack(
                     members[0].gauge.degree,
-                    [self.stack(roles) for roles in zip(*(plan.plus for plan in members), strict=True)],
-                    [self.stack(roles) for roles in zip(*(plan.minus for plan in members), strict=True)],
-                    [self.stack(roles) for roles in zip(*(plan.dressed for plan in members), strict=True)],
+                    [
+                        self.stack(roles)
+                        for roles in zip(*(plan.plus for plan in members), strict=True)
+                    ],
+                    [
+                        self.stack(roles)
+                        for roles in zip(*(plan.minus for plan in members), strict=True)
+                    ],
+                    [
+                        self.stack(roles)
+                        for roles in zip(*(plan.dressed for plan in members), strict=True)
+                    ],
                     vertical=group["vertical"] == "adam",
                 )
-                self.place.update({plan.gauge: (stack, layer) for layer, plan in enumerate(members)})
+                self.place.update(
+                    {plan.gauge: (stack, layer) for layer, plan in enumerate(members)}
+                )
                 stacks.append(stack)
         return stacks
 
@@ -455,25 +551,45 @@ class Builder:
         sources = [self.place[role.dressing.gauge] for role in roles if role.dressing is not None]
         if sources:
             layers = [layer for _, layer in sources]
-            index = None if layers == [*range(len(layers))] else torch.tensor(layers, device=params[0].device)
+            index = (
+                None
+                if layers == [*range(len(layers))]
+                else torch.tensor(layers, device=params[0].device)
+            )
             dressed_by = (sources[0][0], index)
-        return StackedParameter(roles[0], names, params, [self.group_of[name] for name in names], dressed_by)
+        return StackedParameter(
+            roles[0], names, params, [self.group_of[name] for name in names], dressed_by
+        )
 
     def _kind(self, name: str) -> tuple[object, ...]:
         param = self.params[name]
-        return tuple(param.shape), param.dtype, param.device, shards_of(param).layout, self.group_of[name]
+        return (
+            tuple(param.shape),
+            param.dtype,
+            param.device,
+            shards_of(param).layout,
+            self.group_of[name],
+        )
 
     def _check_sides(self, plan: PolarPlan) -> None:
-        """Raise ValueError for a side that is zero and has no way out: one entry a unit, or no other side to go by."""
+        """Raise ValueError for a side that is zero and has no way out: one entry a unit, or no
+        other side to go by.
+        """
         for side in (plan.plus, plan.minus):
             params = {role.name: self.params[role.name] for role in side}
-            single = sum(param.numel() for param in params.values()) == plan.gauge.units(self.params)
+            single = sum(param.numel() for param in params.values()) == plan.gauge.units(
+                self.params
+            )
             if side and (single or not plan.minus):
                 why = f"under {plan.gauge} its norms move by multiplication"
                 check_not_zero(params, why, "leave the gauge out")
 
     def _role_key(self, role: Role) -> object:
-        dressing = role.dressing and (id(self.place[role.dressing.gauge][0]), role.dressing.axis, role.dressing.degree)
+        dressing = role.dressing and (
+            id(self.place[role.dressing.gauge][0]),
+            role.dressing.axis,
+            role.dressing.degree,
+        )
         averaging = role.averaging and role.averaging.signature
         kind = self._kind(role.name)
         return kind, role.axis, role.centred, averaging, dressing

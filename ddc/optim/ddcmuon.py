@@ -19,11 +19,13 @@ from ddc.optim.stacks import PolarStack
 
 
 class DDCMuon(DDCAdam):
-    r"""Muon lifted to the orbits of a model's gauges: hidden matrices turn by orthogonalised momentum.
+    r"""Muon lifted to the orbits of a model's gauges: hidden matrices turn by orthogonalised
+    momentum.
 
-    Every rescale that acts on rows or columns of a hidden matrix dresses it: the matrix is multiplied by a vector that
-    scales against the gauge, its gradient divided by the same, and undressed after the step. In these coordinates,
-    with :math:`\rho = |W|_F`, gradient g, momentum :math:`\mu` and learning rate :math:`\eta`:
+    Every rescale that acts on rows or columns of a hidden matrix dresses it: the matrix is
+    multiplied by a vector that scales against the gauge, its gradient divided by the same, and
+    undressed after the step. In these coordinates, with :math:`\rho = |W|_F`, gradient g, momentum
+    :math:`\mu` and learning rate :math:`\eta`:
 
     .. math::
         \hat g &= \langle g, W \rangle, \qquad x = \rho\, g - (\hat g / \rho)\, W \\
@@ -32,35 +34,42 @@ class DDCMuon(DDCAdam):
         W &\leftarrow (1 - \eta \lambda)\, e^{\Delta} \rho\, T / |T|_F, \qquad
         \Delta = - \eta\, r\, Q\, \mathrm{Adam}(Q^T \hat g)
 
-    The columns of Q are the radial coordinates: orthonormal directions of the log-norms of all matrices, perpendicular
-    to those along which gauges move norms against each other (along a chain of ReLU layers, the total alone). orth is
-    equivariant to rotations of rows and columns by itself. All other parameters take the steps of :class:`DDCAdam`.
-    Source: arXiv:2606.29176; the frames by which matrices are dressed, and Q, are ours (docs/method.md).
+    The columns of Q are the radial coordinates: orthonormal directions of the log-norms of all
+    matrices, perpendicular to those along which gauges move norms against each other (along a chain
+    of ReLU layers, the total alone). orth is equivariant to rotations of rows and columns by
+    itself. All other parameters take the steps of :class:`DDCAdam`. Source: arXiv:2606.29176; the
+    frames by which matrices are dressed, and Q, are ours (docs/method.md).
 
     Args:
-        params: ``model.named_parameters()``, or param groups whose ``"params"`` are such pairs. Each group is split in
-            two, for hidden matrices, whose rate is its ``"lr"``, and for the rest, whose rate is its ``"adam_lr"``.
+        params: ``model.named_parameters()``, or param groups whose ``"params"`` are such pairs.
+            Each group is split in two, for hidden matrices, whose rate is its ``"lr"``, and for the
+            rest, whose rate is its ``"adam_lr"``.
         gauges: as for :class:`DDCAdam`.
         hidden: :func:`ddc.hidden_matrices` of the model, or the matrices named by hand.
         lr: for hidden matrices: the angle of a step, in radians.
         adam_lr: for all other parameters.
         momentum: :math:`\mu` above.
         nesterov: orthogonalise :math:`\mu m + (1 - \mu) x`; else m.
-        orthogonalizer: ``"newton_schulz"`` (in the precision of the state), ``"newton_schulz_bfloat16"`` (faster where
-            the hardware has bfloat16 products, many times slower where it has not) or ``"polar"`` (exact; slow; raises
+        orthogonalizer: ``"newton_schulz"`` (in the precision of the state),
+            ``"newton_schulz_bfloat16"`` (faster where the hardware has bfloat16 products, many
+            times slower where it has not) or ``"polar"`` (exact; slow; raises
             ``torch.linalg.LinAlgError`` for a gradient that is not finite).
-        betas, eps, radial_rate, vertical: as for :class:`DDCAdam`; on hidden matrices they are those of the norms.
-            ``vertical="adam"`` steps on the norms' gauge coordinates, ``"balance"`` relaxes the frames to 1.
+        betas, eps, radial_rate, vertical: as for :class:`DDCAdam`; on hidden matrices they are
+            those of the norms. ``vertical="adam"`` steps on the norms' gauge coordinates,
+            ``"balance"`` relaxes the frames to 1.
         weight_decay: as for :class:`DDCAdam`.
-        step_scale, retract, additive: as for :class:`DDCAdam`; hidden matrices have their own step, above.
+        step_scale, retract, additive: as for :class:`DDCAdam`; hidden matrices have their own step,
+            above.
         compiled: as for :class:`DDCAdam`.
 
-    The state of a hidden matrix is its ``momentum_buffer``, half of AdamW's. A hidden matrix without a gradient is left
-    alone; ``balance`` waits for a step in which all that the frames scale has one.
+    The state of a hidden matrix is its ``momentum_buffer``, half of AdamW's. A hidden matrix
+    without a gradient is left alone; ``balance`` waits for a step in which all that the frames
+    scale has one.
 
     Raises:
-        ValueError: a hyperparameter out of range; a hidden matrix that is absent, no matrix, does not divide into its
-            heads, or is zero (norms move by multiplication: it would stay zero); and as :class:`DDCAdam`.
+        ValueError: a hyperparameter out of range; a hidden matrix that is absent, no matrix, does
+            not divide into its heads, or is zero (norms move by multiplication: it would stay
+            zero); and as :class:`DDCAdam`.
     """
 
     settings = DDCAdam.settings | (frozenset(MuonHyper._fields) - {"lr", "decay"})
@@ -89,12 +98,17 @@ class DDCMuon(DDCAdam):
         if not 0 <= momentum < 1:
             raise ValueError(f"Invalid momentum={momentum}: expected a number in [0, 1)")
         if orthogonalizer not in ORTHOGONALIZERS:
-            raise ValueError(f"Invalid orthogonalizer={orthogonalizer!r}: expected one of {', '.join(ORTHOGONALIZERS)}")
+            raise ValueError(
+                f"Invalid orthogonalizer={orthogonalizer!r}: expected one of"
+                f" {', '.join(ORTHOGONALIZERS)}"
+            )
         self._hidden = {matrix.parameter: matrix for matrix in hidden}
         gauges = list(gauges)
         muon = {"momentum": momentum, "nesterov": nesterov, "orthogonalizer": orthogonalizer}
         super().__init__(
-            split_groups(params, self._hidden, names_under(gauges), {"lr": lr, **muon}, {"lr": adam_lr}),
+            split_groups(
+                params, self._hidden, names_under(gauges), {"lr": lr, **muon}, {"lr": adam_lr}
+            ),
             gauges,
             lr=adam_lr,
             betas=betas,
@@ -109,21 +123,24 @@ class DDCMuon(DDCAdam):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """As in ``torch.optim``, with the order of the hidden matrices, in which there is a state of their norms."""
+        """As in ``torch.optim``, with the order of the hidden matrices, in which there is a state
+        of their norms.
+        """
         return {**super().state_dict(), "hidden": self._order()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """As :meth:`ddc.DDCAdam.load_state_dict`.
 
         Raises:
-            ValueError: as there; and for hidden matrices that come in another order than they were saved in.
+            ValueError: as there; and for hidden matrices that come in another order than they were
+                saved in.
         """
         saved, own = list(state_dict.get("hidden", self._order())), self._order()
         if saved != own:
             raise ValueError(
-                f"hidden matrices are in the order {listing(own)} and were saved in the order {listing(saved)}, which "
-                "the state of their norms has too: pass the same matrices as hidden, in the order of "
-                "state_dict['hidden'], and the same param groups"
+                f"hidden matrices are in the order {listing(own)} and were saved in the order"
+                f" {listing(saved)}, which the state of their norms has too: pass the same matrices"
+                " as hidden, in the order of state_dict['hidden'], and the same param groups"
             )
         super().load_state_dict(state_dict)
 
@@ -142,13 +159,18 @@ class DDCMuon(DDCAdam):
         return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
     def _route(self, name: str, param: Tensor) -> tuple[str, str]:
-        by = ", ".join(str(gauge) for gauge in self._gauges if name in gauge.parameters) or "no gauge"
+        by = (
+            ", ".join(str(gauge) for gauge in self._gauges if name in gauge.parameters)
+            or "no gauge"
+        )
         if name not in self._hidden:
             return "DDCAdam" if by != "no gauge" else "AdamW", by
         heads = self._hidden[name].heads
         return "Muon" + (f", {heads} heads" if heads > 1 else ""), by
 
-    def _stacks_of(self, params: dict[str, Tensor], group_of: dict[str, int], gauges: list[Gauge]) -> list[Stack]:
+    def _stacks_of(
+        self, params: dict[str, Tensor], group_of: dict[str, int], gauges: list[Gauge]
+    ) -> list[Stack]:
         if self._ready:  # a group added later
             return super()._stacks_of(params, group_of, gauges)
         self._gauges = gauges
@@ -164,7 +186,8 @@ def split_groups(
     muon: dict[str, Any],
     adam: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Each param group as two: of its hidden matrices, with defaults ``muon``, and of the rest, with ``adam``.
+    """Each param group as two: of its hidden matrices, with defaults ``muon``, and of the rest,
+    with ``adam``.
 
     Parameters are named as in the unwrapped model.
 
@@ -173,11 +196,17 @@ def split_groups(
     """
     given = listed(params, DDCMuon.__name__)
     groups = [each if isinstance(each, dict) else None for each in given]
-    whole = [{"params": given}] if not all(groups) else [group for group in groups if group is not None]
+    whole = (
+        [{"params": given}] if not all(groups) else [group for group in groups if group is not None]
+    )
     pairs = [list(group["params"]) for group in whole]
     if not all(isinstance(pair, tuple) for of_group in pairs for pair in of_group):
-        raise ValueError("hidden matrices are known by name: pass model.named_parameters(), not parameters()")
-    names = iter(plain_names([name for of_group in pairs for name, _ in of_group], known | hidden.keys()))
+        raise ValueError(
+            "hidden matrices are known by name: pass model.named_parameters(), not parameters()"
+        )
+    names = iter(
+        plain_names([name for of_group in pairs for name, _ in of_group], known | hidden.keys())
+    )
     split = []
     for group, of_group in zip(whole, pairs, strict=True):
         named = [(next(names), param) for _, param in of_group]
@@ -185,7 +214,9 @@ def split_groups(
         for is_hidden, key, defaults in ((True, "lr", muon), (False, "adam_lr", adam)):
             mine = [(name, p) for name, p in named if (name in hidden) == is_hidden]
             if mine:
-                split.append({**defaults, **own, "lr": group.get(key, defaults["lr"]), "params": mine})
+                split.append(
+                    {**defaults, **own, "lr": group.get(key, defaults["lr"]), "params": mine}
+                )
     return split
 
 
@@ -194,23 +225,25 @@ def check_hidden(hidden: Mapping[str, HiddenMatrix], params: Mapping[str, Tensor
     for name, matrix in hidden.items():
         if name not in params:
             raise ValueError(
-                f"hidden matrix {name!r} is not among the optimizer's parameters, or quantised. Pass "
-                "named_parameters() of the model that it was found in, or leave it out of hidden"
+                f"hidden matrix {name!r} is not among the optimizer's parameters, or quantised."
+                " Pass named_parameters() of the model that it was found in, or leave it out of"
+                " hidden"
             )
         param = params[name]
         if param.ndim != 2:
             raise ValueError(
-                f"hidden matrix {name!r} has shape {tuple(param.shape)}: expected a matrix. Leave it out of hidden"
+                f"hidden matrix {name!r} has shape {tuple(param.shape)}: expected a matrix. Leave"
+                " it out of hidden"
             )
         if param.is_complex():
             raise ValueError(
-                f"hidden matrix {name!r} is complex, and orthogonalised are real ones. Leave it out of hidden: it "
-                "takes AdamW's step then"
+                f"hidden matrix {name!r} is complex, and orthogonalised are real ones. Leave it out"
+                " of hidden: it takes AdamW's step then"
             )
         if param.shape[matrix.axis] % matrix.heads:
             raise ValueError(
-                f"hidden matrix {name!r}: {matrix.heads} heads do not divide {param.shape[matrix.axis]}. Give it the "
-                "heads that it has, or heads=1"
+                f"hidden matrix {name!r}: {matrix.heads} heads do not divide"
+                f" {param.shape[matrix.axis]}. Give it the heads that it has, or heads=1"
             )
         check_not_zero({name: param}, "its norm moves by multiplication", "leave it out of hidden")
 
@@ -259,8 +292,9 @@ class MuonBuilder(Builder):
             for name in (p, m):
                 if self.matrices[name].heads > 1:
                     raise ValueError(
-                        f"hidden matrix {name!r}: under {gauges_of(plan, name)} it cannot be taken by heads. Make it "
-                        f"one matrix, HiddenMatrix({name!r}), or leave the gauge out"
+                        f"hidden matrix {name!r}: under {gauges_of(plan, name)} it cannot be taken"
+                        f" by heads. Make it one matrix, HiddenMatrix({name!r}), or leave the"
+                        " gauge out"
                     )
         group = self.groups[stacks[0].groups[0]]
         return HiddenMatrices(frames, stacks, plan.linked, vertical=group["vertical"] == "adam")
@@ -272,10 +306,17 @@ class MuonBuilder(Builder):
             alike: dict[object, list[InnerPlan]] = {}
             for inner in plan.inner:
                 if inner.level == level:
-                    params = {axis.parameter: self.params[axis.parameter] for axis in inner.plus + inner.minus}
+                    params = {
+                        axis.parameter: self.params[axis.parameter]
+                        for axis in inner.plus + inner.minus
+                    }
                     check_split_alike(params.items())
-                    shapes = tuple((tuple(param.shape), shards_of(param).group) for param in params.values())
-                    alike.setdefault((inner.gauge.degree, shapes, len(inner.plus)), []).append(inner)
+                    shapes = tuple(
+                        (tuple(param.shape), shards_of(param).group) for param in params.values()
+                    )
+                    alike.setdefault((inner.gauge.degree, shapes, len(inner.plus)), []).append(
+                        inner
+                    )
             for members in alike.values():
                 scaled = [self.params[name] for inner in members for name in inner.gauge.parameters]
                 frame = FrameStack(members[0].gauge.degree, [], [], scaled)

@@ -1,4 +1,6 @@
-"""Where on their gauge orbits weights lie, in coordinates that DDCAdam keeps still, and how far they moved there."""
+"""Where on their gauge orbits weights lie, in coordinates that DDCAdam keeps still, and how far
+they moved there.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +16,20 @@ from ddc.optim.plan import Role, make_plan
 
 @torch.no_grad()
 def gauge_coordinates(params: Mapping[str, Tensor], gauges: Iterable[Gauge]) -> dict[Gauge, Tensor]:
-    """The vertical coordinates of weights, which the loss cannot see and DDCAdam (``vertical="freeze"``) keeps still.
+    """The vertical coordinates of weights, which the loss cannot see and DDCAdam
+    (``vertical="freeze"``) keeps still.
 
-    - rescale: per unit 2 (log rho_P - k log rho_M) / (1 + k²), of sides as DDCAdam decomposes and dresses them
-      (:mod:`ddc.optim.plan`), and 2 log rho_P where all readers are dressed. The group element c moves it by 2 log c;
-      for k = 1 it is log(rho_P / rho_M);
+    - rescale: per unit 2 (log rho_P - k log rho_M) / (1 + k²), of sides as DDCAdam decomposes and
+      dresses them (:mod:`ddc.optim.plan`), and 2 log rho_P where all readers are dressed. The group
+      element c moves it by 2 log c; for k = 1 it is log(rho_P / rho_M);
     - chain: twice each layer's log-norm less the mean over layers;
     - shift: the mean row, in the unit of the weights: a norm scale on the head moves it as well.
 
     Rotations have no coordinate of this kind (:func:`gauge_drift` gives their angles).
 
     Args:
-        params: parameters by name; those that are split over ranks are gathered, so all ranks must call.
+        params: parameters by name; those that are split over ranks are gathered, so all ranks must
+            call.
         gauges: the gauges of the model.
 
     Returns:
@@ -53,13 +57,17 @@ def gauge_coordinates(params: Mapping[str, Tensor], gauges: Iterable[Gauge]) -> 
         plus = log_norms(each.plus)
         plus_norms[each.gauge] = plus.exp()
         k = each.gauge.degree
-        found[each.gauge] = 2 * (plus - k * log_norms(each.minus)) / (1 + k**2) if each.minus else 2 * plus
+        found[each.gauge] = (
+            2 * (plus - k * log_norms(each.minus)) / (1 + k**2) if each.minus else 2 * plus
+        )
     for chain in plan.chains:
         logs = torch.stack([params[role.name].double().norm().log() for role in chain.layers])
         found[chain.gauge] = 2 * (logs - logs.mean())
     for gauge in gauges:
         if isinstance(gauge, Shift):
-            found[gauge] = torch.cat([params[name].double().mean(0).reshape(-1) for name in gauge.parameters])
+            found[gauge] = torch.cat(
+                [params[name].double().mean(0).reshape(-1) for name in gauge.parameters]
+            )
     return found
 
 
@@ -67,9 +75,10 @@ def gauge_coordinates(params: Mapping[str, Tensor], gauges: Iterable[Gauge]) -> 
 def gauge_drift(start: Params, now: Params, gauges: Iterable[Gauge]) -> dict[str, float]:
     """How far weights have moved *along* their orbits since a start, by kind of gauge.
 
-    The root mean square, over all units of a kind, of the change of :func:`gauge_coordinates`; for a rotation, of the
-    angle in radians of the rotation without reflection that turns a unit best onto where it was (Procrustes; the root
-    of the sum of its planes' squared angles). Units with a side of norm zero are left out.
+    The root mean square, over all units of a kind, of the change of :func:`gauge_coordinates`; for
+    a rotation, of the angle in radians of the rotation without reflection that turns a unit best
+    onto where it was (Procrustes; the root of the sum of its planes' squared angles). Units with a
+    side of norm zero are left out.
 
     Args:
         start: parameters by name.
@@ -82,8 +91,12 @@ def gauge_drift(start: Params, now: Params, gauges: Iterable[Gauge]) -> dict[str
     changes: dict[str, list[Tensor]] = {}
     for gauge in gauges:
         if isinstance(gauge, Rotation):
-            angles = torch.linalg.eigvals(nearest_turn(gauge, now, start, reflections=False)).angle()
-            change = (angles.square().sum(-1) / 2).sqrt()  # the angles of a plane come with both signs
+            angles = torch.linalg.eigvals(
+                nearest_turn(gauge, now, start, reflections=False)
+            ).angle()
+            change = (
+                angles.square().sum(-1) / 2
+            ).sqrt()  # the angles of a plane come with both signs
         else:
             change = after[gauge].cpu() - before[gauge].cpu()
         changes.setdefault(gauge.kind, []).append(change[change.isfinite()])

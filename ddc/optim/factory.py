@@ -23,7 +23,8 @@ from ddc.optim.relative_step import RelativeAdamW
 from ddc.optim.saved import check_shapes, in_own_order, parameter_names, saved_ids
 from ddc.optim.sharding import split_like
 
-#: A step takes long to compile; what that saves in a smaller model does not make up for that in a run.
+#: A step takes long to compile; what that saves in a smaller model does not make up for that in a
+#: run.
 COMPILED_FROM = 5_000_000
 
 
@@ -55,7 +56,10 @@ def make_muon(
     hidden = {matrix.parameter for matrix in matrices}
     groups = decay_groups(model, weight_decay)
     named = [(n, p) for group in groups for n, p in group["params"] if plain_name(n) in hidden]
-    rest = [{**g, "params": [(n, p) for n, p in g["params"] if plain_name(n) not in hidden]} for g in groups]
+    rest = [
+        {**g, "params": [(n, p) for n, p in g["params"] if plain_name(n) not in hidden]}
+        for g in groups
+    ]
     muon = Muon(
         named,
         lr=lr,
@@ -65,12 +69,15 @@ def make_muon(
         adjust_lr_fn=adjust_lr_fn,
         orthogonalizer=orthogonalizer,
     )
-    adamw = make_adamw([group for group in rest if group["params"]], lr=adam_lr, betas=betas, eps=eps)
+    adamw = make_adamw(
+        [group for group in rest if group["params"]], lr=adam_lr, betas=betas, eps=eps
+    )
     return CombinedOptimizer((muon, adamw))
 
 
 def make_adamw(groups: list[dict[str, Any]], **options: Any) -> AdamW:
-    """``torch.optim.AdamW``; like our own optimizers, it loads states by name, and of whole tensors where it has parts.
+    """``torch.optim.AdamW``; like our own optimizers, it loads states by name, and of whole tensors
+    where it has parts.
 
     Raises:
         ValueError: in ``load_state_dict``, a state of other parameters or of another optimizer.
@@ -81,9 +88,16 @@ def make_adamw(groups: list[dict[str, Any]], **options: Any) -> AdamW:
 
 
 def make_relative_adamw(
-    model: nn.Module, weight_decay: float, *, lr: float, adam_lr: float, steps: Mapping[str, float], **options: Any
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    lr: float,
+    adam_lr: float,
+    steps: Mapping[str, float],
+    **options: Any,
 ) -> RelativeAdamW:
-    """AdamW whose step of each matrix has the length ``lr`` relative to it, times that of ``steps`` if these name it.
+    """AdamW whose step of each matrix has the length ``lr`` relative to it, times that of ``steps``
+    if these name it.
 
     Raises:
         ValueError: ``steps`` are given, and not of all matrices.
@@ -99,23 +113,34 @@ def make_relative_adamw(
     ]
     matrices = {plain_name(name) for name, param in model.named_parameters() if param.ndim >= 2}
     if steps and (missing := matrices - set(steps)):
-        raise ValueError(f"Invalid optimizer.steps_of: that run has no matrix {min(missing)}; take one of this model")
+        raise ValueError(
+            f"Invalid optimizer.steps_of: that run has no matrix {min(missing)}; take one of this"
+            " model"
+        )
     optimizer = RelativeAdamW(groups, fused=True, **options)
     optimizer.register_load_state_dict_pre_hook(fitted_state)
     return optimizer
 
 
 def fitted_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state dict in the optimizer's order, with tensors of a parameter's shape split as the parameter is."""
+    """A state dict in the optimizer's order, with tensors of a parameter's shape split as the
+    parameter is.
+    """
     state_dict = in_own_order(optimizer, state_dict)
     params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     param_of = dict(zip(saved_ids(state_dict["param_groups"]), params, strict=True))
     for name, (i, param) in zip(parameter_names(optimizer), param_of.items(), strict=True):
         if saved := state_dict["state"].get(i):  # it has none before its first step
-            check_shapes(name, saved, {"step": (), "exp_avg": param.shape, "exp_avg_sq": param.shape})
+            check_shapes(
+                name, saved, {"step": (), "exp_avg": param.shape, "exp_avg_sq": param.shape}
+            )
 
     def split(value: Any, param: Tensor) -> Any:
-        return split_like(value, param) if isinstance(value, Tensor) and value.shape == param.shape else value
+        return (
+            split_like(value, param)
+            if isinstance(value, Tensor) and value.shape == param.shape
+            else value
+        )
 
     state = {
         i: {key: split(value, param_of[i]) for key, value in values.items()}
@@ -141,11 +166,12 @@ def make_optimizer(
         gauges: for the optimizers that respect any.
         weight_decay: on matrices.
         hidden: :func:`ddc.hidden_matrices`, for Muon and DDCMuon.
-        options: the optimizer's own; ``compiled=None`` compiles the step of a model of :data:`COMPILED_FROM`
-            parameters or more on a CPU, where there is a compiler.
+        options: the optimizer's own; ``compiled=None`` compiles the step of a model of
+            :data:`COMPILED_FROM` parameters or more on a CPU, where there is a compiler.
 
     Raises:
-        ValueError: an unknown name, a hyperparameter out of range, or no compiler where one is needed.
+        ValueError: an unknown name, a hyperparameter out of range, or no compiler where one is
+            needed.
     """
     groups = decay_groups(model, weight_decay)
     if "compiled" in options:
@@ -171,18 +197,19 @@ def compiled_step(wanted: bool | None, model: nn.Module) -> bool:
     if any(isinstance(p, DTensor) for p in parameters):
         if wanted:
             raise ValueError(
-                "Invalid optimizer.compiled=true: a step on parameters that are split over processes "
-                "(launcher.parallel=fsdp) is not compiled; set it to null"
+                "Invalid optimizer.compiled=true: a step on parameters that are split over"
+                " processes (launcher.parallel=fsdp) is not compiled; set it to null"
             )
         return False
     on_cpu = parameters[0].device.type == "cpu"
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # torch's own choice
+    # torch's own choice
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     there = shutil.which(compiler) is not None
     if wanted is None:  # elsewhere nobody has tried
         return on_cpu and there and sum(p.numel() for p in parameters) >= COMPILED_FROM
     if wanted and on_cpu and not there:
         raise ValueError(
-            f"Invalid optimizer.compiled=true: there is no C++ compiler {compiler!r}. Install one, name another in the "
-            "environment variable CXX, or set optimizer.compiled=false"
+            f"Invalid optimizer.compiled=true: there is no C++ compiler {compiler!r}. Install one,"
+            " name another in the environment variable CXX, or set optimizer.compiled=false"
         )
     return wanted

@@ -1,7 +1,9 @@
-"""The arithmetic of hidden matrices: frames of inner gauges, and Muon's step in dressed coordinates.
+"""The arithmetic of hidden matrices: frames of inner gauges, and Muon's step in dressed
+coordinates.
 
-Shapes: G inner gauges in a frame, U units; L matrices in a stack, B blocks (heads, or whole matrices) of all of them.
-Matrices may be split over ranks (:mod:`ddc.optim.sharding`); only the orthogonaliser has to see whole ones.
+Shapes: G inner gauges in a frame, U units; L matrices in a stack, B blocks (heads, or whole
+matrices) of all of them. Matrices may be split over ranks (:mod:`ddc.optim.sharding`); only the
+orthogonaliser has to see whole ones.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ from ddc.optim.stacks import PolarStack
 
 
 class Factor(NamedTuple):
-    """A matrix is multiplied, along ``axis``, by the ``degree``-th power of the norms of layer ``layer`` of a stack."""
+    """A matrix is multiplied, along ``axis``, by the ``degree``-th power of the norms of layer
+    ``layer`` of a stack.
+    """
 
     source: PolarStack | FrameStack
     layer: int
@@ -63,15 +67,21 @@ class Member(NamedTuple):
 class FrameStack:
     r"""Frames of alike inner gauges: per unit, a number that scales with the gauge.
 
-    The forward norm f of a unit is that of its plus side dressed by what comes before, the backward norm b that of
-    its minus side dressed by what comes after; along a chain :math:`f^2` and :math:`b^2` sum the squared products of
-    weights over all paths to and from the unit. The frame :math:`(f / b)^{1 / (1 + k)}` divides the plus side and
-    multiplies (to the power k) the minus side, after which both have path norms in balance. A unit that is dead on one
-    side goes by the other, one that is dead on both has frame 1. ``params`` are all that the gauges scale, biases too.
+    The forward norm f of a unit is that of its plus side dressed by what comes before, the backward
+    norm b that of its minus side dressed by what comes after; along a chain :math:`f^2` and
+    :math:`b^2` sum the squared products of weights over all paths to and from the unit. The frame
+    :math:`(f / b)^{1 / (1 + k)}` divides the plus side and multiplies (to the power k) the minus
+    side, after which both have path norms in balance. A unit that is dead on one side goes by the
+    other, one that is dead on both has frame 1. ``params`` are all that the gauges scale, biases
+    too.
     """
 
     def __init__(
-        self, degree: float, plus: list[list[Member]], minus: list[list[Member]], params: list[Tensor]
+        self,
+        degree: float,
+        plus: list[list[Member]],
+        minus: list[list[Member]],
+        params: list[Tensor],
     ) -> None:
         self.degree, self.plus, self.minus, self.params = degree, plus, minus, params
 
@@ -83,10 +93,16 @@ class FrameStack:
 
     def sweep_backward(self, context: Context) -> None:
         """Backward norms, given those of later levels; and the frame."""
-        f, b, k = context.log_forward[self], self._log_norms(self.minus, context, forward=False), self.degree
+        f, b, k = (
+            context.log_forward[self],
+            self._log_norms(self.minus, context, forward=False),
+            self.degree,
+        )
         context.log_backward[self] = b
         one_sided = torch.where(f.isfinite(), f, torch.where(b.isfinite(), -b / k, 0.0))
-        context.log_frames[self] = torch.where(f.isfinite() & b.isfinite(), (f - b) / (1 + k), one_sided)
+        context.log_frames[self] = torch.where(
+            f.isfinite() & b.isfinite(), (f - b) / (1 + k), one_sided
+        )
 
     @staticmethod
     def _log_norms(side: list[list[Member]], context: Context, forward: bool) -> Tensor:
@@ -102,8 +118,11 @@ class FrameStack:
             else:
                 if isinstance(other.source, FrameStack):
                     log = (context.log_forward if forward else context.log_backward)[other.source]
-                    # a forward norm dresses by its power k; a backward norm, which scales as c^-k, by its power 1/k
-                    factor = log[other.layer] * (other.degree if forward else 1 / other.source.degree)
+                    # a forward norm dresses by its power k; a backward norm, which scales as c^-k,
+                    # by its power 1/k
+                    factor = log[other.layer] * (
+                        other.degree if forward else 1 / other.source.degree
+                    )
                 else:
                     factor = other.log_norm(context) * other.degree
                 shift = factor.max().nan_to_num(neginf=0.0)
@@ -115,13 +134,16 @@ class FrameStack:
         return torch.logsumexp(2 * logs, 1) / 2 if logs.shape[1] > 1 else logs[:, 0]
 
 
-#: Logarithms of what stacked matrices are multiplied by: along rows, (L, rows, 1), and columns, (L, 1, columns).
+#: Logarithms of what stacked matrices are multiplied by: along rows, (L, rows, 1), and columns, (L,
+#: 1, columns).
 LogFactors = tuple[Tensor, Tensor]
 
 
 @dataclass
 class Read:
-    """What dresses a stack, and what its dressed weights and gradients sum to for each block, (B,)."""
+    """What dresses a stack, and what its dressed weights and gradients sum to for each block,
+    (B,).
+    """
 
     log_factors: LogFactors | None
     norm: Tensor
@@ -129,7 +151,9 @@ class Read:
 
 
 class Undressing(NamedTuple):
-    """What undresses stacked matrices along rows and columns, and which of these nothing dead dresses."""
+    """What undresses stacked matrices along rows and columns, and which of these nothing dead
+    dresses.
+    """
 
     rows: Tensor
     columns: Tensor
@@ -138,7 +162,8 @@ class Undressing(NamedTuple):
 
 
 class HiddenLayers(NamedTuple):
-    """What a step reads of some layers of a stack: weights and momentum, which it writes too, gradients, and dressing.
+    """What a step reads of some layers of a stack: weights and momentum, which it writes too,
+    gradients, and dressing.
 
     ``momentum`` is (L, *shape).
     """
@@ -163,9 +188,18 @@ class HiddenStack:
     """Hidden matrices of one shape, one param group and equal heads, L of them."""
 
     def __init__(
-        self, matrices: list[HiddenMatrix], params: list[Tensor], group: int, factors: list[tuple[Factor, ...]]
+        self,
+        matrices: list[HiddenMatrix],
+        params: list[Tensor],
+        group: int,
+        factors: list[tuple[Factor, ...]],
     ) -> None:
-        self.matrices, self.params, self.groups, self.factors = matrices, params, [group] * len(params), factors
+        self.matrices, self.params, self.groups, self.factors = (
+            matrices,
+            params,
+            [group] * len(params),
+            factors,
+        )
         self.names = [matrix.parameter for matrix in matrices]
         self.heads, self.axis = matrices[0].heads, matrices[0].axis
         self.dtype = compute_dtype(params[0])
@@ -173,8 +207,11 @@ class HiddenStack:
         shape = (len(params), *self.shards.local(params[0]).shape)
         device = params[0].device
         self.momentum_buffer = torch.zeros(shape, dtype=self.dtype, device=device)
-        whole = self.shards.layout is None  # else ranks share the layers out, as many at once as there are
-        self.at_once = layers_at_once(len(params), params[0].numel(), device) if whole else len(params)
+        # else ranks share the layers out, as many at once as there are
+        whole = self.shards.layout is None
+        self.at_once = (
+            layers_at_once(len(params), params[0].numel(), device) if whole else len(params)
+        )
         self.single_chunk = self.at_once == len(params)
         self.compilable = is_compilable(params[0])
         functions = HiddenStack._move, HiddenStack._sum_up, HiddenStack._measure
@@ -189,7 +226,11 @@ class HiddenStack:
         """(L, rows, columns) to (B, rows, columns) of the heads."""
         if self.heads == 1:
             return stacked
-        return stacked.unflatten(1 + self.axis, (self.heads, -1)).movedim(1 + self.axis, 1).flatten(0, 1)
+        return (
+            stacked.unflatten(1 + self.axis, (self.heads, -1))
+            .movedim(1 + self.axis, 1)
+            .flatten(0, 1)
+        )
 
     def joined(self, blocks: Tensor) -> Tensor:
         """The inverse of :meth:`blocked`."""
@@ -222,15 +263,23 @@ class HiddenStack:
         return self.params[0].shape[0] // (self.heads if self.axis == 0 else 1)
 
     def log_factors(self, context: Context, after: bool, inner: bool = False) -> LogFactors | None:
-        """What dresses the matrices, before or after it has moved; with ``inner``, the frames' part of it alone."""
+        """What dresses the matrices, before or after it has moved; with ``inner``, the frames' part
+        of it alone.
+        """
         if not any(self.factors):
             return None
 
         def along(axis: int) -> Tensor:
-            none = torch.zeros(self.params[0].shape[axis], dtype=self.dtype, device=self.params[0].device)
+            none = torch.zeros(
+                self.params[0].shape[axis], dtype=self.dtype, device=self.params[0].device
+            )
             logs = []
             for factors in self.factors:
-                mine = [f for f in factors if f.axis == axis and not (inner and isinstance(f.source, PolarStack))]
+                mine = [
+                    f
+                    for f in factors
+                    if f.axis == axis and not (inner and isinstance(f.source, PolarStack))
+                ]
                 logs.append(mine[0].degree * mine[0].log_norm(context, after) if mine else none)
             return self.shards.part(torch.stack(logs), 1, axis).unsqueeze(2 - axis)
 
@@ -238,7 +287,10 @@ class HiddenStack:
 
     def gather(self, rows: slice, log_factors: LogFactors | None) -> HiddenLayers:
         """What a step reads of these layers, and where it writes."""
-        weights, grads = local_weights(self.params[rows], self.shards), local_grads(self.params[rows], self.shards)
+        weights, grads = (
+            local_weights(self.params[rows], self.shards),
+            local_grads(self.params[rows], self.shards),
+        )
         mine = None if log_factors is None else (log_factors[0][rows], log_factors[1][rows])
         return HiddenLayers(weights, grads, self.momentum_buffer[rows], mine)
 
@@ -254,7 +306,10 @@ class HiddenStack:
         """Norms of the blocks, and the gradients of their logarithms."""
         log_factors = self.log_factors(context, after=False)
         chunks = context.chunks([True] * len(self.params), self.at_once)
-        parts = [self.sum_up(context.compiles(self), self, self.gather(rows, log_factors)) for rows in chunks]
+        parts = [
+            self.sum_up(context.compiles(self), self, self.gather(rows, log_factors))
+            for rows in chunks
+        ]
         return Read(log_factors, *map(torch.cat, zip(*parts, strict=True)))
 
     def _sum_up(self, layers: HiddenLayers) -> tuple[Tensor, Tensor]:
@@ -267,7 +322,10 @@ class HiddenStack:
         """Squared norm of the gradient in the invariant metric."""
         log_factors = self.log_factors(context, after=False)
         chunks = context.chunks([True] * len(self.params), self.at_once)
-        measured = [self.measure(context.compiles(self), self, self.gather(rows, log_factors)) for rows in chunks]
+        measured = [
+            self.measure(context.compiles(self), self, self.gather(rows, log_factors))
+            for rows in chunks
+        ]
         return torch.stack(measured).sum()
 
     def _measure(self, layers: HiddenLayers) -> Tensor:
@@ -276,7 +334,9 @@ class HiddenStack:
         return (grads * squares / self.block_rows).sum()
 
     def step(self, read: Read, log_change: Tensor, context: Context) -> None:
-        """Turn the directions by the angle lr, multiply the norms by exp(log_change), decay, undress and store."""
+        """Turn the directions by the angle lr, multiply the norms by exp(log_change), decay,
+        undress and store.
+        """
         group, rates = context.groups[self.groups[0]], context.rates[self.groups[0]]
         undress = None if read.log_factors is None else self._undressing(read.log_factors, context)
         hyper = MuonHyper(*rates, group["momentum"], group["nesterov"], group["orthogonalizer"])
@@ -299,10 +359,14 @@ class HiddenStack:
     ) -> None:
         weight, grad = self.dressed(layers)
         direction = scaled(weight, self.spread(safe_power(norm, -1)))
-        x = scaled(grad, self.spread(norm)).addcmul_(direction, self.spread(log_norm_grad), value=-1)
+        x = scaled(grad, self.spread(norm)).addcmul_(
+            direction, self.spread(log_norm_grad), value=-1
+        )
         momentum = approach_(layers.momentum, x, 1 - hyper.momentum)
         mixed = approach_(x, momentum, hyper.momentum) if hyper.nesterov else momentum
-        o = self.shards.on_whole(lambda matrices: self._orthogonal(matrices, hyper.orthogonalizer), mixed)
+        o = self.shards.on_whole(
+            lambda matrices: self._orthogonal(matrices, hyper.orthogonalizer), mixed
+        )
         o = o.addcmul_(direction, self.spread(self.sums(o * direction)[0]), value=-1)
         inverse = safe_power(self.sums(o.square())[0].sqrt(), -1)
         turned = direction.addcmul_(o, self.spread(hyper.lr * inverse), value=-1)
@@ -318,19 +382,27 @@ class HiddenStack:
     def _orthogonal(self, matrices: Tensor, orthogonalizer: str) -> Tensor:
         """Stacked whole matrices, orthogonalised block by block."""
         blocks = self.blocked(matrices)
-        # the angle of a step does not depend on the size of the gradient, as long as that is a normal number
+        # the angle of a step does not depend on the size of the gradient, as long as that is a
+        # normal number
         size = blocks.abs().amax((1, 2), keepdim=True)
         size = torch.where(size >= torch.finfo(size.dtype).tiny, size, 0.0)
         return self.joined(ORTHOGONALIZERS[orthogonalizer](blocks * safe_power(size, -1)))
 
     def _undressing(self, before: LogFactors, context: Context) -> Undressing:
-        """What undresses the moved matrices; in ``balance``, with their frames relaxed towards 1."""
+        """What undresses the moved matrices; in ``balance``, with their frames relaxed towards
+        1.
+        """
         after = self.log_factors(context, after=True)
         assert after is not None
         rows, columns = ((-log).exp() for log in after)
-        if context.relaxed and (inner := self.log_factors(context, after=True, inner=True)) is not None:
+        if (
+            context.relaxed
+            and (inner := self.log_factors(context, after=True, inner=True)) is not None
+        ):
             rate = relaxation(context, self.groups[0])
-            rows, columns = (f * (rate * log).exp() for f, log in zip((rows, columns), inner, strict=True))
+            rows, columns = (
+                f * (rate * log).exp() for f, log in zip((rows, columns), inner, strict=True)
+            )
         return Undressing(rows, columns, before[0].isfinite(), before[1].isfinite())
 
 
@@ -342,8 +414,9 @@ def relaxation(context: Context, group: int) -> float | Tensor:
 class HiddenMatrices:
     """All hidden matrices of an optimizer: frames first, then radial modes, then each stack.
 
-    The log-norms of B blocks have as many *radial* coordinates as gauges leave them: an orthonormal basis of what is
-    perpendicular to the *vertical* ones, along which inner gauges and chains move norms against each other.
+    The log-norms of B blocks have as many *radial* coordinates as gauges leave them: an orthonormal
+    basis of what is perpendicular to the *vertical* ones, along which inner gauges and chains move
+    norms against each other.
 
     Args:
         frames: by level.
@@ -362,13 +435,22 @@ class HiddenMatrices:
         self.frames, self.stacks = frames, stacks
         # matrices whose norms a gauge links share their radial step, and so its rate
         self.shared = ("betas", "eps", "radial_rate", "vertical", *(("lr",) if linked else ()))
-        index = {name: i for i, name in enumerate(name for s in stacks for name in s.names for _ in range(s.heads))}
+        index = {
+            name: i
+            for i, name in enumerate(
+                name for s in stacks for name in s.names for _ in range(s.heads)
+            )
+        }
         total = sum(stack.blocks for stack in stacks)
         device, dtype = stacks[0].params[0].device, stacks[0].dtype
-        self.basis, modes = modes_of(total, [(index[p], index[m], k) for p, m, k in linked], vertical)
+        self.basis, modes = modes_of(
+            total, [(index[p], index[m], k) for p, m, k in linked], vertical
+        )
         self.basis = self.basis.to(device=device, dtype=dtype)
         self.step_count = torch.zeros(1, device=device)
-        self.radial = {key: torch.zeros(modes, device=device, dtype=dtype) for key in ("exp_avg", "exp_avg_sq")}
+        self.radial = {
+            key: torch.zeros(modes, device=device, dtype=dtype) for key in ("exp_avg", "exp_avg_sq")
+        }
 
     @property
     def single_chunk(self) -> bool:
@@ -402,8 +484,11 @@ class HiddenMatrices:
         if all(param.grad is None for stack in self.stacks for param in stack.params):
             return
         group = context.groups[self.stacks[0].groups[0]]
-        # what shares a side with a hidden matrix goes with it; and all of it or nothing, or the function would change
-        if group["vertical"] == "balance" and all(p.grad is not None for frame in self.frames for p in frame.params):
+        # what shares a side with a hidden matrix goes with it; and all of it or nothing, or the
+        # function would change
+        if group["vertical"] == "balance" and all(
+            p.grad is not None for frame in self.frames for p in frame.params
+        ):
             rate = relaxation(context, self.stacks[0].groups[0])
             for frame in self.frames:
                 context.relaxed[frame] = (-rate * context.log_frames[frame]).exp()
@@ -424,22 +509,31 @@ class HiddenMatrices:
         self.step_count += 1
         bias = Bias.at(self.step_count, group["betas"], log_norm_grads.dtype)
         moments = self.radial["exp_avg"], self.radial["exp_avg_sq"]
-        u = adam_(mode_sums(self.basis.mT, log_norm_grads), moments, bias, group["betas"], group["eps"])
+        u = adam_(
+            mode_sums(self.basis.mT, log_norm_grads), moments, bias, group["betas"], group["eps"]
+        )
         change = mode_sums(self.basis, u * (bias.root_second / bias.first))
         parts = change.split([stack.blocks for stack in self.stacks])
-        return [part * -relaxation(context, stack.groups[0]) for part, stack in zip(parts, self.stacks, strict=True)]
+        return [
+            part * -relaxation(context, stack.groups[0])
+            for part, stack in zip(parts, self.stacks, strict=True)
+        ]
 
 
 def mode_sums(matrix: Tensor, vector: Tensor) -> Tensor:
-    """Their product; but what is not finite stays within its modes, where 0 · nan would make all of them nan."""
+    """Their product; but what is not finite stays within its modes, where 0 · nan would make all of
+    them nan.
+    """
     return torch.where(matrix == 0, 0.0, matrix * vector).sum(1)
 
 
-def modes_of(total: int, linked: Sequence[tuple[int, int, float]], vertical: bool) -> tuple[Tensor, int]:
+def modes_of(
+    total: int, linked: Sequence[tuple[int, int, float]], vertical: bool
+) -> tuple[Tensor, int]:
     """Orthonormal modes of log-norms, as columns, and how many.
 
-    Blocks that no gauge links are modes by themselves; of those that gauges link, the modes are what is perpendicular
-    to the gauges' directions, and with ``vertical`` the rest as well.
+    Blocks that no gauge links are modes by themselves; of those that gauges link, the modes are
+    what is perpendicular to the gauges' directions, and with ``vertical`` the rest as well.
     """
     parent = list(range(total))
 
@@ -459,7 +553,8 @@ def modes_of(total: int, linked: Sequence[tuple[int, int, float]], vertical: boo
             row[p], row[m] = 1.0, -k
         _, s, modes = np.linalg.svd(gauges[:, members], full_matrices=True)
         modes = modes if vertical else modes[(s > 1e-9).sum() :]
-        modes = modes * np.where(modes.sum(1, keepdims=True) < 0, -1.0, 1.0)  # a sign that does not depend on the SVD's
+        # a sign that does not depend on the SVD's
+        modes = modes * np.where(modes.sum(1, keepdims=True) < 0, -1.0, 1.0)
         mine = np.zeros((total, len(modes)))
         mine[members] = modes.T
         columns.append(mine)

@@ -13,7 +13,13 @@ from ddc.optim.closure import loss_of
 from ddc.optim.orthogonal import ORTHOGONALIZERS
 from ddc.optim.parameters import check_has_values, is_plain, listed, names_of, prepared
 from ddc.optim.plan import compute_dtype
-from ddc.optim.saved import as_it_was_if_refused, check_shapes, in_own_order, parameter_names, saved_ids
+from ddc.optim.saved import (
+    as_it_was_if_refused,
+    check_shapes,
+    in_own_order,
+    parameter_names,
+    saved_ids,
+)
 from ddc.optim.sharding import restore_, shards_of
 
 ADJUSTMENTS: dict[str, Callable[[int, int], float]] = {
@@ -27,18 +33,22 @@ def check_hyperparameters(group: Mapping[str, Any]) -> None:
     for name, high in (("lr", None), ("weight_decay", None), ("momentum", 1)):
         value = group[name]
         if not value >= 0 or (high is not None and value >= high):
-            raise ValueError(f"Invalid {name}={value}: expected a number >= 0" + (" and < 1" if high else ""))
+            raise ValueError(
+                f"Invalid {name}={value}: expected a number >= 0" + (" and < 1" if high else "")
+            )
     for name, choices in (("adjust_lr_fn", ADJUSTMENTS), ("orthogonalizer", ORTHOGONALIZERS)):
         if group[name] not in choices:
-            raise ValueError(f"Invalid {name}={group[name]!r}: expected one of {', '.join(choices)}")
+            raise ValueError(
+                f"Invalid {name}={group[name]!r}: expected one of {', '.join(choices)}"
+            )
 
 
 def check_matrix(name: str, param: Tensor) -> None:
     """Raise ValueError unless a parameter is a matrix of real numbers."""
     if param.ndim != 2 or not is_plain(param) or param.is_complex():
         raise ValueError(
-            f"Muon takes matrices of real numbers; {name!r} has shape {tuple(param.shape)} and {param.dtype}. Give it "
-            "to AdamW"
+            f"Muon takes matrices of real numbers; {name!r} has shape {tuple(param.shape)} and"
+            f" {param.dtype}. Give it to AdamW"
         )
 
 
@@ -59,8 +69,8 @@ class Muon(Optimizer):
     Args:
         params: matrices, their names and tensors, or param groups of them.
         lr, weight_decay, momentum, nesterov: as of ``torch.optim.Muon``.
-        adjust_lr_fn: a for a matrix of shape (rows, columns): ``original``, √max(1, rows/columns), or
-            ``match_rms_adamw``, 0.2 √max(rows, columns) (Moonlight's, arXiv:2502.16982).
+        adjust_lr_fn: a for a matrix of shape (rows, columns): ``original``, √max(1, rows/columns),
+            or ``match_rms_adamw``, 0.2 √max(rows, columns) (Moonlight's, arXiv:2502.16982).
         orthogonalizer: as of :class:`ddc.DDCMuon`.
 
     Raises:
@@ -88,13 +98,16 @@ class Muon(Optimizer):
         """As in ``torch.optim``; state is made at once."""
         check_hyperparameters({**self.defaults, **param_group})
         group = prepared(param_group, self.param_groups)
-        for name, param in zip(names_of(group, len(self.param_groups)), group["params"], strict=True):
+        for name, param in zip(
+            names_of(group, len(self.param_groups)), group["params"], strict=True
+        ):
             check_matrix(name, param)
         super().add_param_group(group)
         self.state.update({param: zero_state(param) for param in self.param_groups[-1]["params"]})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As :meth:`ddc.DDCAdam.load_state_dict`; momentum stays in float32 where weights are in less.
+        """As :meth:`ddc.DDCAdam.load_state_dict`; momentum stays in float32 where weights are in
+        less.
 
         Raises:
             ValueError: the state was saved by another optimizer or of other parameters.
@@ -128,7 +141,9 @@ class Muon(Optimizer):
             for param in group["params"]:
                 if param.grad is not None:
                     layout = shards_of(param).layout
-                    alike.setdefault((param.shape, param.dtype, param.device, layout), []).append(param)
+                    alike.setdefault((param.shape, param.dtype, param.device, layout), []).append(
+                        param
+                    )
             for params in alike.values():
                 self._step(params, group)
         return loss
@@ -136,10 +151,16 @@ class Muon(Optimizer):
     def _step(self, params: list[Tensor], group: dict[str, Any]) -> None:
         shards = shards_of(params[0])
         buffers = [shards.local(self.state[param]["momentum_buffer"]) for param in params]
-        grads = [shards.local(param.grad).to(buffers[0].dtype) for param in params if param.grad is not None]
+        grads = [
+            shards.local(param.grad).to(buffers[0].dtype)
+            for param in params
+            if param.grad is not None
+        ]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         momentum = torch.stack(buffers)
-        mixed = torch.stack(grads).lerp_(momentum, group["momentum"]) if group["nesterov"] else momentum
+        mixed = (
+            torch.stack(grads).lerp_(momentum, group["momentum"]) if group["nesterov"] else momentum
+        )
         updates = shards.on_whole(ORTHOGONALIZERS[group["orthogonalizer"]], mixed)
         rate = group["lr"] * ADJUSTMENTS[group["adjust_lr_fn"]](*params[0].shape)
         weights = [shards.local(param) for param in params]

@@ -7,10 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-#: Keller Jordan's quintic, https://kellerjordan.github.io/posts/muon: singular values end in about [0.7, 1.2].
+#: Keller Jordan's quintic, https://kellerjordan.github.io/posts/muon: singular values end in about
+#: [0.7, 1.2].
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
-#: What is smaller counts as this small, as in ``torch.optim.Muon``: a vanishing momentum makes a vanishing step.
+#: What is smaller counts as this small, as in ``torch.optim.Muon``: a vanishing momentum makes a
+#: vanishing step.
 SMALLEST_NORM = 1e-7
 
 
@@ -42,8 +44,8 @@ def newton_schulz_bfloat16(x: Tensor) -> Tensor:
 def polar_factor(x: Tensor) -> Tensor:
     """The polar factor U Vᵀ of x = U S Vᵀ; singular values that are rounding error count as zero.
 
-    Rows and columns that are zero stay exactly zero, as under Newton-Schulz: rounding error in the row of a dead unit
-    would wake it in a direction without meaning.
+    Rows and columns that are zero stay exactly zero, as under Newton-Schulz: rounding error in the
+    row of a dead unit would wake it in a direction without meaning.
 
     Args:
         x: (..., rows, columns), float32 or float64.

@@ -1,4 +1,6 @@
-"""What every optimizer of this package asks of its parameters, and how it calls those that have no name."""
+"""What every optimizer of this package asks of its parameters, and how it calls those that have no
+name.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,9 @@ def listed(params: Iterable[Any], optimizer: str) -> list[Any]:
     given = [params] if isinstance(params, Tensor) else list(params)
     if not given:
         raise ValueError(
-            f"{optimizer} got no parameters: the model has none (quantised modules of torch.ao keep theirs elsewhere), "
-            "or what gave them was used up before. Pass model.named_parameters() of a model that has some"
+            f"{optimizer} got no parameters: the model has none (quantised modules of torch.ao keep"
+            " theirs elsewhere), or what gave them was used up before. Pass"
+            " model.named_parameters() of a model that has some"
         )
     return given
 
@@ -34,7 +37,8 @@ def listed(params: Iterable[Any], optimizer: str) -> list[Any]:
 def prepared(group: dict[str, Any], groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A param group that is to be added to others: checked, and with names where they have names.
 
-    Parameters that come without, as callbacks add them that unfreeze layers, are called by their place.
+    Parameters that come without, as callbacks add them that unfreeze layers, are called by their
+    place.
 
     Raises:
         ValueError: a parameter that cannot be trained, or two of one name.
@@ -49,16 +53,16 @@ def prepared(group: dict[str, Any], groups: Sequence[dict[str, Any]]) -> dict[st
         names = list(group.get("param_names", ()))
     elif unnamed:
         raise ValueError(
-            f"parameter {unnamed[0]} of param group {len(groups)} has no name, and others of it have: pass all as "
-            "pairs, as model.named_parameters() gives them"
+            f"parameter {unnamed[0]} of param group {len(groups)} has no name, and others of it"
+            " have: pass all as pairs, as model.named_parameters() gives them"
         )
     others = [each for each in groups if each["params"]]
     if any("param_names" in each for each in others) and not names:
         names = names_of({"params": params}, len(groups))
     elif names and not all("param_names" in each for each in others):
         raise ValueError(
-            f"the parameters of param group {len(groups)} have names ({names[0]!r}), those of the groups before have "
-            "not: pass named_parameters() for all groups, or for none"
+            f"the parameters of param group {len(groups)} have names ({names[0]!r}), those of the"
+            " groups before have not: pass named_parameters() for all groups, or for none"
         )
     check_names(names, others)
     for name, param in zip(names or names_of({"params": params}, len(groups)), params, strict=True):
@@ -77,12 +81,18 @@ def listed_group(given: Any) -> list[Any]:
 
 
 def names_of(group: dict[str, Any], index: int) -> list[str]:
-    """What the parameters of a param group, of this index, are called; by their place where they have no names."""
-    return group.get("param_names") or [f"group {index}, parameter {i}" for i in range(len(group["params"]))]
+    """What the parameters of a param group, of this index, are called; by their place where they
+    have no names.
+    """
+    return group.get("param_names") or [
+        f"group {index}, parameter {i}" for i in range(len(group["params"]))
+    ]
 
 
 def names_under(gauges: Iterable[Any]) -> set[str]:
-    """Names of all parameters under some gauges; what is no gauge, which is refused later, has none."""
+    """Names of all parameters under some gauges; what is no gauge, which is refused later, has
+    none.
+    """
     return {name for gauge in gauges for name in getattr(gauge, "parameters", ())}
 
 
@@ -92,8 +102,8 @@ def check_names(names: Iterable[str], groups: Sequence[dict[str, Any]]) -> None:
     for name in names:
         if (plain := plain_name(name)) in seen:
             raise ValueError(
-                f"two parameters are called {plain!r} (given as {seen[plain]!r} and {name!r}): give each a name of its "
-                "own, as named_parameters() of the whole model does"
+                f"two parameters are called {plain!r} (given as {seen[plain]!r} and {name!r}): give"
+                " each a name of its own, as named_parameters() of the whole model does"
             )
         seen[plain] = name
 
@@ -104,14 +114,15 @@ def check_parameter(name: str, param: Tensor) -> None:
         return  # is left alone
     if not is_plain(param):
         raise ValueError(
-            f"{name!r} is a {type(param).__name__}, which keeps its values in another form (quantised, say): steps "
-            "move plain tensors. Leave it to the optimizer of that library, and pass the others alone"
+            f"{name!r} is a {type(param).__name__}, which keeps its values in another form"
+            " (quantised, say): steps move plain tensors. Leave it to the optimizer of that"
+            " library, and pass the others alone"
         )
     if param.is_complex() and (isinstance(param, DTensor) or param.is_conj()):
         how = "split over ranks" if isinstance(param, DTensor) else "a conjugated view"
         raise ValueError(
-            f"{name!r} is complex and {how}: only whole complex tensors are stepped. Hold its real and imaginary part "
-            "as a real parameter (torch.view_as_real)"
+            f"{name!r} is complex and {how}: only whole complex tensors are stepped. Hold its real"
+            " and imaginary part as a real parameter (torch.view_as_real)"
         )
     try:
         shards_of(param)
@@ -120,15 +131,19 @@ def check_parameter(name: str, param: Tensor) -> None:
 
 
 def is_plain(param: Tensor) -> bool:
-    """Whether the values of a parameter are its own real or complex numbers; those of quantised ones are not."""
+    """Whether the values of a parameter are its own real or complex numbers; those of quantised
+    ones are not.
+    """
     wrapped: bool = is_traceable_wrapper_subclass(param)
-    return (isinstance(param, DTensor) or not wrapped) and (param.is_floating_point() or param.is_complex())
+    return (isinstance(param, DTensor) or not wrapped) and (
+        param.is_floating_point() or param.is_complex()
+    )
 
 
 def check_has_values(name: str, param: Tensor) -> None:
     """Raise ValueError for a parameter that a model was left with when it got its values."""
     if param.is_meta and param.grad is None:
         raise ValueError(
-            f"{name!r} is on the meta device, without values and without a gradient: the model got its own values "
-            "(to_empty, say) in other tensors. Make the optimizer after that"
+            f"{name!r} is on the meta device, without values and without a gradient: the model got"
+            " its own values (to_empty, say) in other tensors. Make the optimizer after that"
         )

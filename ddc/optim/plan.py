@@ -2,19 +2,23 @@
 
 The rules, from which all overlaps follow (docs/method.md):
 
-- a *hidden* matrix (there are some in DDCMuon only) is never decomposed unit by unit; every rescale dresses it;
-- a side of a rescale that holds no hidden matrix is decomposed. Where the other side does hold one, the norms of this
-  side keep still and dress the other; where both sides do, the rescale is *inner* and dresses both by its path norms;
+- a *hidden* matrix (there are some in DDCMuon only) is never decomposed unit by unit; every rescale
+  dresses it;
+- a side of a rescale that holds no hidden matrix is decomposed. Where the other side does hold one,
+  the norms of this side keep still and dress the other; where both sides do, the rescale is *inner*
+  and dresses both by its path norms;
 - what shares a side with a hidden matrix (a bias) is dressed as well, and else free;
-- where no side holds one: a parameter on the plus side is decomposed there, together with the rest of the side; a
-  parameter on the minus side is decomposed there too, unless it is on the plus side of another rescale: then that
-  other one decomposes it, and this one only *dresses* it, by the norms of its plus side;
+- where no side holds one: a parameter on the plus side is decomposed there, together with the rest
+  of the side; a parameter on the minus side is decomposed there too, unless it is on the plus side
+  of another rescale: then that other one decomposes it, and this one only *dresses* it, by the
+  norms of its plus side;
 - a chain decomposes each of its layers, but for the hidden ones, as a whole;
-- a rescale of blocks decomposes each side as one unit; where all of them are hidden it dresses nothing, for a hidden
-  matrix steps in its norm and its direction by itself;
+- a rescale of blocks decomposes each side as one unit; where all of them are hidden it dresses
+  nothing, for a hidden matrix steps in its norm and its direction by itself;
 - a parameter under a logit shift is centred over the vocabulary;
 - a rotation averages the second moment over the indices it turns;
-- what nothing decomposes is *free*: plain Adam, centred, averaged and dressed where the above says so.
+- what nothing decomposes is *free*: plain Adam, centred, averaged and dressed where the above says
+  so.
 """
 
 from __future__ import annotations
@@ -34,7 +38,9 @@ from ddc.optim.averaging import Averaging
 
 @dataclass(frozen=True)
 class Dressing:
-    """A parameter is multiplied, along ``axis``, by the ``degree``-th power of the plus norms of ``gauge``."""
+    """A parameter is multiplied, along ``axis``, by the ``degree``-th power of the plus norms of
+    ``gauge``.
+    """
 
     gauge: Rescale
     axis: int
@@ -57,7 +63,9 @@ class Role:
 
 @dataclass(frozen=True)
 class PolarPlan:
-    """What one rescale gauge decomposes. An empty minus side means that all its readers are dressed."""
+    """What one rescale gauge decomposes. An empty minus side means that all its readers are
+    dressed.
+    """
 
     gauge: Rescale
     plus: tuple[Role, ...]
@@ -68,7 +76,9 @@ class PolarPlan:
 
 @dataclass(frozen=True)
 class ChainPlan:
-    """The layers that a chain decomposes as wholes. Where others are hidden (``still``), their norms keep still."""
+    """The layers that a chain decomposes as wholes. Where others are hidden (``still``), their
+    norms keep still.
+    """
 
     gauge: Chain
     layers: tuple[Role, ...]
@@ -77,7 +87,9 @@ class ChainPlan:
 
 @dataclass(frozen=True)
 class InnerPlan:
-    """A rescale with hidden matrices on both sides. Its level is one more than that of those it is dressed by."""
+    """A rescale with hidden matrices on both sides. Its level is one more than that of those it is
+    dressed by.
+    """
 
     gauge: Rescale
     plus: tuple[Axis, ...]
@@ -87,10 +99,11 @@ class InnerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every parameter of the optimizer has a role in exactly one of ``polar``, ``chains``, ``free`` and ``hidden``.
+    """Every parameter of the optimizer has a role in exactly one of ``polar``, ``chains``, ``free``
+    and ``hidden``.
 
-    ``hidden`` has the dressings of each hidden matrix; ``linked``, pairs of hidden matrices (P, M, k) whose norms a
-    gauge moves against each other, by c and c^-k.
+    ``hidden`` has the dressings of each hidden matrix; ``linked``, pairs of hidden matrices (P, M,
+    k) whose norms a gauge moves against each other, by c and c^-k.
     """
 
     polar: list[PolarPlan] = field(default_factory=list)
@@ -101,7 +114,9 @@ class Plan:
     linked: list[tuple[str, str, float]] = field(default_factory=list)
 
 
-def make_plan(params: Mapping[str, Tensor], gauges: Iterable[Gauge], hidden: Collection[str] = ()) -> Plan:
+def make_plan(
+    params: Mapping[str, Tensor], gauges: Iterable[Gauge], hidden: Collection[str] = ()
+) -> Plan:
     """Give every parameter its role.
 
     Args:
@@ -110,7 +125,8 @@ def make_plan(params: Mapping[str, Tensor], gauges: Iterable[Gauge], hidden: Col
         hidden: names of the hidden matrices.
 
     Raises:
-        ValueError: a gauge names a parameter that is absent or frozen, or two gauges cannot be combined.
+        ValueError: a gauge names a parameter that is absent or frozen, or two gauges cannot be
+            combined.
         TypeError: an object that is no gauge.
     """
     gauges = list(gauges)
@@ -120,14 +136,18 @@ def make_plan(params: Mapping[str, Tensor], gauges: Iterable[Gauge], hidden: Col
     _check_chains(chains, rescales)
     blocks, inner, sided = [], [], []
     for gauge in rescales:
-        plus_hidden, minus_hidden = (any(a.parameter in hidden for a in side) for side in (gauge.plus, gauge.minus))
+        plus_hidden, minus_hidden = (
+            any(a.parameter in hidden for a in side) for side in (gauge.plus, gauge.minus)
+        )
         if gauge.block and (plus_hidden or minus_hidden):
             _check_block(gauge, hidden)
             blocks.append(gauge)
         elif plus_hidden and minus_hidden:
             inner.append(gauge)
         elif plus_hidden:  # the side that dresses comes first
-            sided.append(Rescale(gauge.kind, gauge.where, gauge.minus, gauge.plus, 1 / gauge.degree))
+            sided.append(
+                Rescale(gauge.kind, gauge.where, gauge.minus, gauge.plus, 1 / gauge.degree)
+            )
         else:
             sided.append(gauge)
 
@@ -141,17 +161,23 @@ def make_plan(params: Mapping[str, Tensor], gauges: Iterable[Gauge], hidden: Col
             for name, axis in side:
                 dressings.setdefault(name, []).append(Dressing(gauge, axis, degree))
         for name, _ in gauge.plus:
-            if name in hidden and any(name == other for g in inner if g is not gauge for other, _ in g.plus):
-                others = [g for g in inner if g is gauge or any(name == other for other, _ in g.plus)]
+            if name in hidden and any(
+                name == other for g in inner if g is not gauge for other, _ in g.plus
+            ):
+                others = [
+                    g for g in inner if g is gauge or any(name == other for other, _ in g.plus)
+                ]
                 raise ValueError(
-                    f"{name!r}: a hidden matrix cannot be on the plus side of two rescales, {named(*others)}. Leave it "
-                    f"out of hidden, or {without(*others)}"
+                    f"{name!r}: a hidden matrix cannot be on the plus side of two rescales,"
+                    f" {named(*others)}. Leave it out of hidden, or {without(*others)}"
                 )
     for name, several in dressings.items():
         axes = [dressing.axis for dressing in several]
         if len(set(axes)) != len(axes):
             both = [dressing.gauge for dressing in several]
-            raise ValueError(f"{name!r}: {named(*both)} rescale the same axis. Of these, {without(*both)}")
+            raise ValueError(
+                f"{name!r}: {named(*both)} rescale the same axis. Of these, {without(*both)}"
+            )
 
     plus_of = _sides(sided, plus=True)
     minus_of = _sides(sided, plus=False, but=dressings)
@@ -164,32 +190,39 @@ def make_plan(params: Mapping[str, Tensor], gauges: Iterable[Gauge], hidden: Col
 
     def role(name: str, axis: int | None) -> Role:
         averaging = averagings.get(name)
-        if averaging is not None and averaging.dim - 1 == axis and (name in plus_of or name in minus_of):
+        if (
+            averaging is not None
+            and averaging.dim - 1 == axis
+            and (name in plus_of or name in minus_of)
+        ):
             both = over(name, Rotation, Rescale)
             raise ValueError(
-                f"{name!r}: {named(*both)} turn and rescale the same axis, which do not commute. Of these, "
-                f"{without(*both)}"
+                f"{name!r}: {named(*both)} turn and rescale the same axis, which do not commute. Of"
+                f" these, {without(*both)}"
             )
         if name in centred and (name in plus_of or name in minus_of) and axis == 0:
             both = over(name, Shift, Rescale)
             raise ValueError(
-                f"{name!r}: {named(*both)} do not combine: a logit shift goes with a rescale of the columns only. Of "
-                f"these, {without(*both)}"
+                f"{name!r}: {named(*both)} do not combine: a logit shift goes with a rescale of the"
+                f" columns only. Of these, {without(*both)}"
             )
         dressing = None
         if name in plus_of and name in minus_of:
             gauge, minus_axis = minus_of[name]
             if minus_axis is None or minus_axis == axis:
                 both = [gauge, plus_of[name][0]]
-                raise ValueError(f"{name!r}: {named(*both)} rescale the same axis. Of these, {without(*both)}")
+                raise ValueError(
+                    f"{name!r}: {named(*both)} rescale the same axis. Of these, {without(*both)}"
+                )
             dressing = Dressing(gauge, minus_axis, gauge.degree)
         elif name in dressings:
             dressing, *others = dressings[name]
             if others or name in plus_of or name in centred or averaging is not None:
                 both = over(name, Rescale, Rotation, Shift)
                 raise ValueError(
-                    f"{name!r} shares a side of {dressing.gauge} with a hidden matrix and is under another gauge as "
-                    f"well ({named(*both)}): make it hidden too, or {without(*both)}"
+                    f"{name!r} shares a side of {dressing.gauge} with a hidden matrix and is under"
+                    f" another gauge as well ({named(*both)}): make it hidden too, or"
+                    f" {without(*both)}"
                 )
         return Role(name, axis, averaging, name in centred, dressing)
 
@@ -205,7 +238,9 @@ def make_plan(params: Mapping[str, Tensor], gauges: Iterable[Gauge], hidden: Col
                     if name in minus_of and name not in plus_of
                 ),
                 dressed=tuple(
-                    Role(*axis) for axis in gauge.minus if axis.parameter in minus_of and axis.parameter in plus_of
+                    Role(*axis)
+                    for axis in gauge.minus
+                    if axis.parameter in minus_of and axis.parameter in plus_of
                 ),
                 level=level,
             )
@@ -217,7 +252,10 @@ def make_plan(params: Mapping[str, Tensor], gauges: Iterable[Gauge], hidden: Col
         plan.linked.extend((a, b, 1.0) for a, b in pairwise(among))
     plan.inner.extend(_inner_plans(inner, hidden))
     for gauge in (*blocks, *(each.gauge for each in plan.inner)):
-        sides = ([a.parameter for a in side if a.parameter in hidden] for side in (gauge.plus, gauge.minus))
+        sides = (
+            [a.parameter for a in side if a.parameter in hidden]
+            for side in (gauge.plus, gauge.minus)
+        )
         plan.linked.extend((p, m, gauge.degree) for p, m in product(*sides))
     plan.hidden.update({name: tuple(dressings[name]) for name in hidden})
     decomposed = {*plus_of, *minus_of, *chained, *hidden}
@@ -228,18 +266,24 @@ def make_plan(params: Mapping[str, Tensor], gauges: Iterable[Gauge], hidden: Col
 def _check_gauges(params: Mapping[str, Tensor], gauges: list[Gauge]) -> None:
     for gauge in gauges:
         if not isinstance(gauge, Rescale | Chain | Rotation | Shift):
-            raise TypeError(f"expected gauges as find_gauges returns them, got {type(gauge).__name__}")
+            raise TypeError(
+                f"expected gauges as find_gauges returns them, got {type(gauge).__name__}"
+            )
         for name in gauge.parameters:
             if name not in params:
                 raise ValueError(
-                    f"{gauge}: its parameter {name!r} is not among the optimizer's, or quantised. Pass "
-                    f"named_parameters() of the model that the gauges were found in, or {without(gauge)}"
+                    f"{gauge}: its parameter {name!r} is not among the optimizer's, or quantised."
+                    " Pass named_parameters() of the model that the gauges were found in, or"
+                    f" {without(gauge)}"
                 )
             if not params[name].requires_grad:
-                raise ValueError(f"{gauge}: its parameter {name!r} is frozen. Unfreeze it, or {without(gauge)}")
+                raise ValueError(
+                    f"{gauge}: its parameter {name!r} is frozen. Unfreeze it, or {without(gauge)}"
+                )
             if params[name].is_complex():
                 raise ValueError(
-                    f"{gauge}: its parameter {name!r} is complex, and gauges act on real ones: {without(gauge)}"
+                    f"{gauge}: its parameter {name!r} is complex, and gauges act on real ones:"
+                    f" {without(gauge)}"
                 )
         _check_sizes(params, gauge)
 
@@ -248,15 +292,23 @@ def _check_sizes(params: Mapping[str, Tensor], gauge: Gauge) -> None:
     """Raise ValueError for a gauge of parameters that have these names and other shapes."""
     if not isinstance(gauge, Rescale | Rotation):
         return
-    slots = [(*side, None) for side in gauge.plus + gauge.minus] if isinstance(gauge, Rescale) else gauge.slots
-    sizes = [params[name].shape[axis] if axis < params[name].ndim else -1 for name, axis, _ in slots]
+    slots = (
+        [(*side, None) for side in gauge.plus + gauge.minus]
+        if isinstance(gauge, Rescale)
+        else gauge.slots
+    )
+    sizes = [
+        params[name].shape[axis] if axis < params[name].ndim else -1 for name, axis, _ in slots
+    ]
     needed = [sizes[0] if indices is None else 1 + int(indices.max()) for _, _, indices in slots]
     fits = [size >= need for size, need in zip(sizes, needed, strict=True)]
     if not all(fits) or (isinstance(gauge, Rescale) and len(set(sizes)) > 1):
-        there = ", ".join(f"{name!r} {tuple(params[name].shape)} along axis {axis}" for name, axis, _ in slots)
+        there = ", ".join(
+            f"{name!r} {tuple(params[name].shape)} along axis {axis}" for name, axis, _ in slots
+        )
         raise ValueError(
-            f"{gauge} does not fit the shapes of its parameters: {there}. Find the gauges of this very model, or "
-            f"{without(gauge)}"
+            f"{gauge} does not fit the shapes of its parameters: {there}. Find the gauges of this"
+            f" very model, or {without(gauge)}"
         )
 
 
@@ -277,12 +329,14 @@ def _check_chains(chains: list[Chain], rescales: list[Rescale]) -> None:
         for name in chain.weights:
             if name in rescaled:
                 raise ValueError(
-                    f"{name!r} is under both {chain} and {rescaled[name]}: rescales of all neurons contain the rescale "
-                    "of their layer; leave the chain out, or the rescales: "
-                    f"[gauge for gauge in gauges if gauge.kind != {chain.kind!r}]"
+                    f"{name!r} is under both {chain} and {rescaled[name]}: rescales of all neurons"
+                    " contain the rescale of their layer; leave the chain out, or the rescales:"
+                    f" [gauge for gauge in gauges if gauge.kind != {chain.kind!r}]"
                 )
             if name in seen:
-                raise ValueError(f"{name!r} is under both {seen[name]} and {chain}. Of these, {without(chain)}")
+                raise ValueError(
+                    f"{name!r} is under both {seen[name]} and {chain}. Of these, {without(chain)}"
+                )
             seen[name] = chain
 
 
@@ -290,12 +344,15 @@ def _check_block(gauge: Rescale, hidden: Collection[str]) -> None:
     free = [name for name in gauge.parameters if name not in hidden]
     if free:
         raise ValueError(
-            f"{gauge}: {free[0]!r} is not hidden, and shares one scale with a hidden matrix. An optimizer of hidden "
-            "matrices takes a block of them without biases; take scales of single units (gauges.granularity=unit)"
+            f"{gauge}: {free[0]!r} is not hidden, and shares one scale with a hidden matrix. An"
+            " optimizer of hidden matrices takes a block of them without biases; take scales of"
+            " single units (gauges.granularity=unit)"
         )
 
 
-def _sides(rescales: list[Rescale], plus: bool, but: Collection[str] = ()) -> dict[str, tuple[Rescale, int | None]]:
+def _sides(
+    rescales: list[Rescale], plus: bool, but: Collection[str] = ()
+) -> dict[str, tuple[Rescale, int | None]]:
     """For each parameter on a plus (minus) side, the gauge and the axis; ``but`` are left out."""
     found: dict[str, tuple[Rescale, int | None]] = {}
     for gauge in rescales:
@@ -305,7 +362,10 @@ def _sides(rescales: list[Rescale], plus: bool, but: Collection[str] = ()) -> di
             if name in found:
                 side = "plus" if plus else "minus"
                 both = [found[name][0], gauge]
-                raise ValueError(f"{name!r} is on the {side} side of both {named(*both)}. Of these, {without(*both)}")
+                raise ValueError(
+                    f"{name!r} is on the {side} side of both {named(*both)}. Of these,"
+                    f" {without(*both)}"
+                )
             found[name] = (gauge, gauge.unit_axis(axis))
     return found
 
@@ -316,7 +376,10 @@ def _centred(gauges: list[Gauge]) -> set[str]:
         for name in gauge.parameters if isinstance(gauge, Shift) else ():
             if name in found:
                 both = [found[name], gauge]
-                raise ValueError(f"{name!r}: two logit shifts act on it, {named(*both)}. Of these, {without(*both)}")
+                raise ValueError(
+                    f"{name!r}: two logit shifts act on it, {named(*both)}. Of these,"
+                    f" {without(*both)}"
+                )
             found[name] = gauge
     return set(found)
 
@@ -326,7 +389,9 @@ def _averagings(params: Mapping[str, Tensor], gauges: list[Gauge]) -> dict[str, 
     for gauge in gauges:
         if isinstance(gauge, Rotation):
             for name, axis, indices in gauge.slots:
-                slots.setdefault(name, []).append((gauge, axis, indices.reshape(-1, indices.shape[2])))
+                slots.setdefault(name, []).append(
+                    (gauge, axis, indices.reshape(-1, indices.shape[2]))
+                )
     averagings = {}
     for name, entries in slots.items():
         axis = entries[0][1]
@@ -334,16 +399,20 @@ def _averagings(params: Mapping[str, Tensor], gauges: list[Gauge]) -> dict[str, 
         for gauge, other, block in entries:
             if other != axis:
                 both = [entries[0][0], gauge]
-                raise ValueError(f"{name!r}: {named(*both)} turn two axes of it. Of these, {without(*both)}")
+                raise ValueError(
+                    f"{name!r}: {named(*both)} turn two axes of it. Of these, {without(*both)}"
+                )
             for index in block.ravel().tolist():
                 if index in turned:
                     both = [turned[index], gauge]
                     raise ValueError(
-                        f"{name!r}: {named(*both)} turn the same index ({index} of axis {axis}). Of these, "
-                        f"{without(*both)}"
+                        f"{name!r}: {named(*both)} turn the same index ({index} of axis {axis}). Of"
+                        f" these, {without(*both)}"
                     )
                 turned[index] = gauge
-        averagings[name] = Averaging(axis + 1, [block for _, _, block in entries], params[name].shape[axis])
+        averagings[name] = Averaging(
+            axis + 1, [block for _, _, block in entries], params[name].shape[axis]
+        )
     return averagings
 
 
@@ -352,7 +421,9 @@ def _levels(
     plus_of: Mapping[str, tuple[Rescale, int | None]],
     minus_of: Mapping[str, tuple[Rescale, int | None]],
 ) -> dict[Rescale, int]:
-    """Gauges in an order in which whoever dresses moves before what it dresses; equal levels are independent."""
+    """Gauges in an order in which whoever dresses moves before what it dresses; equal levels are
+    independent.
+    """
     dressers: dict[Rescale, list[Rescale]] = {gauge: [] for gauge in rescales}
     for name, (gauge, _) in minus_of.items():
         if name in plus_of:
@@ -361,9 +432,19 @@ def _levels(
 
 
 def _inner_plans(rescales: list[Rescale], hidden: Collection[str]) -> list[InnerPlan]:
-    """Inner gauges by level: forward norms are taken in this order, backward norms in the reverse."""
-    of_minus = {axis.parameter: gauge for gauge in rescales for axis in gauge.minus if axis.parameter in hidden}
-    before = {gauge: [of_minus[a.parameter] for a in gauge.plus if a.parameter in of_minus] for gauge in rescales}
+    """Inner gauges by level: forward norms are taken in this order, backward norms in the
+    reverse.
+    """
+    of_minus = {
+        axis.parameter: gauge
+        for gauge in rescales
+        for axis in gauge.minus
+        if axis.parameter in hidden
+    }
+    before = {
+        gauge: [of_minus[a.parameter] for a in gauge.plus if a.parameter in of_minus]
+        for gauge in rescales
+    }
     return [
         InnerPlan(
             gauge,
@@ -383,7 +464,8 @@ def _in_order(before: dict[Rescale, list[Rescale]]) -> dict[Rescale, int]:
         circle = list(dict.fromkeys(error.args[1]))
         names = ", ".join(sorted({repr(name) for gauge in circle for name in gauge.parameters}))
         raise ValueError(
-            f"rescales dress each other in a circle: {named(*circle)} (over {names}). Of these, {without(*circle)}"
+            f"rescales dress each other in a circle: {named(*circle)} (over {names}). Of these,"
+            f" {without(*circle)}"
         ) from None
     levels: dict[Rescale, int] = {}
     for gauge in order:
@@ -392,5 +474,7 @@ def _in_order(before: dict[Rescale, list[Rescale]]) -> dict[Rescale, int]:
 
 
 def compute_dtype(param: Tensor) -> torch.dtype:
-    """State and arithmetic are in float32 for lower precisions, else in the parameter's own dtype (or its parts')."""
+    """State and arithmetic are in float32 for lower precisions, else in the parameter's own dtype
+    (or its parts').
+    """
     return torch.float64 if param.dtype in (torch.float64, torch.complex128) else torch.float32

@@ -1,8 +1,10 @@
-"""How far a step moves a matrix in proportion to its size: to measure it in any run, and to set it in one of AdamW.
+"""How far a step moves a matrix in proportion to its size: to measure it in any run, and to set it
+in one of AdamW.
 
 A step that respects gauges may also have another length, which is one explanation of what it does.
-:func:`relative_steps` says how long the steps of a run are, :class:`RelativeAdamW` makes AdamW's of a given length.
-A matrix is here any parameter of two dimensions or more, as where weight decay is concerned.
+:func:`relative_steps` says how long the steps of a run are, :class:`RelativeAdamW` makes AdamW's of
+a given length. A matrix is here any parameter of two dimensions or more, as where weight decay is
+concerned.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ def copied_matrices(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def relative_steps(before: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> dict[str, dict[str, float | None]]:
+def relative_steps(
+    before: Mapping[str, Tensor], params: Mapping[str, Tensor]
+) -> dict[str, dict[str, float | None]]:
     """Of each matrix, the length of its step and the angle by which it turned.
 
     Args:
@@ -31,7 +35,8 @@ def relative_steps(before: Mapping[str, Tensor], params: Mapping[str, Tensor]) -
         params: parameters by name, after it. Where they are split over ranks, all ranks must call.
 
     Returns:
-        ``relative``, ``|ΔW| / |W|`` by name, and ``angle``, between W before and after, in radians: both with the
+        ``relative``, ``|ΔW| / |W|`` by name, and ``angle``, between W before and after, in radians:
+            both with the
         Frobenius norm, of W before the step, and None where it is zero.
     """
     sums = []
@@ -39,9 +44,15 @@ def relative_steps(before: Mapping[str, Tensor], params: Mapping[str, Tensor]) -
         old = old.double()
         step = local_part(params[name]).double() - old
         shards = shards_of(params[name])
-        sums.append(torch.stack(list(shards.reduced(old.square().sum(), step.square().sum(), (old * step).sum()))))
+        sums.append(
+            torch.stack(
+                list(shards.reduced(old.square().sum(), step.square().sum(), (old * step).sum()))
+            )
+        )
     found: dict[str, dict[str, float | None]] = {"relative": {}, "angle": {}}
-    for name, (size, length, along) in zip(before, torch.stack(sums).tolist() if sums else (), strict=True):
+    for name, (size, length, along) in zip(
+        before, torch.stack(sums).tolist() if sums else (), strict=True
+    ):
         across = math.sqrt(max(0.0, size * length - along**2))  # times |W|
         found["relative"][name] = math.sqrt(length / size) if size else None
         found["angle"][name] = math.atan2(across, size + along) if size else None
@@ -56,14 +67,17 @@ class RelativeAdamW(AdamW):
     .. math::
         W \leftarrow W - \eta\, |W|\, (u + \lambda W) / |u + \lambda W|
 
-    in Frobenius norms, so that :math:`|\Delta W| / |W| = \eta`; what is no matrix takes AdamW's step. A matrix that is
-    all zero stays so. Arguments, state and errors are those of ``torch.optim.AdamW``.
+    in Frobenius norms, so that :math:`|\Delta W| / |W| = \eta`; what is no matrix takes AdamW's
+    step. A matrix that is all zero stays so. Arguments, state and errors are those of
+    ``torch.optim.AdamW``.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step; returns the loss of ``closure`` where there is one."""
-        matrices = [(p, group["lr"]) for group in self.param_groups for p in group["params"] if p.ndim >= 2]
+        matrices = [
+            (p, group["lr"]) for group in self.param_groups for p in group["params"] if p.ndim >= 2
+        ]
         before = [local_part(p).clone() for p, _ in matrices]
         loss = super().step(closure)
         for (p, lr), old in zip(matrices, before, strict=True):

@@ -19,7 +19,9 @@ Group = dict[str, Any]
 
 @contextlib.contextmanager
 def as_it_was_if_refused(optimizer: Optimizer) -> Iterator[None]:
-    """Give an optimizer back the groups and the state that it had, where what follows raises and wrote to neither."""
+    """Give an optimizer back the groups and the state that it had, where what follows raises and
+    wrote to neither.
+    """
     groups, state = optimizer.param_groups, optimizer.state
     try:
         yield
@@ -29,17 +31,22 @@ def as_it_was_if_refused(optimizer: Optimizer) -> Iterator[None]:
 
 
 def in_own_order(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved state with groups and parameters as an optimizer has them, matched by name where both have names.
+    """A saved state with groups and parameters as an optimizer has them, matched by name where both
+    have names.
 
-    Names are compared as the unwrapped model has them. A group's hyperparameters are those of the saved group that its
-    parameters were in; what that does not have stays. Where one side has no names, the position counts, as in torch.
+    Names are compared as the unwrapped model has them. A group's hyperparameters are those of the
+    saved group that its parameters were in; what that does not have stays. Where one side has no
+    names, the position counts, as in torch.
 
     Raises:
         ValueError: other parameters, or other groups of them.
     """
     if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= saved.keys():
         keys = sorted(map(str, saved)) if isinstance(saved, Mapping) else type(saved).__name__
-        raise ValueError(f"the state of a {type(optimizer).__name__} has 'state' and 'param_groups'; this has {keys}")
+        raise ValueError(
+            f"the state of a {type(optimizer).__name__} has 'state' and 'param_groups'; this has"
+            f" {keys}"
+        )
     own, theirs = optimizer.param_groups, saved["param_groups"]
     match = by_name if has_names(own) and has_names(theirs) else by_position
     return {**saved, "param_groups": match(own, theirs)}
@@ -65,8 +72,9 @@ def by_position(own: Sequence[Group], theirs: Sequence[Group]) -> list[Group]:
     sizes, saved_sizes = ([len(group["params"]) for group in groups] for groups in (own, theirs))
     if sizes != saved_sizes:
         raise ValueError(
-            f"the saved state has param groups of {saved_sizes} parameters, this optimizer of {sizes}: make the same "
-            "groups of the same parameters, named ones (named_parameters()) in any order"
+            f"the saved state has param groups of {saved_sizes} parameters, this optimizer of"
+            f" {sizes}: make the same groups of the same parameters, named ones"
+            " (named_parameters()) in any order"
         )
     return [{**mine, **its} for mine, its in zip(own, theirs, strict=True)]
 
@@ -74,21 +82,32 @@ def by_position(own: Sequence[Group], theirs: Sequence[Group]) -> list[Group]:
 def by_name(own: Sequence[Group], theirs: Sequence[Group]) -> list[Group]:
     """Groups like the own ones, with what was saved of their parameters."""
     saved_names, own_names = iter(unwrapped_names(theirs)), iter(unwrapped_names(own))
-    home = {next(saved_names): (index, saved_id) for index, group in enumerate(theirs) for saved_id in group["params"]}
+    home = {
+        next(saved_names): (index, saved_id)
+        for index, group in enumerate(theirs)
+        for saved_id in group["params"]
+    }
     names = [[next(own_names) for _ in group["params"]] for group in own]
     check_same(list(chain.from_iterable(names)), list(home))
     sources = [sorted({home[name][0] for name in group}) for group in names]
     for group, indices in zip(names, sources, strict=True):
         check_agree(
-            [theirs[i] for i in indices], f"{listing(group)}, which are one group here, were saved in groups that"
+            [theirs[i] for i in indices],
+            f"{listing(group)}, which are one group here, were saved in groups that",
         )
     for index, saved in enumerate(theirs):
         mine = [own[i] for i, indices in enumerate(sources) if index in indices]
         check_agree(
-            mine, f"{listing(saved.get('param_names', ()))}, which were saved as one group, are in groups here that"
+            mine,
+            f"{listing(saved.get('param_names', ()))}, which were saved as one group, are in groups"
+            " here that",
         )
     return [
-        {**mine, **(settings(theirs[indices[0]]) if indices else {}), "params": [home[name][1] for name in group]}
+        {
+            **mine,
+            **(settings(theirs[indices[0]]) if indices else {}),
+            "params": [home[name][1] for name in group],
+        }
         for mine, group, indices in zip(own, names, sources, strict=True)
     ]
 
@@ -100,8 +119,8 @@ def check_same(own: Sequence[str], saved: Sequence[str]) -> None:
         wrong = [f"it lacks {listing(lacking)}"] * bool(lacking)
         wrong += [f"it has {listing(unknown)}, which this optimizer has not"] * bool(unknown)
         raise ValueError(
-            f"the saved state is of other parameters: {'; '.join(wrong)}. Load the state of an optimizer over the same "
-            "parameters"
+            f"the saved state is of other parameters: {'; '.join(wrong)}. Load the state of an"
+            " optimizer over the same parameters"
         )
 
 
@@ -111,22 +130,31 @@ def check_agree(groups: Sequence[Group], what: str) -> None:
         values = [group.get(key) for group in groups]
         if any(value is not values[0] and value != values[0] for value in values):
             raise ValueError(
-                f"{what} differ in {key} ({', '.join(map(str, values))}): make the param groups as they were saved"
+                f"{what} differ in {key} ({', '.join(map(str, values))}): make the param groups as"
+                " they were saved"
             )
 
 
 def listing(names: Sequence[str], most: int = 4) -> str:
     """Names in a message, the first few of many."""
-    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(map(repr, names[:most])) + (
+        f" and {len(names) - most} more" if len(names) > most else ""
+    )
 
 
-def check_shapes(name: object, saved: Mapping[str, Any], own: Mapping[str, Tensor | Sequence[int]]) -> None:
-    """Raise ValueError unless a parameter's saved state has what its own has, of the same shapes."""
-    shapes, saved_shapes = ({key: shape_of(value) for key, value in each.items()} for each in (own, saved))
+def check_shapes(
+    name: object, saved: Mapping[str, Any], own: Mapping[str, Tensor | Sequence[int]]
+) -> None:
+    """Raise ValueError unless a parameter's saved state has what its own has, of the same
+    shapes.
+    """
+    shapes, saved_shapes = (
+        {key: shape_of(value) for key, value in each.items()} for each in (own, saved)
+    )
     if shapes != saved_shapes:
         raise ValueError(
-            f"the saved state of parameter {name!r} is {saved_shapes}, this optimizer's is {shapes}: it was saved with "
-            "other gauges, another vertical mode or another optimizer"
+            f"the saved state of parameter {name!r} is {saved_shapes}, this optimizer's is"
+            f" {shapes}: it was saved with other gauges, another vertical mode or another optimizer"
         )
 
 
@@ -139,7 +167,11 @@ def shape_of(value: Any) -> object:
 
 def parameter_names(optimizer: Optimizer) -> list[str]:
     """What messages call the parameters of an optimizer, in its order."""
-    return [name for index, group in enumerate(optimizer.param_groups) for name in names_of(group, index)]
+    return [
+        name
+        for index, group in enumerate(optimizer.param_groups)
+        for name in names_of(group, index)
+    ]
 
 
 def saved_ids(groups: Iterable[Group]) -> list[Any]:

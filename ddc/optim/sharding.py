@@ -1,8 +1,10 @@
-"""Parameters of which each rank holds a part: DTensors, as ``torch.distributed.fsdp.fully_shard`` makes them.
+"""Parameters of which each rank holds a part: DTensors, as ``torch.distributed.fsdp.fully_shard``
+makes them.
 
-The arithmetic of a step is elementwise but for sums: over the entries of a unit, over a vocabulary, over the indices
-that a rotation turns. Each rank computes on its part, sums what it has of each unit, and one all-reduce makes the sums
-whole. Whatever there is one of per unit (norms, their gradients, modes) is whole on every rank.
+The arithmetic of a step is elementwise but for sums: over the entries of a unit, over a vocabulary,
+over the indices that a rotation turns. Each rank computes on its part, sums what it has of each
+unit, and one all-reduce makes the sums whole. Whatever there is one of per unit (norms, their
+gradients, modes) is whole on every rank.
 """
 
 from __future__ import annotations
@@ -12,16 +14,26 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
 
 from ddc.gauges import whole
 from ddc.optim.averaging import Averaging
 
 
 class Whole:
-    """A parameter that is whole on this rank. Every method does nothing: :class:`Shards` says what it is for."""
+    """A parameter that is whole on this rank. Every method does nothing: :class:`Shards` says what
+    it is for.
+    """
 
-    #: What is equal for parameters that can share one stacked tensor, and for those that can share sums.
+    #: What is equal for parameters that can share one stacked tensor, and for those that can share
+    #: sums.
     layout: object = None
     group: object = None
 
@@ -51,20 +63,24 @@ class Whole:
 
 
 class Pairs(Whole):
-    """A complex parameter that is whole on this rank: pairs of real numbers, as to ``torch.optim.AdamW``."""
+    """A complex parameter that is whole on this rank: pairs of real numbers, as to
+    ``torch.optim.AdamW``.
+    """
 
     def local(self, tensor: Tensor) -> Tensor:
-        return torch.view_as_real(tensor.resolve_conj())  # a gradient may be a conjugated view, a weight may not
+        # a gradient may be a conjugated view, a weight may not
+        return torch.view_as_real(tensor.resolve_conj())
 
     def state(self, local: Tensor, shape: Sequence[int]) -> Tensor:
         return torch.view_as_complex(local)
 
 
 class Shards(Whole):
-    """A parameter that is split along one axis over the ranks of one dimension of a mesh, as ``torch.chunk`` splits.
+    """A parameter that is split along one axis over the ranks of one dimension of a mesh, as
+    ``torch.chunk`` splits.
 
-    This rank holds ``start:stop`` of the axis, which may be nothing. Over the mesh's other dimensions it is replicated
-    (hybrid sharding).
+    This rank holds ``start:stop`` of the axis, which may be nothing. Over the mesh's other
+    dimensions it is replicated (hybrid sharding).
 
     Raises:
         ValueError: it is split along more than one dimension of its mesh, or in another way.
@@ -72,15 +88,23 @@ class Shards(Whole):
 
     def __init__(self, param: DTensor) -> None:
         self.mesh, self.placements, self.shape = param.device_mesh, param.placements, param.shape
-        split = [(i, placement) for i, placement in enumerate(self.placements) if not placement.is_replicate()]
+        split = [
+            (i, placement)
+            for i, placement in enumerate(self.placements)
+            if not placement.is_replicate()
+        ]
         if len(split) != 1 or not isinstance(split[0][1], Shard):
             raise ValueError(
-                f"a parameter of shape {tuple(self.shape)} has placements {self.placements}: expected one Shard, and "
-                "Replicate over all other dimensions of the mesh, as fully_shard makes them"
+                f"a parameter of shape {tuple(self.shape)} has placements {self.placements}:"
+                " expected one Shard, and Replicate over all other dimensions of the mesh, as"
+                " fully_shard makes them"
             )
         self.mesh_dim, self.axis = split[0][0], split[0][1].dim
         self.group = self.mesh.get_group(self.mesh_dim)
-        self.ranks, self.rank = self.mesh.size(self.mesh_dim), self.mesh.get_local_rank(self.mesh_dim)
+        self.ranks, self.rank = (
+            self.mesh.size(self.mesh_dim),
+            self.mesh.get_local_rank(self.mesh_dim),
+        )
         self.start, self.stop = chunk(self.shape[self.axis], self.ranks, self.rank)
         self.layout = self.mesh, self.placements
 
@@ -89,8 +113,12 @@ class Shards(Whole):
         return local_part(tensor)
 
     def part(self, values: Tensor, dim: int, axis: int) -> Tensor:
-        """Of values along an axis of the parameter, which are dimension ``dim`` of a tensor, those that are here."""
-        return values.narrow(dim, self.start, self.stop - self.start) if axis == self.axis else values
+        """Of values along an axis of the parameter, which are dimension ``dim`` of a tensor, those
+        that are here.
+        """
+        return (
+            values.narrow(dim, self.start, self.stop - self.start) if axis == self.axis else values
+        )
 
     def placed(self, values: Tensor, dim: int, axis: int) -> Tensor:
         """The inverse of :meth:`part`, with zeros for what is elsewhere."""
@@ -127,10 +155,14 @@ class Shards(Whole):
         here = averaging.group_of[slice(*chunk(len(averaging.group_of), self.ranks, rank))]
         start, stop = chunk(averaging.groups, self.ranks, rank)
         mine = (averaging.group_of >= start) & (averaging.group_of < stop)
-        return not (len(here) and len(here) == mine.sum() and bool(((here >= start) & (here < stop)).all()))
+        return not (
+            len(here) and len(here) == mine.sum() and bool(((here >= start) & (here < stop)).all())
+        )
 
     def state(self, local: Tensor, shape: Sequence[int]) -> Tensor:
-        """A tensor of this shape, split like the parameter, of which ``local`` is this rank's part (and shared)."""
+        """A tensor of this shape, split like the parameter, of which ``local`` is this rank's part
+        (and shared).
+        """
         return self._assembled(local, self.placements, shape)
 
     def on_whole(self, function: Callable[[Tensor], Tensor], stacked: Tensor) -> Tensor:
@@ -155,19 +187,26 @@ class Shards(Whole):
         split = self._assembled(local, self._sharded(dim), shape)
         return split.redistribute(placements=self._placed(Replicate())).to_local()
 
-    def _assembled(self, local: Tensor, placements: Sequence[Placement], shape: Sequence[int]) -> DTensor:
+    def _assembled(
+        self, local: Tensor, placements: Sequence[Placement], shape: Sequence[int]
+    ) -> DTensor:
         strides = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(local, self.mesh, placements, shape=torch.Size(shape), stride=strides)
+        return DTensor.from_local(
+            local, self.mesh, placements, shape=torch.Size(shape), stride=strides
+        )
 
     def _sharded(self, dim: int) -> list[Placement]:
         return self._placed(Shard(dim))
 
     def _placed(self, placement: Placement) -> list[Placement]:
-        return [placement if i == self.mesh_dim else Replicate() for i in range(len(self.placements))]
+        return [
+            placement if i == self.mesh_dim else Replicate() for i in range(len(self.placements))
+        ]
 
 
 class CutAveraging:
-    """An averaging along the axis that is split, where a shard cuts through what is averaged together.
+    """An averaging along the axis that is split, where a shard cuts through what is averaged
+    together.
 
     The second moments are split all the same: each rank has a share of the groups.
     """
@@ -175,7 +214,8 @@ class CutAveraging:
     def __init__(self, averaging: Averaging, shards: Shards) -> None:
         self.averaging, self.shards = averaging, shards
         group_of = torch.from_numpy(averaging.group_of[shards.start : shards.stop])
-        self.group_of = group_of.to(shards.mesh.device_type)  # once, for a copy waits for the device
+        # once, for a copy waits for the device
+        self.group_of = group_of.to(shards.mesh.device_type)
         start, stop = chunk(averaging.groups, shards.ranks, shards.rank)
         self.groups = stop - start
 
@@ -211,14 +251,17 @@ def shards_of(param: Tensor) -> Whole:
 
 
 def check_split_alike(params: Iterable[tuple[str, Tensor]]) -> None:
-    """Raise ValueError unless these parameters, which gauges link, are all whole or all split over the same ranks."""
+    """Raise ValueError unless these parameters, which gauges link, are all whole or all split over
+    the same ranks.
+    """
     (first, param), *others = params
     group = shards_of(param).group
     for name, other in others:
         if shards_of(other).group is not group:
             raise ValueError(
-                f"{first!r} and {name!r} are linked by gauges, and not split over the same ranks. Shard all parameters "
-                "of a gauge over one mesh, or none of them, or leave the gauge out"
+                f"{first!r} and {name!r} are linked by gauges, and not split over the same ranks."
+                " Shard all parameters of a gauge over one mesh, or none of them, or leave the"
+                " gauge out"
             )
 
 
@@ -238,7 +281,9 @@ def split_like(tensor: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return whole(tensor)
     if not isinstance(tensor, DTensor):
-        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+        return distribute_tensor(
+            tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+        )
     return tensor.redistribute(placements=like.placements)
 
 

@@ -1,4 +1,5 @@
-"""What a step reads and writes: parameters of equal role and shape, stacked over the layers of a model.
+"""What a step reads and writes: parameters of equal role and shape, stacked over the layers of a
+model.
 
 Shapes as in :mod:`ddc.optim.stacks`. Here is Adam too, and what the stacks of one step share.
 """
@@ -28,10 +29,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Group = dict[str, Any]
-#: A hyperparameter: where a step is compiled a tensor of one element in float64, so that it may change.
+#: A hyperparameter: where a step is compiled a tensor of one element in float64, so that it may
+#: change.
 Number = float | Tensor
 Betas = tuple[Number, Number]
-#: Hyperparameters in which all parameters under one gauge must agree; weight decay is each one's own.
+#: Hyperparameters in which all parameters under one gauge must agree; weight decay is each one's
+#: own.
 SHARED = ("lr", "betas", "eps", "radial_rate", "vertical", "step_scale", "retract", "additive")
 
 
@@ -67,10 +70,11 @@ def adam_(
     eps: Number,
     averaging: Averaging | CutAveraging | None = None,
 ) -> Tensor:
-    """Take x into the moments in place and return Adam's direction but for a factor of √(1 - beta2^t) / (1 - beta1^t).
+    """Take x into the moments in place and return Adam's direction but for a factor of √(1 -
+    beta2^t) / (1 - beta1^t).
 
-    That factor, one number a layer, is left to the caller to fold into its own. Source: Kingma and Ba,
-    arXiv:1412.6980, algorithm 1 and the note after it.
+    That factor, one number a layer, is left to the caller to fold into its own. Source: Kingma and
+    Ba, arXiv:1412.6980, algorithm 1 and the note after it.
     """
     exp_avg, exp_avg_sq = moments
     approach_(exp_avg, x, 1 - betas[0])
@@ -89,7 +93,9 @@ def adam_(
 
 
 def approach_(x: Tensor, end: Tensor, weight: Number) -> Tensor:
-    """``x.lerp_(end, weight)``, for a weight that is a tensor of one element as well, whatever its dtype and device."""
+    """``x.lerp_(end, weight)``, for a weight that is a tensor of one element as well, whatever its
+    dtype and device.
+    """
     return x.lerp_(end, weight.to(x) if isinstance(weight, Tensor) else weight)
 
 
@@ -114,7 +120,9 @@ def stack_layers(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def is_compilable(param: Tensor) -> bool:
-    """Not where it is split over ranks; nor where it is rounded to a lower precision, which compilers leave out."""
+    """Not where it is split over ranks; nor where it is rounded to a lower precision, which
+    compilers leave out.
+    """
     return shards_of(param).layout is None and param.dtype == compute_dtype(param)
 
 
@@ -158,7 +166,11 @@ class StackedParameter:
         if self.exp_avg is None or self.exp_avg_sq is None:
             return {}
         shape = self.params[0].shape
-        reduced = shape if self.role.averaging is None else self.role.averaging.reduced_shape((1, *shape))[1:]
+        reduced = (
+            shape
+            if self.role.averaging is None
+            else self.role.averaging.reduced_shape((1, *shape))[1:]
+        )
         return {
             "exp_avg": self.shards.state(self.exp_avg[layer], shape),
             "exp_avg_sq": self.shards.state(self.exp_avg_sq[layer], reduced),
@@ -166,7 +178,9 @@ class StackedParameter:
 
     def pairs(self, rows: slice) -> tuple[list[Tensor], list[Tensor]]:
         """Weights and gradients of these layers."""
-        return local_weights(self.params[rows], self.shards), local_grads(self.params[rows], self.shards)
+        return local_weights(self.params[rows], self.shards), local_grads(
+            self.params[rows], self.shards
+        )
 
     def stack(self, tensors: Sequence[Tensor]) -> Tensor:
         """As :func:`stack_layers`."""
@@ -228,22 +242,28 @@ class StackedParameter:
         return self.params[0].numel() // self.units
 
 
-#: A per-unit sum of one parameter, the i-th of those that hold a side: :meth:`StackedParameter.unit_sum` of something.
+#: A per-unit sum of one parameter, the i-th of those that hold a side:
+#: :meth:`StackedParameter.unit_sum` of something.
 Term = Callable[[StackedParameter, int], Tensor]
 
 
 def unit_sums(parameters: Sequence[StackedParameter], *terms: Term) -> Sequence[Tensor]:
     """Each term summed over the parameters, and over all ranks that have parts of them, (L, U)."""
-    sums = (functools.reduce(operator.add, (term(p, i) for i, p in enumerate(parameters))) for term in terms)
+    sums = (
+        functools.reduce(operator.add, (term(p, i) for i, p in enumerate(parameters)))
+        for term in terms
+    )
     return parameters[0].shards.reduced(*sums)
 
 
 class Layers(NamedTuple):
-    """What a step reads of a stacked parameter: of each layer the weights, which it writes too, and the gradients.
+    """What a step reads of a stacked parameter: of each layer the weights, which it writes too, and
+    the gradients.
 
-    ``moments`` are (L, *shape), or as averaging leaves them; ``before`` and ``after`` the norms that dress the
-    parameter, before and after they have moved, ``relaxed`` what they were multiplied by by a frame that has relaxed,
-    each (L, U); ``decay`` the factor of decoupled weight decay.
+    ``moments`` are (L, *shape), or as averaging leaves them; ``before`` and ``after`` the norms
+    that dress the parameter, before and after they have moved, ``relaxed`` what they were
+    multiplied by by a frame that has relaxed, each (L, U); ``decay`` the factor of decoupled weight
+    decay.
     """
 
     weights: list[Tensor]
@@ -260,20 +280,27 @@ class Layers(NamedTuple):
 
 
 def scaled(x: Tensor, factor: Tensor | float) -> Tensor:
-    """The product, in place of x, which must be a copy of one's own; a compiler knows itself where to put it."""
+    """The product, in place of x, which must be a copy of one's own; a compiler knows itself where
+    to put it.
+    """
     return x * factor if torch.compiler.is_compiling() else x.mul_(factor)
 
 
-#: On a CPU, temporaries of more than a few megabytes leave the cache, and their pages are asked of the system
-#: and cleared anew at every step, which costs many times the arithmetic: as many layers at once as fit this.
+#: On a CPU, temporaries of more than a few megabytes leave the cache, and their pages are asked of
+#: the system and cleared anew at every step, which costs many times the arithmetic: as many layers
+#: at once as fit this.
 CPU_CHUNK = 2**20
 
 
 def layers_at_once(layers: int, layer_size: int, device: torch.device) -> int:
-    """How many layers a step takes at once: all on an accelerator; on a CPU as many as fit, in equal chunks."""
+    """How many layers a step takes at once: all on an accelerator; on a CPU as many as fit, in
+    equal chunks.
+    """
     at_once = layers
     if device.type == "cpu":
-        while at_once > 1 and (at_once * layer_size > CPU_CHUNK or layers % at_once):  # equal chunks compile once
+        while at_once > 1 and (
+            at_once * layer_size > CPU_CHUNK or layers % at_once
+        ):  # equal chunks compile once
             at_once -= 1
     return at_once
 
@@ -292,7 +319,9 @@ class Rates(NamedTuple):
 
 
 def as_tensors(value: Any) -> Any:
-    """Numbers as tensors in float64, whose values a compiled step does not know; names and switches as they are."""
+    """Numbers as tensors in float64, whose values a compiled step does not know; names and switches
+    as they are.
+    """
     if isinstance(value, tuple | list):
         return tuple(map(as_tensors, value))
     number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -303,11 +332,11 @@ def as_tensors(value: Any) -> Any:
 class Context:
     """What the stacks of one step share: the param groups, and the norms that dress.
 
-    ``norms`` holds, for each stack that has moved, the norms of its plus sides before and after, both (L, U);
-    ``relaxed``, for each frame of hidden matrices that has relaxed, what its plus side was multiplied by, (L, U).
-    ``log_forward``, ``log_backward`` and ``log_frames`` are, for each stack of frames, the logarithms of f, b and the
-    frame that :class:`ddc.optim.hidden.FrameStack` defines, (G, U).
-    With ``compiled``, each stack compiles a function of its own.
+    ``norms`` holds, for each stack that has moved, the norms of its plus sides before and after,
+    both (L, U); ``relaxed``, for each frame of hidden matrices that has relaxed, what its plus side
+    was multiplied by, (L, U). ``log_forward``, ``log_backward`` and ``log_frames`` are, for each
+    stack of frames, the logarithms of f, b and the frame that :class:`ddc.optim.hidden.FrameStack`
+    defines, (G, U). With ``compiled``, each stack compiles a function of its own.
     """
 
     groups: list[Group]
@@ -356,13 +385,15 @@ class Hyper(NamedTuple):
     additive: bool
 
 
-#: For a CPU, inductor fuses loops over rows with loops over columns, and works out what there is one of per unit once
-#: per entry. Here it does less of both.
+#: For a CPU, inductor fuses loops over rows with loops over columns, and works out what there is
+#: one of per unit once per entry. Here it does less of both.
 CPU_OPTIONS: dict[str, Any] = {"cpp.max_horizontal_fusion_size": 2, "realize_opcount_threshold": 6}
 
 
 class Arithmetic:
-    """A function of stacks and tensors, compiled when asked for; there is one of it for what it is compiled for."""
+    """A function of stacks and tensors, compiled when asked for; there is one of it for what it is
+    compiled for.
+    """
 
     def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
         self.function, self.device = function, device
@@ -374,14 +405,19 @@ class Arithmetic:
         if self.compiled is None:
             options = CPU_OPTIONS if self.device.type == "cpu" else {}
             self.compiled = torch.compile(  # type: ignore[call-overload]
-                self.function, fullgraph=True, dynamic=False, options=options, isolate_recompiles=True
+                self.function,
+                fullgraph=True,
+                dynamic=False,
+                options=options,
+                isolate_recompiles=True,
             )
         try:
             return self.compiled(*arguments)
         except FailOnRecompileLimitHit:
             log.warning(
-                "a compiled step was compiled anew too often, and goes on uncompiled: numbers, such as learning rates "
-                "and betas, may change from step to step, but not names and switches, such as vertical and retract"
+                "a compiled step was compiled anew too often, and goes on uncompiled: numbers, such"
+                " as learning rates and betas, may change from step to step, but not names and"
+                " switches, such as vertical and retract"
             )
             self.compiled = self.function
             return self.function(*arguments)
@@ -391,7 +427,9 @@ class Arithmetic:
 
 
 def safe_power(x: Tensor, exponent: float) -> Tensor:
-    """x^exponent for a negative exponent; 0 where x is 0, or so near to it that this would not be a finite number."""
+    """x^exponent for a negative exponent; 0 where x is 0, or so near to it that this would not be a
+    finite number.
+    """
     limits = torch.finfo(x.dtype)
     smallest = max(limits.tiny, limits.max ** (1 / exponent))
     return torch.where(x >= smallest, x.reciprocal() if exponent == -1 else x.pow(exponent), 0.0)

@@ -1,9 +1,10 @@
-"""The arithmetic of a step, on parameters of equal role and shape stacked over the layers of a model.
+"""The arithmetic of a step, on parameters of equal role and shape stacked over the layers of a
+model.
 
-Shapes in this file: L layers in a stack, U units of a gauge. A stacked parameter is (L, *shape), a quantity
-per unit is (L, U). There are loops over stacks and over the sides of a gauge, never over layers or units.
-Where parameters are split over ranks (:mod:`ddc.optim.sharding`), a stacked parameter is this rank's part of it, and a
-quantity per unit is whole.
+Shapes in this file: L layers in a stack, U units of a gauge. A stacked parameter is (L, *shape), a
+quantity per unit is (L, U). There are loops over stacks and over the sides of a gauge, never over
+layers or units. Where parameters are split over ranks (:mod:`ddc.optim.sharding`), a stacked
+parameter is this rank's part of it, and a quantity per unit is whole.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class Pairs(NamedTuple):
 
 
 class FreeStack:
-    """Parameters that no rescale decomposes: AdamW, with second moments averaged and rows centred by role."""
+    """Parameters that no rescale decomposes: AdamW, with second moments averaged and rows centred
+    by role.
+    """
 
     shared = SHARED
 
@@ -55,7 +58,9 @@ class FreeStack:
         first = parameter.params[0]
         self.at_once = layers_at_once(len(parameter.params), first.numel(), first.device)
         self.single_chunk = self.at_once == len(parameter.params)
-        self.move, self.measure = (Arithmetic(f, first.device) for f in (FreeStack._move, FreeStack._measure))
+        self.move, self.measure = (
+            Arithmetic(f, first.device) for f in (FreeStack._move, FreeStack._measure)
+        )
 
     @property
     def parameters(self) -> list[StackedParameter]:
@@ -64,13 +69,19 @@ class FreeStack:
     def states(self) -> dict[Tensor, dict[str, Tensor]]:
         """State by parameter."""
         p = self.parameter
-        return {param: {"step": self.step_count[i], **p.state(i)} for i, param in enumerate(p.params)}
+        return {
+            param: {"step": self.step_count[i], **p.state(i)} for i, param in enumerate(p.params)
+        }
 
     def grad_norm_squared(self, context: Context) -> Tensor:
         """|g|², of the centred or dressed gradient where the role says so."""
         p = self.parameter
-        chunks = (p.gather(rows, context) for rows in context.chunks([True] * len(p.params), self.at_once))
-        return torch.stack([self.measure(context.compiles(p), self, layers) for layers in chunks]).sum()
+        chunks = (
+            p.gather(rows, context) for rows in context.chunks([True] * len(p.params), self.at_once)
+        )
+        return torch.stack(
+            [self.measure(context.compiles(p), self, layers) for layers in chunks]
+        ).sum()
 
     def _measure(self, layers: Layers) -> Tensor:
         return self.parameter.shards.reduced(self._gradient(layers).square().sum())[0]
@@ -117,7 +128,8 @@ class Side:
         self.unit_size = sum(p.unit_size for p in self.parameters)
         matrices = [p.params[0] for p in self.parameters if p.params[0].ndim == 2]
         fan_in = matrices[0].shape[1] if matrices else self.unit_size
-        #: step scale over norm: s = √fan_in · rms = √(fan_in / unit_size) · rho; s = rho for vectors
+        #: step scale over norm: s = √fan_in · rms = √(fan_in / unit_size) · rho; s = rho for
+        #: vectors
         self.init_scale = math.sqrt(fan_in / self.unit_size)
         if self.unit_size > 1:
             for p in self.parameters:
@@ -132,9 +144,11 @@ class Side:
         return [p.gather(rows, context) for p in self.parameters]
 
     def rounded_norm(self, layers: Sequence[Layers], decayed: bool) -> Tensor:
-        """Norms of the weights as they were rounded to a lower precision, (L, U), with decay or apart from it.
+        """Norms of the weights as they were rounded to a lower precision, (L, U), with decay or
+        apart from it.
 
-        What this side dresses must follow these: a step too small for the weights' precision moves nothing.
+        What this side dresses must follow these: a step too small for the weights' precision moves
+        nothing.
         """
 
         def square(p: StackedParameter, i: int) -> Tensor:
@@ -149,9 +163,13 @@ class Side:
         return self.sums(square)[0].sqrt()
 
     def read(self, layers: Sequence[Layers], decayed: bool = False) -> Block:
-        """Weights and gradients in the coordinates in which the side is decomposed; ``decayed``: after decay."""
+        """Weights and gradients in the coordinates in which the side is decomposed; ``decayed``:
+        after decay.
+        """
         originals, weights, grads, means = [], [], [], []
-        for p, (weights_, grads_, _, before, _, _, decay) in zip(self.parameters, layers, strict=True):
+        for p, (weights_, grads_, _, before, _, _, decay) in zip(
+            self.parameters, layers, strict=True
+        ):
             weight, grad, mean = p.stack(weights_), p.stack(grads_), None
             originals.append(weight)
             if p.role.centred:
@@ -165,17 +183,21 @@ class Side:
             grads.append(grad)
             means.append(mean)
         squares, log_norm_grad = self.sums(
-            lambda p, i: p.unit_sum(weights[i].square()), lambda p, i: p.unit_sum(weights[i] * grads[i])
+            lambda p, i: p.unit_sum(weights[i].square()),
+            lambda p, i: p.unit_sum(weights[i] * grads[i]),
         )
-        return Block(self, layers, decayed, originals, weights, grads, means, squares.sqrt(), log_norm_grad)
+        return Block(
+            self, layers, decayed, originals, weights, grads, means, squares.sqrt(), log_norm_grad
+        )
 
 
 @dataclass
 class Block:
-    """A side at one step: weights and gradients in centred, dressed coordinates, and what they sum to.
+    """A side at one step: weights and gradients in centred, dressed coordinates, and what they sum
+    to.
 
-    ``decayed`` says whether weights are those after decay. ``originals`` are the weights as they were, and used up
-    where those coordinates are the weights' own.
+    ``decayed`` says whether weights are those after decay. ``originals`` are the weights as they
+    were, and used up where those coordinates are the weights' own.
     """
 
     side: Side
@@ -189,7 +211,9 @@ class Block:
     log_norm_grad: Tensor
 
     def grad_norm_squared(self, step_scale: str) -> Tensor:
-        """Σ over units of s² |g|², which is |g|² at the 1/√fan_in initialisation and invariant always."""
+        """Σ over units of s² |g|², which is |g|² at the 1/√fan_in initialisation and invariant
+        always.
+        """
         squares = self.side.sums(lambda p, i: p.unit_sum(self.grads[i].square()))[0]
         return (squares * self.scale(self.norm, step_scale).square()).sum()
 
@@ -198,34 +222,45 @@ class Block:
         return norm * self.side.init_scale if step_scale == "init" else norm
 
     def turn(
-        self, norm: Tensor, log_change: Tensor, bias: Bias, hyper: Hyper, along_gauge: Tensor | float = 0.0
+        self,
+        norm: Tensor,
+        log_change: Tensor,
+        bias: Bias,
+        hyper: Hyper,
+        along_gauge: Tensor | float = 0.0,
     ) -> Turn:
         """The step of the side: W becomes keep · W - turn · u, per unit.
 
-        With u the Adam direction of x = rho g_tan and s the step scale, the turned side is
-        W - eta s (u - <u, W> W / rho²), a combination of W and u; so only its two coefficients are worked out,
-        and neither the projection nor the retraction takes a pass of its own.
+        With u the Adam direction of x = rho g_tan and s the step scale, the turned side is W - eta
+        s (u - <u, W> W / rho²), a combination of W and u; so only its two coefficients are worked
+        out, and neither the projection nor the retraction takes a pass of its own.
 
         Args:
             norm: rho, or what stands for it.
             log_change: of the norm.
             bias: Adam's bias corrections.
             hyper: hyperparameters.
-            along_gauge: the part of ``log_change`` that moves all of the side, where the rest scales W alone.
+            along_gauge: the part of ``log_change`` that moves all of the side, where the rest
+                scales W alone.
         """
         side, growth = self.side, log_change.exp()
         if side.unit_size == 1:
             return Turn([], growth, growth, growth * self.norm)
         inverse, alive = safe_power(norm, -1), self.norm > 0
         directions: list[Tensor] = []
-        for p, layers, weight, grad in zip(side.parameters, self.layers, self.weights, self.grads, strict=True):
-            x = scaled(grad, p.spread(norm)).addcmul_(weight, p.spread(self.log_norm_grad * inverse), value=-1)
+        for p, layers, weight, grad in zip(
+            side.parameters, self.layers, self.weights, self.grads, strict=True
+        ):
+            x = scaled(grad, p.spread(norm)).addcmul_(
+                weight, p.spread(self.log_norm_grad * inverse), value=-1
+            )
             assert layers.moments is not None
             u = adam_(x, layers.moments, bias, hyper.betas, hyper.eps, p.averaging)
             directions.append(p.centre(u) if p.role.centred else u)
         scale = bias.ratio[:, None]
         products, squares = side.sums(
-            lambda p, i: p.unit_sum(directions[i] * self.weights[i]), lambda p, i: p.unit_sum(directions[i].square())
+            lambda p, i: p.unit_sum(directions[i] * self.weights[i]),
+            lambda p, i: p.unit_sum(directions[i].square()),
         )
         along = scale * inverse * products * alive
         across_squared = (scale.square() * squares - along.square()).clamp_(min=0)
@@ -243,7 +278,9 @@ class Block:
         return Turn(directions, growth * (1 + angle * along), growth * stride * scale, new_norm)
 
     def write(self, turn: Turn) -> None:
-        """Write the weights after the step: combined, decayed, undressed by the new factors, with the mean row back."""
+        """Write the weights after the step: combined, decayed, undressed by the new factors, with
+        the mean row back.
+        """
         for i, (p, layers) in enumerate(zip(self.side.parameters, self.layers, strict=True)):
             decay = 1.0 if self.decayed else layers.decay
             weight = scaled(self.weights[i], p.spread(turn.keep * decay))
@@ -258,7 +295,9 @@ class Block:
 
 
 class Turn(NamedTuple):
-    """The step of a side over L layers of U units: u of each parameter, two coefficients, and the norms, (L, U)."""
+    """The step of a side over L layers of U units: u of each parameter, two coefficients, and the
+    norms, (L, U).
+    """
 
     directions: list[Tensor]
     keep: Tensor
@@ -266,9 +305,19 @@ class Turn(NamedTuple):
     norm: Tensor
 
 
-def mode_step(mode: str, gradient: Tensor, modes: dict[str, Tensor], bias: Bias, hyper: Hyper) -> Tensor:
-    """Adam's step of a radial or vertical mode, whose moments are in ``modes``; like the gradient."""
-    u = adam_(gradient, (modes[f"{mode}_exp_avg"], modes[f"{mode}_exp_avg_sq"]), bias, hyper.betas, hyper.eps)
+def mode_step(
+    mode: str, gradient: Tensor, modes: dict[str, Tensor], bias: Bias, hyper: Hyper
+) -> Tensor:
+    """Adam's step of a radial or vertical mode, whose moments are in ``modes``; like the
+    gradient.
+    """
+    u = adam_(
+        gradient,
+        (modes[f"{mode}_exp_avg"], modes[f"{mode}_exp_avg_sq"]),
+        bias,
+        hyper.betas,
+        hyper.eps,
+    )
     return u * per_layer(-hyper.lr * hyper.radial_rate * bias.ratio, gradient)
 
 
@@ -310,7 +359,9 @@ class PolarStack:
         return self.plus.parameters + (self.minus.parameters if self.minus else [])
 
     def states(self) -> dict[Tensor, dict[str, Tensor]]:
-        """State by parameter; that of the gauge's modes is with the first parameter of each layer."""
+        """State by parameter; that of the gauge's modes is with the first parameter of each
+        layer.
+        """
         states = {
             param: {"step": self.step_count[i], **p.state(i)}
             for p in self.parameters
@@ -326,7 +377,11 @@ class PolarStack:
         for rows in context.chunks([True] * self.layers, self.at_once):
             minus = self.minus.gather(rows, context) if self.minus is not None else []
             layers = self.plus.gather(rows, context), minus
-            measured.append(self.measure(context.compiles(first), self, *layers, context.hyper(first).step_scale))
+            measured.append(
+                self.measure(
+                    context.compiles(first), self, *layers, context.hyper(first).step_scale
+                )
+            )
         norms, squares = zip(*measured, strict=True)
         context.norms[self] = (torch.cat(norms),) * 2
         return torch.stack(squares).sum()
@@ -342,8 +397,12 @@ class PolarStack:
         return plus.norm, squared
 
     def step(self, context: Context) -> None:
-        """Move all layers that have a gradient. Afterwards ``context`` has this stack's plus norms."""
-        has_gradient = [any(p.params[i].grad is not None for p in self.parameters) for i in range(self.layers)]
+        """Move all layers that have a gradient. Afterwards ``context`` has this stack's plus
+        norms.
+        """
+        has_gradient = [
+            any(p.params[i].grad is not None for p in self.parameters) for i in range(self.layers)
+        ]
         chunks = context.chunks(has_gradient, self.at_once)
         if all(has_gradient):
             compiled = context.compiles(self.plus.parameters[0])
@@ -357,14 +416,18 @@ class PolarStack:
         context.norms[self] = (old, new)
 
     def _step(self, rows: slice, context: Context, compiled: bool) -> tuple[Tensor, Tensor]:
-        """One step of the given layers; returns the plus norms before and after, decay apart where it comes last."""
+        """One step of the given layers; returns the plus norms before and after, decay apart where
+        it comes last.
+        """
         self.step_count[rows] += 1
         plus = self.plus.gather(rows, context)
         minus = self.minus.gather(rows, context) if self.minus is not None else []
         dressed = [Pairs(*p.pairs(rows), context.decay(p)) for p in self.dressed]
         modes = {key: value[rows] for key, value in self.modes.items()}
         hyper = context.hyper(self.plus.parameters[0])
-        old, new = self.move(compiled, self, plus, minus, dressed, modes, self.step_count[rows], hyper)
+        old, new = self.move(
+            compiled, self, plus, minus, dressed, modes, self.step_count[rows], hyper
+        )
         return old, new
 
     def _move(
@@ -385,8 +448,11 @@ class PolarStack:
             turn = plus.turn(old, torch.zeros_like(old), bias, hyper)
         else:
             minus = self.minus.read(minus_layers, hyper.additive)
-            plus_change, minus_change, relaxed = self._radial(plus, minus, dressed, modes, bias, hyper)
-            # A dead side (norm 0) has no direction. It steps in the other's covariant scale until it has one.
+            plus_change, minus_change, relaxed = self._radial(
+                plus, minus, dressed, modes, bias, hyper
+            )
+            # A dead side (norm 0) has no direction. It steps in the other's covariant scale until
+            # it has one.
             plus_scale = torch.where(old > 0, old, safe_power(minus.norm, -1 / self.degree))
             minus_scale = torch.where(minus.norm > 0, minus.norm, safe_power(old, -self.degree))
             turn = plus.turn(plus_scale, plus_change, bias, hyper, relaxed)
@@ -406,11 +472,13 @@ class PolarStack:
     ) -> tuple[Tensor, Tensor, Tensor | float]:
         """Changes of log rho_P and log rho_M: the shared radial step and the vertical mode.
 
-        The third is how far ``balance`` moves along the gauge, as log rho_P has it, which is in the first two as well.
+        The third is how far ``balance`` moves along the gauge, as log rho_P has it, which is in the
+        first two as well.
         """
         k, size = self.degree, math.sqrt(1 + self.degree**2)
 
-        # What the plus side dresses is undressed by its new norms, so it does not feel the plus side's move.
+        # What the plus side dresses is undressed by its new norms, so it does not feel the plus
+        # side's move.
         plus_grad = plus.log_norm_grad
         if self.dressed:
 
@@ -419,12 +487,16 @@ class PolarStack:
                 return felt * dressed[i].decay if hyper.additive else felt
 
             plus_grad = plus_grad - k * unit_sums(self.dressed, log_norm_grad)[0]
-        radial = mode_step("radial", (k * plus_grad + minus.log_norm_grad) / size, modes, bias, hyper)
+        radial = mode_step(
+            "radial", (k * plus_grad + minus.log_norm_grad) / size, modes, bias, hyper
+        )
         if hyper.vertical == "freeze":
             return radial * (k / size), radial / size, 0.0
         relaxed: Tensor | float = 0.0
         if hyper.vertical == "adam":
-            vertical = mode_step("vertical", (plus_grad - k * minus.log_norm_grad) / size, modes, bias, hyper)
+            vertical = mode_step(
+                "vertical", (plus_grad - k * minus.log_norm_grad) / size, modes, bias, hyper
+            )
         else:
             gap = plus.norm.log() - k * minus.norm.log()
             vertical = torch.where(gap.isfinite(), -hyper.lr * hyper.radial_rate * gap / size, 0.0)
@@ -433,7 +505,8 @@ class PolarStack:
 
 
 class ChainStack:
-    """A chain of layers, each a block as a whole, alike ones stacked; the total log-norm steps, shared equally.
+    """A chain of layers, each a block as a whole, alike ones stacked; the total log-norm steps,
+    shared equally.
 
     Where other layers of the chain are hidden, and step elsewhere, the norms of these keep still.
     """
@@ -448,7 +521,9 @@ class ChainStack:
         self.step_count = torch.zeros(1, **options)
         self.layers = [len(layer.params) for layer in layers]
         self.move = Arithmetic(ChainStack._move, first.params[0].device)
-        sizes = {} if still else {"radial": 1} | ({"vertical": sum(self.layers)} if vertical else {})
+        sizes = (
+            {} if still else {"radial": 1} | ({"vertical": sum(self.layers)} if vertical else {})
+        )
         self.modes = {
             f"{mode}_{moment}": torch.zeros(size, dtype=first.dtype, **options)
             for mode, size in sizes.items()
@@ -482,29 +557,49 @@ class ChainStack:
         self.step_count += 1
         layers = [side.gather(slice(None), context) for side in self.sides]
         hyper = context.hyper(self.parameters[0])
-        self.move(context.compiles(self.parameters[0]), self, layers, self.modes, self.step_count, hyper)
+        self.move(
+            context.compiles(self.parameters[0]), self, layers, self.modes, self.step_count, hyper
+        )
 
     def _move(
-        self, layers: Sequence[Sequence[Layers]], modes: dict[str, Tensor], step_count: Tensor, hyper: Hyper
+        self,
+        layers: Sequence[Sequence[Layers]],
+        modes: dict[str, Tensor],
+        step_count: Tensor,
+        hyper: Hyper,
     ) -> None:
         bias = Bias.at(step_count, hyper.betas, self.parameters[0].dtype)
-        blocks = [side.read(each, hyper.additive) for side, each in zip(self.sides, layers, strict=True)]
-        radial = (each.unsqueeze(1).split(self.layers) for each in self._radial(blocks, modes, bias, hyper))
+        blocks = [
+            side.read(each, hyper.additive) for side, each in zip(self.sides, layers, strict=True)
+        ]
+        radial = (
+            each.unsqueeze(1).split(self.layers)
+            for each in self._radial(blocks, modes, bias, hyper)
+        )
         for block, change, relaxed in zip(blocks, *radial, strict=True):
             block.write(block.turn(block.norm, change, bias, hyper, relaxed))
 
-    def _radial(self, blocks: list[Block], modes: dict[str, Tensor], bias: Bias, hyper: Hyper) -> tuple[Tensor, Tensor]:
-        """Changes of the layers' log-norms, (L,), and of these, how far ``balance`` moves along the gauge."""
+    def _radial(
+        self, blocks: list[Block], modes: dict[str, Tensor], bias: Bias, hyper: Hyper
+    ) -> tuple[Tensor, Tensor]:
+        """Changes of the layers' log-norms, (L,), and of these, how far ``balance`` moves along the
+        gauge.
+        """
         log_norm_grads = torch.cat([block.log_norm_grad.flatten() for block in blocks])
         none = torch.zeros_like(log_norm_grads)
         if self.still:
             return none, none
         size = math.sqrt(sum(self.layers))
-        shared = mode_step("radial", log_norm_grads.sum(0, keepdim=True) / size, modes, bias, hyper) / size
+        shared = (
+            mode_step("radial", log_norm_grads.sum(0, keepdim=True) / size, modes, bias, hyper)
+            / size
+        )
         if hyper.vertical == "freeze":
             return shared.expand(sum(self.layers)), none
         if hyper.vertical == "adam":
-            vertical = mode_step("vertical", log_norm_grads - log_norm_grads.mean(), modes, bias, hyper)
+            vertical = mode_step(
+                "vertical", log_norm_grads - log_norm_grads.mean(), modes, bias, hyper
+            )
             return shared + vertical - vertical.mean(), none
         log_norms = torch.cat([block.norm.flatten() for block in blocks]).log()
         gap = torch.where(log_norms.isfinite().all(), log_norms - log_norms.mean(), 0.0)

@@ -49,7 +49,10 @@ def latex(markdown: str) -> str:
     for character, command in MATHEMATICS.items():
         text = text.replace(character, rf"\({command}\)")
     if not text.isascii():
-        raise ValueError(f"no LaTeX for {', '.join(sorted({c for c in text if not c.isascii()}))}: add to MATHEMATICS")
+        raise ValueError(
+            f"no LaTeX for {', '.join(sorted({c for c in text if not c.isascii()}))}: add to"
+            " MATHEMATICS"
+        )
     return text
 
 
@@ -73,7 +76,9 @@ def page(sections: Iterable[Section], summary: str, root: Path) -> str:
 
 
 def html(markdown: str, title: str, root: Path, style: Path) -> str:
-    """A Markdown document as one HTML file with everything in it: it is viewed without a network."""
+    """A Markdown document as one HTML file with everything in it: it is viewed without a
+    network.
+    """
     import pypandoc
 
     return str(
@@ -83,7 +88,8 @@ def html(markdown: str, title: str, root: Path, style: Path) -> str:
             format=f"{PANDOC_FORMAT}+implicit_figures",
             extra_args=[
                 "--standalone", "--embed-resources", "--toc", "--toc-depth=2", "--columns=10000",
-                f"--resource-path={root}", f"--css={style}", "--metadata", f"title={title}", "--metadata", "lang=en",
+                f"--resource-path={root}", f"--css={style}",
+                "--metadata", f"title={title}", "--metadata", "lang=en",
             ],
         )
     )  # fmt: skip

@@ -17,8 +17,8 @@ from ddc.report.statistics import TESTED_FROM
 #: Fewer seeds than this show nothing.
 SHOWN_FROM = 3
 FEW_SEEDS = (
-    "Below five paired seeds nothing is tested: three or four that all agree are *direction only* at most, fewer are "
-    "*not tested*."
+    "Below five paired seeds nothing is tested: three or four that all agree are *direction only*"
+    " at most, fewer are *not tested*."
 )
 
 
@@ -40,8 +40,10 @@ class Claim:
         reproduced: rule for this verdict.
         direction_only: likewise; whatever is neither is not reproduced.
         level: p-values below it count.
-        fixed: when this rule was written, relative to the runs, by protocol as the main table names it.
-        enough: share of the paper's effect that *reproduced* needs; 0 where the rule has no such number.
+        fixed: when this rule was written, relative to the runs, by protocol as the main table names
+            it.
+        enough: share of the paper's effect that *reproduced* needs; 0 where the rule has no such
+            number.
     """
 
     id: str
@@ -66,8 +68,8 @@ class Effect:
     """What an experiment found on one quantity.
 
     Attributes:
-        direction: 1 if it is shown in the paper's direction, -1 in the other, 0 if neither is shown; None if there are
-            too few seeds to show anything.
+        direction: 1 if it is shown in the paper's direction, -1 in the other, 0 if neither is
+            shown; None if there are too few seeds to show anything.
         enough: whether it is as large as *reproduced* asks for.
     """
 
@@ -119,12 +121,15 @@ def load_claims(path: Path) -> dict[str, Claim]:
     return claims
 
 
-def effect(advantages: Sequence[float], p: float | None, level: float, enough: bool = True) -> Effect:
+def effect(
+    advantages: Sequence[float], p: float | None, level: float, enough: bool = True
+) -> Effect:
     """What paired differences show.
 
-    From :data:`~ddc.report.statistics.TESTED_FROM` seeds on, a direction is shown if p < ``level``. Below, nothing is
-    tested: a direction is shown only if three or four seeds all agree, and it is never enough for *reproduced*. One
-    or two seeds show nothing. :data:`FEW_SEEDS` says so beside every verdict.
+    From :data:`~ddc.report.statistics.TESTED_FROM` seeds on, a direction is shown if p < ``level``.
+    Below, nothing is tested: a direction is shown only if three or four seeds all agree, and it is
+    never enough for *reproduced*. One or two seeds show nothing. :data:`FEW_SEEDS` says so beside
+    every verdict.
 
     Args:
         advantages: by seed, positive in the paper's direction.
@@ -142,28 +147,54 @@ def effect(advantages: Sequence[float], p: float | None, level: float, enough: b
 
 
 def verdict(effects: Sequence[Effect]) -> str:
-    """Reproduced: all effects shown in the paper's direction, and enough. Direction only: some, and none against it."""
+    """Reproduced: all effects shown in the paper's direction, and enough. Direction only: some, and
+    none against it.
+    """
     directions = [each.direction for each in effects if each.direction is not None]
     if not directions or len(directions) < len(effects):
         return "not tested"
     if min(directions) < 0 or max(directions) <= 0:
         return "not reproduced"
-    return "reproduced" if min(directions) > 0 and all(each.enough for each in effects) else "direction only"
+    return (
+        "reproduced"
+        if min(directions) > 0 and all(each.enough for each in effects)
+        else "direction only"
+    )
 
 
 def tested(p: float | None) -> str:
-    """Whether there were seeds enough for a test of paired differences, in a word of the main table."""
+    """Whether there were seeds enough for a test of paired differences, in a word of the main
+    table.
+    """
     return "yes" if p is not None else f"no: fewer than {TESTED_FROM} seeds"
 
 
 def verdict_table(claims: Mapping[str, Claim], verdicts: Iterable[Verdict]) -> str:
     """The paper's figures beside ours, in the order of the claims."""
     verdicts = list(verdicts)
-    header = ["claim", "paper", "protocol", "ours (95%)", "p (Holm)", "seeds", "tested", "rule written", "scale"]
+    header = [
+        "claim",
+        "paper",
+        "protocol",
+        "ours (95%)",
+        "p (Holm)",
+        "seeds",
+        "tested",
+        "rule written",
+        "scale",
+    ]
     header += ["known against it", "verdict"]
     rows = [
         [
-            *(f"{claim.id}: {claim.title}", claim.paper, v.protocol, v.ours, v.p, v.seeds, v.tested),
+            *(
+                f"{claim.id}: {claim.title}",
+                claim.paper,
+                v.protocol,
+                v.ours,
+                v.p,
+                v.seeds,
+                v.tested,
+            ),
             *(claim.fixed.get(v.protocol, "–"), v.scale, v.against, f"**{v.verdict}**"),
         ]
         for claim in claims.values()
@@ -176,7 +207,7 @@ def verdict_table(claims: Mapping[str, Claim], verdicts: Iterable[Verdict]) -> s
 def rule(claim: Claim) -> str:
     """The rule of a claim's verdict in a sentence."""
     return (
-        f"{claim.id}: {claim.metric}; {claim.comparison}. *Reproduced*: {claim.reproduced}. *Direction only*: "
-        f"{claim.direction_only}. Else not reproduced. Rule written "
-        f"{'; '.join(f'{when} ({protocol})' for protocol, when in claim.fixed.items())}."
+        f"{claim.id}: {claim.metric}; {claim.comparison}. *Reproduced*: {claim.reproduced}."
+        f" *Direction only*: {claim.direction_only}. Else not reproduced. Rule written"
+        f" {'; '.join(f'{when} ({protocol})' for protocol, when in claim.fixed.items())}."
     )

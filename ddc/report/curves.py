@@ -16,7 +16,9 @@ from ddc.report.stages import Record
 CURVE = ("step", "train_loss", "validation_loss")
 
 
-def plot_losses(runs: Mapping[str, Runs], setting: Callable[[Record], str], stem: Path) -> list[Path]:
+def plot_losses(
+    runs: Mapping[str, Runs], setting: Callable[[Record], str], stem: Path
+) -> list[Path]:
     """Validation and train loss against steps, and the gap against the train loss.
 
     Args:
@@ -24,7 +26,9 @@ def plot_losses(runs: Mapping[str, Runs], setting: Callable[[Record], str], stem
         setting: of a run, in words.
         stem: of the paths of the figure.
     """
-    figure, axes = subplots(len(runs), 3, figsize=(13, 3.5 * len(runs)), sharex="col", sharey="col", squeeze=False)
+    figure, axes = subplots(
+        len(runs), 3, figsize=(13, 3.5 * len(runs)), sharex="col", sharey="col", squeeze=False
+    )
     for row, (stage, optimizers) in zip(axes, runs.items(), strict=True):
         for i, (name, records) in enumerate(optimizers.items()):
             label = f"{TITLES[name]} ({setting(records[0])}), {len(records)} seeds"

@@ -1,4 +1,6 @@
-"""How far two trainings from one gauge orbit drift apart, as a table and a figure, from records alone."""
+"""How far two trainings from one gauge orbit drift apart, as a table and a figure, from records
+alone.
+"""
 
 from __future__ import annotations
 
@@ -28,27 +30,36 @@ def largest(records: Iterable[Record], optimizer: str, dtype: str) -> dict[tuple
 
 
 def verdicts(records: Sequence[Record], claim: Claim) -> list[Verdict]:
-    """Claim C6 for both optimizers: how many rows stay under the bound in float64, and where the plain one goes."""
+    """Claim C6 for both optimizers: how many rows stay under the bound in float64, and where the
+    plain one goes.
+    """
     found = []
     for name, plain in PAIRS.items():
         ours, theirs = largest(records, name, "float64"), largest(records, plain, "float64")
         under = [value < claim.level for value in ours.values()]
         leaves = [value for (_, gauges), value in theirs.items() if gauges == "all"]
         distinct = min(leaves) > claim.enough
-        turned = [max(v for (_, gauges), v in each.items() if gauges.endswith("rotation")) for each in (ours, theirs)]
-        still = min(((gauges, value) for (_, gauges), value in theirs.items()), key=lambda each: each[1])
+        turned = [
+            max(v for (_, gauges), v in each.items() if gauges.endswith("rotation"))
+            for each in (ours, theirs)
+        ]
+        still = min(
+            ((gauges, value) for (_, gauges), value in theirs.items()), key=lambda each: each[1]
+        )
         found.append(
             Verdict(
                 claim.id,
                 TITLES[name],
-                f"at most {max(ours.values()):.1e} in {len(ours)} rows, {turned[0]:.1e} under rotations alone; "
-                f"{TITLES[plain]} at least {min(leaves):.1f} on whole groups, up to {turned[1]:.1f} under rotations",
+                f"at most {max(ours.values()):.1e} in {len(ours)} rows, {turned[0]:.1e} under"
+                f" rotations alone; {TITLES[plain]} at least {min(leaves):.1f} on whole groups, up"
+                f" to {turned[1]:.1f} under rotations",
                 "–",
                 str(len({record["seed"] for record in records})),
                 "no: a bound",
                 f"{len(leaves)} architectures, {records[0]['config']['steps']} steps, float64",
                 verdict([Effect(int(any(under)), enough=all(under) and distinct)]),
-                f"plain {TITLES[plain]} stays within {still[1]:.1e} under {still[0].replace('_', ' ')}, too",
+                f"plain {TITLES[plain]} stays within {still[1]:.1e} under"
+                f" {still[0].replace('_', ' ')}, too",
             )
         )
     return found
@@ -58,7 +69,11 @@ def markdown(records: Sequence[Record], claim: Claim) -> str:
     """The largest divergence over the seeds for each model, gauges, dtype and optimizer."""
     columns = [(optimizer, dtype) for dtype in DTYPES for optimizer in OPTIMIZERS]
     cells = [largest(records, *column) for column in columns]
-    header = ["model", "gauges moved", *(f"{TITLES[optimizer]} {dtype}" for optimizer, dtype in columns)]
+    header = [
+        "model",
+        "gauges moved",
+        *(f"{TITLES[optimizer]} {dtype}" for optimizer, dtype in columns),
+    ]
     rows = [[*key, *(f"{cell[key]:.1e}" for cell in cells)] for key in cells[0]]
     config = records[0]["config"]
     muon_lr = next(r["config"]["muon_lr"] for r in records if "muon_lr" in r["config"])
@@ -67,11 +82,15 @@ def markdown(records: Sequence[Record], claim: Claim) -> str:
         verdict_table({claim.id: claim}, verdicts(records, claim)),
         rule(claim),
         table(header, rows, left=2),
-        f"Largest absolute difference of log-probabilities over {config['steps']} steps from two starts on one gauge "
-        f"orbit, largest of {seeds} seeds; learning rate {config['lr']}, of hidden matrices under the two Muons "
-        f"{muon_lr}, weight decay {config['weight_decay']}, scales moved by e^±1. In float64 both Muons use the exact "
-        "polar factor, in float32 Newton-Schulz, Muon in bfloat16. "
-        f"Commit {records[0]['commit']}. Made by `make equivariance` from `records.jsonl` beside this file.",
+        (
+            f"Largest absolute difference of log-probabilities over {config['steps']} steps from"
+            f" two starts on one gauge orbit, largest of {seeds} seeds; learning rate"
+            f" {config['lr']}, of hidden matrices under the two Muons {muon_lr}, weight decay"
+            f" {config['weight_decay']}, scales moved by e^±1. In float64 both Muons use the exact"
+            " polar factor, in float32 Newton-Schulz, Muon in bfloat16. Commit"
+            f" {records[0]['commit']}. Made by `make equivariance` from `records.jsonl` beside this"
+            " file."
+        ),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -82,14 +101,17 @@ def drawings(records: Sequence[Record], claim: Claim) -> dict[str, Drawing]:
     return {
         "divergence": Drawing(
             partial(plot, records, claim.level),
-            "Equivariance: largest difference of log-probabilities within 100 steps from two starts on one gauge "
-            f"orbit, by optimizer and dtype; largest of {seeds} seeds. Dotted: the bound of the claim's rule.",
+            "Equivariance: largest difference of log-probabilities within 100 steps from two"
+            f" starts on one gauge orbit, by optimizer and dtype; largest of {seeds} seeds. Dotted:"
+            " the bound of the claim's rule.",
         )
     }
 
 
 def plot(records: Sequence[Record], bound: float, stem: Path) -> list[Path]:
-    """A row a model and gauge set, a panel a dtype, a marker an optimizer; the bound as a dotted line."""
+    """A row a model and gauge set, a panel a dtype, a marker an optimizer; the bound as a dotted
+    line.
+    """
     keys = list(largest(records, OPTIMIZERS[0], DTYPES[0]))
     figure, axes = subplots(1, 2, figsize=(13, 0.32 * len(keys) + 1.6), sharey=True, sharex=True)
     for panel, dtype in zip(axes, DTYPES, strict=True):
@@ -97,7 +119,9 @@ def plot(records: Sequence[Record], bound: float, stem: Path) -> list[Path]:
             cells = largest(records, optimizer, dtype)
             style = nth_style(list(TITLES).index(optimizer), marker=True)
             style |= {"linestyle": "none", "fillstyle": "none" if i % 2 else "full"}
-            panel.plot([cells[key] for key in keys], range(len(keys)), label=TITLES[optimizer], **style)
+            panel.plot(
+                [cells[key] for key in keys], range(len(keys)), label=TITLES[optimizer], **style
+            )
         panel.set(title=dtype, xscale="log", xlabel="largest |difference of log-probabilities|")
     axes[0].axvline(bound, color="black", linestyle=":", linewidth=0.8)
     titles = [f"{model}: {gauges.replace('_', ' ')}" for model, gauges in keys]

@@ -1,4 +1,6 @@
-"""One style for all figures: colours safe for the colour-blind; lines and markers that tell apart in grey."""
+"""One style for all figures: colours safe for the colour-blind; lines and markers that tell apart
+in grey.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ STYLE = {
 }
 
 
-def subplots(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
+def subplots(
+    rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], **options: Any
+) -> tuple[Figure, Any]:
     """A figure in the common style, and its axes; ``options`` are those of ``Figure.subplots``."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -65,7 +69,9 @@ def nth_style(i: int, marker: bool = False) -> dict[str, Any]:
 
 
 def plain_log_ticks(axis: Axis) -> None:
-    """Label a logarithmic axis with plain numbers: 1, 2 and 5 times powers of ten; over many, these alone."""
+    """Label a logarithmic axis with plain numbers: 1, 2 and 5 times powers of ten; over many, these
+    alone.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     low, high = sorted(axis.get_view_interval())
@@ -75,7 +81,9 @@ def plain_log_ticks(axis: Axis) -> None:
 
 
 def save_figure(figure: Figure, stem: Path) -> list[Path]:
-    """Write a figure as ``stem``.png and ``stem``.pdf: the same bytes for the same figure, whenever it is made."""
+    """Write a figure as ``stem``.png and ``stem``.pdf: the same bytes for the same figure, whenever
+    it is made.
+    """
     from matplotlib import rc_context
 
     stem.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """The grokking experiment as a table and two figures, from its records alone.
 
-A record has the ``stages`` that it belongs to, each with the overrides of its setting, the ``config``, the ``curve``
-(evaluations as columns, :data:`CURVE`) and whether it ``diverged``.
+A record has the ``stages`` that it belongs to, each with the overrides of its setting, the
+``config``, the ``curve`` (evaluations as columns, :data:`CURVE`) and whether it ``diverged``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,13 @@ from ddc.report.claims import Claim, Effect, Verdict, rule, verdict, verdict_tab
 from ddc.report.figures import COLOURS, MARKERS, Drawing, save_figure, subplots
 from ddc.report.runs import TITLES
 from ddc.report.stages import PROTOCOLS, Record, commits, is_shared, of_stage, only_setting, table
-from ddc.report.statistics import fisher_p, holm, mean_interval, share_difference_interval, share_interval
+from ddc.report.statistics import (
+    fisher_p,
+    holm,
+    mean_interval,
+    share_difference_interval,
+    share_interval,
+)
 
 CURVE = ("step", "train_loss", "validation_loss", "train_accuracy", "validation_accuracy")
 #: A run groks if its validation accuracy is at least this at some evaluation.
@@ -65,7 +71,9 @@ def median(values: Iterable[float | None]) -> str:
 
 
 def delay(record: Record) -> int | None:
-    """Steps from fitting to grokking, of a run that does both; negative where it generalises first."""
+    """Steps from fitting to grokking, of a run that does both; negative where it generalises
+    first.
+    """
     fits, groks = fit_step(record), step_of(record)
     return None if fits is None or groks is None else groks - fits
 
@@ -92,35 +100,48 @@ def markdown(records: Sequence[Record], claim: Claim) -> str:
     hours = sum(record["seconds"] for record in records) / 3600
     same = [TITLES[name] for name in TITLES if is_shared(records, name)]
     parts = [
-        f"{data['operation'].capitalize()} modulo {data['prime']}, {data['train_fraction']:g} of the questions for "
-        f"training; ReLU network without biases or norms, width {model['width']}, depth {model['depth']} where nothing "
-        f"else is said; batch {training['batch_size']}, {training['steps']} steps. A run *groks* if its validation "
-        f"accuracy is at least {GROKS} at some evaluation; it *fits* if its last training accuracy is at least {FITS}. "
-        "Rates of the Muons: of hidden matrices / of all else.",
+        (
+            f"{data['operation'].capitalize()} modulo {data['prime']}, {data['train_fraction']:g}"
+            " of the questions for training; ReLU network without biases or norms, width"
+            f" {model['width']}, depth {model['depth']} where nothing else is said; batch"
+            f" {training['batch_size']}, {training['steps']} steps. A run *groks* if its validation"
+            f" accuracy is at least {GROKS} at some evaluation; it *fits* if its last training"
+            f" accuracy is at least {FITS}. Rates of the Muons: of hidden matrices / of all else."
+        ),
         "## Claim C5",
         verdict_table({claim.id: claim}, verdicts(records, claim)),
         rule(claim),
         "## Protocols",
         protocol_table(records),
-        "*Fits at* and *groks at*: median step of the runs that do; *delay*: median of the steps from fitting to "
-        "grokking, negative where a run generalises first. Intervals are nominally 95%: Clopper and Pearson's for "
-        "shares, bias-corrected bootstrap for means (at eleven seeds it covers about 90%, less where seeds fall in two "
-        "groups). "
-        f"p: Fisher's exact test of *groks* against {TITLES[SUBJECT]} of the same protocol, adjusted by Holm's method "
-        "for all comparisons in the table. s: median seconds of a run, two at a time on two cores."
-        + (f" The tuned setting of {' and '.join(same)} is the matched one: the same runs." if same else ""),
+        "*Fits at* and *groks at*: median step of the runs that do; *delay*: median of the steps"
+        " from fitting to grokking, negative where a run generalises first. Intervals are"
+        " nominally 95%: Clopper and Pearson's for shares, bias-corrected bootstrap for means (at"
+        " eleven seeds it covers about 90%, less where seeds fall in two groups). p: Fisher's"
+        f" exact test of *groks* against {TITLES[SUBJECT]} of the same protocol, adjusted by Holm's"
+        " method for all comparisons in the table. s: median seconds of a run, two at a time on"
+        " two cores."
+        + (
+            f" The tuned setting of {' and '.join(same)} is the matched one: the same runs."
+            if same
+            else ""
+        ),
         "## Tuning",
         tuning_table(records),
-        "Best validation accuracy on each seed. All settings ran on the first seed, the best two of each optimizer on "
-        "two more; the chosen one is bold. Among settings that never leave chance the order is noise. Task, size, the "
-        "range of the grid and the matched rates were chosen in unrecorded pilot runs, in which DDCMuon should grok "
-        "within the budget; some of DDCMuon's own design was as well, on the first of these seeds.",
+        (
+            "Best validation accuracy on each seed. All settings ran on the first seed, the best"
+            " two of each optimizer on two more; the chosen one is bold. Among settings that never"
+            " leave chance the order is noise. Task, size, the range of the grid and the matched"
+            " rates were chosen in unrecorded pilot runs, in which DDCMuon should grok within the"
+            " budget; some of DDCMuon's own design was as well, on the first of these seeds."
+        ),
         "## Ablations of DDCMuon's matched setting",
         ablation_table(records),
         "## Depth, tuned settings",
         depth_table(records),
-        f"{len(records)} runs, {hours:.1f} hours of one core in all. Commit {commits(records)}. Made by `make report` "
-        "from `runs.jsonl` beside this file.",
+        (
+            f"{len(records)} runs, {hours:.1f} hours of one core in all. Commit {commits(records)}."
+            " Made by `make report` from `runs.jsonl` beside this file."
+        ),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -134,8 +155,12 @@ def protocol_groups(records: Sequence[Record]) -> list[tuple[str, str, list[Reco
     ]
 
 
-def protocol_p_values(groups: Sequence[tuple[str, str, list[Record]]]) -> dict[tuple[str, str], float]:
-    """Fisher's p of each optimizer against the subject in its protocol, adjusted for all comparisons."""
+def protocol_p_values(
+    groups: Sequence[tuple[str, str, list[Record]]],
+) -> dict[tuple[str, str], float]:
+    """Fisher's p of each optimizer against the subject in its protocol, adjusted for all
+    comparisons.
+    """
     subject = {protocol: runs for protocol, name, runs in groups if name == SUBJECT}
     compared = [(protocol, name, runs) for protocol, name, runs in groups if name != SUBJECT]
     raw = [
@@ -151,8 +176,25 @@ def protocol_table(records: Sequence[Record]) -> str:
     groups = protocol_groups(records)
     p_values = protocol_p_values(groups)
     others = [level for level in LEVELS if level != GROKS]
-    header = ["protocol", "optimizer", "rates, decay, schedule", "fits", "fits at", "groks", "interval"]
-    header += [*(f"≥ {x:g}" for x in others), "groks at", "delay", "final accuracy", "interval", "diverged", "p", "s"]
+    header = [
+        "protocol",
+        "optimizer",
+        "rates, decay, schedule",
+        "fits",
+        "fits at",
+        "groks",
+        "interval",
+    ]
+    header += [
+        *(f"≥ {x:g}" for x in others),
+        "groks at",
+        "delay",
+        "final accuracy",
+        "interval",
+        "diverged",
+        "p",
+        "s",
+    ]
     rows = []
     for protocol, name, runs in groups:
         final = [last(record, "validation_accuracy") for record in runs]
@@ -181,7 +223,9 @@ def protocol_table(records: Sequence[Record]) -> str:
 
 
 def verdicts(records: Sequence[Record], claim: Claim) -> list[Verdict]:
-    """Claim C5 by protocol: seeds that grok, with the difference of the shares, Newcombe's interval and Fisher's p."""
+    """Claim C5 by protocol: seeds that grok, with the difference of the shares, Newcombe's interval
+    and Fisher's p.
+    """
     groups = protocol_groups(records)
     p_values = protocol_p_values(groups)
     runs = {(protocol, name): each for protocol, name, each in groups}
@@ -209,17 +253,25 @@ def verdicts(records: Sequence[Record], claim: Claim) -> list[Verdict]:
 
 
 def cut_off(records: Sequence[Record], protocol: str) -> str:
-    """What keeps plain Muon from a fair trial: rates that were never its own, or a choice at the corner of its grid."""
+    """What keeps plain Muon from a fair trial: rates that were never its own, or a choice at the
+    corner of its grid.
+    """
     runs = only_setting(of_stage(records, protocol)["muon"])
     if protocol == "matched":
         return f"the rates are DDCMuon's choice: Muon fits on {fitted(runs)}"
     tried = [
-        run["config"]["optimizer"] for each in of_stage(records, "tuning").get("muon", {}).values() for run in each
+        run["config"]["optimizer"]
+        for each in of_stage(records, "tuning").get("muon", {}).values()
+        for run in each
     ]
     if not tried:
         return "–"
     chosen = runs[0]["config"]["optimizer"]
-    at_end = [key for key in ("lr", "adam_lr", "weight_decay") if chosen[key] == max(each[key] for each in tried)]
+    at_end = [
+        key
+        for key in ("lr", "adam_lr", "weight_decay")
+        if chosen[key] == max(each[key] for each in tried)
+    ]
     place = "the corner" if len(at_end) == 3 else "the edge" if at_end else "the inside"
     left = [best_accuracy(run) for run in runs if step_of(run) is None]
     end = f"; the budget ends at accuracies up to {max(left):.2f}, not grokked" if left else ""
@@ -234,7 +286,9 @@ def tuning_table(records: Sequence[Record]) -> str:
         for overrides, first in settings.items():
             runs = first + finals[name].get(overrides, [])
             mark = "**" if overrides in chosen[name] else ""
-            accuracies = ", ".join(f"{best_accuracy(run):.3f}" + " (diverged)" * run["diverged"] for run in runs)
+            accuracies = ", ".join(
+                f"{best_accuracy(run):.3f}" + " (diverged)" * run["diverged"] for run in runs
+            )
             rows.append([TITLES[name], f"{mark}{setting_title(runs[0])}{mark}", accuracies])
     return table(["optimizer", "rates, decay, schedule", "best accuracy"], rows, left=3)
 
@@ -246,7 +300,9 @@ def ablation_table(records: Sequence[Record]) -> str:
     base = only_setting(of_stage(records, "matched")[SUBJECT])
     (overrides,) = of_stage(records, "matched")[SUBJECT]
     rows = {"nothing": [record for record in base if record["seed"] in seeds]}
-    rows |= {f"`{setting.removeprefix(overrides).strip()}`": runs for setting, runs in changed.items()}
+    rows |= {
+        f"`{setting.removeprefix(overrides).strip()}`": runs for setting, runs in changed.items()
+    }
     return table(
         ["change", "fits", "groks", "median step", "best accuracies"],
         [
@@ -268,7 +324,9 @@ def by_depth(records: Sequence[Record]) -> dict[str, dict[int, list[Record]]]:
     for name, settings in of_stage(records, "depth").items():
         runs = [run for each in settings.values() for run in each]
         seeds = {run["seed"] for run in runs}
-        runs += [run for run in only_setting(of_stage(records, "tuned")[name]) if run["seed"] in seeds]
+        runs += [
+            run for run in only_setting(of_stage(records, "tuned")[name]) if run["seed"] in seeds
+        ]
         for run in sorted(runs, key=lambda each: each["config"]["model"]["depth"]):
             groups.setdefault(name, {}).setdefault(run["config"]["model"]["depth"], []).append(run)
     return groups
@@ -278,14 +336,20 @@ def depth_table(records: Sequence[Record]) -> str:
     """One row a depth."""
     groups = by_depth(records)
     header = ["depth"] + [
-        f"{TITLES[name]}: {what}" for name in groups for what in ("groks", "median step", "accuracies")
+        f"{TITLES[name]}: {what}"
+        for name in groups
+        for what in ("groks", "median step", "accuracies")
     ]
     rows = []
     for depth in next(iter(groups.values())):
         cells = [str(depth)]
         for depths in groups.values():
             runs = depths[depth]
-            cells += [share(runs), median(map(step_of, runs)), ", ".join(f"{best_accuracy(run):.3f}" for run in runs)]
+            cells += [
+                share(runs),
+                median(map(step_of, runs)),
+                ", ".join(f"{best_accuracy(run):.3f}" for run in runs),
+            ]
         rows.append(cells)
     return table(header, rows)
 
@@ -295,13 +359,14 @@ def drawings(records: Sequence[Record]) -> dict[str, Drawing]:
     return {
         "accuracy": Drawing(
             partial(plot_accuracy, records),
-            "Grokking: validation accuracy against steps, a line a seed (11); training accuracy in grey; dotted, the "
-            "0.95 that counts. In the titles how many grok; rates, decay, schedule.",
+            "Grokking: validation accuracy against steps, a line a seed (11); training accuracy in"
+            " grey; dotted, the 0.95 that counts. In the titles how many grok; rates, decay,"
+            " schedule.",
         ),
         "depth": Drawing(
             partial(plot_depth, records),
-            "Grokking: share of three seeds that grok, and their best validation accuracy, against depth, at the tuned "
-            "settings.",
+            "Grokking: share of three seeds that grok, and their best validation accuracy, against"
+            " depth, at the tuned settings.",
         ),
     }
 
@@ -309,16 +374,31 @@ def drawings(records: Sequence[Record]) -> dict[str, Drawing]:
 def plot_accuracy(records: Sequence[Record], stem: Path) -> list[Path]:
     """Validation accuracy against steps, a line a seed, a panel an optimizer and protocol."""
     columns = max(len(of_stage(records, protocol)) for protocol in PROTOCOLS)
-    figure, axes = subplots(len(PROTOCOLS), columns, figsize=(12, 5.5), sharex=True, sharey=True, squeeze=False)
+    figure, axes = subplots(
+        len(PROTOCOLS), columns, figsize=(12, 5.5), sharex=True, sharey=True, squeeze=False
+    )
     for i, protocol in enumerate(PROTOCOLS):
         for j, (name, settings) in enumerate(of_stage(records, protocol).items()):
             runs, panel = only_setting(settings), axes[i][j]
             for run in runs:
-                panel.plot(run["curve"]["step"], run["curve"]["train_accuracy"], color="0.75", linewidth=0.8)
+                panel.plot(
+                    run["curve"]["step"],
+                    run["curve"]["train_accuracy"],
+                    color="0.75",
+                    linewidth=0.8,
+                )
             for run in runs:
-                panel.plot(run["curve"]["step"], run["curve"]["validation_accuracy"], color=COLOURS[j], linewidth=1)
+                panel.plot(
+                    run["curve"]["step"],
+                    run["curve"]["validation_accuracy"],
+                    color=COLOURS[j],
+                    linewidth=1,
+                )
             panel.axhline(GROKS, color="black", linestyle=":", linewidth=0.8)
-            panel.set_title(f"{TITLES[name]}, {protocol}: {share(runs)}\n{setting_title(runs[0])}", fontsize="small")
+            panel.set_title(
+                f"{TITLES[name]}, {protocol}: {share(runs)}\n{setting_title(runs[0])}",
+                fontsize="small",
+            )
     for panel in axes[-1]:
         panel.set_xlabel("step")
     for row in axes:
@@ -337,11 +417,17 @@ def plot_depth(records: Sequence[Record], stem: Path) -> list[Path]:
         accuracies.plot(list(depths), medians, **style)
         for depth, runs in depths.items():
             accuracies.plot(
-                [depth] * len(runs), list(map(best_accuracy, runs)), style["marker"], color=COLOURS[i], alpha=0.4
+                [depth] * len(runs),
+                list(map(best_accuracy, runs)),
+                style["marker"],
+                color=COLOURS[i],
+                alpha=0.4,
             )
     accuracies.axhline(GROKS, color="black", linestyle=":", linewidth=0.8)
     shares.set(xlabel="depth", ylabel=f"share of seeds with accuracy ≥ {GROKS}", ylim=(-0.05, 1.05))
-    accuracies.set(xlabel="depth", ylabel="best validation accuracy: median and seeds", ylim=(-0.05, 1.05))
+    accuracies.set(
+        xlabel="depth", ylabel="best validation accuracy: median and seeds", ylim=(-0.05, 1.05)
+    )
     for panel in (shares, accuracies):
         panel.legend(frameon=False, fontsize="small")
     return save_figure(figure, stem)

@@ -1,7 +1,7 @@
 """A language model past the point of fit, as tables and figures, from records alone.
 
-A record has what :mod:`ddc.report.stages` needs, the ``config``, the ``curve`` (evaluations as columns), the
-``summary`` and whether it ``diverged``.
+A record has what :mod:`ddc.report.stages` needs, the ``config``, the ``curve`` (evaluations as
+columns), the ``summary`` and whether it ``diverged``.
 """
 
 from __future__ import annotations
@@ -75,12 +75,18 @@ GAUGE_TITLES = {
 def setting_title(record: Record) -> str:
     """What the grid varies: rate and decay of AdamW, radial rate and decay of DDCAdam."""
     optimizer = record["config"]["optimizer"]
-    first = f"radial {optimizer['radial_rate']:g}" if "radial_rate" in optimizer else f"rate {optimizer['lr']:g}"
+    first = (
+        f"radial {optimizer['radial_rate']:g}"
+        if "radial_rate" in optimizer
+        else f"rate {optimizer['lr']:g}"
+    )
     return f"{first}, decay {optimizer['weight_decay']:g}"
 
 
 def verdicts(records: Sequence[Record], claim: Claim) -> list[Verdict]:
-    """Claim C1 by protocol, p-values adjusted over both: the gap where the train loss first falls to 0.5."""
+    """Claim C1 by protocol, p-values adjusted over both: the gap where the train loss first falls
+    to 0.5.
+    """
     runs = {protocol: stage_runs(records, protocol) for protocol in PROTOCOLS}
     p_values = holm([paired_p(differences(runs[protocol], EQUAL)) for protocol in PROTOCOLS])
     found = []
@@ -89,14 +95,30 @@ def verdicts(records: Sequence[Record], claim: Claim) -> list[Verdict]:
         found_on = differences(mine, EQUAL)
         enough = is_enough(claim, mine, EQUAL) and len(found_on) == ran
         shown = effect(advantages(mine, EQUAL), p, claim.level, enough)
-        ends = [statistics.mean(record["summary"]["gap"] for record in mine[name]) for name in (SUBJECT, BASELINE)]
+        ends = [
+            statistics.mean(record["summary"]["gap"] for record in mine[name])
+            for name in (SUBJECT, BASELINE)
+        ]
         ours = (
-            f"gap at equal train loss {interval(found_on, EQUAL.form)}; at the end {ends[0]:.2f} against {ends[1]:.2f}"
+            f"gap at equal train loss {interval(found_on, EQUAL.form)}; at the end {ends[0]:.2f}"
+            f" against {ends[1]:.2f}"
         )
         scale = "GPT, 0.8M parameters, 40 kB of text"
         seeds = seeds_cell(len(found_on), ran)
         against = untuned_rate(records) if protocol == "tuned" else "–"
-        found.append(Verdict(claim.id, protocol, ours, p_cell(p), seeds, tested(p), scale, verdict([shown]), against))
+        found.append(
+            Verdict(
+                claim.id,
+                protocol,
+                ours,
+                p_cell(p),
+                seeds,
+                tested(p),
+                scale,
+                verdict([shown]),
+                against,
+            )
+        )
     return found
 
 
@@ -107,11 +129,19 @@ def untuned_rate(records: Sequence[Record]) -> str:
         for name, settings in of_stage(records, "tuning").items()
     }
     alone = {name: min(each) for name, each in rates.items() if len(each) == 1}
-    return "; ".join(f"{TITLES[name]}'s learning rate was not tuned ({rate:g})" for name, rate in alone.items()) or "–"
+    return (
+        "; ".join(
+            f"{TITLES[name]}'s learning rate was not tuned ({rate:g})"
+            for name, rate in alone.items()
+        )
+        or "–"
+    )
 
 
 def grid(records: Sequence[Record], name: str) -> dict[tuple[float, float], Record]:
-    """The runs of the tuning seed, by (rate or radial rate, decay): the grid, and what ran without decay."""
+    """The runs of the tuning seed, by (rate or radial rate, decay): the grid, and what ran without
+    decay.
+    """
     key = "radial_rate" if name == SUBJECT else "lr"
     cells = {}
     for stage in ("tuning", "no_decay"):
@@ -152,14 +182,20 @@ def tuning_table(records: Sequence[Record]) -> str:
 
 def gauge_set_title(record: Record) -> str:
     """The kinds of gauges that the optimizer was told of."""
-    kinds = [title for kind, title in GAUGE_TITLES.items() if record["config"]["gauges"][kind] is not False]
+    kinds = [
+        title
+        for kind, title in GAUGE_TITLES.items()
+        if record["config"]["gauges"][kind] is not False
+    ]
     if len(kinds) == len(GAUGE_TITLES):
         return "all"
     return " + ".join(kinds) or "none"
 
 
 def gauge_sets(records: Sequence[Record]) -> Iterator[tuple[str, float, Record]]:
-    """(gauges, radial rate, run) at one decay and seed: parts of the gauges, all of them, and none, which is AdamW."""
+    """(gauges, radial rate, run) at one decay and seed: parts of the gauges, all of them, and none,
+    which is AdamW.
+    """
     decay = 0.1
     yield "none (AdamW)", float("nan"), grid(records, BASELINE)[1e-3, decay]
     for settings in of_stage(records, "gauge_sets").values():
@@ -173,7 +209,11 @@ def gauge_set_table(records: Sequence[Record]) -> str:
     """One row a set of gauges and radial rate."""
     shown = (TRAIN, LAST, BEST, EQUAL)
     rows = [
-        [title, "–" if radial != radial else f"{radial:g}", *(cell(number(record, quantity)) for quantity in shown)]
+        [
+            title,
+            "–" if radial != radial else f"{radial:g}",
+            *(cell(number(record, quantity)) for quantity in shown),
+        ]
         for title, radial, record in gauge_sets(records)
     ]
     return table(["gauges", "radial rate", *(quantity.title for quantity in shown)], rows)
@@ -187,16 +227,20 @@ def markdown(records: Sequence[Record], claim: Claim) -> str:
     diverged = sum(record["diverged"] for record in records)
     stages = {stage: stage_runs(records, stage) for stage in STAGE_TITLES}
     parts = [
-        f"GPT with {model['layers']} layers, width {model['width']}, RMSNorm, SwiGLU, RoPE; the first "
-        f"{data['train_tokens']:,} bytes of Shakespeare, batch {training['batch_size']} × {model['context']}, "
-        f"{training['steps']} steps, constant rate after warm-up. Losses in nats a byte. Seeds set initialisation and "
-        "order; differences are paired by seed.",
+        (
+            f"GPT with {model['layers']} layers, width {model['width']}, RMSNorm, SwiGLU, RoPE; the"
+            f" first {data['train_tokens']:,} bytes of Shakespeare, batch {training['batch_size']}"
+            f" × {model['context']}, {training['steps']} steps, constant rate after warm-up. Losses"
+            " in nats a byte. Seeds set initialisation and order; differences are paired by seed."
+        ),
         "## Claim C1",
         verdict_table({claim.id: claim}, verdicts(records, claim)),
         rule(claim),
     ]
     for stage, title in STAGE_TITLES.items():
-        settings = "; ".join(f"{TITLES[name]}: {setting_title(runs[0])}" for name, runs in stages[stage].items())
+        settings = "; ".join(
+            f"{TITLES[name]}: {setting_title(runs[0])}" for name, runs in stages[stage].items()
+        )
         parts += [f"## {title}", f"{settings}.", quantity_table(stages[stage], QUANTITIES)]
     parts += [
         QUANTITY_NOTE,
@@ -204,12 +248,20 @@ def markdown(records: Sequence[Record], claim: Claim) -> str:
         seeds_table(stages, (TRAIN, LAST, BEST, EQUAL), setting_title),
         "## The grid: radial rate × decay for DDCAdam, rate × decay for AdamW",
         tuning_table(records),
-        "Seed 100. Bold: chosen by one of the three questions. The settings without decay were no part of the choice.",
+        (
+            "Seed 100. Bold: chosen by one of the three questions. The settings without decay were"
+            " no part of the choice."
+        ),
         "## Gauge sets",
         gauge_set_table(records),
-        "DDCAdam told of part of the gauges; rate 0.001, decay 0.1, seed 100. One seed: description, no test.",
-        f"{len(records)} runs, {diverged} diverged, {hours:.1f} hours of one core in all. Commit {commits(records)}. "
-        "Made by `make report` from `runs.jsonl` beside this file.",
+        (
+            "DDCAdam told of part of the gauges; rate 0.001, decay 0.1, seed 100. One seed:"
+            " description, no test."
+        ),
+        (
+            f"{len(records)} runs, {diverged} diverged, {hours:.1f} hours of one core in all."
+            f" Commit {commits(records)}. Made by `make report` from `runs.jsonl` beside this file."
+        ),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -220,32 +272,33 @@ def drawings(records: Sequence[Record]) -> dict[str, Drawing]:
     return {
         "losses": Drawing(
             partial(plot_losses, {name: runs[name] for name in PROTOCOLS}, setting_title),
-            "Language model: losses against steps, and the gap against the train loss: on one vertical the train loss "
-            "is equal. A line a seed.",
+            "Language model: losses against steps, and the gap against the train loss: on one"
+            " vertical the train loss is equal. A line a seed.",
         ),
         "grid": Drawing(
             partial(plot_grid, records),
-            "Language model: the grid, seed 100. Above DDCAdam, radial rate × decay; below AdamW, rate × decay. Small: "
-            "the train loss at the end, for a low validation loss may be one of a model that does not fit. Grey: never "
-            "reached. Framed: chosen by this question; the middle one among settings that fit (train loss at most "
-            "0.5).",
+            "Language model: the grid, seed 100. Above DDCAdam, radial rate × decay; below AdamW,"
+            " rate × decay. Small: the train loss at the end, for a low validation loss may be one"
+            " of a model that does not fit. Grey: never reached. Framed: chosen by this question;"
+            " the middle one among settings that fit (train loss at most 0.5).",
         ),
         "frontier": Drawing(
             partial(plot_frontier, records),
-            "Language model: where each setting of the grid ends (seed 100), and the decisive settings on their own "
-            "seeds. The validation loss at the end, and the best one, against the train loss at the end.",
+            "Language model: where each setting of the grid ends (seed 100), and the decisive"
+            " settings on their own seeds. The validation loss at the end, and the best one,"
+            " against the train loss at the end.",
         ),
         "gauge_sets": Drawing(
             partial(plot_gauge_sets, records),
-            "Language model: DDCAdam told of part of the gauges, at radial rates 0 and 1 (rate 0.001, decay 0.1, seed "
-            "100). Without gauges it is AdamW.",
+            "Language model: DDCAdam told of part of the gauges, at radial rates 0 and 1 (rate"
+            " 0.001, decay 0.1, seed 100). Without gauges it is AdamW.",
         ),
         "drift": Drawing(
             partial(plot_drift, runs["matched"]),
-            "Language model, matched: how far the weights have moved along their gauge orbits, where no loss sees "
-            "them. Root mean square over units, a line a seed. Of rescales the change of log ρ_P - log ρ_M; DDCAdam "
-            "holds it still, but for decay, which acts on matrices and not on vectors (norm scale); rotations it does "
-            "not hold.",
+            "Language model, matched: how far the weights have moved along their gauge orbits,"
+            " where no loss sees them. Root mean square over units, a line a seed. Of rescales the"
+            " change of log ρ_P - log ρ_M; DDCAdam holds it still, but for decay, which acts on"
+            " matrices and not on vectors (norm scale); rotations it does not hold.",
         ),
     }
 
@@ -266,7 +319,9 @@ def plot_grid(records: Sequence[Record], stem: Path) -> list[Path]:
             values = np.array([[np.nan if v is None else v for v in row] for row in found])
             panel.set_facecolor("#e4e4e4")
             panel.grid(False)
-            image = panel.imshow(np.ma.masked_invalid(values), cmap="cividis", vmin=low, vmax=high, aspect="auto")
+            image = panel.imshow(
+                np.ma.masked_invalid(values), cmap="cividis", vmin=low, vmax=high, aspect="auto"
+            )
             for i, j in np.ndindex(values.shape):
                 dark = np.isfinite(values[i, j]) and values[i, j] < (low + high) / 2
                 style = {"ha": "center", "color": "white" if dark else "black"}
@@ -275,7 +330,9 @@ def plot_grid(records: Sequence[Record], stem: Path) -> list[Path]:
                 panel.text(j, i + 0.1, cell(number(run, TRAIN)), va="top", fontsize=7, **style)
                 if run["stages"].get("tuning") in of_stage(records, stage)[name]:
                     corner = (j - 0.48, i - 0.48)
-                    panel.add_patch(Rectangle(corner, 0.96, 0.96, fill=False, edgecolor="black", linewidth=3))
+                    panel.add_patch(
+                        Rectangle(corner, 0.96, 0.96, fill=False, edgecolor="black", linewidth=3)
+                    )
             panel.set_xticks(range(len(decays)), [f"{each:g}" for each in decays])
             panel.set_yticks(range(len(rates)), [f"{each:g}" for each in rates])
             panel.set(xlabel="decay", ylabel="radial rate" if name == SUBJECT else "learning rate")
@@ -285,7 +342,9 @@ def plot_grid(records: Sequence[Record], stem: Path) -> list[Path]:
 
 
 def plot_frontier(records: Sequence[Record], stem: Path) -> list[Path]:
-    """Validation against train loss at the end of every run of the grid and of the decisive settings."""
+    """Validation against train loss at the end of every run of the grid and of the decisive
+    settings.
+    """
     figure, axes = subplots(1, 2, figsize=(11, 4.5), sharex=True)
     for i, name in enumerate((BASELINE, SUBJECT)):
         tried = [run for run in grid(records, name).values() if not run["diverged"]]
@@ -295,12 +354,17 @@ def plot_frontier(records: Sequence[Record], stem: Path) -> list[Path]:
             for run in stage_runs(records, stage)[name]
         }
         for panel, quantity in zip(axes, (LAST, BEST), strict=True):
-            for runs, fill, label in ((tried, "none", "grid"), (list(decisive.values()), "full", "decisive settings")):
+            for runs, fill, label in (
+                (tried, "none", "grid"),
+                (list(decisive.values()), "full", "decisive settings"),
+            ):
                 x, y = ([each.of(run) for run in runs] for each in (TRAIN, quantity))
                 style = nth_style(i, marker=True) | {"linestyle": "none", "fillstyle": fill}
                 panel.plot(x, y, label=f"{TITLES[name]}, {label} ({len(runs)} runs)", **style)
             panel.set(xlabel="train loss at the end (nats)", ylabel=f"{quantity.title} (nats)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False
+    )
     return save_figure(figure, stem)
 
 
@@ -314,7 +378,11 @@ def plot_gauge_sets(records: Sequence[Record], stem: Path) -> list[Path]:
             rows = [(t, run) for t, r, run in found if (r != r if radial is None else r == radial)]
             style = nth_style(i, marker=True) | {"linestyle": "none"}
             label = "AdamW" if radial is None else f"radial rate {radial:g}"
-            there = [(value, titles.index(t)) for t, run in rows if (value := number(run, quantity)) is not None]
+            there = [
+                (value, titles.index(t))
+                for t, run in rows
+                if (value := number(run, quantity)) is not None
+            ]
             panel.plot([x for x, _ in there], [y for _, y in there], label=label, **style)
         panel.set(xlabel=f"{quantity.title} (nats)")
     axes[0].set_yticks(range(len(titles)), [title.replace(" + ", " +\n") for title in titles])

@@ -23,7 +23,8 @@ class Quantity:
     Attributes:
         title: in tables.
         of: the number of a record; None where it has none.
-        sign: of the difference DDCAdam - AdamW that is in the paper's direction; 0 where it has none.
+        sign: of the difference DDCAdam - AdamW that is in the paper's direction; 0 where it has
+            none.
         form: of the number in tables.
     """
 
@@ -44,14 +45,21 @@ def gap_at(level: str) -> Callable[[Record], float | None]:
 
 
 def stage_runs(records: Sequence[Record], stage: str) -> Runs:
-    """The runs of a stage by optimizer, in order of seeds: of the seeds on which all of them ran and none diverged.
+    """The runs of a stage by optimizer, in order of seeds: of the seeds on which all of them ran
+    and none diverged.
 
     Empty where there is no such seed.
     """
     runs = {name: only_setting(settings) for name, settings in of_stage(records, stage).items()}
-    ended = [{record["seed"] for record in each if not record["diverged"]} for each in runs.values()]
+    ended = [
+        {record["seed"] for record in each if not record["diverged"]} for each in runs.values()
+    ]
     shared = set.intersection(*ended) if len(ended) > 1 else set()
-    return {name: [record for record in each if record["seed"] in shared] for name, each in runs.items() if shared}
+    return {
+        name: [record for record in each if record["seed"] in shared]
+        for name, each in runs.items()
+        if shared
+    }
 
 
 def values(records: Sequence[Record], quantity: Quantity) -> list[float | None]:
@@ -78,12 +86,18 @@ def advantages(runs: Runs, quantity: Quantity) -> list[float]:
 def reduction(runs: Runs, quantity: Quantity) -> float:
     """Mean advantage relative to AdamW's mean, on the seeds where both have the number."""
     baseline = [each for each, _ in pairs(runs, quantity)]
-    return statistics.mean(advantages(runs, quantity)) / statistics.mean(baseline) if baseline else 0.0
+    return (
+        statistics.mean(advantages(runs, quantity)) / statistics.mean(baseline) if baseline else 0.0
+    )
 
 
 def is_enough(claim: Claim, runs: Runs, quantity: Quantity) -> bool:
-    """Whether AdamW's mean is reduced by the share of the paper's relative reduction that *reproduced* asks for."""
-    return reduction(runs, quantity) >= claim.enough * (1 - claim.values[SUBJECT] / claim.values[BASELINE])
+    """Whether AdamW's mean is reduced by the share of the paper's relative reduction that
+    *reproduced* asks for.
+    """
+    return reduction(runs, quantity) >= claim.enough * (
+        1 - claim.values[SUBJECT] / claim.values[BASELINE]
+    )
 
 
 def seeds_that_ran(records: Sequence[Record], stage: str) -> int:
@@ -118,7 +132,9 @@ def p_cell(p: float | None) -> str:
 
 
 def quantity_table(runs: Runs, quantities: Sequence[Quantity]) -> str:
-    """One row a quantity: means of both optimizers, paired difference with its interval, effect size, p, seeds."""
+    """One row a quantity: means of both optimizers, paired difference with its interval, effect
+    size, p, seeds.
+    """
     rows = []
     for quantity in quantities:
         both, found = pairs(runs, quantity), differences(runs, quantity)
@@ -133,28 +149,48 @@ def quantity_table(runs: Runs, quantities: Sequence[Quantity]) -> str:
                 str(len(found)),
             ]
         )
-    header = ["", TITLES[BASELINE], TITLES[SUBJECT], "DDCAdam - AdamW (95%)", "effect size", "p, unadjusted", "seeds"]
+    header = [
+        "",
+        TITLES[BASELINE],
+        TITLES[SUBJECT],
+        "DDCAdam - AdamW (95%)",
+        "effect size",
+        "p, unadjusted",
+        "seeds",
+    ]
     return table(header, rows)
 
 
 #: What :func:`quantity_table` shows, for the text beside it.
 QUANTITY_NOTE = (
-    "Means over the seeds on which both have the number, in brackets the interquartile mean; differences are paired by "
-    "seed, their intervals Student's t below ten seeds. Effect size: mean difference over its standard deviation, with "
-    "Hedges' correction. p: Student's t-test, from five seeds on, not adjusted: many rows, so read them as description."
+    "Means over the seeds on which both have the number, in brackets the interquartile mean;"
+    " differences are paired by seed, their intervals Student's t below ten seeds. Effect size:"
+    " mean difference over its standard deviation, with Hedges' correction. p: Student's t-test,"
+    " from five seeds on, not adjusted: many rows, so read them as description."
 )
 
 
-def seeds_table(runs: Mapping[str, Runs], quantities: Sequence[Quantity], setting: Callable[[Record], str]) -> str:
+def seeds_table(
+    runs: Mapping[str, Runs], quantities: Sequence[Quantity], setting: Callable[[Record], str]
+) -> str:
     """Every seed: one row a stage and optimizer, one column a quantity."""
     rows = []
     for stage, each in runs.items():
         for name, records in each.items():
             cells = [
-                ", ".join("–" if value is None else f"{value:{quantity.form}}" for value in values(records, quantity))
+                ", ".join(
+                    "–" if value is None else f"{value:{quantity.form}}"
+                    for value in values(records, quantity)
+                )
                 for quantity in quantities
             ]
             seeds = ", ".join(str(record["seed"]) for record in records)
             rows.append([stage, TITLES[name], setting(records[0]), seeds, *cells])
-    header = ["stage", "optimizer", "setting", "seeds", *(quantity.title for quantity in quantities)]
+    header = [
+        "stage",
+        "optimizer",
+        "setting",
+        "seeds",
+        *(quantity.title for quantity in quantities),
+    ]
     return table(header, rows, left=len(header))

@@ -27,7 +27,11 @@ COLUMNS = {
     "gradient_log_volume": "log det⁺ G",
     "fisher_min": "λ_min(A)·λ_min(G)",
 }
-APPROACH_TITLES = {"excess_loss": "excess loss", "arc_length": "arc length to the end", "step": "1/step"}
+APPROACH_TITLES = {
+    "excess_loss": "excess loss",
+    "arc_length": "arc length to the end",
+    "step": "1/step",
+}
 
 
 def settings(run: Run) -> tuple[RateRule, str, float]:
@@ -51,7 +55,9 @@ def null_controls(
     """Share of cells that the same rule reads where there is nothing to read."""
     log_t = log_approach(rows, approach, loss_floor)
     return {
-        "untrained model": float(np.mean([c.rate.read for c in read_cells(untrained, approach, rule, loss_floor)])),
+        "untrained model": float(
+            np.mean([c.rate.read for c in read_cells(untrained, approach, rule, loss_floor)])
+        ),
         "shuffled checkpoints": shuffled_share(rows, approach, rule, loss_floor),
         "white noise": noise_share(log_t, rule, walk=False),
         "random walk": noise_share(log_t, rule, walk=True),
@@ -90,7 +96,9 @@ def described(cell: Record) -> str:
 
 
 def plot_cells(cells: Sequence[Cell], title: str, stem: Path) -> list[Path]:
-    """The grid as a heat map of slopes; refused cells are grey and name the reason. ``stem``.png and ``stem``.pdf."""
+    """The grid as a heat map of slopes; refused cells are grey and name the reason. ``stem``.png
+    and ``stem``.pdf.
+    """
     records = [cell.record() for cell in cells]
     figure, panel = subplots(figsize=(9, 1.2 + 0.42 * len(by_layer(cells))))
     image = heat_map(panel, records, largest_slope(records))
@@ -116,14 +124,26 @@ def heat_map(panel: Axes, cells: Sequence[Record], top: float) -> AxesImage:
         if cell["verdict"] == "read":
             slopes[i, j] = cell["slope"]
         dark = slopes[i, j] < top / 2  # nan is not
-        panel.text(j, i, described(cell), ha="center", va="center", color="white" if dark else "black", fontsize=7.5)
+        panel.text(
+            j,
+            i,
+            described(cell),
+            ha="center",
+            va="center",
+            color="white" if dark else "black",
+            fontsize=7.5,
+        )
     panel.set_xticks(range(len(OBSERVABLES)), [COLUMNS[o] for o in OBSERVABLES], fontsize=8)
     panel.set_yticks(range(len(layers)), layers, fontsize=8)
-    return panel.imshow(np.ma.masked_invalid(slopes), cmap="cividis", vmin=0, vmax=top, aspect="auto")
+    return panel.imshow(
+        np.ma.masked_invalid(slopes), cmap="cividis", vmin=0, vmax=top, aspect="auto"
+    )
 
 
 def plot_spectra(rows: Sequence[Mapping[str, Any]], title: str, stem: Path) -> list[Path]:
-    """Order statistics of both second moments of every layer along training, as ``stem``.png and ``stem``.pdf."""
+    """Order statistics of both second moments of every layer along training, as ``stem``.png and
+    ``stem``.pdf.
+    """
     from matplotlib import colormaps
 
     layers = [layer["layer"] for layer in rows[0]["layers"]]
@@ -142,10 +162,15 @@ def plot_spectra(rows: Sequence[Mapping[str, Any]], title: str, stem: Path) -> l
             size = max(len(s["spectrum"]) for s in spectra)
             for k in range(size):
                 values = [
-                    s["spectrum"][k] if k < len(s["spectrum"]) and s["spectrum"][k] > 0 else np.nan for s in spectra
+                    s["spectrum"][k] if k < len(s["spectrum"]) and s["spectrum"][k] > 0 else np.nan
+                    for s in spectra
                 ]
-                grid[i, j].plot(steps, values, color=colormaps["cividis"](k / max(1, size - 1)), linewidth=0.7)
-            grid[i, j].plot(steps, [s["floor"] for s in spectra], color="black", linestyle=":", linewidth=1)
+                grid[i, j].plot(
+                    steps, values, color=colormaps["cividis"](k / max(1, size - 1)), linewidth=0.7
+                )
+            grid[i, j].plot(
+                steps, [s["floor"] for s in spectra], color="black", linestyle=":", linewidth=1
+            )
             grid[i, j].set(xscale="log", yscale="log")
         grid[0, j].set_title(layer, fontsize=9)
         grid[1, j].set_xlabel("step + 1")
@@ -156,7 +181,9 @@ def plot_spectra(rows: Sequence[Mapping[str, Any]], title: str, stem: Path) -> l
 
 
 def cells_of(run: Run) -> list[Cell]:
-    """The cells of a run's own readings, against the approach parameter that was fixed before it ran."""
+    """The cells of a run's own readings, against the approach parameter that was fixed before it
+    ran.
+    """
     rule, approach, loss_floor = settings(run)
     return read_cells(run.readings, approach, rule, loss_floor)
 
@@ -167,7 +194,9 @@ def titled(run: Run, approach: str) -> str:
 
 
 def draw_readings(run: Run, folder: Path) -> list[Path]:
-    """Heat map and spectra of a run's own readings, as ``cells`` and ``spectra`` in a folder; none without readings."""
+    """Heat map and spectra of a run's own readings, as ``cells`` and ``spectra`` in a folder; none
+    without readings.
+    """
     if not run.readings:
         return []
     _, approach, _ = settings(run)
@@ -185,10 +214,24 @@ def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
     for approach in reports[0]["approaches"]:
         for report in reports:
             found = report["approaches"][approach]
-            refused = ", ".join(f"{word} {count}" for word, count in found["counts"].items() if word != "read") or "–"
+            refused = (
+                ", ".join(
+                    f"{word} {count}" for word, count in found["counts"].items() if word != "read"
+                )
+                or "–"
+            )
             shares = " | ".join(f"{100 * found['null_controls'][name]:.1f}%" for name in controls)
             read = f"{found['counts'].get('read', 0)} of {found['total']}"
-            lines.append(f"| {report['label']} | {APPROACH_TITLES[approach]} | {read} | {refused} | {shares} |")
+            lines.append(
+                f"| {report['label']} | {APPROACH_TITLES[approach]} | {read} | {refused} |"
+                f" {shares} |"
+            )
     sources = ", ".join(sorted({report["source"] for report in reports}))
-    lines += ["", f"From {sources}. On the right, the share of cells that the same rule reads in null controls."]
+    lines += [
+        "",
+        (
+            f"From {sources}. On the right, the share of cells that the same rule reads in null"
+            " controls."
+        ),
+    ]
     return "\n".join(lines) + "\n"

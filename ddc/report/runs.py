@@ -22,7 +22,14 @@ TITLES = {
     "adamw_relative": "AdamW, relative steps",
 }
 #: What a run folder holds besides checkpoints and mirrors.
-RECORD_FILES = ("run.json", "records.jsonl", "timing.jsonl", "readings.jsonl", "summary.json", "diverged.json")
+RECORD_FILES = (
+    "run.json",
+    "records.jsonl",
+    "timing.jsonl",
+    "readings.jsonl",
+    "summary.json",
+    "diverged.json",
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,10 @@ def summary_table(runs: Sequence[Run]) -> Table:
 def markdown_table(runs: Sequence[Run]) -> str:
     """The table of :func:`summary_table` in Markdown, with the commits that made the runs."""
     commits = ", ".join(sorted({str(run.info["commit"]) for run in runs}))
-    lines = ["| | " + " | ".join(run.label for run in runs) + " |", "| --- |" + " ---: |" * len(runs)]
+    lines = [
+        "| | " + " | ".join(run.label for run in runs) + " |",
+        "| --- |" + " ---: |" * len(runs),
+    ]
     lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in summary_rows(runs)]
     return "\n".join([*lines, "", f"Losses in nats. Commit {commits}."]) + "\n"
 
@@ -100,20 +110,36 @@ def summary_rows(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         row("… at step", "best_validation_step", "d"),
         row("gap (validation - train)", "gap"),
     ]
-    levels = sorted({level for s in summaries for level in s.get("gap_at_train_loss", {})}, key=float, reverse=True)
+    levels = sorted(
+        {level for s in summaries for level in s.get("gap_at_train_loss", {})},
+        key=float,
+        reverse=True,
+    )
     for level in levels:
         gaps = [s.get("gap_at_train_loss", {}).get(level) for s in summaries]
-        rows.append((f"gap at train loss {level}", ["never reached" if g is None else f"{g:.3f}" for g in gaps]))
+        rows.append(
+            (
+                f"gap at train loss {level}",
+                ["never reached" if g is None else f"{g:.3f}" for g in gaps],
+            )
+        )
     if any("validation_accuracy" in s for s in summaries):
         rows.append(row("train accuracy", "train_accuracy"))
         rows.append(row("validation accuracy, last", "validation_accuracy"))
         rows.append(row("validation accuracy, best", "best_validation_accuracy"))
     if any("validation_calibration_error" in s for s in summaries):
         rows.append(row("validation calibration error, last", "validation_calibration_error"))
-    reached = sorted({level for s in summaries for level in s.get("step_of_accuracy", {})}, key=float)
+    reached = sorted(
+        {level for s in summaries for level in s.get("step_of_accuracy", {})}, key=float
+    )
     for level in reached:
         steps = [s.get("step_of_accuracy", {}).get(level) for s in summaries]
-        rows.append((f"step of accuracy {level}", ["never reached" if step is None else str(step) for step in steps]))
+        rows.append(
+            (
+                f"step of accuracy {level}",
+                ["never reached" if step is None else str(step) for step in steps],
+            )
+        )
     rows.append(row("wall time, s", "seconds", ".0f"))
     if any(s.get("reading_seconds") for s in summaries):
         rows.append(row("… of it readings", "reading_seconds", ".0f"))
@@ -128,7 +154,9 @@ def plot_curves(runs: Sequence[Run], stem: Path) -> list[Path]:
         epochs = [row["epoch"] for row in run.rows]
         for split, style in (("train", "--"), ("validation", "-")):
             values = [row[f"{split}_loss"] for row in run.rows]
-            losses.plot(epochs, values, color=colour, linestyle=style, label=f"{run.label}: {split}")
+            losses.plot(
+                epochs, values, color=colour, linestyle=style, label=f"{run.label}: {split}"
+            )
         trained = [row for row in run.rows if row["step"]]
         gaps.plot(
             [row["train_loss"] for row in trained],

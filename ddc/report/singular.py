@@ -1,4 +1,5 @@
-"""Singular structure of the runs of both optimizers side by side: cells, refusals, fits, learning coefficients.
+"""Singular structure of the runs of both optimizers side by side: cells, refusals, fits, learning
+coefficients.
 
 From records alone: the folder of each run with its readings, and in it the ``rates.json`` that
 ``scripts/read_rates.py`` made.
@@ -16,7 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from ddc.report.claims import FEW_SEEDS, Claim, Verdict, effect, rule, tested, verdict, verdict_table
+from ddc.report.claims import (
+    FEW_SEEDS,
+    Claim,
+    Verdict,
+    effect,
+    rule,
+    tested,
+    verdict,
+    verdict_table,
+)
 from ddc.report.figures import COLOURS, HATCHES, Drawing, nth_style, save_figure, subplots
 from ddc.report.paired import BASELINE, SUBJECT, interval, p_cell
 from ddc.report.rates import APPROACH_TITLES, COLUMNS, heat_map, largest_slope, settings
@@ -79,9 +89,11 @@ def grids(readings: Sequence[Reading]) -> dict[str, dict[int, dict[str, Reading]
 
 
 def verdicts(readings: Sequence[Reading], walks: Sequence[Record], claim: Claim) -> list[Verdict]:
-    """Claim C2 by grid: cells read, DDCAdam - AdamW, paired by seed; p-values adjusted over the grids.
+    """Claim C2 by grid: cells read, DDCAdam - AdamW, paired by seed; p-values adjusted over the
+    grids.
 
-    ``walks`` are the records of :mod:`experiments.walks`, of which what is known against the verdict takes its numbers.
+    ``walks`` are the records of :mod:`experiments.walks`, of which what is known against the
+    verdict takes its numbers.
     """
     found, by_grid = [], grids(readings)
     gains = {
@@ -95,7 +107,9 @@ def verdicts(readings: Sequence[Reading], walks: Sequence[Record], claim: Claim)
         factor = claim.values[SUBJECT] / claim.values[BASELINE]
         enough = means[SUBJECT] >= claim.enough * factor * means[BASELINE]
         config = next(iter(seeds.values()))[SUBJECT].run.info["config"]
-        ours = "; ".join(f"{TITLES[o]} {', '.join(map(str, counts[o]))}" for o in reversed(OPTIMIZERS))
+        ours = "; ".join(
+            f"{TITLES[o]} {', '.join(map(str, counts[o]))}" for o in reversed(OPTIMIZERS)
+        )
         found.append(
             Verdict(
                 claim.id,
@@ -104,7 +118,8 @@ def verdicts(readings: Sequence[Reading], walks: Sequence[Record], claim: Claim)
                 p_cell(p_values[name]),
                 str(len(seeds)),
                 tested(p_values[name]),
-                f"GPT, {config['model']['layers']} layers, width {config['model']['width']}, 40 kB of text",
+                f"GPT, {config['model']['layers']} layers, width {config['model']['width']}, 40 kB"
+                " of text",
                 verdict([effect(gains[name], p_values[name], claim.level, enough)]),
                 invariant(seeds, walks),
             )
@@ -113,13 +128,15 @@ def verdicts(readings: Sequence[Reading], walks: Sequence[Record], claim: Claim)
 
 
 def invariant(seeds: Mapping[int, Mapping[str, Reading]], walks: Sequence[Record]) -> str:
-    """What the counted cells are, and how often walks that move as they do together read as many."""
+    """What the counted cells are, and how often walks that move as they do together read as
+    many.
+    """
     pairs = [pair[optimizer] for pair in seeds.values() for optimizer in OPTIMIZERS]
     read = [cell for each in pairs for cell in each.primary["cells"] if cell["verdict"] == "read"]
     volumes = sum(cell["observable"] == "activation_log_volume" for cell in read)
     text = (
-        "all cells are gauge-invariant, so drift along orbits cannot blur them; "
-        f"{volumes} of the {len(read)} cells read are log-volumes of activations, which move together"
+        f"all cells are gauge-invariant, so drift along orbits cannot blur them; {volumes} of the"
+        f" {len(read)} cells read are log-volumes of activations, which move together"
     )
     by_run = {record["run"]: record for record in walks}
     chances = [
@@ -128,13 +145,17 @@ def invariant(seeds: Mapping[int, Mapping[str, Reading]], walks: Sequence[Record
         if each.optimizer == SUBJECT and each.run.info["id"] in by_run
     ]
     if chances:
-        span = " to ".join(dict.fromkeys(f"{chance:.2f}" for chance in (min(chances), max(chances))))
+        span = " to ".join(
+            dict.fromkeys(f"{chance:.2f}" for chance in (min(chances), max(chances)))
+        )
         text += f": correlated walks read as many as DDCAdam's runs with probability {span}"
     return text
 
 
 def walk_table(readings: Sequence[Reading], walks: Sequence[Record]) -> str:
-    """One row a run: cells read, and what walks read, independent or with the cells' own correlation."""
+    """One row a run: cells read, and what walks read, independent or with the cells' own
+    correlation.
+    """
     by_run = {record["run"]: record for record in walks}
     rows = []
     for each in readings:
@@ -146,52 +167,83 @@ def walk_table(readings: Sequence[Reading], walks: Sequence[Record]) -> str:
                 f"{each.run.label}, {each.primary['total']} cells",
                 str(each.read),
                 f"{statistics.median(record['block_correlation']):.2f}",
-                *(f"{counts.mean():.1f}, {np.quantile(counts, 0.95):.0f}" for counts in (independent, correlated)),
+                *(
+                    f"{counts.mean():.1f}, {np.quantile(counts, 0.95):.0f}"
+                    for counts in (independent, correlated)
+                ),
                 *(f"{np.mean(counts >= each.read):.3f}" for counts in (independent, correlated)),
             ]
         )
-    header = ["run", "cells read", "correlation of log-volumes", "independent walks: mean, 95th percentile"]
+    header = [
+        "run",
+        "cells read",
+        "correlation of log-volumes",
+        "independent walks: mean, 95th percentile",
+    ]
     header += ["correlated walks: mean, 95th percentile", "p, independent", "p, correlated"]
     return table(header, rows)
 
 
 def together(readings: Sequence[Reading], walks: Sequence[Record]) -> str:
-    """What the p-values of correlated walks come to over the seeds of each grid and optimizer, by Fisher's method."""
+    """What the p-values of correlated walks come to over the seeds of each grid and optimizer, by
+    Fisher's method.
+    """
     by_run = {record["run"]: record for record in walks}
     parts = []
     for name, seeds in grids(readings).items():
         for optimizer in OPTIMIZERS:
-            mine = [pair[optimizer] for pair in seeds.values() if pair[optimizer].run.info["id"] in by_run]
+            mine = [
+                pair[optimizer]
+                for pair in seeds.values()
+                if pair[optimizer].run.info["id"] in by_run
+            ]
             counts = [np.array(by_run[each.run.info["id"]]["correlated"]) for each in mine]
-            p = [(np.sum(c >= each.read) + 1) / (len(c) + 1) for c, each in zip(counts, mine, strict=True)]
+            p = [
+                (np.sum(c >= each.read) + 1) / (len(c) + 1)
+                for c, each in zip(counts, mine, strict=True)
+            ]
             if len(p) > 1:
-                parts.append(f"{TITLES[optimizer]}, {name} cells, {len(p)} seeds: {combined_p(p):.2g}")
-    return f"Over seeds together, by Fisher's method, against correlated walks: {'; '.join(parts) or '–'}."
+                parts.append(
+                    f"{TITLES[optimizer]}, {name} cells, {len(p)} seeds: {combined_p(p):.2g}"
+                )
+    return (
+        "Over seeds together, by Fisher's method, against correlated walks:"
+        f" {'; '.join(parts) or '–'}."
+    )
 
 
 def markdown(readings: Sequence[Reading], walks: Sequence[Record], claim: Claim) -> str:
     """All tables."""
     parts = [
-        "A *cell* is one layer by one observable. It is read, or refused for a reason, by one rule for all runs "
-        "(docs/measurement.md).",
+        (
+            "A *cell* is one layer by one observable. It is read, or refused for a reason, by one"
+            " rule for all runs (docs/measurement.md)."
+        ),
         "## Claim C2",
         verdict_table({claim.id: claim}, verdicts(readings, walks, claim)),
         f"{rule(claim)} {FEW_SEEDS}",
         "## Random walks that move as the cells do",
         walk_table(readings, walks),
         together(readings, walks),
-        f"Of {len(walks[0]['correlated'])} grids of random walks each, against the primary approach parameter: "
-        "independent ones, and ones whose increments correlate as those of the run's own cells. Correlation: median "
-        "over pairs of blocks, of the increments of the log-volume of activations. p: share of the grids in which at "
-        "least as many cells are read as in the run. Layers that move together are read together, so independent walks "
-        f"are too easy a null. Commit {commits(walks)}. Made by `python -m experiments.walks`.",
+        (
+            f"Of {len(walks[0]['correlated'])} grids of random walks each, against the primary"
+            " approach parameter: independent ones, and ones whose increments correlate as those"
+            " of the run's own cells. Correlation: median over pairs of blocks, of the increments"
+            " of the log-volume of activations. p: share of the grids in which at least as many"
+            " cells are read as in the run. Layers that move together are read together, so"
+            f" independent walks are too easy a null. Commit {commits(walks)}. Made by `python -m"
+            " experiments.walks`."
+        ),
     ]
     for name, seeds in grids(readings).items():
         reports = [pair[optimizer].rates for optimizer in OPTIMIZERS for pair in seeds.values()]
         parts += [
             f"## Cells of the {name} grid",
             cells_table(reports).rstrip("\n"),
-            f"Commit of the runs {commits(reports, 'run_commit')}, of the readings {commits(reports)}.",
+            (
+                f"Commit of the runs {commits(reports, 'run_commit')}, of the readings"
+                f" {commits(reports)}."
+            ),
         ]
     parts.append("Made by `make report` from the runs' folders beside this file.")
     return "\n\n".join(parts) + "\n"
@@ -207,31 +259,33 @@ def drawings(readings: Sequence[Reading], estimated: Sequence[Run]) -> dict[str,
     cells = {
         f"cells-{name.replace(' × ', 'x')}": Drawing(
             partial(plot_grids, seeds),
-            f"Cells of the {name} grid, AdamW left, DDCAdam right, a row a seed ({len(seeds)} seeds). Numbers are "
-            "slopes with half their interval; a word is the reason of a refusal.",
+            f"Cells of the {name} grid, AdamW left, DDCAdam right, a row a seed ({len(seeds)}"
+            " seeds). Numbers are slopes with half their interval; a word is the reason of a"
+            " refusal.",
         )
         for name, seeds in grids(readings).items()
     }
     return cells | {
         "refusals": Drawing(
             partial(plot_refusals, readings),
-            "Cells read and refused by reason, each run; and the share of cells that the same rule reads in null "
-            "controls, against excess loss.",
+            "Cells read and refused by reason, each run; and the share of cells that the same rule"
+            " reads in null controls, against excess loss.",
         ),
         "fits": Drawing(
             partial(plot_fits, readings),
-            "Single cells that are read, at most the first four of each optimizer, first seed: the observable against "
-            "excess loss, the points of the window filled, the fitted power as a line.",
+            "Single cells that are read, at most the first four of each optimizer, first seed: the"
+            " observable against excess loss, the points of the window filled, the fitted power as"
+            " a line.",
         ),
         "arc_length": Drawing(
             partial(plot_arc_length, readings),
-            "Distance travelled across gauge orbits: arc length in the invariant metric since the start, a line a run. "
-            "A function of orbits, unlike the drift along them.",
+            "Distance travelled across gauge orbits: arc length in the invariant metric since the"
+            " start, a line a run. A function of orbits, unlike the drift along them.",
         ),
         "learning_coefficient": Drawing(
             partial(plot_coefficients, estimated),
-            "Estimates of the learning coefficient over training, with intervals over chains, one setting for all; one "
-            "seed.",
+            "Estimates of the learning coefficient over training, with intervals over chains, one"
+            " setting for all; one seed.",
         ),
     }
 
@@ -259,18 +313,28 @@ def plot_refusals(readings: Sequence[Reading], stem: Path) -> list[Path]:
     figure, (bars, controls) = subplots(1, 2, figsize=(13, 0.35 * len(readings) + 1.8), sharey=True)
     left = np.zeros(len(readings))
     for i, word in enumerate(words):
-        shares = np.array([each.primary["counts"].get(word, 0) / each.primary["total"] for each in readings])
+        shares = np.array(
+            [each.primary["counts"].get(word, 0) / each.primary["total"] for each in readings]
+        )
         style = {
             "color": COLOURS[i % len(COLOURS)],
             "hatch": HATCHES[(i + i // len(COLOURS)) % len(HATCHES)],
             "edgecolor": "white",
         }
-        bars.barh(range(len(readings)), 100 * shares, left=100 * left, label=word, linewidth=0.5, **style)
+        bars.barh(
+            range(len(readings)), 100 * shares, left=100 * left, label=word, linewidth=0.5, **style
+        )
         left += shares
     bars.set_yticks(range(len(readings)), titles, fontsize=8)
     bars.invert_yaxis()
     bars.set(xlabel="cells (%)")
-    bars.legend(frameon=False, fontsize="small", ncols=len(words), loc="lower center", bbox_to_anchor=(0.5, 1))
+    bars.legend(
+        frameon=False,
+        fontsize="small",
+        ncols=len(words),
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1),
+    )
     for i, name in enumerate(readings[0].primary["null_controls"]):
         controlled = [100 * each.primary["null_controls"][name] for each in readings]
         style = nth_style(i, marker=True) | {"linestyle": "none"}
@@ -278,7 +342,9 @@ def plot_refusals(readings: Sequence[Reading], stem: Path) -> list[Path]:
     read = [100 * each.read / each.primary["total"] for each in readings]
     controls.plot(read, range(len(readings)), "k*", label="the run itself")
     controls.set(xlabel="cells read (%)")
-    controls.legend(frameon=False, fontsize="small", ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
+    controls.legend(
+        frameon=False, fontsize="small", ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1)
+    )
     return save_figure(figure, stem)
 
 
@@ -296,7 +362,12 @@ def plot_fits(readings: Sequence[Reading], stem: Path) -> list[Path]:
             y = series[cell["layer"], cell["observable"]] / np.log(10)
             there = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
             window = there[np.argsort(x[there])][: cell["checkpoints"]]
-            style = {"color": COLOURS[OPTIMIZERS.index(optimizer)], "marker": "o", "linestyle": "none", "markersize": 4}
+            style = {
+                "color": COLOURS[OPTIMIZERS.index(optimizer)],
+                "marker": "o",
+                "linestyle": "none",
+                "markersize": 4,
+            }
             panel.plot(x[there], y[there], fillstyle="none", **style)
             panel.plot(x[window], y[window], **style)
             line = cell["slope"] * (x[window] - x[window].mean()) + y[window].mean()
@@ -321,14 +392,20 @@ def plot_arc_length(readings: Sequence[Reading], stem: Path) -> list[Path]:
                 label = None if j else f"{TITLES[optimizer]}, {len(seeds)} seeds"
                 steps, lengths = ([row[key] for row in rows] for key in ("step", "arc_length"))
                 panel.plot(steps, lengths, label=label, **nth_style(i))
-        panel.set(title=f"runs of the {name} grid", xlabel="step", ylabel="arc length across orbits")
+        panel.set(
+            title=f"runs of the {name} grid", xlabel="step", ylabel="arc length across orbits"
+        )
         panel.legend(frameon=False, fontsize="small")
     return save_figure(figure, stem)
 
 
 def coefficients(run: Run) -> list[tuple[int, dict[str, Any]]]:
     """(step, estimate) of the readings that have one."""
-    return [(row["step"], row["learning_coefficient"]) for row in run.readings if row.get("learning_coefficient")]
+    return [
+        (row["step"], row["learning_coefficient"])
+        for row in run.readings
+        if row.get("learning_coefficient")
+    ]
 
 
 def plot_coefficients(runs: Sequence[Run], stem: Path) -> list[Path]:
@@ -336,9 +413,13 @@ def plot_coefficients(runs: Sequence[Run], stem: Path) -> list[Path]:
     figure, panel = subplots(figsize=(6, 4))
     for i, run in enumerate(runs):
         found = [(step, each) for step, each in coefficients(run) if "value" in each]
-        values, low, high = (np.array([each[key] for _, each in found]) for key in ("value", "low", "high"))
+        values, low, high = (
+            np.array([each[key] for _, each in found]) for key in ("value", "low", "high")
+        )
         style = nth_style(i, marker=True) | {"capsize": 3, "label": run.label}
         panel.errorbar([step for step, _ in found], values, (values - low, high - values), **style)
-    panel.set(xscale="log", yscale="log", xlabel="step", ylabel="estimate of the learning coefficient")
+    panel.set(
+        xscale="log", yscale="log", xlabel="step", ylabel="estimate of the learning coefficient"
+    )
     panel.legend(frameon=False, fontsize="small")
     return save_figure(figure, stem)

@@ -32,7 +32,9 @@ def only_setting(settings: dict[str, list[Record]]) -> list[Record]:
 
 def is_shared(records: Sequence[Record], name: str) -> bool:
     """Whether the runs of an optimizer are the same in both protocols."""
-    stages = [record["stages"] for record in records if record["config"]["optimizer"]["name"] == name]
+    stages = [
+        record["stages"] for record in records if record["config"]["optimizer"]["name"] == name
+    ]
     return any(set(PROTOCOLS) <= set(each) for each in stages)
 
 
@@ -44,8 +46,8 @@ def commits(records: Iterable[Record], key: str = "commit") -> str:
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
     """A Markdown table whose first columns are text and whose others are numbers.
 
-    The dashes under the header are as long as the column is wide, up to 40: where a table is too wide for a page,
-    converters share out the page by them.
+    The dashes under the header are as long as the column is wide, up to 40: where a table is too
+    wide for a page, converters share out the page by them.
     """
     rows = [*rows]
     widths = [min(40, max(3, *map(len, column))) for column in zip(header, *rows, strict=True)]

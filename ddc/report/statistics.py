@@ -1,7 +1,8 @@
-"""Intervals and tests for few seeds. The rule: t below ten seeds, bootstrap from ten on, exact tests for counts, Holm.
+"""Intervals and tests for few seeds. The rule: t below ten seeds, bootstrap from ten on, exact
+tests for counts, Holm.
 
-Percentile bootstrap intervals that say 95% cover 74% at three normal values and 84% at five, where Student's t covers
-95 to 97%; at eleven the bootstrap covers 90 to 91%.
+Percentile bootstrap intervals that say 95% cover 74% at three normal values and 84% at five, where
+Student's t covers 95 to 97%; at eleven the bootstrap covers 90 to 91%.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ TESTED_FROM = 5
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95% interval of the mean over seeds: Student's t below ten values, bias-corrected bootstrap from ten on.
+    """95% interval of the mean over seeds: Student's t below ten values, bias-corrected bootstrap
+    from ten on.
 
     Raises:
         ValueError: fewer than two values.
@@ -34,7 +36,9 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
         low, high = stats.t.interval(CONFIDENCE, len(values) - 1, mean, error)
     else:
         generator = np.random.default_rng(0)
-        low, high = stats.bootstrap((values,), np.mean, confidence_level=CONFIDENCE, rng=generator).confidence_interval
+        low, high = stats.bootstrap(
+            (values,), np.mean, confidence_level=CONFIDENCE, rng=generator
+        ).confidence_interval
     return float(low), float(high)
 
 
@@ -49,9 +53,11 @@ def interquartile_mean(values: Sequence[float]) -> float:
 
 
 def effect_size(differences: Sequence[float]) -> float | None:
-    """Mean of paired differences over their standard deviation, with Hedges' correction for few of them.
+    """Mean of paired differences over their standard deviation, with Hedges' correction for few of
+    them.
 
-    Hedges 1981: times 1 - 3 / (4 (n - 1) - 1). None below three values, and where they do not differ.
+    Hedges 1981: times 1 - 3 / (4 (n - 1) - 1). None below three values, and where they do not
+    differ.
     """
     if len(differences) < 3 or np.ptp(differences) == 0:
         return None
@@ -62,8 +68,9 @@ def effect_size(differences: Sequence[float]) -> float | None:
 def paired_p(differences: Sequence[float]) -> float | None:
     """Two-sided p-value that the mean of paired differences is zero; None below five of them.
 
-    Student's t-test below ten; from ten on, as the interval is a bootstrap's, the exact test that flips signs (up to
-    20,000 flips). Where all differences are one number, which counts may be, the exact sign test: 2^(1 - n).
+    Student's t-test below ten; from ten on, as the interval is a bootstrap's, the exact test that
+    flips signs (up to 20,000 flips). Where all differences are one number, which counts may be, the
+    exact sign test: 2^(1 - n).
     """
     if len(differences) < TESTED_FROM:
         return None
@@ -87,15 +94,23 @@ def fisher_p(successes: tuple[int, int], trials: tuple[int, int]) -> float:
     return float(stats.fisher_exact(table).pvalue)
 
 
-def share_difference_interval(successes: tuple[int, int], trials: tuple[int, int]) -> tuple[float, float]:
-    """95% interval of the difference of two probabilities, the first less the second, from counts: Newcombe's."""
+def share_difference_interval(
+    successes: tuple[int, int], trials: tuple[int, int]
+) -> tuple[float, float]:
+    """95% interval of the difference of two probabilities, the first less the second, from counts:
+    Newcombe's.
+    """
     (a, b), (n, m) = successes, trials
-    low, high = confint_proportions_2indep(a, n, b, m, method="newcomb", compare="diff", alpha=1 - CONFIDENCE)
+    low, high = confint_proportions_2indep(
+        a, n, b, m, method="newcomb", compare="diff", alpha=1 - CONFIDENCE
+    )
     return float(low), float(high)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """P-values adjusted for several comparisons by Holm's method, in the order given; None stays None."""
+    """P-values adjusted for several comparisons by Holm's method, in the order given; None stays
+    None.
+    """
     tested = [p for p in p_values if p is not None]
     adjusted = iter(multipletests(tested, method="holm")[1] if tested else ())
     return [None if p is None else float(next(adjusted)) for p in p_values]

@@ -1,7 +1,24 @@
-"""Singular structure of a run: observables, dead-direction rates, learning coefficients. See docs/measurement.md."""
+"""Singular structure of a run: observables, dead-direction rates, learning coefficients. See
+docs/measurement.md.
+"""
 
-from ddc.slt.learning_coefficient import Estimate, Settings, estimate, fit_temperatures, minibatches, module_loss
-from ddc.slt.observables import OBSERVABLES, Layer, Reading, categorical_score, layers_of, named_layers, observe
+from ddc.slt.learning_coefficient import (
+    Estimate,
+    Settings,
+    estimate,
+    fit_temperatures,
+    minibatches,
+    module_loss,
+)
+from ddc.slt.observables import (
+    OBSERVABLES,
+    Layer,
+    Reading,
+    categorical_score,
+    layers_of,
+    named_layers,
+    observe,
+)
 from ddc.slt.rates import RateRule, read_cells, read_rate
 
 __all__ = [

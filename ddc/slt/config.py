@@ -11,15 +11,19 @@ LABELS = ("model", "data")
 
 @dataclass
 class LearningCoefficientConfig:
-    """Estimates of the local learning coefficient beside the readings, by SGLD on the training data.
+    """Estimates of the local learning coefficient beside the readings, by SGLD on the training
+    data.
 
-    They compare weights under one setting. An estimate whose chains have not mixed (R-hat over 1.1) says so.
+    They compare weights under one setting. An estimate whose chains have not mixed (R-hat over 1.1)
+    says so.
 
     Args:
-        every: at every so many-th reading, counted from the last one backwards; 0 for none. An estimate costs about
-            (6 · burn_in + draws) · 1.5 · chains · batch_size sequences, forward and backward.
-        n_beta: inverse temperature nβ. The asymptotic choice is n / log n with n the tokens of the training text, but
-            minibatches that a run can afford are too noisy to be sampled there: no step size passes the rule.
+        every: at every so many-th reading, counted from the last one backwards; 0 for none. An
+            estimate costs about (6 · burn_in + draws) · 1.5 · chains · batch_size sequences,
+            forward and backward.
+        n_beta: inverse temperature nβ. The asymptotic choice is n / log n with n the tokens of the
+            training text, but minibatches that a run can afford are too noisy to be sampled there:
+            no step size passes the rule.
         gamma: strength of the localisation.
         chains: run as one batch.
         draws: recorded for each chain.
@@ -36,12 +40,23 @@ class LearningCoefficientConfig:
     batch_size: int = 4
 
     def __post_init__(self) -> None:
-        for key, least in (("every", 0), ("chains", 2), ("draws", 4), ("burn_in", 20), ("batch_size", 1)):
+        for key, least in (
+            ("every", 0),
+            ("chains", 2),
+            ("draws", 4),
+            ("burn_in", 20),
+            ("batch_size", 1),
+        ):
             if (value := getattr(self, key)) < least:
-                raise ValueError(f"Invalid slt.learning_coefficient.{key}={value}: expected an integer >= {least}")
+                raise ValueError(
+                    f"Invalid slt.learning_coefficient.{key}={value}: expected an integer >="
+                    f" {least}"
+                )
         for key in ("n_beta", "gamma"):
             if not (value := getattr(self, key)) > 0:
-                raise ValueError(f"Invalid slt.learning_coefficient.{key}={value}: expected a positive number")
+                raise ValueError(
+                    f"Invalid slt.learning_coefficient.{key}={value}: expected a positive number"
+                )
 
 
 @dataclass
@@ -49,14 +64,17 @@ class SLTConfig:
     """Readings of singular structure.
 
     Args:
-        readings: how many, at log-spaced steps, the first at step 0 and the last at the end; 0 for none.
-        sequences: size of the fixed probe batch, taken evenly from the training split: windows of a text, or images. Of
-            pairs of residues the probe is all.
-        labels: ``model``: gradients for labels drawn from the model, so that G is a Fisher block; ``data``: for the
-            text's own.
-        approach: parameter against which cells are read: ``excess_loss``, ``arc_length`` or ``step``.
+        readings: how many, at log-spaced steps, the first at step 0 and the last at the end; 0 for
+            none.
+        sequences: size of the fixed probe batch, taken evenly from the training split: windows of a
+            text, or images. Of pairs of residues the probe is all.
+        labels: ``model``: gradients for labels drawn from the model, so that G is a Fisher block;
+            ``data``: for the text's own.
+        approach: parameter against which cells are read: ``excess_loss``, ``arc_length`` or
+            ``step``.
         loss_floor: loss per prediction at the minimum; the excess loss is what is above it.
-        keep_snapshots: keep the weights at every reading (4 bytes a parameter each), so that they can be read again.
+        keep_snapshots: keep the weights at every reading (4 bytes a parameter each), so that they
+            can be read again.
         rule: constants by which a cell is read or refused.
         learning_coefficient: estimates beside the readings.
 
@@ -71,7 +89,9 @@ class SLTConfig:
     loss_floor: float = 0.0
     keep_snapshots: bool = True
     rule: RateRule = field(default_factory=RateRule)
-    learning_coefficient: LearningCoefficientConfig = field(default_factory=LearningCoefficientConfig)
+    learning_coefficient: LearningCoefficientConfig = field(
+        default_factory=LearningCoefficientConfig
+    )
 
     def __post_init__(self) -> None:
         if self.readings != 0 and self.readings < self.rule.min_checkpoints:

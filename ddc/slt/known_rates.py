@@ -1,9 +1,10 @@
 """Networks whose dead directions vanish at a known rate: the oracle for observables and reader.
 
-Every case builds a real module at a weight size t, observes it as a trained network is observed, and knows the
-exponent (and coefficient) of a second moment as t → 0. The table is that of the project's design; the derivations are
-one line each and are repeated symbolically in tests/test_known_rates.py. Where a row holds under a condition that the
-table leaves out, the case says so in its note.
+Every case builds a real module at a weight size t, observes it as a trained network is observed,
+and knows the exponent (and coefficient) of a second moment as t → 0. The table is that of the
+project's design; the derivations are one line each and are repeated symbolically in
+tests/test_known_rates.py. Where a row holds under a condition that the table leaves out, the case
+says so in its note.
 """
 
 from __future__ import annotations
@@ -20,7 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddc.models.gpt import Attention, GPTConfig
-from ddc.slt.observables import Layer, Reading, accumulate, fisher_block, gaussian_score, layers_of, observe
+from ddc.slt.observables import (
+    Layer,
+    Reading,
+    accumulate,
+    fisher_block,
+    gaussian_score,
+    layers_of,
+    observe,
+)
 from ddc.slt.rates import Array, Rate, RateRule, read_rate
 
 FLOAT = torch.float64
@@ -33,7 +42,8 @@ class KnownRate:
     Args:
         row: of the table.
         name: the case within the row.
-        measure: the observable, as a second moment (or, for a log-volume, its exponential), at a given t.
+        measure: the observable, as a second moment (or, for a log-volume, its exponential), at a
+            given t.
         exponent: of the observable in t as t → 0.
         coefficient: of the leading power; None where the table gives none.
         refusal: the word by which the reader must refuse; None where it must read.
@@ -84,7 +94,9 @@ def orthogonal_inputs(width: int) -> Tensor:
 
 
 def normal_inputs(count: int = 2000) -> Tensor:
-    """Standard normal numbers (count, 1), stratified and symmetric, with second moment exactly 1."""
+    """Standard normal numbers (count, 1), stratified and symmetric, with second moment exactly
+    1.
+    """
     x = torch.special.ndtri((torch.arange(count, dtype=FLOAT) + 0.5) / count)
     return (x / x.square().mean().sqrt())[:, None]
 
@@ -94,7 +106,9 @@ def repeated(make: Callable[[float], nn.Module], count: int, t: float) -> nn.Seq
     return nn.Sequential(*(make(t) for _ in range(count)))
 
 
-def output_moment(make: Callable[[float], nn.Module], x: Tensor, direction: Tensor | None, t: float) -> float:
+def output_moment(
+    make: Callable[[float], nn.Module], x: Tensor, direction: Tensor | None, t: float
+) -> float:
     """Second moment of the output of ``make(t)`` along a direction (None: the last axis)."""
     outer = nn.Sequential(make(t))
     moments = accumulate(outer, [Layer("output", "0")], [(x, x)], gaussian_score(0))[0]
@@ -102,7 +116,8 @@ def output_moment(make: Callable[[float], nn.Module], x: Tensor, direction: Tens
     return float(moment[-1, -1] if direction is None else direction @ moment @ direction)
 
 
-# --- diagonal linear chains ------------------------------------------------------------------------------------------
+# --- diagonal linear chains
+# ------------------------------------------------------------------------------------------
 
 
 def deep_linear(powers: Sequence[float], width: int, dead: int, t: float) -> nn.Sequential:
@@ -111,7 +126,9 @@ def deep_linear(powers: Sequence[float], width: int, dead: int, t: float) -> nn.
 
 
 def linear_reading(powers: Sequence[float], layer: int, width: int, dead: int, t: float) -> Reading:
-    """The layer-th map, counted from 1, of a deep linear chain, under a Gaussian model with unit noise."""
+    """The layer-th map, counted from 1, of a deep linear chain, under a Gaussian model with unit
+    noise.
+    """
     model = deep_linear(powers, width, dead, t)
     x = orthogonal_inputs(width)
     return observe(model, [layers_of(model)[layer - 1]], [(x, x)], gaussian_score(0))[0]
@@ -130,28 +147,57 @@ def fisher_moment(powers: Sequence[float], layer: int, t: float) -> float:
 
 
 def volume(layer: int, dead: int, t: float) -> float:
-    return math.exp(linear_reading([1.0] * layer, layer, 5, dead, t).values["activation_log_volume"])
+    return math.exp(
+        linear_reading([1.0] * layer, layer, 5, dead, t).values["activation_log_volume"]
+    )
 
 
 def linear_rows() -> Iterator[KnownRate]:
     depth = 4
-    case = partial(KnownRate, coefficient=1.0, span=(-0.5, -1.5))  # beside a live 1 the rounding floor is at 3e-14
+    # beside a live 1 the rounding floor is at 3e-14
+    case = partial(KnownRate, coefficient=1.0, span=(-0.5, -1.5))
     equal, unequal = [1.0] * depth, [0.5, 1.0, 2.0, 1.5]
     for n in range(1, depth + 1):
         name, above, below = f"layer {n} of {depth}", 2 * (depth - n), 2 * (n - 1)
-        yield case("deep linear, backward moment", name, partial(backward_moment, equal, n), above,
-                   refusal=None if above else "plateau")  # fmt: skip
-        yield case("deep linear, forward moment", name, partial(forward_moment, equal, n), below,
-                   refusal=None if below else "plateau")  # fmt: skip
-        yield case("product of the two (A–G duality)", name, partial(fisher_moment, equal, n), above + below)
+        yield case(
+            "deep linear, backward moment",
+            name,
+            partial(backward_moment, equal, n),
+            above,
+            refusal=None if above else "plateau",
+        )
+        yield case(
+            "deep linear, forward moment",
+            name,
+            partial(forward_moment, equal, n),
+            below,
+            refusal=None if below else "plateau",
+        )
+        yield case(
+            "product of the two (A–G duality)",
+            name,
+            partial(fisher_moment, equal, n),
+            above + below,
+        )
     for n in range(1, depth):
         name = f"layer {n} of {depth}, p = {unequal}"
-        yield case("weights t^p, backward moment", name, partial(backward_moment, unequal, n), 2 * sum(unequal[n:]))
+        yield case(
+            "weights t^p, backward moment",
+            name,
+            partial(backward_moment, unequal, n),
+            2 * sum(unequal[n:]),
+        )
     for dead in (1, 2, 3, 4):
-        yield case("log det⁺ of the forward moment", f"r = {dead}, layer 3", partial(volume, 3, dead), 4 * dead)
+        yield case(
+            "log det⁺ of the forward moment",
+            f"r = {dead}, layer 3",
+            partial(volume, 3, dead),
+            4 * dead,
+        )
 
 
-# --- nonlinear and residual chains -----------------------------------------------------------------------------------
+# --- nonlinear and residual chains
+# -----------------------------------------------------------------------------------
 
 
 class SwiGLU(nn.Module):
@@ -198,24 +244,54 @@ def chain_rows() -> Iterator[KnownRate]:
         return partial(output_moment, partial(repeated, make, count), x, None)
 
     for n in (1, 3, 6):
-        yield KnownRate("ReLU chain", f"L = {n}", moment(partial(activated, nn.ReLU), n), 2 * n, 0.5)
-    for name, activation, slope in (("tanh", nn.Tanh, 1.0), ("GELU", nn.GELU, 0.5), ("SiLU", nn.SiLU, 0.5)):
-        yield KnownRate("smooth activation", f"{name}, L = 3", moment(partial(activated, activation), 3), 6, slope**6,
-                        note="the activation is 0 at 0")  # fmt: skip
+        yield KnownRate(
+            "ReLU chain", f"L = {n}", moment(partial(activated, nn.ReLU), n), 2 * n, 0.5
+        )
+    for name, activation, slope in (
+        ("tanh", nn.Tanh, 1.0),
+        ("GELU", nn.GELU, 0.5),
+        ("SiLU", nn.SiLU, 0.5),
+    ):
+        yield KnownRate(
+            "smooth activation",
+            f"{name}, L = 3",
+            moment(partial(activated, activation), 3),
+            6,
+            slope**6,
+            note="the activation is 0 at 0",
+        )
     yield KnownRate("SwiGLU block", "one", moment(SwiGLU, 1), 6, float(x.pow(4).mean()) / 4)
     for n in (2, 3):
-        yield KnownRate("SwiGLU chain", f"n = {n}", moment(SwiGLU, n), 2 * (2**n - 1) * 3, span=(-2.0, -3.5))
-    yield KnownRate("every layer residual", "L = 4", moment(residual_layer, 4), 0, 1.0, "plateau", span=(-3.0, -5.0))
+        yield KnownRate(
+            "SwiGLU chain", f"n = {n}", moment(SwiGLU, n), 2 * (2**n - 1) * 3, span=(-2.0, -3.5)
+        )
+    yield KnownRate(
+        "every layer residual",
+        "L = 4",
+        moment(residual_layer, 4),
+        0,
+        1.0,
+        "plateau",
+        span=(-3.0, -5.0),
+    )
     for skipped in (1, 3):
         make = partial(partly_residual, 5, skipped)
-        yield KnownRate("residual block", f"L = 5, {skipped} of them skipped", moment(make, 1), 2 * (5 - skipped))
+        yield KnownRate(
+            "residual block",
+            f"L = 5, {skipped} of them skipped",
+            moment(make, 1),
+            2 * (5 - skipped),
+        )
 
 
-# --- attention, norms, quotient --------------------------------------------------------------------------------------
+# --- attention, norms, quotient
+# --------------------------------------------------------------------------------------
 
 
 def dead_value_output(blocks: int, t: float) -> nn.Sequential:
-    """Attention blocks whose value and output maps are diag(1, 1, 1, t), with random queries and keys."""
+    """Attention blocks whose value and output maps are diag(1, 1, 1, t), with random queries and
+    keys.
+    """
     generator = torch.Generator().manual_seed(0)
     chain = nn.Sequential()
     for _ in range(blocks):
@@ -236,10 +312,11 @@ def around_a_norm(before: int, after: int, norm: nn.Module, t: float) -> nn.Sequ
 
 
 def horizontal_fisher(depth: int, t: float) -> float:
-    """Fisher information of the scalar chain at w = (t, …, t), along the unit vector orthogonal to the gauge orbit.
+    """Fisher information of the scalar chain at w = (t, …, t), along the unit vector orthogonal to
+    the gauge orbit.
 
-    The orbit is that of the rescalings that keep the product: its tangent space at the symmetric point is all v with
-    Σ v = 0.
+    The orbit is that of the rescalings that keep the product: its tangent space at the symmetric
+    point is all v with Σ v = 0.
     """
     model = repeated(diagonal, depth, t)
     x = normal_inputs(64)
@@ -253,30 +330,55 @@ def horizontal_fisher(depth: int, t: float) -> float:
 def other_rows() -> Iterator[KnownRate]:
     tokens = torch.randn(32, 6, 4, generator=torch.Generator().manual_seed(1), dtype=FLOAT)
     for n in (1, 2):
-        yield KnownRate("attention, value-output route", f"{n} blocks",
-                        partial(output_moment, partial(dead_value_output, n), tokens, None), 4 * n)  # fmt: skip
+        yield KnownRate(
+            "attention, value-output route",
+            f"{n} blocks",
+            partial(output_moment, partial(dead_value_output, n), tokens, None),
+            4 * n,
+        )
     before, after, x = 2, 3, orthogonal_inputs(3)
 
     def moment(norm: nn.Module) -> Callable[[float], float]:
         return partial(output_moment, partial(around_a_norm, before, after, norm), x, None)
 
     case = f"{before} weights before, {after} after"
-    yield KnownRate("scale-free norm", case, moment(nn.RMSNorm(3, 0.0, False)), 2 * after, 1.0,
-                    note="all that the norm reads must die, not one direction of it")  # fmt: skip
-    yield KnownRate("scale-free norm", f"{case}, eps = 1e-6", moment(nn.RMSNorm(3, 1e-6, False)), 2 * (before + after),
-                    1e6, note="far below eps the norm is a gain of 1/√eps", span=(-3.0, -5.0))  # fmt: skip
+    yield KnownRate(
+        "scale-free norm",
+        case,
+        moment(nn.RMSNorm(3, 0.0, False)),
+        2 * after,
+        1.0,
+        note="all that the norm reads must die, not one direction of it",
+    )
+    yield KnownRate(
+        "scale-free norm",
+        f"{case}, eps = 1e-6",
+        moment(nn.RMSNorm(3, 1e-6, False)),
+        2 * (before + after),
+        1e6,
+        note="far below eps the norm is a gain of 1/√eps",
+        span=(-3.0, -5.0),
+    )
     yield KnownRate("norm-free", case, moment(nn.Identity()), 2 * (before + after), 1.0)
     for n in (2, 3, 5):
-        yield KnownRate("quotient of the scalar chain", f"L = {n}", partial(horizontal_fisher, n), 2 * (n - 1), n)
+        yield KnownRate(
+            "quotient of the scalar chain",
+            f"L = {n}",
+            partial(horizontal_fisher, n),
+            2 * (n - 1),
+            n,
+        )
 
 
-# --- where the rate collapses or hides -------------------------------------------------------------------------------
+# --- where the rate collapses or hides
+# -------------------------------------------------------------------------------
 
 
 def rotated_relu(live: Tensor, gain: float, t: float) -> nn.Sequential:
     """relu(W x), W = gain · u uᵀ + t v vᵀ with the live direction u and v orthogonal to it."""
     return nn.Sequential(
-        linear(gain * torch.outer(live, live) + t * torch.outer(across(live), across(live))), nn.ReLU()
+        linear(gain * torch.outer(live, live) + t * torch.outer(across(live), across(live))),
+        nn.ReLU(),
     )
 
 
@@ -287,7 +389,9 @@ def across(u: Tensor) -> Tensor:
 
 def leaking(floor: float, gain: float, power: float, t: float) -> nn.Sequential:
     """A dying path and an independent one that leaks: second moment floor + gain · t^power."""
-    return nn.Sequential(linear(torch.tensor([[math.sqrt(gain) * t ** (power / 2), math.sqrt(floor)]], dtype=FLOAT)))
+    return nn.Sequential(
+        linear(torch.tensor([[math.sqrt(gain) * t ** (power / 2), math.sqrt(floor)]], dtype=FLOAT))
+    )
 
 
 def hidden_rows() -> Iterator[KnownRate]:
@@ -301,13 +405,32 @@ def hidden_rows() -> Iterator[KnownRate]:
 
     input_moment = float((plane @ mixed).square().mean())
     row = "rotated dead direction under ReLU"
-    yield KnownRate(row, "3-4-5, mixed signs", reading(mixed), 0, (12 * gain / 25) ** 2 * input_moment, "plateau",
-                    note="12c/25 is the amplitude, per unit of the live input")  # fmt: skip
-    yield KnownRate(row, "3-4-5, one sign", reading(same), 2, span=(-3.0, -5.0),
-                    note="no collapse where all entries of the live direction have one sign")  # fmt: skip
-    yield KnownRate("leak floor", "c0 = 1e-6, b = 1, m = 2",
-                    partial(output_moment, partial(leaking, 1e-6, 1.0, 2.0), orthogonal_inputs(2), None), 0, 1e-6,
-                    "floor", span=(-1.0, -5.0))  # fmt: skip
+    yield KnownRate(
+        row,
+        "3-4-5, mixed signs",
+        reading(mixed),
+        0,
+        (12 * gain / 25) ** 2 * input_moment,
+        "plateau",
+        note="12c/25 is the amplitude, per unit of the live input",
+    )
+    yield KnownRate(
+        row,
+        "3-4-5, one sign",
+        reading(same),
+        2,
+        span=(-3.0, -5.0),
+        note="no collapse where all entries of the live direction have one sign",
+    )
+    yield KnownRate(
+        "leak floor",
+        "c0 = 1e-6, b = 1, m = 2",
+        partial(output_moment, partial(leaking, 1e-6, 1.0, 2.0), orthogonal_inputs(2), None),
+        0,
+        1e-6,
+        "floor",
+        span=(-1.0, -5.0),
+    )
 
 
 def known_rates() -> list[KnownRate]:
@@ -317,4 +440,6 @@ def known_rates() -> list[KnownRate]:
 
 def local_slope(measure: Callable[[float], float], t: float, step: float = 1e-4) -> float:
     """The derivative d log y / d log t at t, by a central difference."""
-    return (math.log(measure(t * math.exp(step))) - math.log(measure(t * math.exp(-step)))) / (2 * step)
+    return (math.log(measure(t * math.exp(step))) - math.log(measure(t * math.exp(-step)))) / (
+        2 * step
+    )

@@ -2,32 +2,35 @@
 
     λ̂ = nβ (E[Lₙ(w)] - Lₙ(w*)),   w ~ exp(-nβ Lₙ(w) - γ/2 |w - w*|²)
 
-Source: Lau et al., The local learning coefficient (arXiv:2308.12108), with β = 1/log n after Watanabe, A widely
-applicable Bayesian information criterion (JMLR 14, 2013).
+Source: Lau et al., The local learning coefficient (arXiv:2308.12108), with β = 1/log n after
+Watanabe, A widely applicable Bayesian information criterion (JMLR 14, 2013).
 
 Two samplers, chosen by what the loss is.
 
-A loss of minibatches is sampled by SGLD (Welling and Teh 2011) with an exponential integrator: over a step of time ε/2
-localisation and noise are an Ornstein-Uhlenbeck process, integrated exactly, and the gradient F = nβ ∇L_batch is held:
+A loss of minibatches is sampled by SGLD (Welling and Teh 2011) with an exponential integrator: over
+a step of time ε/2 localisation and noise are an Ornstein-Uhlenbeck process, integrated exactly, and
+the gradient F = nβ ∇L_batch is held:
 
     y' = a y - (1 - a)/γ · F + √((1 - a²)/γ) ξ,   y = w - w*,  a = exp(-γε/2)
 
-(the usual step for small γε). So the localisation, which outweighs the loss in most directions of a large network,
-costs no accuracy, and steps may be as long as 1/γ and more.
+(the usual step for small γε). So the localisation, which outweighs the loss in most directions of a
+large network, costs no accuracy, and steps may be as long as 1/γ and more.
 
-An exact loss (all the data, or a potential in closed form) is sampled by Hamiltonian Monte Carlo, whose accept step has
-no discretisation bias; with one gradient step a draw it is MALA with steps of random size.
+An exact loss (all the data, or a potential in closed form) is sampled by Hamiltonian Monte Carlo,
+whose accept step has no discretisation bias; with one gradient step a draw it is MALA with steps of
+random size.
 
 The step size is the largest of a grid 2^(-j/2)/γ, with one burn-in a trial, at which
 
-- SGLD: the bias ½ tanh(γε/4) · E|F|²/γ is at most :data:`MAX_BIAS` of λ̂. On a quadratic of curvature h the recursion
-  above inflates the variance by 1/(1 - tanh(γε/4) nβh/γ), and this is the excess energy of it; the noise of the
-  minibatches, which is in |F|² too, adds at most its share. A threshold on acceptance would not do: at a given bias
-  it falls with the dimension.
-- HMC: the mean acceptance is at least :data:`MIN_ACCEPTANCE`, for speed alone (Beskos et al. 2013: the best is about
-  0.65 in high dimension, and the cost is flat up to 0.9; Stan aims at 0.8).
+- SGLD: the bias ½ tanh(γε/4) · E|F|²/γ is at most :data:`MAX_BIAS` of λ̂. On a quadratic of
+  curvature h the recursion above inflates the variance by 1/(1 - tanh(γε/4) nβh/γ), and this is the
+  excess energy of it; the noise of the minibatches, which is in |F|² too, adds at most its share. A
+  threshold on acceptance would not do: at a given bias it falls with the dimension.
+- HMC: the mean acceptance is at least :data:`MIN_ACCEPTANCE`, for speed alone (Beskos et al. 2013:
+  the best is about 0.65 in high dimension, and the cost is flat up to 0.9; Stan aims at 0.8).
 
-Both are measured on the second half of the burn-in, and the chains of the burn-in go on into the draws.
+Both are measured on the second half of the burn-in, and the chains of the burn-in go on into the
+draws.
 """
 
 from __future__ import annotations
@@ -59,9 +62,11 @@ SIGNIFICANT = 6.63
 
 Params = dict[str, Tensor]
 Batch = tuple[Tensor, ...]
-#: ``loss(params, *batch)``: the mean over the samples of a batch; ``loss(params)`` for an exact loss.
+#: ``loss(params, *batch)``: the mean over the samples of a batch; ``loss(params)`` for an exact
+#: loss.
 Loss = Callable[..., Tensor]
-#: From the number of a gradient step to tensors of shape (chains, batch, ...), independent between chains.
+#: From the number of a gradient step to tensors of shape (chains, batch, ...), independent between
+#: chains.
 Batches = Callable[[int], Batch]
 
 
@@ -75,7 +80,8 @@ class Settings:
         burn_in: draws thrown away before them.
         steps: gradient steps a draw: thinning for SGLD, leapfrog steps for HMC.
         gamma: strength γ of the localisation, in units of 1/(parameter)².
-        step_size: ε, twice the time of a step of SGLD, the square of HMC's largest leapfrog step; None to calibrate it.
+        step_size: ε, twice the time of a step of SGLD, the square of HMC's largest leapfrog step;
+            None to calibrate it.
         seed: of the noise.
 
     Raises:
@@ -99,7 +105,9 @@ class Settings:
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"Invalid {name}={value}: expected a positive number")
         if self.step_size is None and self.burn_in < 20:
-            raise ValueError(f"Invalid burn_in={self.burn_in}: calibration needs at least 20; or give step_size")
+            raise ValueError(
+                f"Invalid burn_in={self.burn_in}: calibration needs at least 20; or give step_size"
+            )
 
 
 @dataclass(frozen=True)
@@ -109,10 +117,11 @@ class Estimate:
     Attributes:
         value: λ̂.
         standard_error: of λ̂, from the spread of the chains' means.
-        interval: 95%, by Student's t over the chains' means, which are independent whatever the autocorrelation
-            within a chain. It covers the error of sampling; not what the temperature, the localisation or the
-            draw of the data do to λ̂, nor (SGLD) ``bias``.
-        r_hat: split R-hat of the losses, rank-normalised (Vehtari et al. 2021); above 1.01, chains have not mixed.
+        interval: 95%, by Student's t over the chains' means, which are independent whatever the
+            autocorrelation within a chain. It covers the error of sampling; not what the
+            temperature, the localisation or the draw of the data do to λ̂, nor (SGLD) ``bias``.
+        r_hat: split R-hat of the losses, rank-normalised (Vehtari et al. 2021); above 1.01, chains
+            have not mixed.
         ess: bulk effective sample size of the losses, of all chains together.
         step_size: ε.
         acceptance: mean acceptance probability of HMC; None for SGLD.
@@ -121,7 +130,8 @@ class Estimate:
         beta: inverse temperature.
         gamma: localisation.
         seconds: of sampling and calibration.
-        trace: Lₙ(w) - Lₙ(w*) of each draw, on the draw's own batch: shape (chains, draws), on the CPU.
+        trace: Lₙ(w) - Lₙ(w*) of each draw, on the draw's own batch: shape (chains, draws), on the
+            CPU.
     """
 
     value: float
@@ -155,18 +165,25 @@ def estimate(
         loss: mean loss per sample, in nats, of a batch; see :func:`module_loss` for a network.
         params: w* by name, all of one dtype and device; not changed.
         n: number of samples that the loss stands for.
-        beta: inverse temperature; 1/log n by default. A potential K at inverse temperature τ has n=τ, beta=1.
-        batches: minibatches, sampled by SGLD (see :func:`minibatches`); None where the loss takes no data.
-        gauges: with these, w* is first moved to the point of least norm on its gauge orbit, so that the
-            estimate is a function of the orbit. (Noise and localisation are not invariant otherwise.)
+        beta: inverse temperature; 1/log n by default. A potential K at inverse temperature τ has
+            n=τ, beta=1.
+        batches: minibatches, sampled by SGLD (see :func:`minibatches`); None where the loss takes
+            no data.
+        gauges: with these, w* is first moved to the point of least norm on its gauge orbit, so that
+            the estimate is a function of the orbit. (Noise and localisation are not invariant
+            otherwise.)
         settings: how to sample; :class:`Settings` by default.
 
     Raises:
-        ValueError: n or beta out of range, no parameters, or parameters that are not finite floating numbers
-            of one dtype; a loss that is not finite at w*.
-        RuntimeError: no step of the grid passes the rule; a chain leaves the finite numbers or never moves.
+        ValueError: n or beta out of range, no parameters, or parameters that are not finite
+            floating numbers of one dtype; a loss that is not finite at w*.
+        RuntimeError: no step of the grid passes the rule; a chain leaves the finite numbers or
+            never moves.
     """
-    from arviz_stats.base import array_stats  # takes a second to import, which every run of the trainer would wait for
+    # takes a second to import, which every run of the trainer would wait for
+    from arviz_stats.base import (
+        array_stats,
+    )
 
     settings = Settings() if settings is None else settings
     if not 1 <= n < math.inf:
@@ -230,7 +247,9 @@ class _Sampler(ABC):
     #: Of the grid, in units of 1/γ.
     longest_step = 1.0
 
-    def __init__(self, loss: Loss, center: Params, tau: float, batches: Batches | None, settings: Settings) -> None:
+    def __init__(
+        self, loss: Loss, center: Params, tau: float, batches: Batches | None, settings: Settings
+    ) -> None:
         self.tau, self.batches, self.settings = tau, batches, settings
         shapes = {name: p.shape for name, p in center.items()}
         sizes = [shape.numel() for shape in shapes.values()]
@@ -268,15 +287,18 @@ class _Sampler(ABC):
     def calibrate(self) -> float:
         """The largest step of the grid that passes; the chains are left at the end of its burn-in.
 
-        From the largest down, four at a time, and then between: steps so small that a burn-in leads nowhere, which
-        tells nothing, are not tried before larger ones have failed.
+        From the largest down, four at a time, and then between: steps so small that a burn-in leads
+        nowhere, which tells nothing, are not tried before larger ones have failed.
         """
-        passing = next((index for index in range(0, GRID, 4) if self.passes(self.burn_in(self.step(index)))), None)
+        passing = next(
+            (index for index in range(0, GRID, 4) if self.passes(self.burn_in(self.step(index)))),
+            None,
+        )
         if passing is None:
             raise RuntimeError(
-                f"no step size from {self.step(0):.1e} to {self.step(GRID - 4):.1e} passes the rule: take larger "
-                "minibatches, a longer burn_in, a smaller n * beta or a larger gamma; or w* is no minimum, and the "
-                "loss falls on the way from it"
+                f"no step size from {self.step(0):.1e} to {self.step(GRID - 4):.1e} passes the"
+                " rule: take larger minibatches, a longer burn_in, a smaller n * beta or a larger"
+                " gamma; or w* is no minimum, and the loss falls on the way from it"
             )
         low, high = max(passing - 3, 0), passing
         best = self.w, self.generator.get_state(), self.gradient_steps
@@ -295,23 +317,29 @@ class _Sampler(ABC):
         return self.longest_step * 2 ** (-index / 2) / self.settings.gamma
 
     def noise(self) -> Tensor:
-        return torch.randn(self.w.shape, generator=self.generator, dtype=self.w.dtype, device=self.w.device)
+        return torch.randn(
+            self.w.shape, generator=self.generator, dtype=self.w.dtype, device=self.w.device
+        )
 
     def uniform(self) -> Tensor:
         """One number in [0, 1) a chain."""
-        return torch.rand(len(self.w), generator=self.generator, dtype=self.w.dtype, device=self.w.device)
+        return torch.rand(
+            len(self.w), generator=self.generator, dtype=self.w.dtype, device=self.w.device
+        )
 
     def check_center(self) -> None:
         batch = () if self.batches is None else tuple(tensor[0] for tensor in self.batches(0))
         if not (value := self.loss(self.center, *batch)).isfinite():
-            raise ValueError(f"Invalid params: the loss there is {float(value)}, expected a finite minimum")
+            raise ValueError(
+                f"Invalid params: the loss there is {float(value)}, expected a finite minimum"
+            )
 
     def check_chains(self) -> None:
         broken = int((~self.w.isfinite().all(1)).sum())
         if broken:
             raise RuntimeError(
-                f"{broken} of {len(self.w)} chains left the finite numbers: take a smaller step_size (or None, to "
-                "calibrate it) or a larger gamma"
+                f"{broken} of {len(self.w)} chains left the finite numbers: take a smaller"
+                " step_size (or None, to calibrate it) or a larger gamma"
             )
 
 
@@ -351,19 +379,26 @@ class _SGLD(_Sampler):
 class _HMC(_Sampler):
     """Leapfrog of step h uniform in [0, 1]·√ε, drawn for each chain and draw.
 
-    No orbit is then a period (Neal 2011, section 3.2), and some steps are small enough for the narrow arms of a
-    singular posterior, which steps of one size, tuned to the bulk, leave out: that took 2% off λ̂ of w₁² w₂⁴.
+    No orbit is then a period (Neal 2011, section 3.2), and some steps are small enough for the
+    narrow arms of a singular posterior, which steps of one size, tuned to the bulk, leave out: that
+    took 2% off λ̂ of w₁² w₂⁴.
     """
 
     def passes(self, diagnostic: float) -> bool:
         return diagnostic >= MIN_ACCEPTANCE
 
     def potential(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradient of U = nβ L + γ/2 |w - w*|², of shape (chains, parameters); U and L, each of shape (chains,)."""
+        """Gradient of U = nβ L + γ/2 |w - w*|², of shape (chains, parameters); U and L, each of
+        shape (chains,).
+        """
         grad, loss = self.grad_and_loss(w)
         away = w - self.center
         gamma = self.settings.gamma
-        return self.tau * grad + gamma * away, self.tau * loss + gamma / 2 * away.square().sum(1), loss
+        return (
+            self.tau * grad + gamma * away,
+            self.tau * loss + gamma / 2 * away.square().sum(1),
+            loss,
+        )
 
     @torch.no_grad()
     def run(self, draws: int, step_size: float) -> _Drawn:
@@ -380,12 +415,17 @@ class _HMC(_Sampler):
                 new_grad, new_energy, new_loss = self.potential(w)
                 momentum = momentum - h / 2 * new_grad
             # a proposal that is not finite is not accepted
-            change = (total - new_energy - momentum.square().sum(1) / 2).nan_to_num(-torch.inf, -torch.inf)
+            change = (total - new_energy - momentum.square().sum(1) / 2).nan_to_num(
+                -torch.inf, -torch.inf
+            )
             acceptance = change.clamp(max=0).exp()
             accept = self.uniform() < acceptance
             self.w = torch.where(accept.unsqueeze(1), w, self.w)
             grad = torch.where(accept.unsqueeze(1), new_grad, grad)
-            energy, loss = torch.where(accept, new_energy, energy), torch.where(accept, new_loss, loss)
+            energy, loss = (
+                torch.where(accept, new_energy, energy),
+                torch.where(accept, new_loss, loss),
+            )
             losses.append(loss)
             acceptances.append(acceptance.mean())
         trace = torch.stack(losses, 1) - self.loss(self.center)
@@ -396,7 +436,8 @@ class _HMC(_Sampler):
         still = int((self.w == self.center).all(1).sum())
         if still:
             raise RuntimeError(
-                f"{still} of {len(self.w)} chains never moved: take a smaller step_size (or None, to calibrate it)"
+                f"{still} of {len(self.w)} chains never moved: take a smaller step_size (or None,"
+                " to calibrate it)"
             )
 
 
@@ -404,17 +445,21 @@ def _check(params: Params) -> None:
     if not params:
         raise ValueError("Invalid params: expected at least one parameter")
     if len({(p.dtype, p.device) for p in params.values()}) > 1:
-        raise ValueError("Invalid params: expected one dtype and device, for instance by model.float()")
+        raise ValueError(
+            "Invalid params: expected one dtype and device, for instance by model.float()"
+        )
     for name, p in params.items():
         if not p.is_floating_point() or not p.isfinite().all():
             raise ValueError(f"Invalid params[{name!r}]: expected finite floating numbers")
 
 
 def module_loss(model: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor]) -> Loss:
-    """The loss of a network: ``criterion(model(*inputs), target)`` on batches ``(*inputs, target)``.
+    """The loss of a network: ``criterion(model(*inputs), target)`` on batches ``(*inputs,
+    target)``.
 
     Args:
-        model: without dropout; its own parameters are not used. Take w* from :func:`ddc.gauges.named_parameters`.
+        model: without dropout; its own parameters are not used. Take w* from
+            :func:`ddc.gauges.named_parameters`.
         criterion: mean loss per sample, such as :func:`ddc.models.cross_entropy`.
     """
 
@@ -457,10 +502,12 @@ class TemperatureFit:
 
     Attributes:
         value: λ.
-        interval: 95% of λ, the choice of m included: percentiles of a parametric bootstrap of the estimates.
+        interval: 95% of λ, the choice of m included: percentiles of a parametric bootstrap of the
+            estimates.
         multiplicity: m.
         multiplicity_probability: share of the bootstrap that chose this m.
-        chi_square, degrees_of_freedom: of the residuals; a chi_square far above says that the form does not hold.
+        chi_square, degrees_of_freedom: of the residuals; a chi_square far above says that the form
+            does not hold.
         estimates: at each temperature.
     """
 
@@ -482,14 +529,17 @@ def fit_temperatures(
     gauges: Iterable[Gauge] = (),
     settings: Settings | None = None,
 ) -> TemperatureFit:
-    """Estimate at several τ = nβ and fit E[τ (L - L*)] = λ - P'(log τ)/P(log τ), P a polynomial of degree m - 1.
+    """Estimate at several τ = nβ and fit E[τ (L - L*)] = λ - P'(log τ)/P(log τ), P a polynomial of
+    degree m - 1.
 
-    From Z(τ) ~ τ^-λ P(log τ) (Watanabe 2009, section 6.3), of which the left side is -d log Z/d log τ. A single
-    temperature falls short of λ by about (m - 1)/log τ. The multiplicity, 1 to 3, is the least that a larger one does
-    not improve on by :data:`SIGNIFICANT` in χ²: errors too large for it give an m and a λ that are too small.
+    From Z(τ) ~ τ^-λ P(log τ) (Watanabe 2009, section 6.3), of which the left side is -d log Z/d log
+    τ. A single temperature falls short of λ by about (m - 1)/log τ. The multiplicity, 1 to 3, is
+    the least that a larger one does not improve on by :data:`SIGNIFICANT` in χ²: errors too large
+    for it give an m and a λ that are too small.
 
-    The form neglects powers τ^-δ, δ the distance of λ to the next pole of the zeta function. Where δ is small (powers
-    of a normal crossing that differ) the fit takes them for a multiplicity, and λ comes out too large.
+    The form neglects powers τ^-δ, δ the distance of λ to the next pole of the zeta function. Where
+    δ is small (powers of a normal crossing that differ) the fit takes them for a multiplicity, and
+    λ comes out too large.
 
     Args:
         loss: as for :func:`estimate`, and so are the others.
@@ -508,7 +558,13 @@ def fit_temperatures(
     gauges = list(gauges)
     estimates = tuple(
         estimate(
-            loss, params, tau, 1.0, batches=batches, gauges=gauges, settings=replace(settings, seed=settings.seed + i)
+            loss,
+            params,
+            tau,
+            1.0,
+            batches=batches,
+            gauges=gauges,
+            settings=replace(settings, seed=settings.seed + i),
         )
         for i, tau in enumerate(temperatures)
     )
@@ -516,7 +572,9 @@ def fit_temperatures(
     errors = np.array([each.standard_error for each in estimates])
     random = np.random.default_rng(settings.seed)
     noise = random.standard_t(settings.chains - 1, size=(1000, len(values)))
-    chi_square, value, multiplicity = _fit(np.log(temperatures), values[None], errors)[:, 0].tolist()
+    chi_square, value, multiplicity = _fit(np.log(temperatures), values[None], errors)[
+        :, 0
+    ].tolist()
     _, bootstrap, chosen = _fit(np.log(temperatures), values + errors * noise, errors)
     low, high = np.percentile(bootstrap, [2.5, 97.5])
     m = int(multiplicity)
@@ -532,10 +590,11 @@ def fit_temperatures(
 
 
 def _shortfalls(log_tau: NDArray[np.float64]) -> Iterator[tuple[int, NDArray[np.float64]]]:
-    """For each m, P'/P at the temperatures on a grid of polynomials P of degree m - 1, of shape (grid, temperatures).
+    """For each m, P'/P at the temperatures on a grid of polynomials P of degree m - 1, of shape
+    (grid, temperatures).
 
-    P is 1, x or x² + e with x = log τ + c, positive at the least τ. For normal crossings of equal powers k,
-    e = ψ'(1/(2k)) + m k² ψ'(1), a sum of trigammas, so that e ≥ 0.
+    P is 1, x or x² + e with x = log τ + c, positive at the least τ. For normal crossings of equal
+    powers k, e = ψ'(1/(2k)) + m k² ψ'(1), a sum of trigammas, so that e ≥ 0.
     """
     c = np.geomspace(0.1, 100, 500) - log_tau.min()
     x = log_tau + c[:, None]
@@ -545,8 +604,12 @@ def _shortfalls(log_tau: NDArray[np.float64]) -> Iterator[tuple[int, NDArray[np.
     yield 3, (2 * x / (x**2 + e)).reshape(-1, len(log_tau))
 
 
-def _fit(log_tau: NDArray[np.float64], values: NDArray[np.float64], errors: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Best chi², λ and m for each row of values, of shape (rows, temperatures); returned as 3 rows."""
+def _fit(
+    log_tau: NDArray[np.float64], values: NDArray[np.float64], errors: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Best chi², λ and m for each row of values, of shape (rows, temperatures); returned as 3
+    rows.
+    """
     rows, precision = np.arange(len(values)), errors**-2
     mean = values @ precision / precision.sum()
     residual = values - mean[:, None]
@@ -554,9 +617,12 @@ def _fit(log_tau: NDArray[np.float64], values: NDArray[np.float64], errors: NDAr
     for m, shortfall in _shortfalls(log_tau):
         mean_shortfall = shortfall @ precision / precision.sum()
         centered = shortfall - mean_shortfall[:, None]
-        # Σ (residual + centered)²/error², multiplied out so that no array over rows, offsets and τ is made
+        # Σ (residual + centered)²/error², multiplied out so that no array over rows, offsets and τ
+        # is made
         chi_square = (
-            (residual**2 @ precision)[:, None] + 2 * (residual * precision) @ centered.T + centered**2 @ precision
+            (residual**2 @ precision)[:, None]
+            + 2 * (residual * precision) @ centered.T
+            + centered**2 @ precision
         )
         at = chi_square.argmin(1)
         found = np.stack([chi_square[rows, at], mean + mean_shortfall[at], np.full(len(values), m)])

@@ -1,12 +1,14 @@
 """Five observables a layer, from the activations and output gradients of a fixed probe batch.
 
-At a layer, let the rows of X (N × d) be its activations and the rows of D (N × d') the gradients of the
-log-likelihood of labels with respect to its output. Their second moments A = XᵀX/N and G = DᵀD/N are the Kronecker
-factors of the layer's Fisher block (K-FAC, Martens and Grosse, arXiv:1503.05671). Where a direction dies, the smallest
-eigenvalues of both fall with the approach to the minimum, by powers that :mod:`ddc.slt.rates` reads.
+At a layer, let the rows of X (N × d) be its activations and the rows of D (N × d') the gradients of
+the log-likelihood of labels with respect to its output. Their second moments A = XᵀX/N and G =
+DᵀD/N are the Kronecker factors of the layer's Fisher block (K-FAC, Martens and Grosse,
+arXiv:1503.05671). Where a direction dies, the smallest eigenvalues of both fall with the approach
+to the minimum, by powers that :mod:`ddc.slt.rates` reads.
 
-Algebraic zeros (exact null vectors and rank limits that follow from the architecture) are gauge or bookkeeping, not
-singular structure. They are removed before anything is read, and named in the reading.
+Algebraic zeros (exact null vectors and rank limits that follow from the architecture) are gauge or
+bookkeeping, not singular structure. They are removed before anything is read, and named in the
+reading.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from torch import Tensor, nn
 from ddc.models import GPT
 from ddc.models.deep_mlp import DeepMLP
 
-#: Observables of a layer, in the order of tables: what is read, and whether it is a second moment of a single
-#: direction (so that its slope is 2(k - 1)), the root of one, or a log-volume.
+#: Observables of a layer, in the order of tables: what is read, and whether it is a second moment
+#: of a single direction (so that its slope is 2(k - 1)), the root of one, or a log-volume.
 OBSERVABLES = (
     "activation_sigma_min",
     "gradient_lambda_min",
@@ -35,14 +37,17 @@ OBSERVABLES = (
     "fisher_min",
 )
 
-#: Gradient of the log-likelihood of some labels with respect to the model's outputs: ``score(outputs, targets, index)``
-#: for the probe's batch number ``index``, of the shape of ``outputs``.
+#: Gradient of the log-likelihood of some labels with respect to the model's outputs:
+#: ``score(outputs, targets, index)`` for the probe's batch number ``index``, of the shape of
+#: ``outputs``.
 Score = Callable[[Tensor, Tensor, int], Tensor]
 Batches = Sequence[tuple[Tensor, Tensor]]
 
 
 class Zeros(NamedTuple):
-    """Exact zeros of a second moment: a null vector, or a bound on its rank, with the reason in words."""
+    """Exact zeros of a second moment: a null vector, or a bound on its rank, with the reason in
+    words.
+    """
 
     reason: str
     vector: Tensor | None = None
@@ -56,13 +61,14 @@ class Layer:
     Args:
         name: in tables.
         module: the module's name, as in ``model.named_modules()``.
-        reads: ``input``: X is the module's input (a linear map: A and G are the factors of its own Fisher block);
-            ``output``: X is its output (an embedding, a block: X and D belong to one point of the residual stream).
-        gradient_ones: the all-ones vector is an exact null vector of D: the output is read by softmax, or by
-            LayerNorms only, which subtract the mean.
+        reads: ``input``: X is the module's input (a linear map: A and G are the factors of its own
+            Fisher block); ``output``: X is its output (an embedding, a block: X and D belong to one
+            point of the residual stream).
+        gradient_ones: the all-ones vector is an exact null vector of D: the output is read by
+            softmax, or by LayerNorms only, which subtract the mean.
         activation_rank, gradient_rank: bounds that follow from the architecture.
-        pooled: what follows reads one vector a sample, a mean over positions or a single position: so D has no more
-            directions than the probe has samples.
+        pooled: what follows reads one vector a sample, a mean over positions or a single position:
+            so D has no more directions than the probe has samples.
     """
 
     name: str
@@ -80,36 +86,50 @@ class Layer:
 
 @singledispatch
 def layers_of(model: nn.Module) -> list[Layer]:
-    """The layers at which a model is observed by default: embedding and blocks, or every linear map of an MLP.
+    """The layers at which a model is observed by default: embedding and blocks, or every linear map
+    of an MLP.
 
     Raises:
         TypeError: no rule for this class of model; name the modules with :func:`named_layers`.
     """
-    timm = sys.modules.get("timm.models.vision_transformer")  # a model of timm is here only if timm is
+    # a model of timm is here only if timm is
+    timm = sys.modules.get("timm.models.vision_transformer")
     if timm is not None and isinstance(model, timm.VisionTransformer):
         return layers_of_vision_transformer(model)
     raise TypeError(
-        f"no default layers for {type(model).__name__}: name its modules, as in named_layers(model, ['blocks.0', …])"
+        f"no default layers for {type(model).__name__}: name its modules, as in named_layers(model,"
+        " ['blocks.0', …])"
     )
 
 
 @layers_of.register
 def _(model: GPT) -> list[Layer]:
-    ones = "read by LayerNorms only, which subtract the mean" if model.config.norm == "layer" else None
-    names = [("embedding", "embedding"), *((f"block {i + 1}", f"blocks.{i}") for i in range(len(model.blocks)))]
+    ones = (
+        "read by LayerNorms only, which subtract the mean" if model.config.norm == "layer" else None
+    )
+    names = [
+        ("embedding", "embedding"),
+        *((f"block {i + 1}", f"blocks.{i}") for i in range(len(model.blocks))),
+    ]
     return [Layer(name, module, gradient_ones=ones) for name, module in names]
 
 
 def layers_of_vision_transformer(model: Any) -> list[Layer]:
-    """Embedding (patches and positions) and blocks of timm's vision transformer, read at the residual stream."""
+    """Embedding (patches and positions) and blocks of timm's vision transformer, read at the
+    residual stream.
+    """
     readers = [norm for block in model.blocks for norm in (block.norm1, block.norm2)]
     last = model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
     only_norms = all(isinstance(each, nn.LayerNorm) for each in (*readers, last))
     ones = "read by LayerNorms only, which subtract the mean" if only_norms else None
     pixels, tokens = model.patch_embed.proj.weight[0].numel(), model.pos_embed.shape[1]
-    stream = [("embedding", "norm_pre"), *((f"block {i + 1}", f"blocks.{i}") for i in range(len(model.blocks)))]
+    stream = [
+        ("embedding", "norm_pre"),
+        *((f"block {i + 1}", f"blocks.{i}") for i in range(len(model.blocks))),
+    ]
     layers = [Layer(name, module, gradient_ones=ones) for name, module in stream]
-    layers[0] = replace(layers[0], activation_rank=pixels + tokens)  # a linear map of pixels, and a vector a position
+    # a linear map of pixels, and a vector a position
+    layers[0] = replace(layers[0], activation_rank=pixels + tokens)
     layers[-1] = replace(layers[-1], pooled=True)
     return layers
 
@@ -118,7 +138,9 @@ def layers_of_vision_transformer(model: Any) -> list[Layer]:
 def _(model: DeepMLP) -> list[Layer]:
     names = [(f"layer {i + 1}", f"layers.{i}") for i in range(len(model.layers))]
     layers = [Layer(name, module, "input") for name, module in (*names, ("head", "head"))]
-    if model.config.residual:  # the stream is a sum of two tables at first, and the head reads it as it is at last
+    if (
+        model.config.residual
+    ):  # the stream is a sum of two tables at first, and the head reads it as it is at last
         layers[0] = replace(layers[0], activation_rank=2 * model.tokens - 1)
         layers[-2] = replace(layers[-2], gradient_rank=model.head.out_features - 1)
     return layers
@@ -131,7 +153,8 @@ def _(model: nn.Sequential) -> list[Layer]:
     for i, module in enumerate(modules):
         if not isinstance(module, nn.Linear):
             continue
-        # linear maps that follow each other without a nonlinearity pass no more directions than the narrowest has
+        # linear maps that follow each other without a nonlinearity pass no more directions than the
+        # narrowest has
         before, after = [module.in_features], [module.out_features]
         for earlier in reversed(modules[:i]):
             if not isinstance(earlier, nn.Linear):
@@ -141,12 +164,15 @@ def _(model: nn.Sequential) -> list[Layer]:
             if not isinstance(later, nn.Linear):
                 break
             after.append(later.out_features)
-        layers.append(Layer(f"linear {len(layers) + 1}", str(i), "input", None, min(before), min(after)))
+        layers.append(
+            Layer(f"linear {len(layers) + 1}", str(i), "input", None, min(before), min(after))
+        )
     return layers
 
 
 def named_layers(model: nn.Module, names: Iterable[str]) -> list[Layer]:
-    """Layers for the modules of these names: linear maps are read at their input, all else at the output.
+    """Layers for the modules of these names: linear maps are read at their input, all else at the
+    output.
 
     Raises:
         ValueError: a module that does not exist.
@@ -158,34 +184,46 @@ def named_layers(model: nn.Module, names: Iterable[str]) -> list[Layer]:
             close = [other for other in modules if name.split(".")[-1] in other][:5]
             hint = f"; there are {', '.join(close)}" if close else ""
             raise ValueError(f"no module {name!r} in {type(model).__name__}{hint}")
-        layers.append(Layer(name, name, "input" if isinstance(modules[name], nn.Linear) else "output"))
+        layers.append(
+            Layer(name, name, "input" if isinstance(modules[name], nn.Linear) else "output")
+        )
     return layers
 
 
 def categorical_score(seed: int) -> Score:
     """Labels drawn from the model's own softmax, so that G is a block of the Fisher metric.
 
-    The uniform numbers behind the draws are a function of ``seed`` and the batch number alone: two checkpoints are
-    compared on common random numbers, and the global generator is not touched.
+    The uniform numbers behind the draws are a function of ``seed`` and the batch number alone: two
+    checkpoints are compared on common random numbers, and the global generator is not touched.
     """
 
     def score(outputs: Tensor, targets: Tensor, index: int) -> Tensor:
         probabilities = outputs.softmax(-1)
         generator = torch.Generator().manual_seed(seed + index)
-        uniform = torch.rand(outputs.shape[:-1], generator=generator, dtype=outputs.dtype).to(outputs.device)
-        labels = (probabilities.cumsum(-1) < uniform[..., None]).sum(-1).clamp_max(outputs.shape[-1] - 1)
-        return probabilities.scatter_add(-1, labels[..., None], -torch.ones_like(probabilities[..., :1])).neg()
+        uniform = torch.rand(outputs.shape[:-1], generator=generator, dtype=outputs.dtype).to(
+            outputs.device
+        )
+        labels = (
+            (probabilities.cumsum(-1) < uniform[..., None]).sum(-1).clamp_max(outputs.shape[-1] - 1)
+        )
+        return probabilities.scatter_add(
+            -1, labels[..., None], -torch.ones_like(probabilities[..., :1])
+        ).neg()
 
     return score
 
 
 def label_score(outputs: Tensor, targets: Tensor, index: int) -> Tensor:
-    """The data's own labels: G is then the second moment of the loss gradient (the "empirical Fisher")."""
+    """The data's own labels: G is then the second moment of the loss gradient (the "empirical
+    Fisher").
+    """
     return torch.nn.functional.one_hot(targets, outputs.shape[-1]).to(outputs) - outputs.softmax(-1)
 
 
 def gaussian_score(seed: int) -> Score:
-    """Residuals of a Gaussian model with unit noise: random signs, whose second moment is the identity."""
+    """Residuals of a Gaussian model with unit noise: random signs, whose second moment is the
+    identity.
+    """
 
     def score(outputs: Tensor, targets: Tensor, index: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed + index)
@@ -223,8 +261,9 @@ class Spectrum:
 
     Attributes:
         values: ascending, float64; those at rounding level are set to zero.
-        floor: eigenvalues up to this are rounding: λ_max · max(d · 2⁻⁵², 100 ε²), ε the activations' epsilon. (The
-            eigensolver resolves d · 2⁻⁵² of λ_max; entries rounded by ε carry a noise of second moment ε².)
+        floor: eigenvalues up to this are rounding: λ_max · max(d · 2⁻⁵², 100 ε²), ε the
+            activations' epsilon. (The eigensolver resolves d · 2⁻⁵² of λ_max; entries rounded by ε
+            carry a noise of second moment ε².)
         removed: how many zeros of which reason were taken out.
     """
 
@@ -260,11 +299,19 @@ class Reading:
 
     def __post_init__(self) -> None:
         a, g = self.activation, self.gradient
-        values = (math.sqrt(a.smallest), g.smallest, a.log_volume, g.log_volume, a.smallest * g.smallest)
+        values = (
+            math.sqrt(a.smallest),
+            g.smallest,
+            a.log_volume,
+            g.log_volume,
+            a.smallest * g.smallest,
+        )
         object.__setattr__(self, "values", dict(zip(OBSERVABLES, values, strict=True)))
 
     def record(self, spectrum_points: int = 64) -> dict[str, Any]:
-        """The reading as a row for JSON; of each spectrum at most so many order statistics, both ends included."""
+        """The reading as a row for JSON; of each spectrum at most so many order statistics, both
+        ends included.
+        """
 
         def describe(spectrum: Spectrum) -> dict[str, Any]:
             count = len(spectrum.values)
@@ -286,21 +333,24 @@ class Reading:
         }
 
 
-def observe(model: nn.Module, layers: Sequence[Layer], batches: Batches, score: Score) -> list[Reading]:
+def observe(
+    model: nn.Module, layers: Sequence[Layer], batches: Batches, score: Score
+) -> list[Reading]:
     """Read all layers on a probe.
 
-    One forward and one backward pass to the layers' outputs; no gradient of a parameter is computed or changed, nor
-    is any global random state. Memory does not depend on the number of batches.
+    One forward and one backward pass to the layers' outputs; no gradient of a parameter is computed
+    or changed, nor is any global random state. Memory does not depend on the number of batches.
 
     Args:
-        model: maps the inputs of a batch to one tensor; put in evaluation mode for the time of the call.
+        model: maps the inputs of a batch to one tensor; put in evaluation mode for the time of the
+            call.
         layers: where.
         batches: the probe: pairs of inputs and targets.
         score: see :data:`Score`.
 
     Raises:
-        ValueError: a layer that does not run, whose activations are no matrix or not finite, or are changed in place,
-            or that the outputs do not depend on.
+        ValueError: a layer that does not run, whose activations are no matrix or not finite, or are
+            changed in place, or that the outputs do not depend on.
     """
     moments = accumulate(model, layers, batches, score)
     for layer, m in zip(layers, moments, strict=True):
@@ -310,14 +360,20 @@ def observe(model: nn.Module, layers: Sequence[Layer], batches: Batches, score: 
         Reading(
             layer.name,
             m.rows,
-            spectrum(m.activation / m.rows, [*m.activation_zeros, *rank_limits(layer, m)], m.epsilon),
-            spectrum(m.gradient / m.rows, [*m.gradient_zeros, *gradient_limits(layer, m)], m.epsilon),
+            spectrum(
+                m.activation / m.rows, [*m.activation_zeros, *rank_limits(layer, m)], m.epsilon
+            ),
+            spectrum(
+                m.gradient / m.rows, [*m.gradient_zeros, *gradient_limits(layer, m)], m.epsilon
+            ),
         )
         for layer, m in zip(layers, moments, strict=True)
     ]
 
 
-def accumulate(model: nn.Module, layers: Sequence[Layer], batches: Batches, score: Score) -> list[Moments]:
+def accumulate(
+    model: nn.Module, layers: Sequence[Layer], batches: Batches, score: Score
+) -> list[Moments]:
     """Second moments of all layers over the probe; arguments and errors as for :func:`observe`."""
     moments: list[Moments | None] = [None] * len(layers)
     for index, (inputs, targets) in enumerate(batches):
@@ -325,7 +381,10 @@ def accumulate(model: nn.Module, layers: Sequence[Layer], batches: Batches, scor
             outputs = model(inputs)
             for layer, made in zip(layers, calls, strict=True):
                 if not made:
-                    raise ValueError(f"layer {layer.name}: module {layer.module!r} does not run in a forward pass")
+                    raise ValueError(
+                        f"layer {layer.name}: module {layer.module!r} does not run in a forward"
+                        " pass"
+                    )
             check_untouched(layers, calls)
             flat = [call.output for made in calls for call in made]
             output_gradient = score(outputs.detach(), targets, index)
@@ -334,7 +393,9 @@ def accumulate(model: nn.Module, layers: Sequence[Layer], batches: Batches, scor
             for call in made:
                 gradient = next(gradients)
                 if gradient is None:
-                    raise ValueError(f"layer {layer.name}: the model's outputs do not depend on its output")
+                    raise ValueError(
+                        f"layer {layer.name}: the model's outputs do not depend on its output"
+                    )
                 softmax = call.output is outputs and sums_to_zero(output_gradient)
                 moments[i] = add(moments[i], layer, call, gradient, softmax)
     if any(m is None for m in moments):
@@ -343,13 +404,17 @@ def accumulate(model: nn.Module, layers: Sequence[Layer], batches: Batches, scor
 
 
 def sums_to_zero(gradient: Tensor) -> bool:
-    """Every row of a score sums to zero up to rounding: so it is with a softmax, blind to the mean of its logits."""
+    """Every row of a score sums to zero up to rounding: so it is with a softmax, blind to the mean
+    of its logits.
+    """
     rounding = 16 * torch.finfo(gradient.dtype).eps * gradient.abs().sum(-1)
     return bool((gradient.sum(-1).abs() <= rounding).all())
 
 
 class Call(NamedTuple):
-    """One call of an observed module; versions are those of activation and output, to tell if they were changed."""
+    """One call of an observed module; versions are those of activation and output, to tell if they
+    were changed.
+    """
 
     module: nn.Module
     inputs: Tensor
@@ -376,8 +441,8 @@ def observed(model: nn.Module, layers: Sequence[Layer]) -> Iterator[list[list[Ca
                 output.requires_grad_()
             activation = args[0] if layer.reads == "input" else output
             if not activation.is_floating_point() or activation.ndim < 2:
-                raise ValueError(f"layer {layer.name}: X must be a real (…, d) tensor, got {activation.dtype} "
-                                 f"{tuple(activation.shape)}")  # fmt: skip
+                raise ValueError(f"layer {layer.name}: X must be a real (…, d) tensor, got "
+                                 f"{activation.dtype} {tuple(activation.shape)}")  # fmt: skip
             after = normed[id(activation)][1] if id(activation) in normed else None
             versions = activation._version, output._version
             made.append(Call(module, args[0], activation.detach(), output, versions, after))
@@ -388,7 +453,9 @@ def observed(model: nn.Module, layers: Sequence[Layer]) -> Iterator[list[list[Ca
         assert isinstance(module, nn.LayerNorm)
         normed[id(result)] = result, module  # kept alive, so that the id stays its own
 
-    handles = [m.register_forward_hook(remember) for m in modules.values() if isinstance(m, nn.LayerNorm)]
+    handles = [
+        m.register_forward_hook(remember) for m in modules.values() if isinstance(m, nn.LayerNorm)
+    ]
     handles += [
         modules[layer.module].register_forward_hook(watch(made, layer))
         for layer, made in zip(layers, calls, strict=True)
@@ -413,27 +480,34 @@ def check_untouched(layers: Sequence[Layer], calls: Sequence[Sequence[Call]]) ->
         for call in made:
             if (call.activation._version, call.output._version) != call.versions:
                 raise ValueError(
-                    f"layer {layer.name}: the model changes the activations of module {layer.module!r} in place (an "
-                    "inplace=True or a += after it): switch that off, or observe another module"
+                    f"layer {layer.name}: the model changes the activations of module"
+                    f" {layer.module!r} in place (an inplace=True or a += after it): switch that"
+                    " off, or observe another module"
                 )
 
 
-def add(moments: Moments | None, layer: Layer, call: Call, gradient: Tensor, softmax: bool) -> Moments:
+def add(
+    moments: Moments | None, layer: Layer, call: Call, gradient: Tensor, softmax: bool
+) -> Moments:
     """Add one call's activations and gradients to the moments."""
     x, d = (t.flatten(0, -2).double() for t in (call.activation, gradient))
     if call.after is not None and call.after.bias is not None:
         x = x - call.after.bias.detach().double()
     if moments is None:
-        ones = layer.gradient_ones or ("softmax does not see the mean of the logits" if softmax else None)
+        ones = layer.gradient_ones or (
+            "softmax does not see the mean of the logits" if softmax else None
+        )
         moments = Moments(
             activation=x.new_zeros(x.shape[1], x.shape[1]),
             gradient=d.new_zeros(d.shape[1], d.shape[1]),
             rows=0,
             samples=0,
             epsilon=torch.finfo(call.activation.dtype).eps,
-            seen=x.new_zeros(call.module.num_embeddings, dtype=torch.bool)
-            if isinstance(call.module, nn.Embedding)
-            else None,
+            seen=(
+                x.new_zeros(call.module.num_embeddings, dtype=torch.bool)
+                if isinstance(call.module, nn.Embedding)
+                else None
+            ),
             activation_zeros=layer_norm_zeros(call.after),
             gradient_zeros=[Zeros(ones, vector=d.new_ones(d.shape[1]))] if ones else [],
         )
@@ -447,14 +521,21 @@ def add(moments: Moments | None, layer: Layer, call: Call, gradient: Tensor, sof
 
 
 def layer_norm_zeros(norm: nn.LayerNorm | None) -> list[Zeros]:
-    """gamma⁻¹ is an exact null vector of a LayerNorm's output less beta, which is gamma times what has mean zero.
+    """gamma⁻¹ is an exact null vector of a LayerNorm's output less beta, which is gamma times what
+    has mean zero.
 
-    (An RMSNorm subtracts no mean and has none.) A gamma with zeros has more null vectors: the channels at zero.
+    (An RMSNorm subtracts no mean and has none.) A gamma with zeros has more null vectors: the
+    channels at zero.
     """
     if norm is None:
         return []
     if not norm.elementwise_affine:
-        return [Zeros("LayerNorm subtracts the mean", vector=torch.ones(norm.normalized_shape, dtype=torch.float64))]
+        return [
+            Zeros(
+                "LayerNorm subtracts the mean",
+                vector=torch.ones(norm.normalized_shape, dtype=torch.float64),
+            )
+        ]
     gamma = norm.weight.detach().double()
     dead = gamma == 0
     if dead.any():
@@ -470,7 +551,9 @@ def rank_limits(layer: Layer, moments: Moments) -> list[Zeros]:
         seen = int(moments.seen.sum())
         limits.append(Zeros(f"only {seen} different tokens", rank=seen))
     if layer.activation_rank is not None:
-        limits.append(Zeros(f"at most {layer.activation_rank} directions come in", rank=layer.activation_rank))
+        limits.append(
+            Zeros(f"at most {layer.activation_rank} directions come in", rank=layer.activation_rank)
+        )
     return limits
 
 
@@ -478,23 +561,29 @@ def gradient_limits(layer: Layer, moments: Moments) -> list[Zeros]:
     """Bounds on the rank of the output gradients."""
     limits = [Zeros(f"only {moments.rows} samples", rank=moments.rows)]
     if layer.pooled:
-        limits.append(Zeros(f"one direction of each of {moments.samples} samples", rank=moments.samples))
+        limits.append(
+            Zeros(f"one direction of each of {moments.samples} samples", rank=moments.samples)
+        )
     if layer.gradient_rank is not None:
-        limits.append(Zeros(f"at most {layer.gradient_rank} directions go on", rank=layer.gradient_rank))
+        limits.append(
+            Zeros(f"at most {layer.gradient_rank} directions go on", rank=layer.gradient_rank)
+        )
     return limits
 
 
 def spectrum(moment: Tensor, zeros: Sequence[Zeros], epsilon: float = 2.0**-52) -> Spectrum:
     """Eigenvalues of a symmetric second moment (d × d, float64) without its algebraic zeros.
 
-    Null vectors are projected out by an orthonormal basis of their complement; of what is left, a rank bound takes
-    away the smallest eigenvalues that exceed it in number.
+    Null vectors are projected out by an orthonormal basis of their complement; of what is left, a
+    rank bound takes away the smallest eigenvalues that exceed it in number.
     """
     removed: dict[str, int] = {}
     vectors = [zero for zero in zeros if zero.vector is not None]
     size = len(moment)
     if vectors:
-        stacked = torch.stack([zero.vector.to(moment) for zero in vectors if zero.vector is not None], dim=1)
+        stacked = torch.stack(
+            [zero.vector.to(moment) for zero in vectors if zero.vector is not None], dim=1
+        )
         q, _ = torch.linalg.qr(stacked, mode="complete")
         complement = q[:, stacked.shape[1] :]
         moment = complement.T @ moment @ complement
@@ -518,17 +607,20 @@ def fisher_block(
     labels: Tensor,
     log_likelihood: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """The exact (not Kronecker-factored) Fisher block of named parameters, from per-sample gradients.
+    """The exact (not Kronecker-factored) Fisher block of named parameters, from per-sample
+    gradients.
 
     Args:
         model: any module.
         names: parameters, as in ``model.named_parameters()``.
         inputs: one sample along the first axis.
         labels: one label a sample, as drawn from the model.
-        log_likelihood: scalar log-likelihood of one sample, from the model's output for a batch of one and its label.
+        log_likelihood: scalar log-likelihood of one sample, from the model's output for a batch of
+            one and its label.
 
     Returns:
-        (P, P) float64: mean of g gᵀ over samples, g the gradients of the named parameters, flattened and joined.
+        (P, P) float64: mean of g gᵀ over samples, g the gradients of the named parameters,
+            flattened and joined.
 
     Raises:
         ValueError: a parameter that does not exist.
@@ -544,6 +636,8 @@ def fisher_block(
         return log_likelihood(output, y.unsqueeze(0))
 
     chosen = {name: parameters[name].detach() for name in names}
-    gradients = torch.func.vmap(torch.func.grad(sample), in_dims=(None, 0, 0))(chosen, inputs, labels)
+    gradients = torch.func.vmap(torch.func.grad(sample), in_dims=(None, 0, 0))(
+        chosen, inputs, labels
+    )
     rows = torch.cat([gradients[name].flatten(1) for name in names], dim=1).double()
     return rows.T @ rows / len(rows)

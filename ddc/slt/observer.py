@@ -1,4 +1,6 @@
-"""Reads a model along its training: observables at log-spaced steps, arc length, learning coefficient."""
+"""Reads a model along its training: observables at log-spaced steps, arc length, learning
+coefficient.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from ddc.slt.config import SLTConfig
 from ddc.slt.learning_coefficient import Settings, estimate, minibatches, module_loss
 from ddc.slt.observables import Batches, Score, categorical_score, label_score, layers_of, observe
 
-#: Seed of the labels drawn for the probe: fixed, so that all runs are read on the same random numbers.
+#: Seed of the labels drawn for the probe: fixed, so that all runs are read on the same random
+#: numbers.
 PROBE_SEED = 1_000_003
 #: Largest R-hat at which chains count as mixed.
 MIXED = 1.1
@@ -29,20 +32,24 @@ def reading_steps(count: int, steps: int) -> list[int]:
     """At most ``count`` different steps from 0 to ``steps``, evenly spaced in log(1 + step)."""
     if count == 0:
         return []
-    return sorted({round(float(s)) for s in np.expm1(np.linspace(0, np.log1p(steps), count))} | {0, steps})
+    return sorted(
+        {round(float(s)) for s in np.expm1(np.linspace(0, np.log1p(steps), count))} | {0, steps}
+    )
 
 
 class Observer:
     """Makes one reading after another, and keeps the weights that it has read.
 
-    It changes neither the model nor any global random state, so that training with and without it is the same.
+    It changes neither the model nor any global random state, so that training with and without it
+    is the same.
 
     Args:
         config: what to read.
         model: one that :func:`ddc.slt.observables.layers_of` knows.
         probe: the probe's inputs and targets, in batches.
-        training_data: gives the inputs and targets of the whole training split, for the learning coefficient and the
-            null control: windows of a text, images, pairs. Asked once, if at all.
+        training_data: gives the inputs and targets of the whole training split, for the learning
+            coefficient and the null control: windows of a text, images, pairs. Asked once, if at
+            all.
         steps: of the whole training.
         folder: for the snapshots.
     """
@@ -65,7 +72,9 @@ class Observer:
         self.gauges: GaugeSet = find_gauges(model)
 
     def read(self, step: int, before: dict[str, Any] | None) -> dict[str, Any]:
-        """The reading at a step, as a row for the records, given the row of the reading before it."""
+        """The reading at a step, as a row for the records, given the row of the reading before
+        it.
+        """
         weights = {name: p.detach().cpu() for name, p in named_parameters(self.model).items()}
         arc_length = 0.0
         if before is not None:
@@ -73,7 +82,9 @@ class Observer:
             arc_length = before["arc_length"] + float(orbit_distance(last, weights, self.gauges))
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = snapshot_path(self.folder, step).with_suffix(".tmp")
-        safetensors.torch.save_file({name: w.contiguous().clone() for name, w in weights.items()}, temporary)
+        safetensors.torch.save_file(
+            {name: w.contiguous().clone() for name, w in weights.items()}, temporary
+        )
         temporary.replace(snapshot_path(self.folder, step))
         row = {"step": step, "arc_length": arc_length, **self.observe()}
         every = self.config.learning_coefficient.every
@@ -85,7 +96,8 @@ class Observer:
         return row
 
     def read_again(self) -> Iterator[dict[str, Any]]:
-        """Readings of all snapshots, in the order of training. The model ends with the weights of the last one.
+        """Readings of all snapshots, in the order of training. The model ends with the weights of
+        the last one.
 
         Raises:
             FileNotFoundError: there are no snapshots; says what to do.
@@ -93,8 +105,8 @@ class Observer:
         steps = snapshot_steps(self.folder)
         if not steps:
             raise FileNotFoundError(
-                f"no snapshots in {self.folder}: train with slt=cells and slt.keep_snapshots=true, or read what was "
-                "recorded during training with --recorded"
+                f"no snapshots in {self.folder}: train with slt=cells and slt.keep_snapshots=true,"
+                " or read what was recorded during training with --recorded"
             )
         arc_length, last = 0.0, None
         for step in steps:
@@ -105,10 +117,11 @@ class Observer:
             yield {"step": step, "arc_length": arc_length, **self.observe()}
 
     def read_untrained(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Null control: the model as it is, read on another part of the data, with other labels, for every row.
+        """Null control: the model as it is, read on another part of the data, with other labels,
+        for every row.
 
-        What differs between these readings is the noise of a probe; what they are paired with, step, loss and arc
-        length, are those of the given rows.
+        What differs between these readings is the noise of a probe; what they are paired with,
+        step, loss and arc length, are those of the given rows.
         """
         inputs, targets = self.training_data()
         size = len(self.probe[0][0])
@@ -121,7 +134,9 @@ class Observer:
             yield {**row, "layers": self.observe(probe, PROBE_SEED * (i + 2))["layers"]}
 
     def forget(self) -> None:
-        """Where snapshots are not to be kept, delete all but the last; safe once a checkpoint is behind that one."""
+        """Where snapshots are not to be kept, delete all but the last; safe once a checkpoint is
+        behind that one.
+        """
         if not self.config.keep_snapshots:
             for step in snapshot_steps(self.folder)[:-1]:
                 snapshot_path(self.folder, step).unlink()
@@ -129,7 +144,10 @@ class Observer:
     def observe(self, probe: Batches | None = None, seed: int = PROBE_SEED) -> dict[str, Any]:
         """Loss of the probe, in nats per prediction, and the reading of every layer."""
         meter = LossMeter(categorical_score(seed) if self.config.labels == "model" else label_score)
-        layers = [reading.record() for reading in observe(self.model, self.layers, probe or self.probe, meter)]
+        layers = [
+            reading.record()
+            for reading in observe(self.model, self.layers, probe or self.probe, meter)
+        ]
         return {"loss": meter.mean, "layers": layers}
 
     def learning_coefficient(self) -> dict[str, Any]:
@@ -181,7 +199,9 @@ def snapshot_path(folder: Path, step: int) -> Path:
 
 def snapshot_steps(folder: Path) -> list[int]:
     """Steps of which the folder holds the weights."""
-    return sorted(int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.safetensors"))
+    return sorted(
+        int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.safetensors")
+    )
 
 
 def load_snapshot(folder: Path, step: int) -> dict[str, Tensor]:
@@ -193,7 +213,8 @@ def load_snapshot(folder: Path, step: int) -> dict[str, Tensor]:
     path = snapshot_path(folder, step)
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} is missing: the run cannot be read any further; training.resume=never restarts it"
+            f"{path} is missing: the run cannot be read any further; training.resume=never"
+            " restarts it"
         )
     return safetensors.torch.load_file(path)
 

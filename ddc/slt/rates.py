@@ -1,15 +1,17 @@
 """Rates of dead directions: the power of an approach parameter with which an observable vanishes.
 
-A reading is a fit of log y against log t, t → 0 as training nears a minimum, over a window that a stated rule
-chooses. A cell (a layer × an observable) is *read*, or *refused* for a named reason. The constants of the rule belong
-to the configuration; they are the same for every run that is compared.
+A reading is a fit of log y against log t, t → 0 as training nears a minimum, over a window that a
+stated rule chooses. A cell (a layer × an observable) is *read*, or *refused* for a named reason.
+The constants of the rule belong to the configuration; they are the same for every run that is
+compared.
 
-The window is anchored at the small-t end, where the asymptotic regime would be. Of all windows that start there and
-have enough checkpoints and decades, the longest is taken that passes every test:
+The window is anchored at the small-t end, where the asymptotic regime would be. Of all windows that
+start there and have enough checkpoints and decades, the longest is taken that passes every test:
 
 - the slope exceeds ``min_slope`` and its interval excludes 0;
 - R² is at least ``min_r2``;
-- no kink: the slopes of its two halves differ by less than ``kink`` of the slope, or within the scatter.
+- no kink: the slopes of its two halves differ by less than ``kink`` of the slope, or within the
+  scatter.
 
 Refusals, in the words of the record:
 
@@ -41,7 +43,8 @@ Array = NDArray[np.float64]
 REFUSALS = ("few", "narrow", "floor", "plateau", "rising", "kink", "noise")
 #: What may stand for the nearness of the minimum.
 APPROACHES = ("excess_loss", "arc_length", "step")
-#: Power of each observable in units of a second moment of one direction; a volume has no order of its own.
+#: Power of each observable in units of a second moment of one direction; a volume has no order of
+#: its own.
 MOMENT_POWERS = {"activation_sigma_min": 2.0, "gradient_lambda_min": 1.0, "fisher_min": 1.0}
 
 
@@ -77,7 +80,9 @@ class RateRule:
             ("confidence", 0 < self.confidence < 1, "a number in (0, 1)"),
         ):
             if not holds:
-                raise ValueError(f"Invalid slt.rule.{key}={getattr(self, key)}: expected {expected}")
+                raise ValueError(
+                    f"Invalid slt.rule.{key}={getattr(self, key)}: expected {expected}"
+                )
 
 
 class Fit(NamedTuple):
@@ -92,7 +97,9 @@ class Fit(NamedTuple):
 
 @dataclass(frozen=True)
 class Rate:
-    """The verdict on one cell, with the fit that it rests on (of the shortest window, if refused)."""
+    """The verdict on one cell, with the fit that it rests on (of the shortest window, if
+    refused).
+    """
 
     verdict: str
     checkpoints: int = 0
@@ -107,11 +114,12 @@ class Rate:
 def fit_line(x: Array, y: Array, confidence: float = 0.95) -> Fit:
     """Least squares with an interval of the slope that respects serial correlation.
 
-    The variance of the slope is that of a circular block bootstrap of the residuals (Politis and Romano 1992), summed
-    over all blocks exactly instead of resampled. From the residuals' lag-one correlation ρ, corrected for its bias in
-    small samples (Kendall 1954), come the length of the blocks (Carlstein, Ann. Stat. 14, 1986) and a factor for the
-    correlation that blocks of this length cut off. The interval is Student's t with as many degrees of freedom as
-    there are blocks, less two. Simulated (results/coverage), intervals of 95% cover 96% of the time for white
+    The variance of the slope is that of a circular block bootstrap of the residuals (Politis and
+    Romano 1992), summed over all blocks exactly instead of resampled. From the residuals' lag-one
+    correlation ρ, corrected for its bias in small samples (Kendall 1954), come the length of the
+    blocks (Carlstein, Ann. Stat. 14, 1986) and a factor for the correlation that blocks of this
+    length cut off. The interval is Student's t with as many degrees of freedom as there are blocks,
+    less two. Simulated (results/coverage), intervals of 95% cover 96% of the time for white
     residuals; with ρ = 0.5, 87% to 93%, and with ρ = 0.8, 81% to 90%, for 8 to 30 points.
 
     Args:
@@ -139,18 +147,22 @@ def fit_line(x: Array, y: Array, confidence: float = 0.95) -> Fit:
     variance = sum(float((part @ blocks[: len(part)]).var()) for part in parts)
     kept = 1 + 2 * sum((1 - lag / length) * rho**lag for lag in range(1, length))
     variance *= (1 + rho) / (1 - rho) / kept
-    error = math.sqrt(variance * n / (n - 2))  # residuals are smaller than errors: two parameters are fitted
+    # residuals are smaller than errors: two parameters are fitted
+    error = math.sqrt(variance * n / (n - 2))
     reach = error * float(stats.t.ppf((1 + confidence) / 2, max(1.0, n / length - 2)))
     return Fit(slope, intercept, slope - reach, slope + reach, r2)
 
 
-def read_rate(log_t: Sequence[float] | Array, log_y: Sequence[float] | Array, rule: RateRule | None = None) -> Rate:
+def read_rate(
+    log_t: Sequence[float] | Array, log_y: Sequence[float] | Array, rule: RateRule | None = None
+) -> Rate:
     """Read or refuse one cell.
 
     Args:
-        log_t: shape (n,), logarithm of the approach parameter at each checkpoint, in the order of training. Not finite
-            where t is 0 or unknown: the checkpoint is left out.
-        log_y: shape (n,), logarithm of the observable; not finite where it is at its rounding floor.
+        log_t: shape (n,), logarithm of the approach parameter at each checkpoint, in the order of
+            training. Not finite where t is 0 or unknown: the checkpoint is left out.
+        log_y: shape (n,), logarithm of the observable; not finite where it is at its rounding
+            floor.
         rule: the constants.
     """
     rule = rule or RateRule()
@@ -166,7 +178,9 @@ def read_rate(log_t: Sequence[float] | Array, log_y: Sequence[float] | Array, ru
     if not windows:
         return Rate("floor", len(x), decades(x))
     for window in reversed(windows):
-        if squared_correlation(x[window], y[window]) < rule.min_r2:  # spares the interval, which is most of the work
+        if (
+            squared_correlation(x[window], y[window]) < rule.min_r2
+        ):  # spares the interval, which is most of the work
             continue
         fit = fit_line(x[window], y[window], rule.confidence)
         if steep(fit, rule) and not has_kink(x[window], y[window], fit, rule):
@@ -189,10 +203,14 @@ def decades(x: Array) -> float:
 
 
 def anchored_windows(x: Array, rule: RateRule) -> list[NDArray[np.int64]]:
-    """Indices, in the order of training, of the m smallest x, for every m that makes a window; shortest first."""
+    """Indices, in the order of training, of the m smallest x, for every m that makes a window;
+    shortest first.
+    """
     order = np.argsort(x, kind="stable")
     return [
-        np.sort(order[:m]) for m in range(rule.min_checkpoints, len(x) + 1) if decades(x[order[:m]]) >= rule.min_decades
+        np.sort(order[:m])
+        for m in range(rule.min_checkpoints, len(x) + 1)
+        if decades(x[order[:m]]) >= rule.min_decades
     ]
 
 
@@ -204,9 +222,9 @@ def steep(fit: Fit, rule: RateRule) -> bool:
 def has_kink(x: Array, y: Array, fit: Fit, rule: RateRule) -> bool:
     """The slope changes from one half of a window to the other, by much and beyond the scatter.
 
-    By a quadratic fit: its slopes at the centres of the halves of [min x, max x] differ by more than ``rule.kink`` of
-    the line's slope, and an F-test prefers it to the line. (The test takes residuals for white; serial correlation
-    makes it refuse too often rather than too rarely.)
+    By a quadratic fit: its slopes at the centres of the halves of [min x, max x] differ by more
+    than ``rule.kink`` of the line's slope, and an F-test prefers it to the line. (The test takes
+    residuals for white; serial correlation makes it refuse too often rather than too rarely.)
     """
     centred = x - x.mean()
     design = np.stack([np.ones_like(x), centred, centred**2], axis=1)
@@ -220,7 +238,9 @@ def has_kink(x: Array, y: Array, fit: Fit, rule: RateRule) -> bool:
 
 
 def reason(x: Array, y: Array, end: NDArray[np.int64], fit: Fit, rule: RateRule) -> str:
-    """Why no window passes: from the shortest one, ``end``, its fit, and as many points at the other end."""
+    """Why no window passes: from the shortest one, ``end``, its fit, and as many points at the
+    other end.
+    """
     if -rule.min_slope <= fit.low and fit.high <= rule.min_slope:
         early = np.sort(np.argsort(x, kind="stable")[-rule.min_checkpoints :])
         return "floor" if steep(fit_line(x[early], y[early], rule.confidence), rule) else "plateau"
@@ -232,11 +252,12 @@ def reason(x: Array, y: Array, end: NDArray[np.int64], fit: Fit, rule: RateRule)
 
 
 def order(slope: float, observable: str, approach: str) -> float | None:
-    """Order k of the dead direction whose observable vanishes with this slope; None where the slope has none.
+    """Order k of the dead direction whose observable vanishes with this slope; None where the slope
+    has none.
 
-    Against a distance t the second moment goes like t^(2(k - 1)), hence k = 1 + slope / 2. Against the excess loss,
-    itself t^(2k), the slope is (k - 1) / k, hence k = 1 / (1 - slope) for slopes under 1. A volume adds up several
-    directions, and steps measure no nearness.
+    Against a distance t the second moment goes like t^(2(k - 1)), hence k = 1 + slope / 2. Against
+    the excess loss, itself t^(2k), the slope is (k - 1) / k, hence k = 1 / (1 - slope) for slopes
+    under 1. A volume adds up several directions, and steps measure no nearness.
     """
     if observable not in MOMENT_POWERS or approach == "step":
         return None
@@ -277,19 +298,28 @@ class Cell:
             "verdict": self.rate.verdict,
             "checkpoints": self.rate.checkpoints,
             "decades": self.rate.decades,
-            **({} if fit is None else {"slope": fit.slope, "low": fit.low, "high": fit.high, "r2": fit.r2}),
+            **(
+                {}
+                if fit is None
+                else {"slope": fit.slope, "low": fit.low, "high": fit.high, "r2": fit.r2}
+            ),
             "order": self.order,
             "share": self.share,
         }
 
 
-def log_approach(rows: Sequence[Mapping[str, Any]], approach: str, loss_floor: float = 0.0) -> Array:
-    """Logarithm of the approach parameter at each reading of a run; -inf or nan where it is not positive.
+def log_approach(
+    rows: Sequence[Mapping[str, Any]], approach: str, loss_floor: float = 0.0
+) -> Array:
+    """Logarithm of the approach parameter at each reading of a run; -inf or nan where it is not
+    positive.
 
     Args:
-        rows: readings in the order of training, each with ``step``, ``loss`` and ``arc_length`` (from the start).
-        approach: ``excess_loss``: the probe's loss above ``loss_floor``; ``arc_length``: what is left of the path to
-            the last reading; ``step``: 1/step, which knows nothing of the minimum, for contrast.
+        rows: readings in the order of training, each with ``step``, ``loss`` and ``arc_length``
+            (from the start).
+        approach: ``excess_loss``: the probe's loss above ``loss_floor``; ``arc_length``: what is
+            left of the path to the last reading; ``step``: 1/step, which knows nothing of the
+            minimum, for contrast.
         loss_floor: the loss at the minimum that training approaches.
 
     Raises:
@@ -317,8 +347,9 @@ def safe_log(values: Array) -> Array:
 def log_observables(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Array]:
     """Logarithm of every observable along a run, by (layer, observable).
 
-    A value at the rounding floor is nan. So is a log-volume whose rank is not the highest of the run: an eigenvalue
-    that has sunk below the floor takes its logarithm out of the sum, which is no rate.
+    A value at the rounding floor is nan. So is a log-volume whose rank is not the highest of the
+    run: an eigenvalue that has sunk below the floor takes its logarithm out of the sum, which is no
+    rate.
     """
     series: dict[tuple[str, str], Array] = {}
     for i, first in enumerate(rows[0]["layers"] if rows else []):
@@ -326,7 +357,9 @@ def log_observables(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], 
         for observable in OBSERVABLES:
             values = np.array([layer["values"][observable] for layer in layers], dtype=np.float64)
             if observable.endswith("log_volume"):
-                ranks = np.array([layer[observable.removesuffix("_log_volume")]["rank"] for layer in layers])
+                ranks = np.array(
+                    [layer[observable.removesuffix("_log_volume")]["rank"] for layer in layers]
+                )
                 series[first["layer"], observable] = np.where(ranks == ranks.max(), values, np.nan)
             else:
                 series[first["layer"], observable] = safe_log(values)
@@ -334,7 +367,10 @@ def log_observables(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], 
 
 
 def read_cells(
-    rows: Sequence[Mapping[str, Any]], approach: str, rule: RateRule | None = None, loss_floor: float = 0.0
+    rows: Sequence[Mapping[str, Any]],
+    approach: str,
+    rule: RateRule | None = None,
+    loss_floor: float = 0.0,
 ) -> list[Cell]:
     """The whole grid of a run; arguments as for :func:`log_approach` and :func:`read_rate`."""
     x = log_approach(rows, approach, loss_floor)
@@ -345,9 +381,15 @@ def read_cells(
 
 
 def shuffled_share(
-    rows: Sequence[Mapping[str, Any]], approach: str, rule: RateRule, loss_floor: float = 0.0, shuffles: int = 100
+    rows: Sequence[Mapping[str, Any]],
+    approach: str,
+    rule: RateRule,
+    loss_floor: float = 0.0,
+    shuffles: int = 100,
 ) -> float:
-    """Null control: share of cells read when the readings are dealt out to the checkpoints at random."""
+    """Null control: share of cells read when the readings are dealt out to the checkpoints at
+    random.
+    """
     x = log_approach(rows, approach, loss_floor)
     series = list(log_observables(rows).values())
     generator = np.random.default_rng(0)
@@ -360,7 +402,9 @@ def shuffled_share(
 
 
 def noise_share(log_t: Array, rule: RateRule, walk: bool, cells: int = 1000) -> float:
-    """Null control: share of cells read when log y is white noise, or (``walk``) a random walk along training."""
+    """Null control: share of cells read when log y is white noise, or (``walk``) a random walk
+    along training.
+    """
     noise = np.random.default_rng(1).normal(size=(cells, len(log_t)))
     series = noise.cumsum(1) if walk else noise
     return float(np.mean([read_rate(log_t, y, rule).read for y in series]))
@@ -369,7 +413,8 @@ def noise_share(log_t: Array, rule: RateRule, walk: bool, cells: int = 1000) -> 
 def increment_correlation(rows: Sequence[Mapping[str, Any]]) -> Array:
     """Correlation between cells of the increments of log observables from one reading to the next.
 
-    Of each pair of cells over the readings that both have; a cell that never moves correlates with none.
+    Of each pair of cells over the readings that both have; a cell that never moves correlates with
+    none.
 
     Returns:
         shape (cells, cells), symmetric and positive semidefinite, ones on the diagonal.
@@ -378,7 +423,9 @@ def increment_correlation(rows: Sequence[Mapping[str, Any]]) -> Array:
         steps = np.diff(np.stack(list(log_observables(rows).values())), axis=1)
     there = np.isfinite(steps)
     steps = np.where(there, steps, 0.0)
-    centred = np.where(there, steps - steps.sum(1, keepdims=True) / np.maximum(1, there.sum(1, keepdims=True)), 0.0)
+    centred = np.where(
+        there, steps - steps.sum(1, keepdims=True) / np.maximum(1, there.sum(1, keepdims=True)), 0.0
+    )
     both = there.astype(np.float64)
     products, squares = centred @ centred.T, (centred**2) @ both.T
     scale = np.sqrt(squares * squares.T)
@@ -398,13 +445,15 @@ def walk_counts(
     runs: int = 200,
     correlated: bool = True,
 ) -> list[int]:
-    """Null control: how many cells of a grid are read, where all are random walks that move as these cells do together.
+    """Null control: how many cells of a grid are read, where all are random walks that move as
+    these cells do together.
 
     As many normal increments of unit variance as there are readings, with the cells' own
-    :func:`increment_correlation`. Independent walks (``correlated=False``) have the same mean count, but spread less:
-    layers that move together are read together.
+    :func:`increment_correlation`. Independent walks (``correlated=False``) have the same mean
+    count, but spread less: layers that move together are read together.
 
-    The arguments of :func:`read_cells`, then how many grids (``runs``), and whether their walks move together.
+    The arguments of :func:`read_cells`, then how many grids (``runs``), and whether their walks
+    move together.
     """
     x = log_approach(rows, approach, loss_floor)
     correlation = increment_correlation(rows)

@@ -13,8 +13,8 @@ NEVER = 2**31 - 1
 def keep_freed_memory() -> None:
     """Keep what is freed for what is allocated next, where the C library is glibc.
 
-    By itself it gives memory of more than a few megabytes back to the system, which clears every page anew when it is
-    asked for it at the next step (docs/speed.md).
+    By itself it gives memory of more than a few megabytes back to the system, which clears every
+    page anew when it is asked for it at the next step (docs/speed.md).
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST_HEAP_BLOCK)

@@ -9,7 +9,8 @@ BINS = 15
 
 
 def calibration_error(confidence: Tensor, hit: Tensor) -> float:
-    """Expected calibration error: mean over predictions of |accuracy - confidence| of the bin that each falls in.
+    """Expected calibration error: mean over predictions of |accuracy - confidence| of the bin that
+    each falls in.
 
     Args:
         confidence: probability of the predicted class, (n,), floating point.

@@ -1,8 +1,9 @@
 """Checkpoints that are whole or absent, and hold all that a run needs to go on bit for bit.
 
-A file is named by its step and the SHA-256 of its bytes, so that a damaged one is known by its name; the one before is
-kept, to go on from. Nothing in a file is executed when it is read (``weights_only``).
-It holds whole tensors, however many processes trained: a run may go on with another number.
+A file is named by its step and the SHA-256 of its bytes, so that a damaged one is known by its
+name; the one before is kept, to go on from. Nothing in a file is executed when it is read
+(``weights_only``). It holds whole tensors, however many processes trained: a run may go on with
+another number.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class CheckpointError(ValueError):
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a folder, the last one first."""
-    return sorted((path for path in folder.glob("checkpoint-*.pt") if NAME.fullmatch(path.name)), reverse=True)
+    return sorted(
+        (path for path in folder.glob("checkpoint-*.pt") if NAME.fullmatch(path.name)), reverse=True
+    )
 
 
 def step_of(path: Path) -> int:
@@ -49,12 +52,18 @@ def step_of(path: Path) -> int:
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: Optimizer, scaler: GradScaler, ranks: Ranks
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scaler: GradScaler,
+    ranks: Ranks,
 ) -> None:
-    """Write weights, optimizer, scaler and random state after ``step`` steps, atomically; older ones go but for one.
+    """Write weights, optimizer, scaler and random state after ``step`` steps, atomically; older
+    ones go but for one.
 
-    All ranks must call; the first writes. What a killed process left of one that it wrote goes first. The position in
-    the data is the step: batches are a function of it.
+    All ranks must call; the first writes. What a killed process left of one that it wrote goes
+    first. The position in the data is the step: batches are a function of it.
 
     Raises:
         OSError: it cannot be written (a full disk, say); those before are left as they are.
@@ -72,7 +81,9 @@ def save_checkpoint(
 
 
 def gathered(nest: Any, keep: bool) -> Any:
-    """A nest of dicts and lists with its tensors whole, and on the CPU; ranks that are not to keep them get None."""
+    """A nest of dicts and lists with its tensors whole, and on the CPU; ranks that are not to keep
+    them get None.
+    """
     if isinstance(nest, Tensor):
         tensor = whole(nest)
         return tensor.cpu() if keep else None
@@ -82,7 +93,8 @@ def gathered(nest: Any, keep: bool) -> Any:
 
 
 def write_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Write a state to the file that is named by its bytes, and delete all others but the one before.
+    """Write a state to the file that is named by its bytes, and delete all others but the one
+    before.
 
     Those of later steps are damaged, or of a past that was given up with the damaged ones.
     """
@@ -112,10 +124,13 @@ def read_checkpoint(folder: Path) -> dict[str, Any] | None:
         content = path.read_bytes()
         if path.stem.endswith(hashlib.sha256(content).hexdigest()):
             return unpacked(path, content)
-        log.warning("%s is damaged: its bytes are not those that were written. Trying the one before", path)
+        log.warning(
+            "%s is damaged: its bytes are not those that were written. Trying the one before", path
+        )
     if paths:
         raise CheckpointError(
-            f"all {len(paths)} checkpoints in {folder} are damaged; start over with training.resume=never"
+            f"all {len(paths)} checkpoints in {folder} are damaged; start over with"
+            " training.resume=never"
         )
     return None
 
@@ -124,15 +139,20 @@ def unpacked(path: Path, content: bytes) -> dict[str, Any]:
     """What a checkpoint holds.
 
     Raises:
-        CheckpointError: it is something else, or holds more than tensors, numbers and text, and reading it would
-            execute something.
+        CheckpointError: it is something else, or holds more than tensors, numbers and text, and
+            reading it would execute something.
     """
     wrong = f"{path} is no checkpoint of a run, and may be hostile: it is not loaded"
     try:
-        state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(
+            io.BytesIO(content), map_location="cpu", weights_only=True
+        )
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise CheckpointError(wrong) from error
-    if not isinstance(state, dict) or not {"step", "model", "optimizer", "scaler", "rng"} <= state.keys():
+    if (
+        not isinstance(state, dict)
+        or not {"step", "model", "optimizer", "scaler", "rng"} <= state.keys()
+    ):
         raise CheckpointError(wrong)
     return state
 
@@ -140,17 +160,20 @@ def unpacked(path: Path, content: bytes) -> dict[str, Any]:
 def load_checkpoint(
     folder: Path, model: nn.Module, optimizer: Optimizer, scaler: GradScaler, ranks: Ranks
 ) -> int | None:
-    """Restore what :func:`save_checkpoint` wrote and return its step; None where nothing was written.
+    """Restore what :func:`save_checkpoint` wrote and return its step; None where nothing was
+    written.
 
     All ranks read the file, and take their parts.
 
     Raises:
-        CheckpointError: the checkpoint does not fit the model or the optimizer, is hostile, or none is whole; or not
-            all ranks see the same one.
+        CheckpointError: the checkpoint does not fit the model or the optimizer, is hostile, or none
+            is whole; or not all ranks see the same one.
     """
     state = read_checkpoint(folder)
     if len(steps := set(ranks.of_all(None if state is None else state["step"]))) > 1:
-        raise CheckpointError(f"processes see different checkpoints in {folder} ({steps}): it must be a shared folder")
+        raise CheckpointError(
+            f"processes see different checkpoints in {folder} ({steps}): it must be a shared folder"
+        )
     if state is None:
         return None
     try:

@@ -32,7 +32,8 @@ from ddc.slt.config import SLTConfig
 from ddc.training.errors import WHO_READS_WHAT, explained, unknown_key
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-#: No number of a configuration is larger: products of two of them are finite in float32, integers are torch's.
+#: No number of a configuration is larger: products of two of them are finite in float32, integers
+#: are torch's.
 LARGEST_FLOAT, LARGEST_INTEGER = 1e15, 2**31 - 1
 MISFIT = "the run's configuration does not fit this version of the code"
 SCHEDULES = ("constant", "cosine", "wsd")
@@ -43,7 +44,9 @@ WANDB_MODES = ("auto", "offline", "online", "disabled")
 
 @dataclass
 class OptimizerConfig:
-    """What all optimizers share. Weight decay is decoupled and applies to matrices, not to vectors."""
+    """What all optimizers share. Weight decay is decoupled and applies to matrices, not to
+    vectors.
+    """
 
     name: str = MISSING
     lr: float = 1e-3
@@ -53,10 +56,17 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         own = type(self).name
-        require("optimizer.name", self.name, self.name == own, f"{own}; optimizer=NAME chooses another optimizer")
+        require(
+            "optimizer.name",
+            self.name,
+            self.name == own,
+            f"{own}; optimizer=NAME chooses another optimizer",
+        )
         require("optimizer.lr", self.lr, self.lr > 0, "a positive number")
         require("optimizer.eps", self.eps, self.eps >= 0, "a number >= 0")
-        require("optimizer.weight_decay", self.weight_decay, self.weight_decay >= 0, "a number >= 0")
+        require(
+            "optimizer.weight_decay", self.weight_decay, self.weight_decay >= 0, "a number >= 0"
+        )
         valid = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         require("optimizer.betas", self.betas, valid, "two numbers in [0, 1)")
 
@@ -70,10 +80,12 @@ class AdamWConfig(OptimizerConfig):
 
 @dataclass
 class RelativeAdamWConfig(OptimizerConfig):
-    """:class:`ddc.optim.relative_step.RelativeAdamW`: AdamW whose steps of matrices have a given length.
+    """:class:`ddc.optim.relative_step.RelativeAdamW`: AdamW whose steps of matrices have a given
+    length.
 
-    ``lr`` is ``|ΔW| / |W|`` of every matrix, ``adam_lr`` AdamW's rate for vectors. With ``steps_of``, the folder of a
-    run, a matrix takes ``lr`` times the length that its steps have in the records of that run: their median.
+    ``lr`` is ``|ΔW| / |W|`` of every matrix, ``adam_lr`` AdamW's rate for vectors. With
+    ``steps_of``, the folder of a run, a matrix takes ``lr`` times the length that its steps have in
+    the records of that run: their median.
     """
 
     name: str = "adamw_relative"
@@ -88,7 +100,9 @@ class RelativeAdamWConfig(OptimizerConfig):
 
 @dataclass
 class DDCAdamConfig(OptimizerConfig):
-    """:class:`ddc.DDCAdam`, which documents the keys; ``compiled=null``: on a CPU, from five million parameters on."""
+    """:class:`ddc.DDCAdam`, which documents the keys; ``compiled=null``: on a CPU, from five
+    million parameters on.
+    """
 
     name: str = "ddcadam"
     radial_rate: float = 1.0
@@ -104,14 +118,18 @@ class DDCAdamConfig(OptimizerConfig):
         require_one_of("optimizer.vertical", self.vertical, VERTICAL_MODES)
         require_one_of("optimizer.step_scale", self.step_scale, STEP_SCALES)
         if self.additive and self.retract:
-            raise ValueError("Invalid optimizer.retract=true with optimizer.additive=true: set one of them to false")
+            raise ValueError(
+                "Invalid optimizer.retract=true with optimizer.additive=true: set one of them to"
+                " false"
+            )
 
 
 @dataclass
 class DDCAdamPaperConfig(DDCAdamConfig):
     """:class:`ddc.DDCAdam` with the step of the paper's companion, in place of ours.
 
-    ``optimizer=ddcadam_paper`` sets ``gauges.granularity=block`` as well, which belongs to that step.
+    ``optimizer=ddcadam_paper`` sets ``gauges.granularity=block`` as well, which belongs to that
+    step.
     """
 
     name: str = "ddcadam_paper"
@@ -124,9 +142,9 @@ class DDCAdamPaperConfig(DDCAdamConfig):
 class MuonConfig(OptimizerConfig):
     """Muon for hidden matrices, ``torch.optim.AdamW`` for the rest.
 
-    ``lr`` and ``momentum`` are Muon's, ``adam_lr``, ``betas`` and ``eps`` AdamW's. ``adjust_lr_fn`` is the scale of an
-    update: ``original`` (√max(1, rows/columns)) or ``match_rms_adamw`` (0.2 √max(rows, columns), Moonlight's).
-    :class:`ddc.optim.muon.Muon` documents all keys.
+    ``lr`` and ``momentum`` are Muon's, ``adam_lr``, ``betas`` and ``eps`` AdamW's. ``adjust_lr_fn``
+    is the scale of an update: ``original`` (√max(1, rows/columns)) or ``match_rms_adamw`` (0.2
+    √max(rows, columns), Moonlight's). :class:`ddc.optim.muon.Muon` documents all keys.
     """
 
     name: str = "muon"
@@ -147,7 +165,9 @@ class MuonConfig(OptimizerConfig):
 
 @dataclass
 class DDCMuonConfig(DDCAdamConfig):
-    """:class:`ddc.DDCMuon`, which documents the keys; ``per_head`` is of :func:`ddc.hidden_matrices`."""
+    """:class:`ddc.DDCMuon`, which documents the keys; ``per_head`` is of
+    :func:`ddc.hidden_matrices`.
+    """
 
     name: str = "ddcmuon"
     lr: float = 0.02
@@ -180,11 +200,12 @@ DATA = {"gpt": TextConfig, "vit": ImageConfig, "deep_mlp": ModularConfig}
 class GaugesConfig:
     """Which kinds of gauge the optimizer respects.
 
-    ``true``: the model must have the kind; ``null``: if the model has it; ``false``: not. ``chained_rescale`` is
-    ``relu_rescale`` layer by layer instead of neuron by neuron: one of the two.
+    ``true``: the model must have the kind; ``null``: if the model has it; ``false``: not.
+    ``chained_rescale`` is ``relu_rescale`` layer by layer instead of neuron by neuron: one of the
+    two.
 
-    ``granularity`` is that of ReLU and gated rescales: ``unit``, a scale for each hidden unit, or ``block``, one for a
-    pair of matrices, or for a layer of a chain (:func:`ddc.gauges.in_blocks`).
+    ``granularity`` is that of ReLU and gated rescales: ``unit``, a scale for each hidden unit, or
+    ``block``, one for a pair of matrices, or for a layer of a chain (:func:`ddc.gauges.in_blocks`).
     """
 
     logit_shift: bool | None = False
@@ -200,8 +221,8 @@ class GaugesConfig:
         require_one_of("gauges.granularity", self.granularity, GRANULARITIES)
         if {"chained_rescale", "relu_rescale"} <= set(self.kinds):
             raise ValueError(
-                "gauges.chained_rescale=true with gauges.relu_rescale=true: rescales of all neurons contain those of "
-                "their layers; set one of them to false"
+                "gauges.chained_rescale=true with gauges.relu_rescale=true: rescales of all neurons"
+                " contain those of their layers; set one of them to false"
             )
 
     @property
@@ -221,17 +242,18 @@ class TrainingConfig:
 
     Args:
         steps: optimizer steps.
-        batch_size: sequences, images or pairs a step, null for all training pairs; with ``accumulation`` > 1, taken in
-            so many equal parts.
-        schedule: of the learning rate, after a linear warm-up over ``warmup`` of the steps: ``constant``,
-            ``cosine``, or ``wsd`` (constant, then linear over the last ``decay`` of the steps). Both of the
-            latter end at ``final_lr`` times the peak.
+        batch_size: sequences, images or pairs a step, null for all training pairs; with
+            ``accumulation`` > 1, taken in so many equal parts.
+        schedule: of the learning rate, after a linear warm-up over ``warmup`` of the steps:
+            ``constant``, ``cosine``, or ``wsd`` (constant, then linear over the last ``decay`` of
+            the steps). Both of the latter end at ``final_lr`` times the peak.
         max_grad_norm: clip to this norm (for DDCAdam the gauge-invariant one); null for none.
-        evaluations: how many, evenly spread over the steps, besides the one before the first step. Each
-            is followed by a checkpoint.
+        evaluations: how many, evenly spread over the steps, besides the one before the first step.
+            Each is followed by a checkpoint.
         evaluation_batches: batches of each split that an evaluation reads.
         gap_levels: train losses at which the summary gives the gap.
-        accuracy_levels: validation accuracies of which the summary gives the first step that reaches them.
+        accuracy_levels: validation accuracies of which the summary gives the first step that
+            reaches them.
         resume: ``auto`` goes on from the last checkpoint, ``never`` starts over.
         device: ``auto``, ``cpu`` or ``cuda``.
         precision: of activations; weights stay in float32. Other than float32 on a GPU only.
@@ -257,10 +279,19 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         if self.batch_size is not None:
-            require("training.batch_size", self.batch_size, self.batch_size >= 1, "a positive integer or null")
+            require(
+                "training.batch_size",
+                self.batch_size,
+                self.batch_size >= 1,
+                "a positive integer or null",
+            )
         for key in ("steps", "accumulation", "evaluations", "evaluation_batches"):
-            require(f"training.{key}", getattr(self, key), getattr(self, key) >= 1, "a positive integer")
-        require("training.threads", self.threads, 1 <= self.threads <= 1024, "an integer from 1 to 1024")
+            require(
+                f"training.{key}", getattr(self, key), getattr(self, key) >= 1, "a positive integer"
+            )
+        require(
+            "training.threads", self.threads, 1 <= self.threads <= 1024, "an integer from 1 to 1024"
+        )
         for key, choices in (
             ("schedule", SCHEDULES),
             ("resume", ("auto", "never")),
@@ -268,22 +299,41 @@ class TrainingConfig:
             ("precision", PRECISIONS),
         ):
             require(
-                f"training.{key}", getattr(self, key), getattr(self, key) in choices, f"one of {', '.join(choices)}"
+                f"training.{key}",
+                getattr(self, key),
+                getattr(self, key) in choices,
+                f"one of {', '.join(choices)}",
             )
         for key in ("warmup", "decay", "final_lr"):
-            require(f"training.{key}", getattr(self, key), 0 <= getattr(self, key) <= 1, "a number in [0, 1]")
+            require(
+                f"training.{key}",
+                getattr(self, key),
+                0 <= getattr(self, key) <= 1,
+                "a number in [0, 1]",
+            )
         require(
-            "training.warmup + training.decay", self.warmup + self.decay, self.warmup + self.decay <= 1, "at most 1"
+            "training.warmup + training.decay",
+            self.warmup + self.decay,
+            self.warmup + self.decay <= 1,
+            "at most 1",
         )
         if self.max_grad_norm is not None:
-            require("training.max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "a positive number or null")
+            require(
+                "training.max_grad_norm",
+                self.max_grad_norm,
+                self.max_grad_norm > 0,
+                "a positive number or null",
+            )
         for key, highest in (("gap_levels", LARGEST_FLOAT), ("accuracy_levels", 1.0)):
             levels = getattr(self, key)
             expected = "numbers in (0, 1]" if highest == 1 else "positive numbers"
-            require(f"training.{key}", levels, all(0 < level <= highest for level in levels), expected)
+            require(
+                f"training.{key}", levels, all(0 < level <= highest for level in levels), expected
+            )
         if self.batch_size is not None and self.batch_size % self.accumulation:
             raise ValueError(
-                f"Invalid training.accumulation={self.accumulation}: must divide training.batch_size={self.batch_size}"
+                f"Invalid training.accumulation={self.accumulation}: must divide"
+                f" training.batch_size={self.batch_size}"
             )
 
 
@@ -292,11 +342,14 @@ class LauncherConfig:
     """How the processes of one run are started.
 
     Args:
-        name: ``local`` is one process, ``torchrun`` as many as torchrun starts, on one machine or several.
-        parallel: with torchrun, ``ddp`` (each has the whole model) or ``fsdp`` (each has a part of every parameter).
+        name: ``local`` is one process, ``torchrun`` as many as torchrun starts, on one machine or
+            several.
+        parallel: with torchrun, ``ddp`` (each has the whole model) or ``fsdp`` (each has a part of
+            every parameter).
 
-    The global batch is split over them, and what they compute is that of one process up to rounding, so the run's id
-    does not depend on it: a run may go on with another number of processes.
+    The global batch is split over them, and what they compute is that of one process up to
+    rounding, so the run's id does not depend on it: a run may go on with another number of
+    processes.
     """
 
     name: str = "local"
@@ -306,10 +359,16 @@ class LauncherConfig:
         require_one_of("launcher", self.name, ("local", "torchrun"))
         if self.name == "local" and self.parallel is not None:
             raise ValueError(
-                f"Invalid launcher.parallel={self.parallel} with launcher=local: it is for launcher=torchrun"
+                f"Invalid launcher.parallel={self.parallel} with launcher=local: it is for"
+                " launcher=torchrun"
             )
         if self.name == "torchrun":
-            require("launcher.parallel", self.parallel, self.parallel in PARALLEL, f"one of {', '.join(PARALLEL)}")
+            require(
+                "launcher.parallel",
+                self.parallel,
+                self.parallel in PARALLEL,
+                f"one of {', '.join(PARALLEL)}",
+            )
 
 
 @dataclass
@@ -319,8 +378,8 @@ class WandbConfig:
     Nothing of it changes the run or its id.
 
     Args:
-        mode: ``offline`` writes to the run's folder, for ``wandb sync``; ``auto`` is online where a key is configured
-            and offline where none is.
+        mode: ``offline`` writes to the run's folder, for ``wandb sync``; ``auto`` is online where a
+            key is configured and offline where none is.
         project, entity: where the runs go.
         group: of runs: the experiment; null: ``name``.
         job_type: what the run is for: the stage of the experiment.
@@ -335,16 +394,25 @@ class WandbConfig:
     tags: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        require("wandb.mode", self.mode, self.mode in WANDB_MODES, f"one of {', '.join(WANDB_MODES)}")
+        require(
+            "wandb.mode", self.mode, self.mode in WANDB_MODES, f"one of {', '.join(WANDB_MODES)}"
+        )
         for key, name, longest in (("group", self.group, 128), ("job_type", self.job_type, 64)):
-            require(f"wandb.{key}", name, name is None or 0 < len(name) <= longest, f"1 to {longest} characters")
+            require(
+                f"wandb.{key}",
+                name,
+                name is None or 0 < len(name) <= longest,
+                f"1 to {longest} characters",
+            )
         fits = all(0 < len(tag) <= 64 for tag in self.tags) and len({*self.tags}) == len(self.tags)
         require("wandb.tags", self.tags, fits, "different tags of 1 to 64 characters")
 
 
 @dataclass
 class Config:
-    """One run. ``name`` groups the runs of an experiment, ``runs`` is the folder for all of them."""
+    """One run. ``name`` groups the runs of an experiment, ``runs`` is the folder for all of
+    them.
+    """
 
     model: ModelConfig = MISSING
     data: DataConfig = MISSING
@@ -361,21 +429,31 @@ class Config:
     def __post_init__(self) -> None:
         require("seed", self.seed, self.seed >= 0, "an integer >= 0")
         valid = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", self.name) is not None
-        require("name", repr(self.name), valid, "1 to 100 letters, digits and any of . _ -, for it names a folder")
+        require(
+            "name",
+            repr(self.name),
+            valid,
+            "1 to 100 letters, digits and any of . _ -, for it names a folder",
+        )
         model, data = self.model.name, self.data
         if not isinstance(data, DATA[model]):
             raise ValueError(f"Invalid data={data.name} with model={model}: {WHO_READS_WHAT}")
         for kind, reason in self.model.absent_gauges.items():
             if getattr(self.gauges, kind):
                 raise ValueError(
-                    f"Invalid gauges.{kind}=true: model={model} has no such gauge, for {reason}. Set "
-                    f"gauges.{kind}=false, or gauges=all for those that it has"
+                    f"Invalid gauges.{kind}=true: model={model} has no such gauge, for {reason}."
+                    f" Set gauges.{kind}=false, or gauges=all for those that it has"
                 )
         if self.training.batch_size is None and not isinstance(data, ModularConfig):
-            raise ValueError("training.batch_size=null takes the whole training split, which only data=modular allows")
+            raise ValueError(
+                "training.batch_size=null takes the whole training split, which only data=modular"
+                " allows"
+            )
         by_heads = isinstance(self.optimizer, DDCMuonConfig) and self.optimizer.per_head
         if by_heads and not isinstance(self.model, GPTConfig):
-            raise ValueError("Invalid optimizer.per_head=true: only model=gpt is taken by heads; set it to false")
+            raise ValueError(
+                "Invalid optimizer.per_head=true: only model=gpt is taken by heads; set it to false"
+            )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -384,7 +462,8 @@ class Config:
         del values["launcher"], values["wandb"], values["runs"], values["training"]["resume"]
         granularity = values["gauges"].pop("granularity")
         values["gauges"] = {kind: wanted is not False for kind, wanted in values["gauges"].items()}
-        # keys that came later are left out where they say what had been so before: older runs keep their names
+        # keys that came later are left out where they say what had been so before: older runs keep
+        # their names
         if granularity != "unit":
             values["gauges"]["granularity"] = granularity
         if not values["optimizer"].get("additive", True):
@@ -409,7 +488,9 @@ def require(key: str, value: object, holds: bool, expected: str) -> None:
 
 
 def require_one_of(key: str, value: str, choices: Collection[str]) -> None:
-    """Raise a ValueError that names the config key and the choices, unless ``value`` is one of them."""
+    """Raise a ValueError that names the config key and the choices, unless ``value`` is one of
+    them.
+    """
     require(key, value, value in choices, f"one of {', '.join(choices)}")
 
 
@@ -430,7 +511,8 @@ def compose_config(overrides: Sequence[str]) -> Config:
     """The configuration that ``train.py`` makes of these overrides.
 
     Raises:
-        ValueError: an override that cannot be, in itself or beside the others; the message names the key.
+        ValueError: an override that cannot be, in itself or beside the others; the message names
+            the key.
     """
     register_schemas()
     try:
@@ -443,10 +525,16 @@ def compose_config(overrides: Sequence[str]) -> Config:
 
 
 def compose_alike(overrides: Sequence[str]) -> Config:
-    """As :func:`compose_config`, faster for many that differ in values: equal choices of groups are composed once."""
+    """As :func:`compose_config`, faster for many that differ in values: equal choices of groups are
+    composed once.
+    """
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
-        choices = [each for each in parsed if (CONFIGS / each.key_or_group).is_dir() or not sets_a_value(each)]
+        choices = [
+            each
+            for each in parsed
+            if (CONFIGS / each.key_or_group).is_dir() or not sets_a_value(each)
+        ]
         config = copy.deepcopy(chosen(tuple(str(each.input_line) for each in choices)))
         for each in parsed:
             if each not in choices:
@@ -458,7 +546,11 @@ def compose_alike(overrides: Sequence[str]) -> Config:
 
 def sets_a_value(override: Override) -> bool:
     """Whether an override is KEY=VALUE, and neither adds, deletes, sweeps nor moves anything."""
-    return override.type is OverrideType.CHANGE and override.package is None and not override.is_sweep_override()
+    return (
+        override.type is OverrideType.CHANGE
+        and override.package is None
+        and not override.is_sweep_override()
+    )
 
 
 @functools.cache
@@ -477,7 +569,8 @@ def check_choices(arguments: Sequence[str]) -> None:
         arguments: of the command line; flags are left out.
 
     Raises:
-        HydraException: an override that cannot be read, or a group that is given a number, a boolean or null.
+        HydraException: an override that cannot be read, or a group that is given a number, a
+            boolean or null.
     """
     overrides = [each for each in arguments if "=" in each and not each.startswith("-")]
     for override in OverridesParser.create().parse_overrides(overrides):
@@ -485,7 +578,9 @@ def check_choices(arguments: Sequence[str]) -> None:
         choices = sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
         if choices and (value is None or isinstance(value, int | float)):
             written = override.get_value_string()
-            raise ConfigCompositionException(f"Invalid {group}={written}: expected one of {', '.join(choices)}")
+            raise ConfigCompositionException(
+                f"Invalid {group}={written}: expected one of {', '.join(choices)}"
+            )
 
 
 def resolve(config: DictConfig) -> Config:
@@ -504,7 +599,8 @@ def resolve(config: DictConfig) -> Config:
 
 
 def check_entries(config: DictConfig, place: str = "") -> None:
-    """What no schema says for itself: keys that were appended (``+training.epochs=3``), and numbers of any key.
+    """What no schema says for itself: keys that were appended (``+training.epochs=3``), and numbers
+    of any key.
 
     Raises:
         ValueError: an unknown key, a number that is not finite or larger than any use.
@@ -520,9 +616,16 @@ def check_entries(config: DictConfig, place: str = "") -> None:
             check_entries(value, f"{key}.")
         for number in value if isinstance(value, ListConfig) else [value]:
             if isinstance(number, float):
-                require(key, value, abs(number) <= LARGEST_FLOAT, f"finite, and at most {LARGEST_FLOAT:g} in size")
+                require(
+                    key,
+                    value,
+                    abs(number) <= LARGEST_FLOAT,
+                    f"finite, and at most {LARGEST_FLOAT:g} in size",
+                )
             elif isinstance(number, int):
-                require(key, value, abs(number) <= LARGEST_INTEGER, f"at most {LARGEST_INTEGER} in size")
+                require(
+                    key, value, abs(number) <= LARGEST_INTEGER, f"at most {LARGEST_INTEGER} in size"
+                )
 
 
 def restored(values: dict[str, Any]) -> Config:
@@ -531,13 +634,19 @@ def restored(values: dict[str, Any]) -> Config:
     A gauge that was on is one if the model has it: in older files that is all that ``true`` says.
 
     Raises:
-        ValueError: the run was made by a version of the code with other keys, or the file was edited since.
+        ValueError: the run was made by a version of the code with other keys, or the file was
+            edited since.
     """
     schema, model = OmegaConf.structured(Config), values["model"].get("name", "gpt")
     try:
         schema.optimizer = OmegaConf.structured(OPTIMIZERS[values["optimizer"]["name"]])
-        schema.model, schema.data = OmegaConf.structured(MODELS[model]), OmegaConf.structured(DATA[model])
-        merged = OmegaConf.merge(schema, {key: value for key, value in values.items() if key != "launcher"})
+        schema.model, schema.data = (
+            OmegaConf.structured(MODELS[model]),
+            OmegaConf.structured(DATA[model]),
+        )
+        merged = OmegaConf.merge(
+            schema, {key: value for key, value in values.items() if key != "launcher"}
+        )
         for kind in KINDS:
             merged.gauges[kind] = None if merged.gauges[kind] else merged.gauges[kind]
     except OmegaConfBaseException as error:

@@ -16,7 +16,8 @@ from omegaconf.errors import (
 
 #: Which data a model reads, as said where they do not fit together.
 WHO_READS_WHAT = (
-    "model=gpt reads text (data=shakespeare), model=vit images (data=mnist_5k), model=deep_mlp pairs (data=modular)"
+    "model=gpt reads text (data=shakespeare), model=vit images (data=mnist_5k), model=deep_mlp"
+    " pairs (data=modular)"
 )
 
 
@@ -28,8 +29,13 @@ def explained(error: HydraException | OmegaConfBaseException) -> str:
         expected = f"one of {', '.join(options)}" if options else f"a file of configs/{group}"
         return f"Invalid {group}={choice}: expected {expected}"
     if isinstance(error, OverrideParseException):
-        return f"Invalid override {error.override!r}: expected KEY=VALUE, both as Hydra's grammar has them"
-    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
+        return (
+            f"Invalid override {error.override!r}: expected KEY=VALUE, both as Hydra's grammar has"
+            " them"
+        )
+    cause = (
+        error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
+    )
     schema: Any = getattr(cause, "object_type", None)
     typed = isinstance(schema, type) and dataclasses.is_dataclass(schema)
     match cause:
@@ -41,7 +47,11 @@ def explained(error: HydraException | OmegaConfBaseException) -> str:
         case MissingMandatoryValue():
             return f"Missing {cause.full_key}: give it by {cause.full_key}=VALUE"
         case OmegaConfBaseException() if typed and cause.full_key:
-            kinds = [f"; expected {field.type}" for field in dataclasses.fields(schema) if field.name == cause.key]
+            kinds = [
+                f"; expected {field.type}"
+                for field in dataclasses.fields(schema)
+                if field.name == cause.key
+            ]
             return f"Invalid {cause.full_key}: {str(cause).splitlines()[0]}" + "".join(kinds)
     return " ".join(str(error).split())
 

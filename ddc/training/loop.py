@@ -33,7 +33,15 @@ from ddc.data import (
     load_modular,
     load_text,
 )
-from ddc.gauges import GaugeSet, HiddenMatrix, audit, find_gauges, hidden_matrices, in_blocks, named_parameters
+from ddc.gauges import (
+    GaugeSet,
+    HiddenMatrix,
+    audit,
+    find_gauges,
+    hidden_matrices,
+    in_blocks,
+    named_parameters,
+)
 from ddc.gauges.trace import in_evaluation
 from ddc.models import (
     DeepMLPConfig,
@@ -53,7 +61,14 @@ from ddc.slt.observer import Observer, joined
 from ddc.training.allocator import keep_freed_memory
 from ddc.training.calibration import calibration_error
 from ddc.training.checkpoint import checkpoints, load_checkpoint, read_checkpoint, save_checkpoint
-from ddc.training.config import Config, GaugesConfig, RelativeAdamWConfig, TrainingConfig, WandbConfig, restored
+from ddc.training.config import (
+    Config,
+    GaugesConfig,
+    RelativeAdamWConfig,
+    TrainingConfig,
+    WandbConfig,
+    restored,
+)
 from ddc.training.display import Display
 from ddc.training.lock import only_process_in
 from ddc.training.mirror import Mirror
@@ -102,10 +117,13 @@ def within_memory() -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         signs = ("can't allocate memory", "Storage size calculation overflowed")
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in signs):
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+            sign in str(error) for sign in signs
+        ):
             raise MemoryError(
-                "memory does not hold this run (python scripts/memory.py with the same overrides says what it needs): "
-                "take a smaller training.batch_size, a larger training.accumulation, or a smaller model.width or depth"
+                "memory does not hold this run (python scripts/memory.py with the same overrides"
+                " says what it needs): take a smaller training.batch_size, a larger"
+                " training.accumulation, or a smaller model.width or depth"
             ) from error
         raise
 
@@ -119,7 +137,8 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
         ranks: the processes that train it together; each prepares the same, and ends with its part.
 
     Raises:
-        ValueError: a value, a data set or a combination that cannot work; the message names the key and the fix.
+        ValueError: a value, a data set or a combination that cannot work; the message names the key
+            and the fix.
         MemoryError: they do not fit into memory.
     """
     device = choose_device(config.training)
@@ -129,8 +148,9 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
         check_batch(batch_size, data.train_units, config.training.accumulation)
     if batch_size % (ranks.size * config.training.accumulation):
         raise ValueError(
-            f"Invalid training.batch_size={batch_size}: {ranks.size} processes (torchrun --nproc-per-node) times "
-            f"training.accumulation={config.training.accumulation} must divide it"
+            f"Invalid training.batch_size={batch_size}: {ranks.size} processes (torchrun"
+            f" --nproc-per-node) times training.accumulation={config.training.accumulation} must"
+            " divide it"
         )
     torch.set_num_threads(config.training.threads)
     keep_freed_memory()
@@ -143,13 +163,28 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     observer = None
     if config.slt.readings:
         if ranks.parallel == "fsdp":
-            raise ValueError("slt.readings with launcher.parallel=fsdp: they read whole layers; use ddp, or slt=none")
+            raise ValueError(
+                "slt.readings with launcher.parallel=fsdp: they read whole layers; use ddp, or"
+                " slt=none"
+            )
         observer = make_observer(config, device, data, model, folder / "snapshots")
     trained = ranks.parallelized(model)
     optimizer = configured_optimizer(config, model, gauges, hidden)
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
     return Setup(
-        config, ranks, device, data, model, trained, gauges, start, optimizer, batch_size, peak_lrs, observer, folder
+        config,
+        ranks,
+        device,
+        data,
+        model,
+        trained,
+        gauges,
+        start,
+        optimizer,
+        batch_size,
+        peak_lrs,
+        observer,
+        folder,
     )
 
 
@@ -158,8 +193,9 @@ def restore(folder: Path) -> Setup:
 
     Raises:
         FileNotFoundError: the folder holds no run, or the run has no checkpoint.
-        ValueError: the run was made by a version of the code with other keys, or on data that are not here; or its
-            checkpoints are damaged, or of another architecture than its configuration.
+        ValueError: the run was made by a version of the code with other keys, or on data that are
+            not here; or its checkpoints are damaged, or of another architecture than its
+            configuration.
     """
     if not (folder / "run.json").exists():
         raise FileNotFoundError(f"{folder} holds no run")
@@ -181,10 +217,14 @@ def check_batch(batch_size: int, pairs: int, accumulation: int) -> None:
     """Raise ValueError for a batch that the training pairs cannot give."""
     if batch_size > pairs:
         raise ValueError(
-            f"Invalid training.batch_size={batch_size}: there are {pairs} training pairs; null takes them all"
+            f"Invalid training.batch_size={batch_size}: there are {pairs} training pairs; null"
+            " takes them all"
         )
     if batch_size % accumulation:
-        raise ValueError(f"Invalid training.accumulation={accumulation}: must divide the {batch_size} training pairs")
+        raise ValueError(
+            f"Invalid training.accumulation={accumulation}: must divide the {batch_size} training"
+            " pairs"
+        )
 
 
 def load_data(config: DataConfig, model: ModelConfig, seed: int) -> Data:
@@ -203,11 +243,17 @@ def load_data(config: DataConfig, model: ModelConfig, seed: int) -> Data:
     raise TypeError(f"no model {type(model).__name__} reads a {type(config).__name__}")
 
 
-def make_observer(config: Config, device: torch.device, data: Data, model: nn.Module, folder: Path) -> Observer:
-    """What reads singular structure along the run; its probe is taken evenly from the training split, of pairs all."""
+def make_observer(
+    config: Config, device: torch.device, data: Data, model: nn.Module, folder: Path
+) -> Observer:
+    """What reads singular structure along the run; its probe is taken evenly from the training
+    split, of pairs all.
+    """
 
     def samples(count: int, size: int) -> list[Batch]:
-        return [(x.to(device), y.to(device)) for x, y in data.evaluation_batches("train", count, size)]
+        return [
+            (x.to(device), y.to(device)) for x, y in data.evaluation_batches("train", count, size)
+        ]
 
     def whole() -> Batch:
         count = len(data.train) // data.context if isinstance(data, TextData) else data.train_units
@@ -219,13 +265,16 @@ def make_observer(config: Config, device: torch.device, data: Data, model: nn.Mo
 
 
 def configured_gauges(config: GaugesConfig, model: nn.Module, verify: bool = True) -> GaugeSet:
-    """The gauges of a model that the optimizer is told of; ``verify`` as of :func:`ddc.find_gauges`."""
+    """The gauges of a model that the optimizer is told of; ``verify`` as of
+    :func:`ddc.find_gauges`.
+    """
     gauges = find_gauges(model, config.per_layer, verify=verify).only(config.kinds)
     return in_blocks(gauges) if config.granularity == "block" else gauges
 
 
 def configured_hidden(config: Config, model: nn.Module) -> Sequence[HiddenMatrix]:
-    """The matrices that the optimizer of a config takes for hidden, read from the model while it is whole.
+    """The matrices that the optimizer of a config takes for hidden, read from the model while it is
+    whole.
 
     Raises:
         ValueError: a Muon for a model whose hidden matrices cannot be read.
@@ -257,7 +306,10 @@ def recorded_steps(folder: Path) -> dict[str, float]:
     rows = Records(folder / "records.jsonl").read()
     steps = [row["matrix_step"]["relative"] for row in rows if row.get("matrix_step")]
     if not steps:
-        raise ValueError(f"Invalid optimizer.steps_of={folder}: expected the folder of a run that recorded matrix_step")
+        raise ValueError(
+            f"Invalid optimizer.steps_of={folder}: expected the folder of a run that recorded"
+            " matrix_step"
+        )
     lengths = {name: [step[name] for step in steps if step[name] is not None] for name in steps[0]}
     return {name: statistics.median(each) for name, each in lengths.items() if each}
 
@@ -271,12 +323,15 @@ def choose_device(config: TrainingConfig) -> torch.device:
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
         raise ValueError(
-            "training.device=cuda (the default of scale=gpu): torch finds no GPU here. Use scale=cpu, or "
-            "training.device=cpu training.precision=float32 to run this scale on the CPU all the same"
+            "training.device=cuda (the default of scale=gpu): torch finds no GPU here. Use"
+            " scale=cpu, or training.device=cpu training.precision=float32 to run this scale on the"
+            " CPU all the same"
         )
     device = torch.device("cuda" if available and config.device != "cpu" else "cpu")
     if device.type == "cpu" and config.precision != "float32":
-        raise ValueError(f"training.precision={config.precision} needs a GPU: set training.precision=float32")
+        raise ValueError(
+            f"training.precision={config.precision} needs a GPU: set training.precision=float32"
+        )
     return device
 
 
@@ -289,10 +344,12 @@ def train(setup: Setup, draw: Callable[[Path], Sequence[Path]] = no_figures) -> 
 
     Args:
         setup: what :func:`prepare` made.
-        draw: makes figures from the records of the complete run and returns their paths, for W&B to show.
+        draw: makes figures from the records of the complete run and returns their paths, for W&B to
+            show.
 
     Raises:
-        DivergedError: the loss is not finite; the last good checkpoint is kept, ``diverged.json`` says what happened.
+        DivergedError: the loss is not finite; the last good checkpoint is kept, ``diverged.json``
+            says what happened.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is saved.
         BusyError: another process trains this run.
         MemoryError: it does not fit into memory.
@@ -317,7 +374,9 @@ def make_folder(setup: Setup) -> None:
     try:
         setup.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"Invalid runs={setup.config.runs}: the folder cannot be made ({error})") from error
+        raise OSError(
+            f"Invalid runs={setup.config.runs}: the folder cannot be made ({error})"
+        ) from error
 
 
 def complete_summary(folder: Path) -> Row | None:
@@ -330,18 +389,28 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
     config, training, folder, ranks = setup.config, setup.config.training, setup.folder, setup.ranks
     model, optimizer = setup.model, setup.optimizer
     scaler = GradScaler(setup.device.type, enabled=training.precision == "float16")
-    records, timing, readings = (Records(folder / f"{name}.jsonl") for name in ("records", "timing", "readings"))
-    last = load_checkpoint(folder, model, optimizer, scaler, ranks) if training.resume == "auto" else None
+    records, timing, readings = (
+        Records(folder / f"{name}.jsonl") for name in ("records", "timing", "readings")
+    )
+    last = (
+        load_checkpoint(folder, model, optimizer, scaler, ranks)
+        if training.resume == "auto"
+        else None
+    )
     rows, timed, read = ranks.on_first(lambda: begin(setup, last, (records, timing, readings)))
     start = last or 0
     elapsed, observing = (sum(row[key] for row in timed) for key in ("seconds", "reading_seconds"))
     observer, reading_steps = setup.observer, set(setup.observer.steps if setup.observer else ())
-    evaluations = {round(i * training.steps / training.evaluations) for i in range(training.evaluations + 1)}
+    evaluations = {
+        round(i * training.steps / training.evaluations) for i in range(training.evaluations + 1)
+    }
     fixed = {split: evaluation_batches(setup, split) for split in ("train", "validation")}
     if not ranks.first:
         config = dataclasses.replace(config, wandb=WandbConfig("disabled"))
     mirror, stop = Mirror(config, folder), StopSignal()
-    display = Display(training.steps, start, f"{config.name}/{config.run_id}", quiet=not ranks.first)
+    display = Display(
+        training.steps, start, f"{config.name}/{config.run_id}", quiet=not ranks.first
+    )
 
     with display, stop, mirror, noted(folder, ranks):
         mirror.catch_up([{**times, **row} for times, row in zip(timed, rows, strict=False)], read)
@@ -351,7 +420,9 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
             if observer and step in reading_steps and not (read and read[-1]["step"] == step):
                 check_finite(setup)
                 began = time.perf_counter()
-                read.append(ranks.on_first(functools.partial(take_reading, observer, step, read, readings)))
+                read.append(
+                    ranks.on_first(functools.partial(take_reading, observer, step, read, readings))
+                )
                 mirror.log_reading(read[-1])
                 reading_seconds += time.perf_counter() - began
             if step in evaluations and not (rows and rows[-1]["step"] == step):
@@ -362,11 +433,17 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
                     "matrix_step": matrix_step,
                     **({"loss_scale": scaler.get_scale()} if scaler.is_enabled() else {}),
                 }
-                check_finite(setup)  # an entry that the fixed batches do not read may be nan beside a good loss
+                # an entry that the fixed batches do not read may be nan beside a good loss
+                check_finite(setup)
                 seconds = time.perf_counter() - clock
                 units = (step - last_row_step) * setup.batch_size * setup.data.units_per_example
                 speed = {f"{setup.data.unit}s_per_second": units / (seconds - reading_seconds)}
-                times = {"step": step, "seconds": seconds, "reading_seconds": reading_seconds, **speed}
+                times = {
+                    "step": step,
+                    "seconds": seconds,
+                    "reading_seconds": reading_seconds,
+                    **speed,
+                }
                 for table, entry in ((records, row), (timing, times)):
                     ranks.on_first(functools.partial(table.append, entry))
                 save_checkpoint(folder, step, model, optimizer, scaler, ranks)
@@ -382,7 +459,9 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
             if ranks.total(stop.requested):
                 check_finite(setup)
                 save_checkpoint(folder, step, model, optimizer, scaler, ranks)
-                raise KeyboardInterrupt(f"stopped after step {step}; the same command goes on from there")
+                raise KeyboardInterrupt(
+                    f"stopped after step {step}; the same command goes on from there"
+                )
             if step + 1 in evaluations:
                 before = copied_matrices(named_parameters(model))
                 gauge_audit = train_step(setup, step, scaler, audited=True)
@@ -403,7 +482,9 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
 
 
 def begin(setup: Setup, last: int | None, tables: Sequence[Records]) -> list[list[Row]]:
-    """The rows of each table up to the last checkpoint; the later ones go. Without one, the folder begins anew."""
+    """The rows of each table up to the last checkpoint; the later ones go. Without one, the folder
+    begins anew.
+    """
     if last is None:
         start_folder(setup)
     for table in tables:
@@ -420,7 +501,9 @@ def take_reading(observer: Observer, step: int, read: list[Row], readings: Recor
 
 @contextlib.contextmanager
 def noted(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Leave ``diverged.json`` in the folder of a run that diverges: a result, which a sweep need not ask for again."""
+    """Leave ``diverged.json`` in the folder of a run that diverges: a result, which a sweep need
+    not ask for again.
+    """
     marker = folder / "diverged.json"
     if ranks.first:
         marker.unlink(missing_ok=True)
@@ -452,7 +535,11 @@ def start_folder(setup: Setup) -> None:
             "processes": setup.ranks.size,
             "compiled": getattr(setup.optimizer, "compiled", False),
             "gauges": str(setup.gauges).splitlines(),
-            **({"routing": setup.optimizer.routing().splitlines()} if isinstance(setup.optimizer, DDCMuon) else {}),
+            **(
+                {"routing": setup.optimizer.routing().splitlines()}
+                if isinstance(setup.optimizer, DDCMuon)
+                else {}
+            ),
             **provenance(),
         },
     )
@@ -461,37 +548,51 @@ def start_folder(setup: Setup) -> None:
 def train_step(setup: Setup, step: int, scaler: GradScaler, audited: bool) -> float | None:
     """One optimizer step; where ``audited``, returns the largest reading of the gauges' audit.
 
-    A gradient that is not finite beside a finite loss: in float16 the scaler skips the step and halves its scale; else
-    the weights take it, and the next loss, evaluation or checkpoint finds it there.
+    A gradient that is not finite beside a finite loss: in float16 the scaler skips the step and
+    halves its scale; else the weights take it, and the next loss, evaluation or checkpoint finds it
+    there.
 
     Raises:
-        DivergedError: a loss that is not finite, or gradients that overflow at every loss scale. Weights are as before
-            the step.
+        DivergedError: a loss that is not finite, or gradients that overflow at every loss scale.
+            Weights are as before the step.
     """
     training, model, optimizer = setup.config.training, setup.model, setup.optimizer
     factor = learning_rate_factor(training, step)
     for group, peak in zip(optimizer.param_groups, setup.peak_lrs, strict=True):
         group["lr"] = peak * factor
     optimizer.zero_grad()
-    inputs, targets = map(setup.ranks.part, setup.data.batch(step, setup.batch_size, setup.config.seed))
+    inputs, targets = map(
+        setup.ranks.part, setup.data.batch(step, setup.batch_size, setup.config.seed)
+    )
     losses = []
-    for x, y in zip(inputs.chunk(training.accumulation), targets.chunk(training.accumulation), strict=True):
+    for x, y in zip(
+        inputs.chunk(training.accumulation), targets.chunk(training.accumulation), strict=True
+    ):
         with autocast(setup):
-            loss = cross_entropy(setup.trained(x.to(setup.device)), y.to(setup.device)) / training.accumulation
+            loss = (
+                cross_entropy(setup.trained(x.to(setup.device)), y.to(setup.device))
+                / training.accumulation
+            )
         scaler.scale(loss).backward()
         losses.append(loss.detach())
-    if not math.isfinite(loss_value := setup.ranks.total(float(torch.stack(losses).sum())) / setup.ranks.size):
-        raise DivergedError(f"the loss of step {step} is {loss_value}. {where_to_go_on(setup.folder)}")
+    if not math.isfinite(
+        loss_value := setup.ranks.total(float(torch.stack(losses).sum())) / setup.ranks.size
+    ):
+        raise DivergedError(
+            f"the loss of step {step} is {loss_value}. {where_to_go_on(setup.folder)}"
+        )
     reading = max(audit(model, setup.gauges).values(), default=None) if audited else None
     if training.max_grad_norm is not None:
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), training.max_grad_norm, grad_norm(model, optimizer))
+        torch.nn.utils.clip_grads_with_norm_(
+            model.parameters(), training.max_grad_norm, grad_norm(model, optimizer)
+        )
     scaler.step(optimizer)
     scaler.update()
     if scaler.is_enabled() and (scale := scaler.get_scale()) < SMALLEST_LOSS_SCALE:
         raise DivergedError(
-            f"the gradients of step {step} and those before overflow, down to a loss scale of {scale:.0e}. "
-            + where_to_go_on(setup.folder)
+            f"the gradients of step {step} and those before overflow, down to a loss scale of"
+            f" {scale:.0e}. " + where_to_go_on(setup.folder)
         )
     return reading
 
@@ -525,7 +626,8 @@ def evaluation_batches(setup: Setup, split: str) -> list[Batch]:
 
 
 def evaluate(setup: Setup, step: int, batches: dict[str, list[Batch]]) -> Row:
-    """What :func:`measure` finds on fixed batches of both splits; and the learning rates of the next step.
+    """What :func:`measure` finds on fixed batches of both splits; and the learning rates of the
+    next step.
 
     Raises:
         DivergedError: a loss is not finite.
@@ -533,7 +635,9 @@ def evaluate(setup: Setup, step: int, batches: dict[str, list[Batch]]) -> Row:
     found = {split: measure(setup, each) for split, each in batches.items()}
     for split, values in found.items():
         if not math.isfinite(loss := values["loss"]):
-            raise DivergedError(f"the {split} loss after step {step} is {loss}. {where_to_go_on(setup.folder)}")
+            raise DivergedError(
+                f"the {split} loss after step {step} is {loss}. {where_to_go_on(setup.folder)}"
+            )
     factor = learning_rate_factor(setup.config.training, step)
     rates = {key: getattr(setup.config.optimizer, key, None) for key in ("lr", "adam_lr")}
     return {
@@ -541,13 +645,19 @@ def evaluate(setup: Setup, step: int, batches: dict[str, list[Batch]]) -> Row:
         "epoch": step * setup.batch_size * setup.data.units_per_example / setup.data.train_units,
         **{key: peak * factor for key, peak in rates.items() if peak is not None},
         "gap": found["validation"]["loss"] - found["train"]["loss"],
-        **{f"{split}_{key}": value for split, values in found.items() for key, value in values.items()},
+        **{
+            f"{split}_{key}": value
+            for split, values in found.items()
+            for key, value in values.items()
+        },
     }
 
 
 @torch.no_grad()
 def measure(setup: Setup, batches: list[Batch]) -> dict[str, float]:
-    """Mean loss in nats, accuracy and calibration error over the batches of all ranks, in evaluation mode."""
+    """Mean loss in nats, accuracy and calibration error over the batches of all ranks, in
+    evaluation mode.
+    """
     loss, confidences, hits = 0.0, [], []
     with in_evaluation(setup.model):
         for x, y in batches:
@@ -558,7 +668,9 @@ def measure(setup: Setup, batches: list[Batch]) -> dict[str, float]:
             largest, predicted = logits.max(-1)
             confidences.append((largest - logits.logsumexp(-1)).exp().flatten())
             hits.append((predicted == y).flatten())
-    confidence, hit = (torch.cat(setup.ranks.of_all(torch.cat(each).cpu())) for each in (confidences, hits))
+    confidence, hit = (
+        torch.cat(setup.ranks.of_all(torch.cat(each).cpu())) for each in (confidences, hits)
+    )
     return {
         "loss": setup.ranks.total(loss) / len(hit),
         "accuracy": int(hit.sum()) / len(hit),
@@ -576,7 +688,9 @@ def check_finite(setup: Setup) -> None:
     """Raise DivergedError rather than save weights that are not finite."""
     finite = all(bool(local_part(p.detach()).isfinite().all()) for p in setup.model.parameters())
     if setup.ranks.total(not finite):
-        raise DivergedError(f"the weights are not finite; they are not saved. {where_to_go_on(setup.folder)}")
+        raise DivergedError(
+            f"the weights are not finite; they are not saved. {where_to_go_on(setup.folder)}"
+        )
 
 
 def where_to_go_on(folder: Path) -> str:
@@ -586,7 +700,9 @@ def where_to_go_on(folder: Path) -> str:
 
 
 class StopSignal:
-    """Turns Ctrl-C and SIGTERM into a request that the loop answers between two steps; a second Ctrl-C kills."""
+    """Turns Ctrl-C and SIGTERM into a request that the loop answers between two steps; a second
+    Ctrl-C kills.
+    """
 
     def __init__(self) -> None:
         self.requested = False

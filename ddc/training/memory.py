@@ -19,7 +19,8 @@ from ddc.training.loop import configured_gauges, configured_hidden, configured_o
 class MemoryEstimate:
     """Bytes at the peak of a training step, and the number of parameters.
 
-    ``peak`` counts tensors: what an allocator adds by fragmentation, and a CUDA context (about 0.5 GB), come on top.
+    ``peak`` counts tensors: what an allocator adds by fragmentation, and a CUDA context (about 0.5
+    GB), come on top.
     """
 
     parameters: int
@@ -30,11 +31,14 @@ class MemoryEstimate:
 def estimate_memory(config: Config, data: Data) -> MemoryEstimate:
     """Take a training step on fake tensors, which have shapes and dtypes but no data.
 
-    That checks every shape of model, loss and optimizer step, and that the step never needs a value on the host.
+    That checks every shape of model, loss and optimizer step, and that the step never needs a value
+    on the host.
     """
     fake, training = FakeTensorMode(), config.training
     if isinstance(config.optimizer, DDCAdamConfig):  # what is fake cannot be compiled for
-        config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, compiled=False))
+        config = dataclasses.replace(
+            config, optimizer=dataclasses.replace(config.optimizer, compiled=False)
+        )
     real = build_model(config.model, **data.sizes)  # what is traced must have values
     gauges = configured_gauges(config.gauges, real, verify=False)
     with FakeCopyMode(fake):
@@ -42,10 +46,14 @@ def estimate_memory(config: Config, data: Data) -> MemoryEstimate:
     hidden = configured_hidden(config, real)
     del real
     precision = getattr(torch, training.precision)
-    batch = data.batch(0, (training.batch_size or data.train_units) // training.accumulation, config.seed)
+    batch = data.batch(
+        0, (training.batch_size or data.train_units) // training.accumulation, config.seed
+    )
     with fake:
         optimizer = configured_optimizer(config, model, gauges, hidden)
-        for parameter in model.parameters():  # some optimizers allocate their state in the first step
+        for (
+            parameter
+        ) in model.parameters():  # some optimizers allocate their state in the first step
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad()

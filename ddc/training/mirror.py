@@ -24,7 +24,9 @@ CELL_COLUMNS = (
 
 
 class Mirror:
-    """Sends rows to W&B, and stops with a warning at the first error. ``docs/wandb.md`` says what is sent."""
+    """Sends rows to W&B, and stops with a warning at the first error. ``docs/wandb.md`` says what
+    is sent.
+    """
 
     def __init__(self, config: Config, folder: Path) -> None:
         self._config = config
@@ -58,7 +60,10 @@ class Mirror:
             try:
                 return wandb.init(mode="online", resume="allow", settings=settings, **arguments)
             except Exception as error:  # no key, no network, a full quota: any of them
-                log.warning("W&B cannot be reached (%s); logging offline, wandb sync sends it later", first_line(error))
+                log.warning(
+                    "W&B cannot be reached (%s); logging offline, wandb sync sends it later",
+                    first_line(error),
+                )
                 wandb.teardown()  # the failed attempt still holds the run's id
         return wandb.init(mode="offline", settings=settings, **arguments)
 
@@ -66,7 +71,9 @@ class Mirror:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        """Send what is still held back if the run stopped; a run that is complete comes to :meth:`finish`."""
+        """Send what is still held back if the run stopped; a run that is complete comes to
+        :meth:`finish`.
+        """
         if kind is None:
             return
         stopped_by = kind.__name__
@@ -77,11 +84,18 @@ class Mirror:
 
         self._send(send)
 
-    def catch_up(self, rows: Sequence[Mapping[str, Any]], readings: Sequence[Mapping[str, Any]]) -> None:
-        """Send what a run that goes on has recorded before: offline, W&B begins a file anew, which shall be whole."""
+    def catch_up(
+        self, rows: Sequence[Mapping[str, Any]], readings: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Send what a run that goes on has recorded before: offline, W&B begins a file anew, which
+        shall be whole.
+        """
         if self._run is None or not self._run.offline:
             return
-        before = [*((self.log_reading, row) for row in readings), *((self.log, row) for row in rows)]
+        before = [
+            *((self.log_reading, row) for row in readings),
+            *((self.log, row) for row in rows),
+        ]
         for send, row in sorted(before, key=lambda each: each[1]["step"]):
             send(row)
 
@@ -89,18 +103,24 @@ class Mirror:
         self._send(lambda run: run.log(dict(row), step=row["step"]))
 
     def log_reading(self, row: Mapping[str, Any]) -> None:
-        """Observables as numbers, spectra as histograms of log10 eigenvalues, which W&B draws over time."""
+        """Observables as numbers, spectra as histograms of log10 eigenvalues, which W&B draws over
+        time.
+        """
 
         def send(run: Any) -> None:
             import wandb
 
             values: dict[str, Any] = {"slt/loss": row["loss"], "slt/arc_length": row["arc_length"]}
             for layer in row["layers"]:
-                values |= {f"slt/{layer['layer']}/{name}": value for name, value in layer["values"].items()}
+                values |= {
+                    f"slt/{layer['layer']}/{name}": value for name, value in layer["values"].items()
+                }
                 for side in ("activation", "gradient"):
                     eigenvalues = [math.log10(v) for v in layer[side]["spectrum"] if v > 0]
                     if eigenvalues:
-                        values[f"slt/{layer['layer']}/{side}_spectrum"] = wandb.Histogram(eigenvalues)
+                        values[f"slt/{layer['layer']}/{side}_spectrum"] = wandb.Histogram(
+                            eigenvalues
+                        )
             for key, value in row.get("learning_coefficient", {}).items():
                 values[f"slt/learning_coefficient/{key}"] = value
             run.log(values, step=row["step"])
@@ -117,18 +137,25 @@ class Mirror:
 
         Args:
             summary: of the run.
-            readings: all of its readings, whose cells are read here, by the rule of its configuration.
-            draw: makes figures and returns their paths; not called where nobody is there to send them to.
+            readings: all of its readings, whose cells are read here, by the rule of its
+                configuration.
+            draw: makes figures and returns their paths; not called where nobody is there to send
+                them to.
         """
 
         def send(run: Any) -> None:
             import wandb
 
-            shown: dict[str, Any] = {p.stem: wandb.Image(str(p)) for p in draw() if p.suffix == ".png"}
+            shown: dict[str, Any] = {
+                p.stem: wandb.Image(str(p)) for p in draw() if p.suffix == ".png"
+            }
             found = dict(summary)
             if readings:
                 slt = self._config.slt
-                cells = {each: read_cells(readings, each, slt.rule, slt.loss_floor) for each in APPROACHES}
+                cells = {
+                    each: read_cells(readings, each, slt.rule, slt.loss_floor)
+                    for each in APPROACHES
+                }
                 shown |= cell_tables(cells, slt.approach)
                 found |= cell_values(cells, slt.approach)
             if shown:
@@ -146,7 +173,10 @@ class Mirror:
                 self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        log.warning("W&B failed (%s); the run goes on without it, its records are complete", first_line(error))
+        log.warning(
+            "W&B failed (%s); the run goes on without it, its records are complete",
+            first_line(error),
+        )
         self._run = None
 
 
@@ -159,18 +189,25 @@ def end(run: Any, **options: Any) -> None:
 
 
 def cell_values(cells: Mapping[str, Sequence[Cell]], primary: str) -> dict[str, Any]:
-    """Counts of cells by approach parameter and verdict; of the primary one, the record of every cell."""
+    """Counts of cells by approach parameter and verdict; of the primary one, the record of every
+    cell.
+    """
     values: dict[str, Any] = {}
     for approach, grid in cells.items():
         values[f"cells/{approach}/total"] = len(grid)
-        values |= {f"cells/{approach}/{verdict}": count for verdict, count in ({"read": 0} | counts(grid)).items()}
+        values |= {
+            f"cells/{approach}/{verdict}": count
+            for verdict, count in ({"read": 0} | counts(grid)).items()
+        }
     for cell in cells[primary]:
         values[f"cell/{cell.layer}/{cell.observable}"] = cell.record()
     return values
 
 
 def cell_tables(cells: Mapping[str, Sequence[Cell]], primary: str) -> dict[str, Any]:
-    """W&B tables: ``cells``, a row a cell and approach parameter; ``grid``, layers by observables, the primary one."""
+    """W&B tables: ``cells``, a row a cell and approach parameter; ``grid``, layers by observables,
+    the primary one.
+    """
     import wandb
 
     records = [cell.record() for each in cells.values() for cell in each]

@@ -1,7 +1,7 @@
 """Several processes that train one model together, by DDP or FSDP2, started by torchrun.
 
-Batches are those of one process, each rank takes its part; records, checkpoints and W&B are the first rank's. Where
-that one may fail (a full disk, a folder that is busy), all ranks fail alike.
+Batches are those of one process, each rank takes its part; records, checkpoints and W&B are the
+first rank's. Where that one may fail (a full disk, a folder that is busy), all ranks fail alike.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """A process among those that train one model; by default there is one, and nothing is exchanged.
+    """A process among those that train one model; by default there is one, and nothing is
+    exchanged.
 
     Args:
         rank: of this process, from 0.
@@ -80,14 +81,17 @@ class Ranks:
         return float(summed)
 
     def part(self, batch: Tensor) -> Tensor:
-        """The part of a batch that this rank takes; there may be more ranks than parts, and it is empty."""
+        """The part of a batch that this rank takes; there may be more ranks than parts, and it is
+        empty.
+        """
         return batch.tensor_split(self.size)[self.rank]
 
     def parallelized(self, model: nn.Module) -> nn.Module:
         """The model as a training step calls it.
 
-        DDP wraps it, and leaves its parameters as they are. FSDP2 changes it in place: parameters become DTensors, the
-        layers of each list or sequence of modules are gathered one at a time, and what is left with the model.
+        DDP wraps it, and leaves its parameters as they are. FSDP2 changes it in place: parameters
+        become DTensors, the layers of each list or sequence of modules are gathered one at a time,
+        and what is left with the model.
         """
         device = next(model.parameters()).device
         match self.parallel:
@@ -99,7 +103,8 @@ class Ranks:
                     if isinstance(layers, nn.ModuleList | nn.Sequential):
                         for layer in layers:
                             fully_shard(layer, mesh=mesh)
-                fully_shard(model, mesh=mesh, reshard_after_forward=True)  # else an evaluation leaves it gathered
+                # else an evaluation leaves it gathered
+                fully_shard(model, mesh=mesh, reshard_after_forward=True)
         return model
 
 
@@ -108,7 +113,8 @@ ALONE = Ranks()
 
 
 def join_ranks(config: LauncherConfig, device: str = "auto") -> Ranks:
-    """Connect to the processes that train a run, until this one ends; ``device`` is ``training.device``.
+    """Connect to the processes that train a run, until this one ends; ``device`` is
+    ``training.device``.
 
     Raises:
         ValueError: the launcher of the config is not what started this process.
@@ -117,22 +123,22 @@ def join_ranks(config: LauncherConfig, device: str = "auto") -> Ranks:
     if config.name == "local":
         if started_by_torchrun:
             raise ValueError(
-                "launcher=local (the default), but torchrun started this process: add launcher=torchrun, so that the "
-                "processes train one model together"
+                "launcher=local (the default), but torchrun started this process: add"
+                " launcher=torchrun, so that the processes train one model together"
             )
         return ALONE
     if not started_by_torchrun:
         raise ValueError(
-            "launcher=torchrun, but torchrun did not start this process: torchrun --nproc-per-node=2 train.py "
-            "launcher=torchrun ..., or leave launcher=torchrun out"
+            "launcher=torchrun, but torchrun did not start this process: torchrun"
+            " --nproc-per-node=2 train.py launcher=torchrun ..., or leave launcher=torchrun out"
         )
     backend = "gloo"
     if device != "cpu" and torch.cuda.is_available():
         local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local_rank >= gpus:
             raise ValueError(
-                f"torchrun --nproc-per-node is more than the {gpus} GPUs of this machine: at most {gpus}, or "
-                "training.device=cpu"
+                f"torchrun --nproc-per-node is more than the {gpus} GPUs of this machine: at most"
+                f" {gpus}, or training.device=cpu"
             )
         torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl"
@@ -145,7 +151,8 @@ def join_ranks(config: LauncherConfig, device: str = "auto") -> Ranks:
 def leave_ranks() -> None:
     """Disconnect, once the model is gone: of both, DDP must not be the last to hold the group.
 
-    It would destroy the group while it holds the GIL, for which a thread of gloo may wait, for ever.
+    It would destroy the group while it holds the GIL, for which a thread of gloo may wait, for
+    ever.
     """
     gc.collect()
     if dist.is_initialized():

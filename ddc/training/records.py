@@ -1,12 +1,16 @@
-"""What a run leaves on disk. The local records are the truth; everything else mirrors or reads them.
+"""What a run leaves on disk. The local records are the truth; everything else mirrors or reads
+them.
 
 A run folder holds
 
-- ``run.json``: configuration, seed, commit, versions, machine, data source, gauges found and refused;
-- ``records.jsonl``: one row an evaluation, nothing in it that depends on the machine's speed, so that an
-  interrupted and resumed run ends with the same bytes as an unbroken one. ``gauge_audit`` and ``matrix_step`` (of each
-  matrix, :func:`ddc.optim.relative_step.relative_steps`) are those of the step before;
-- ``timing.jsonl``: seconds and tokens per second at the same steps, and the seconds that readings took of them;
+- ``run.json``: configuration, seed, commit, versions, machine, data source, gauges found and
+  refused;
+- ``records.jsonl``: one row an evaluation, nothing in it that depends on the machine's speed, so
+  that an interrupted and resumed run ends with the same bytes as an unbroken one. ``gauge_audit``
+  and ``matrix_step`` (of each matrix, :func:`ddc.optim.relative_step.relative_steps`) are those of
+  the step before;
+- ``timing.jsonl``: seconds and tokens per second at the same steps, and the seconds that readings
+  took of them;
 - ``readings.jsonl``: one row a reading of singular structure (:mod:`ddc.slt`), where there are any;
 - ``snapshots/``: the weights at each reading;
 - ``checkpoint-STEP-SHA256.pt``: the last checkpoint, and the one before;
@@ -29,7 +33,17 @@ from typing import Any
 import torch
 
 PACKAGES = (
-    *("torch", "numpy", "scipy", "arviz-stats", "hydra-core", "omegaconf", "wandb", "datasets", "transformers"),
+    *(
+        "torch",
+        "numpy",
+        "scipy",
+        "arviz-stats",
+        "hydra-core",
+        "omegaconf",
+        "wandb",
+        "datasets",
+        "transformers",
+    ),
     *("timm", "torchvision", "mlxtend", "safetensors"),
 )
 Row = dict[str, Any]
@@ -92,16 +106,25 @@ def provenance() -> dict[str, Any]:
     return {
         "commit": commit(),
         "versions": {"python": platform.python_version(), **versions},
-        "machine": {"system": platform.platform(), "cpu": cpu_name(), "cores": os.cpu_count(), "gpu": gpu},
+        "machine": {
+            "system": platform.platform(),
+            "cpu": cpu_name(),
+            "cores": os.cpu_count(),
+            "gpu": gpu,
+        },
     }
 
 
 def commit() -> str | None:
-    """The commit of the code, with ``+`` where tracked files differ from it; None outside a checkout."""
+    """The commit of the code, with ``+`` where tracked files differ from it; None outside a
+    checkout.
+    """
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+        ).stdout
 
     try:
         dirty = git("status", "--porcelain", "--untracked-files=no").strip()
@@ -116,17 +139,23 @@ def cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
-def summarize(rows: list[Row], gap_levels: list[float], accuracy_levels: Sequence[float] = ()) -> Mapping[str, Any]:
+def summarize(
+    rows: list[Row], gap_levels: list[float], accuracy_levels: Sequence[float] = ()
+) -> Mapping[str, Any]:
     """Final and best losses, the gap, and the gap at given train losses (null where never reached).
 
-    Where accuracy levels are given, final and best accuracies, the final calibration error, and for each level the step
-    of the first evaluation at which the validation accuracy is at least that (null where there is none).
+    Where accuracy levels are given, final and best accuracies, the final calibration error, and for
+    each level the step of the first evaluation at which the validation accuracy is at least that
+    (null where there is none).
 
-    The gap at a train loss is read where the run first reaches it, interpolated linearly in the train loss
-    between two evaluations.
+    The gap at a train loss is read where the run first reaches it, interpolated linearly in the
+    train loss between two evaluations.
     """
     last = rows[-1]
     best = min(rows, key=lambda row: row["validation_loss"])
@@ -148,14 +177,18 @@ def summarize(rows: list[Row], gap_levels: list[float], accuracy_levels: Sequenc
         "validation_calibration_error": last["validation_calibration_error"],
         "best_validation_accuracy": max(row["validation_accuracy"] for row in rows),
         "step_of_accuracy": {
-            str(level): next((row["step"] for row in rows if row["validation_accuracy"] >= level), None)
+            str(level): next(
+                (row["step"] for row in rows if row["validation_accuracy"] >= level), None
+            )
             for level in accuracy_levels
         },
     }
 
 
 def gap_at(rows: list[Row], level: float) -> float | None:
-    """Validation - train loss where the train loss first falls to ``level``; None if it never does."""
+    """Validation - train loss where the train loss first falls to ``level``; None if it never
+    does.
+    """
     for before, after in itertools.pairwise(rows):
         if after["train_loss"] <= level < before["train_loss"]:
             weight = (before["train_loss"] - level) / (before["train_loss"] - after["train_loss"])

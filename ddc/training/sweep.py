@@ -1,8 +1,9 @@
 """Sweeps: many runs of ``train.py``, listed in a file, that can be stopped and started again.
 
-A sweep file has one run a line, as the overrides of its configuration; empty lines and lines that begin with # are left
-out. A run is complete if the folder that its resolved configuration names has a summary. One that diverged is a
-result too, and is not run again; one that a process is at work on is left to it.
+A sweep file has one run a line, as the overrides of its configuration; empty lines and lines that
+begin with # are left out. A run is complete if the folder that its resolved configuration names has
+a summary. One that diverged is a result too, and is not run again; one that a process is at work on
+is left to it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,13 @@ ROOT = Path(__file__).resolve().parents[2]
 #: What a run may be. A failed one has ended without a checkpoint; its output says why.
 STATES = ("complete", "diverged", "running", "unfinished", "failed", "missing")
 #: What ``train.py`` needs and torch imports late: seconds, once a sweep instead of once a run.
-IMPORTS = ["ddc.report.rates", "ddc.report.runs", "ddc.training.loop", "ddc.training.sweep", "torch._dynamo"]
+IMPORTS = [
+    "ddc.report.rates",
+    "ddc.report.runs",
+    "ddc.training.loop",
+    "ddc.training.sweep",
+    "torch._dynamo",
+]
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,8 @@ def read_sweep(path: Path) -> list[SweepRun]:
     """The runs of a sweep file, each configuration resolved and validated.
 
     Raises:
-        ValueError: a line that is no valid configuration, or two lines that are the same run; with line numbers.
+        ValueError: a line that is no valid configuration, or two lines that are the same run; with
+            line numbers.
     """
     try:
         return parse_sweep(path.read_text().splitlines())
@@ -92,7 +100,8 @@ def parse_sweep(lines: Sequence[str]) -> list[SweepRun]:
 
 
 def run_missing(runs: list[SweepRun], jobs: int) -> None:
-    """Run, or resume, what has not ended, ``jobs`` at a time; a run that fails does not stop the others.
+    """Run, or resume, what has not ended, ``jobs`` at a time; a run that fails does not stop the
+    others.
 
     SIGTERM ends the runs, which save a checkpoint, and starts no others.
     """
@@ -108,7 +117,9 @@ def run_missing(runs: list[SweepRun], jobs: int) -> None:
     before = signal.signal(signal.SIGTERM, stop)
     try:
         with Progress() as progress:
-            task = progress.add_task(f"{len(runs)} runs", total=len(runs), completed=len(runs) - len(waiting))
+            task = progress.add_task(
+                f"{len(runs)} runs", total=len(runs), completed=len(runs) - len(waiting)
+            )
 
             def one(run: SweepRun) -> None:
                 if stopping.is_set():
@@ -126,10 +137,11 @@ def run_missing(runs: list[SweepRun], jobs: int) -> None:
 
 
 def start(run: SweepRun) -> BaseProcess:
-    """Begin a run, or go on with it, in a process of its own; its output goes to ``output.log`` in its folder.
+    """Begin a run, or go on with it, in a process of its own; its output goes to ``output.log`` in
+    its folder.
 
-    The process is forked from one that has made the imports and does nothing else. So a run begins within
-    milliseconds, and whatever kills it, the others do not notice.
+    The process is forked from one that has made the imports and does nothing else. So a run begins
+    within milliseconds, and whatever kills it, the others do not notice.
     """
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(IMPORTS)
