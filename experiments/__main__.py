@@ -70,7 +70,7 @@ def status(runs: str) -> Table:
         "time: of one core; later: follows from the stages before. What is recorded took "
         f"{recorded_seconds() / 3600:.1f} hours of one core."
     )
-    table = Table(title="runs of the claims", caption=caption, box=box.SIMPLE_HEAD)
+    table = Table(title="runs of the claims", caption=caption, box=box.SIMPLE_HEAD, padding=0)
     for name in ("claims", "experiment", "stage", "needed", "recorded", "ended", "missing", "time"):
         table.add_column(
             name,

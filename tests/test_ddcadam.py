@@ -47,7 +47,7 @@ def divergence(
     data: TextData,
     make=ddcadam,
     *,
-    kinds=KINDS,
+    kinds=tuple(KINDS),
     blocks=False,
     dtype=torch.float64,
     **options,

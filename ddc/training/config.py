@@ -9,9 +9,9 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -194,29 +194,34 @@ OPTIMIZERS = {
     "muon": MuonConfig,
     "ddcmuon": DDCMuonConfig,
 }
+#: Kinds of gauge that are in every run's identity, wanted or not: those that there were when runs
+#: got their names. Later ones are where they are wanted.
+FIRST_KINDS = tuple(KINDS)[:7]
 #: Which data a model reads.
 DATA = {"gpt": TextConfig, "vit": ImageConfig, "deep_mlp": ModularConfig}
 
 
+if TYPE_CHECKING:
+
+    class _Wanted:
+        """A field for every kind of gauge, ``bool | None``, in the order of tables."""
+
+else:
+    _Wanted = make_dataclass("_Wanted", [(kind, bool | None, False) for kind in KINDS])
+
+
 @dataclass
-class GaugesConfig:
-    """Which kinds of gauge the optimizer respects.
+class GaugesConfig(_Wanted):
+    """Which kinds of gauge the optimizer respects: a key for each of :data:`ddc.gauges.KINDS`.
 
     ``true``: the model must have the kind; ``null``: if the model has it; ``false``: not.
-    ``chained_rescale`` is ``relu_rescale`` layer by layer instead of neuron by neuron: one of the
-    two.
+    ``gauges=all`` says null for all that are on by default. ``chained_rescale`` is ``relu_rescale``
+    layer by layer instead of neuron by neuron: one of the two.
 
     ``granularity`` is that of ReLU and gated rescales: ``unit``, a scale for each hidden unit, or
     ``block``, one for a pair of matrices, or for a layer of a chain (:func:`ddc.gauges.in_blocks`).
     """
 
-    logit_shift: bool | None = False
-    relu_rescale: bool | None = False
-    chained_rescale: bool | None = False
-    gated_rescale: bool | None = False
-    norm_scale: bool | None = False
-    value_rotation: bool | None = False
-    qk_rotation: bool | None = False
     granularity: str = "unit"
 
     def __post_init__(self) -> None:
@@ -235,7 +240,7 @@ class GaugesConfig:
     @property
     def per_layer(self) -> bool:
         """As :func:`ddc.find_gauges` has it."""
-        return self.chained_rescale is not False
+        return "chained_rescale" in self.kinds
 
 
 @dataclass
@@ -463,7 +468,11 @@ class Config:
         values = dataclasses.asdict(self)
         del values["launcher"], values["wandb"], values["runs"], values["training"]["resume"]
         granularity = values["gauges"].pop("granularity")
-        values["gauges"] = {kind: wanted is not False for kind, wanted in values["gauges"].items()}
+        values["gauges"] = {
+            kind: wanted is not False
+            for kind, wanted in values["gauges"].items()
+            if wanted is not False or kind in FIRST_KINDS
+        }
         # keys that came later are left out where they say what had been so before: older runs keep
         # their names
         if granularity != "unit":
@@ -507,22 +516,34 @@ def register_schemas() -> None:
     ):
         for name, schema in schemas.items():
             store.store(group=group, name=f"schema_{name}", node=schema)
-    for name, path in experiments().items():
-        store.store(group="experiment", name=name, node=OmegaConf.load(path), package="_global_")
+    for group, choices in made_choices().items():
+        for name, node in choices.items():
+            package = "_global_" if group == "experiment" else None
+            store.store(group=group, name=name, node=node, package=package)
+
+
+@functools.cache
+def made_choices() -> dict[str, dict[str, Any]]:
+    """Groups that are made here, and not of files in ``configs``: ``experiment``, of ``run.yaml``
+    in each folder of experiments, which is global and holds model, data and training only; and
+    ``gauges``, of the kinds.
+    """
+    defaults = {name: None for name, kind in KINDS.items() if kind.default}
+    return {
+        "experiment": {name: OmegaConf.load(path) for name, path in experiments().items()},
+        "gauges": {"all": defaults, "none": {}, **{kind: {kind: True} for kind in KINDS}},
+    }
 
 
 def experiments() -> dict[str, Path]:
-    """The configurations of experiments by name: each is global, and holds model, data and training
-    only.
-    """
+    """``run.yaml`` of experiments by name."""
     return {path.parent.name: path for path in sorted(EXPERIMENTS.glob("*/run.yaml"))}
 
 
 def choices_of(group: str) -> list[str]:
     """What may be chosen of a group of configurations; nothing if there is no such group."""
-    if group == "experiment":
-        return list(experiments())
-    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+    files = (path.stem for path in (CONFIGS / group).glob("*.yaml"))
+    return sorted({*files, *made_choices().get(group, ())})
 
 
 def compose_config(overrides: Sequence[str]) -> Config:

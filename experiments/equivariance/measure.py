@@ -186,7 +186,7 @@ def cases() -> list[Case]:
     text, pairs = load_text(TextConfig(), CONTEXT), load_modular(ModularConfig(), seed=0)
     found = []
     for i, (name, config) in enumerate(MODELS.items()):
-        found.append(Case(name, config, text, BATCH, "all", KINDS))
+        found.append(Case(name, config, text, BATCH, "all", (*KINDS,)))
         if i < 2:
             kinds = {gauge.kind for gauge in find_gauges(GPT(config, text.vocab_size))}
             found += [
@@ -194,7 +194,7 @@ def cases() -> list[Case]:
             ]
     return [
         *found,
-        Case("ReLU network without biases, depth 8", DEEP, pairs, DEEP_BATCH, "all", KINDS),
+        Case("ReLU network without biases, depth 8", DEEP, pairs, DEEP_BATCH, "all", (*KINDS,)),
     ]
 
 

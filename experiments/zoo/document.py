@@ -156,7 +156,7 @@ def _reasons(traced: Sequence[Record]) -> dict[tuple[str, str], int]:
     for record in traced:
         for kind, reason, count in record["refused"]:
             times[kind, general(reason)] += count
-    ordered = sorted(times, key=lambda each: (KINDS.index(each[0]), -times[each]))
+    ordered = sorted(times, key=lambda each: ([*KINDS].index(each[0]), -times[each]))
     return {each: number for number, each in enumerate(ordered, 1)}
 
 
