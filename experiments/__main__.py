@@ -96,10 +96,9 @@ def status(runs: str) -> Table:
     return table
 
 
-def summary(claims: Mapping[str, Claim], verdicts: list[Verdict]) -> str:
-    """The main table with the rules of the verdicts, as Markdown."""
-    parts = [
-        "# Claims and verdicts",
+def summary(claims: Mapping[str, Claim], verdicts: list[Verdict]) -> tuple[str, str]:
+    """The main table, and what is to be known of it, rules of verdicts included, as Markdown."""
+    notes = [
         (
             "The claims are those of arXiv:2606.29176, as its abstract states them; each was"
             " tested at the scale that the table names, on CPUs, far below the paper's. A verdict"
@@ -109,7 +108,6 @@ def summary(claims: Mapping[str, Claim], verdicts: list[Verdict]) -> str:
             f" t-test of paired differences, Fisher's exact test of counts. {FEW_SEEDS} The verdict"
             " is what the rule says; what the same records hold against it stands beside it."
         ),
-        verdict_table(claims, verdicts),
         (
             "The paper has 28 figures and 9 tables. We know its abstract alone, from which they"
             " cannot be matched one by one: what answers which statement of the abstract stands at"
@@ -117,7 +115,12 @@ def summary(claims: Mapping[str, Claim], verdicts: list[Verdict]) -> str:
         ),
         "\n".join(f"- {rule(claim)}" for claim in claims.values()),
     ]
-    return "\n\n".join(parts) + "\n"
+    return f"# Claims and verdicts\n\n{verdict_table(claims, verdicts)}", "\n\n".join(notes)
+
+
+def document(claims: Mapping[str, Claim], verdicts: list[Verdict]) -> str:
+    """Both, as one document."""
+    return "\n\n".join(summary(claims, verdicts)) + "\n"
 
 
 def cost_section() -> Section:
@@ -135,7 +138,7 @@ def sources(claims: Mapping[str, Claim]) -> dict[str, Callable[[], list[Results]
         **{each.name: partial(each.results, claims) for each in questions(claims)},
         "benchmark": lambda: [benchmark.results()],
         "report": lambda: [
-            Results(REPORT, {"claims": lambda: summary(claims, all_verdicts(claims))})
+            Results(REPORT, {"claims": lambda: document(claims, all_verdicts(claims))})
         ],
     }
 
@@ -205,9 +208,9 @@ def report(console: Console) -> None:
             nothing = ("–", "the runs are not complete", "–", "–", "–", "–", "not tested")
             verdicts += [Verdict(each, *nothing) for each in ids]
     sections.append(cost_section())
-    main_table = summary(claims, verdicts)
-    save_document(REPORT / "claims.md", main_table)
-    text = html(page(sections, main_table, ROOT), TITLE, ROOT, ROOT / "experiments/report.css")
+    save_document(REPORT / "claims.md", document(claims, verdicts))
+    whole = page(sections, *summary(claims, verdicts), ROOT)
+    text = html(whole, TITLE, ROOT, ROOT / "experiments/report.css")
     write_atomically(REPORT / "index.html", text.encode())
     console.print(f"{REPORT / 'index.html'}, after {time.perf_counter() - began:.0f} s")
 

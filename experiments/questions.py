@@ -11,7 +11,8 @@ What a folder may hold, besides an ``__init__.py`` whose docstring is the title:
   records;
 - ``report.py``: ``load()`` gives the committed records, ``results(records, claims)`` their tables
   and figures, the first of them the question's own, and where there is a claim ``verdicts(records,
-  claims)`` its rows of the main table. None of them trains or measures.
+  claims)`` its rows of the main table, and ``FIGURES``, by claim the name of the figure that stands
+  beside that table. None of them trains or measures.
 """
 
 from __future__ import annotations
@@ -106,12 +107,14 @@ class Question:
         """Its part of the report: its own tables and figures, made."""
         own = self.results(claims)[0]
         documents = {name: own.table(name) for name in own.tables}
+        leading = getattr(self.module("report"), "FIGURES", {})
         return Section(
             self.title,
             tuple(claim.id for claim in claims.values() if claim.experiment == self.name),
             f"make {self.name}",
             documents["table"].removeprefix(f"# {self.title}\n\n"),
             drawn(own.figures, own.folder),
+            {claim: own.folder / f"{name}.png" for claim, name in leading.items()},
         )
 
 

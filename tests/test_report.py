@@ -357,7 +357,7 @@ def test_the_page_shows_every_figure_with_its_caption() -> None:
     section = Section(
         "T", ("C1",), "make x", "table\n", {ROOT / "results/vit_scratch/losses.png": "caption"}
     )
-    text = page([section], "main\n", ROOT)
+    text = page([section], "main", "notes", ROOT)
     assert "![caption](results/vit_scratch/losses.png)" in text
     assert "`make x`" in text
 

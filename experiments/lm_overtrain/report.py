@@ -53,6 +53,8 @@ QUANTITIES = (
     Quantity("gap at train loss 1.0", gap_at("1.0"), -1),
     EQUAL,
 )
+#: By claim, the figure beside the main table.
+FIGURES = {"C1": "losses"}
 #: The stages whose settings were chosen on the grid, one a question.
 QUESTIONS = ("tuned", "equal_loss", "early")
 STAGE_TITLES = {
@@ -306,13 +308,17 @@ def drawings(records: Sequence[Record]) -> dict[str, Drawing]:
     }
 
 
+#: What the rows of each optimizer's grid are.
+ROWS = {SUBJECT: "radial rate", BASELINE: "learning rate"}
+
+
 def plot_grid(records: Sequence[Record], stem: Path) -> list[Path]:
     """Three heat maps an optimizer."""
     from matplotlib.patches import Rectangle
 
     shown = {"equal_loss": EQUAL, "tuned": LAST, "early": BEST}
-    figure, axes = subplots(2, 3, figsize=(12, 6.5))
-    grids = {name: grid(records, name) for name in (SUBJECT, BASELINE)}
+    figure, axes = subplots(2, 3, figsize=(12, 7.5))
+    grids = {name: grid(records, name) for name in ROWS}
     for column, (stage, quantity) in zip(axes.T, shown.items(), strict=True):
         there = [number(run, quantity) for cells in grids.values() for run in cells.values()]
         low, high = min(v for v in there if v is not None), max(v for v in there if v is not None)
@@ -338,9 +344,13 @@ def plot_grid(records: Sequence[Record], stem: Path) -> list[Path]:
                     )
             panel.set_xticks(range(len(decays)), [f"{each:g}" for each in decays])
             panel.set_yticks(range(len(rates)), [f"{each:g}" for each in rates])
-            panel.set(xlabel="decay", ylabel="radial rate" if name == SUBJECT else "learning rate")
-            panel.set_title(f"{TITLES[name]}: {quantity.title}")
-        figure.colorbar(image, ax=column, label="nats")
+            panel.set(xlabel="decay")
+        column[0].set_title(f"chosen by: {quantity.title}")
+        figure.colorbar(
+            image, ax=column, location="bottom", aspect=30, label=f"{quantity.title} (nats)"
+        )
+    for row, (name, rate) in zip(axes, ROWS.items(), strict=True):
+        row[0].set_ylabel(f"{TITLES[name]}\n{rate}")
     return save_figure(figure, stem)
 
 
@@ -404,7 +414,8 @@ def plot_drift(runs: Runs, stem: Path) -> list[Path]:
                 drifts = [each[kind] for each in run["curve"]["gauge_drift"]]
                 label = None if j else f"{TITLES[name]}, {len(records)} seeds"
                 panel.plot(run["curve"]["step"], drifts, **nth_style(i), linewidth=1, label=label)
-        panel.set(title=KINDS[kind].title, xlabel="step", ylim=(0, None))
+        panel.set(title=KINDS[kind].title, xlabel="step")
+        panel.set_ylim(-0.03 * panel.get_ylim()[1])  # what stays at 0 is seen
     axes[0].set_ylabel("drift along the orbit since the start\n(rotations: radians)")
     axes[0].legend(frameon=False, fontsize="small")
     return save_figure(figure, stem)
