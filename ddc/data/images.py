@@ -128,8 +128,7 @@ class ImageData:
 
         Returns:
             (batch_size, channels, height, width) float32, and (batch_size,) int64; with mixup or
-                label smoothing,
-            probabilities of the classes instead, (batch_size, classes) float32.
+            label smoothing, probabilities of the classes instead, (batch_size, classes) float32.
         """
         chosen = shuffled(step, batch_size, self.train_units, seed)
         images, labels = (each[chosen] for each in self.train)
