@@ -289,12 +289,14 @@ class _Finding:
                 "QK-norm has a scale of its own, which does not commute with rotations",
             )
             return
+        # the planes that RoPE turns commute with turns of the same planes alone
         key, query = head_indices(attention)
         rotated = attention.rope.rotated if attention.rope is not None else 0
         if rotated:
             self._rotate_queries_and_keys(
                 place, planes(query, rotated), planes(key, rotated), reflections=False
             )
+        # what RoPE leaves alone turns as a whole
         if key.shape[-1] - rotated > 1:
             self._rotate_queries_and_keys(
                 place, query[..., rotated:], key[..., rotated:], reflections=True

@@ -138,9 +138,8 @@ def layers_of_vision_transformer(model: Any) -> list[Layer]:
 def _(model: DeepMLP) -> list[Layer]:
     names = [(f"layer {i + 1}", f"layers.{i}") for i in range(len(model.layers))]
     layers = [Layer(name, module, "input") for name, module in (*names, ("head", "head"))]
-    if (
-        model.config.residual
-    ):  # the stream is a sum of two tables at first, and the head reads it as it is at last
+    # the stream is a sum of two tables at first, and the head reads it as it is at last
+    if model.config.residual:
         layers[0] = replace(layers[0], activation_rank=2 * model.tokens - 1)
         layers[-2] = replace(layers[-2], gradient_rank=model.head.out_features - 1)
     return layers
@@ -385,10 +384,12 @@ def accumulate(
                         f"layer {layer.name}: module {layer.module!r} does not run in a forward"
                         " pass"
                     )
+            # gradients of the score with respect to all that was observed
             check_untouched(layers, calls)
             flat = [call.output for made in calls for call in made]
             output_gradient = score(outputs.detach(), targets, index)
             gradients = iter(torch.autograd.grad(outputs, flat, output_gradient, allow_unused=True))
+        # their second moments
         for i, (layer, made) in enumerate(zip(layers, calls, strict=True)):
             for call in made:
                 gradient = next(gradients)
@@ -453,6 +454,7 @@ def observed(model: nn.Module, layers: Sequence[Layer]) -> Iterator[list[list[Ca
         assert isinstance(module, nn.LayerNorm)
         normed[id(result)] = result, module  # kept alive, so that the id stays its own
 
+    # hooks, and the model without gradients of its own, as long as the context is open
     handles = [
         m.register_forward_hook(remember) for m in modules.values() if isinstance(m, nn.LayerNorm)
     ]
@@ -490,9 +492,11 @@ def add(
     moments: Moments | None, layer: Layer, call: Call, gradient: Tensor, softmax: bool
 ) -> Moments:
     """Add one call's activations and gradients to the moments."""
+    # rows of X and D; behind a LayerNorm X is taken without the shift
     x, d = (t.flatten(0, -2).double() for t in (call.activation, gradient))
     if call.after is not None and call.after.bias is not None:
         x = x - call.after.bias.detach().double()
+    # the first call says what is zero by construction
     if moments is None:
         ones = layer.gradient_ones or (
             "softmax does not see the mean of the logits" if softmax else None
