@@ -251,8 +251,8 @@ def test_beyond_the_grid_speaks_against_a_verdict_only_where_it_does() -> None:
 def test_23_of_28_learning_coefficients_are_near_the_true_one() -> None:
     records = read_lines(ROOT / "results/learning_coefficients/records.jsonl")
     assert learning_coefficients.near(records) == 23
-    for text in (ROOT / "README.md").read_text(), learning_coefficients.table(records):
-        assert re.search(r"23 (of 28 estimates are )?within 5% of", " ".join(text.split()))
+    for text in (ROOT / "docs/results.md").read_text(), learning_coefficients.table(records):
+        assert re.search(r"23 of 28 (estimates )?are within 5% of", " ".join(text.split()))
 
 
 def test_cells_are_compared_grid_by_grid() -> None:
