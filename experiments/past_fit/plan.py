@@ -58,12 +58,10 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ddc.report.stages import Record
-from experiments.output import save_records
+from experiments.past_fit.records import OPTIMIZERS
 from experiments.past_fit.settings import (
     QUESTIONS,
     Point,
@@ -78,7 +76,6 @@ from experiments.protocols import (
     TUNING_SEED,
     Experiment,
     Plan,
-    Stage,
     product,
 )
 
@@ -87,7 +84,6 @@ CURVE = ("step", "epoch", "train_loss", "validation_loss")
 SEEDS, MORE_SEEDS = range(5), (1, 2)
 #: Rounds of widening, and the points that each adds to an optimizer at most.
 ROUNDS, MOST = 4, 6
-OPTIMIZERS = ("adamw", "ddcadam", "ddcadam_paper")
 RATE, FAST, DECAY = 1e-3, 3e-3, 0.1
 FORMS = {
     "ours": "optimizer.retract=true optimizer.additive=false",
@@ -110,24 +106,22 @@ class Stages(Experiment):
         return super().lines([(each.replace("{runs}", runs), seed) for each, seed in planned], runs)
 
 
-def tried(optimizer: str, rounds: int, runs: str | None) -> dict[Point, Record]:
-    """What an optimizer has tried on the tuning seed, after so many rounds of widening.
+def searched(rounds: int, runs: str | None) -> dict[str, dict[Point, Record]]:
+    """What each optimizer has tried on the tuning seed, after so many rounds of widening.
 
     Raises:
         ValueError: a run of them has not ended.
     """
-    points = first_grid(optimizer)
-    for i in range(1, rounds + 1):
-        points += round_of(i, runs)[optimizer]
-    found = {}
-    for point in points:
-        found[point] = EXPERIMENT.found(setting_at(optimizer, point), TUNING_SEED, runs)
+    found: dict[str, dict[Point, Record]] = {name: {} for name in OPTIMIZERS}
+    points = {name: first_grid(name) for name in OPTIMIZERS}
+    for number in range(rounds + 1):
+        for name, each in points.items():
+            for point in each:
+                overrides = setting_at(name, point)
+                found[name][point] = EXPERIMENT.found(overrides, TUNING_SEED, runs)
+        if number < rounds:
+            points = widened(found, MOST)
     return found
-
-
-def round_of(number: int, runs: str | None) -> dict[str, list[Point]]:
-    """The points that a round of widening adds, by optimizer."""
-    return widened({name: tried(name, number - 1, runs) for name in OPTIMIZERS}, MOST)
 
 
 def budget(runs: str | None) -> Plan:
@@ -143,17 +137,18 @@ def grid(runs: str | None) -> Plan:
 
 def widening(number: int, runs: str | None) -> Plan:
     """One round of it."""
-    added = round_of(number, runs)
+    added = widened(searched(number - 1, runs), MOST)
     settings = [setting_at(name, point) for name in OPTIMIZERS for point in added[name]]
     return product(settings, [TUNING_SEED])
 
 
 def reported(runs: str | None) -> Plan:
     """What the questions choose, each setting once."""
+    chosen = {name: choices(each) for name, each in searched(ROUNDS, runs).items()}
     settings = [
-        setting_at(name, choices(tried(name, ROUNDS, runs))[question])
+        setting_at(name, chosen[name][question])
         for question, name in itertools.product(QUESTIONS, OPTIMIZERS)
-        if question in choices(tried(name, ROUNDS, runs))
+        if question in chosen[name]
     ]
     return product(dict.fromkeys(settings), SEEDS)
 
@@ -241,4 +236,5 @@ EXPERIMENT = Stages(
 
 if __name__ == "__main__":
     import sys
-    print("\n".join(EXPERIMENT.plan_lines(sys.argv[2], "runs")) if sys.argv[1]=="plan" else " ".join(EXPERIMENT.stages))
+
+    print("\n".join(EXPERIMENT.plan_lines(sys.argv[2], "runs")))

@@ -96,8 +96,9 @@ def choices(tried: Mapping[Point, Record]) -> dict[str, Point]:
     """The best point by each question; a question that no run answers chooses none."""
     found = {}
     for question, value in QUESTIONS.items():
-        best = min(tried, key=lambda point: value(tried[point]))
-        if value(tried[best]) < math.inf:
+        ranked = ((value(record), point) for point, record in tried.items())
+        lowest, best = min(ranked, default=(math.inf, ()))
+        if lowest < math.inf:
             found[question] = best
     return found
 
