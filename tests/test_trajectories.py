@@ -38,8 +38,7 @@ STEPS, RECORDED = 20, (1, 3, 10, 20)
 TOLERANCE = 1e-12
 
 ADAM = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8}
-OURS = {
-    **ADAM,
+LIFT = {
     "radial_rate": 1.0,
     "vertical": "freeze",
     "step_scale": "init",
@@ -47,6 +46,7 @@ OURS = {
     "additive": False,
     "compiled": False,
 }
+OURS = {**ADAM, **LIFT}
 PAPER = {**OURS, "step_scale": "norm", "retract": False, "additive": True}
 MUON = {
     **ADAM,
@@ -97,6 +97,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "ddcmuon",
         {**MATRICES, "step_scale": "norm", "retract": False, "additive": True},
     ),
+    "ddclion": ("ddclion", {**LIFT, "lr": 0.001, "betas": (0.9, 0.99)}),
+    "ddcsgd": ("ddcsgd", {**LIFT, "lr": 0.01, "momentum": 0.9, "nesterov": False}),
+    "ddcshampoo": ("ddcshampoo", {**LIFT, "lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-4}),
 }
 
 
