@@ -3,7 +3,16 @@ them.
 """
 
 from ddc.gauges import find_gauges, hidden_matrices
-from ddc.optim import DDCAdam, DDCMuon, grad_norm
+from ddc.optim import DDCSGD, DDCAdam, DDCLion, DDCMuon, DDCShampoo, grad_norm
 
-__all__ = ["DDCAdam", "DDCMuon", "find_gauges", "grad_norm", "hidden_matrices"]
+__all__ = [
+    "DDCSGD",
+    "DDCAdam",
+    "DDCLion",
+    "DDCMuon",
+    "DDCShampoo",
+    "find_gauges",
+    "grad_norm",
+    "hidden_matrices",
+]
 __version__ = "0.1.0"

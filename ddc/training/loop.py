@@ -52,7 +52,7 @@ from ddc.models import (
     check_fit,
     cross_entropy,
 )
-from ddc.optim import DDCAdam, DDCMuon
+from ddc.optim import DDCMuon, Lift
 from ddc.optim.drift import gauge_drift
 from ddc.optim.factory import make_optimizer
 from ddc.optim.relative_step import copied_matrices, relative_steps
@@ -599,7 +599,7 @@ def train_step(setup: Setup, step: int, scaler: GradScaler, audited: bool) -> fl
 
 def grad_norm(model: nn.Module, optimizer: Optimizer) -> Tensor:
     """The norm that clipping goes by: the gauge-invariant one where the optimizer has gauges."""
-    if isinstance(optimizer, DDCAdam):
+    if isinstance(optimizer, Lift):
         return optimizer.grad_norm()
     return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
