@@ -1,9 +1,15 @@
-"""Gauge-equivariant optimizers for PyTorch, and the harness that tests the paper's claims about
-them.
-"""
+"""Gauge-equivariant optimizers for PyTorch."""
 
-from ddc.gauges import find_gauges, hidden_matrices
+from ddc.gauges import audit, check, find_gauges, hidden_matrices
 from ddc.optim import DDCAdam, DDCMuon, grad_norm
 
-__all__ = ["DDCAdam", "DDCMuon", "find_gauges", "grad_norm", "hidden_matrices"]
+__all__ = [
+    "DDCAdam",
+    "DDCMuon",
+    "audit",
+    "check",
+    "find_gauges",
+    "grad_norm",
+    "hidden_matrices",
+]
 __version__ = "0.1.0"

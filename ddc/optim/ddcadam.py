@@ -9,10 +9,9 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
-from ddc.gauges import Gauge, Rescale, plain_names, whole
+from ddc.gauges import Gauge, Rescale, is_fake, plain_names, whole
 from ddc.optim.closure import loss_of
 from ddc.optim.hidden import HiddenMatrices
 from ddc.optim.parameters import check_has_values, is_plain, listed, names_of, names_under, prepared
@@ -450,11 +449,6 @@ def check_frozen(stack: PolarStack | ChainStack, gauges_of: Callable[[Iterable[s
                         f" what shares its gauge ({gauges_of(each for each, _ in layer)}). Freeze"
                         " that too, or make the optimizer anew without the gauge"
                     )
-
-
-def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor has a shape but no values."""
-    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def check_not_zero(params: Mapping[str, Tensor], why: str, otherwise: str) -> None:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import FailOnRecompileLimitHit
 
+from ddc.compatibility import OWN_COMPILE_CACHE
 from ddc.optim.averaging import Averaging
 from ddc.optim.plan import Role, compute_dtype
 from ddc.optim.sharding import CutAveraging, Whole, shards_of
@@ -402,14 +402,17 @@ class Arithmetic:
     def __call__(self, compiled: bool, *arguments: Any) -> Any:
         if not compiled:
             return self.function(*arguments)
+        # takes two seconds to import, and is here once a step is compiled
+        from torch._dynamo.exc import FailOnRecompileLimitHit
+
         if self.compiled is None:
             options = CPU_OPTIONS if self.device.type == "cpu" else {}
-            self.compiled = torch.compile(  # type: ignore[call-overload]
+            self.compiled = torch.compile(
                 self.function,
                 fullgraph=True,
                 dynamic=False,
                 options=options,
-                isolate_recompiles=True,
+                **OWN_COMPILE_CACHE,
             )
         try:
             return self.compiled(*arguments)
