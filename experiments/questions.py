@@ -73,6 +73,10 @@ class Question:
         doc = importlib.import_module(f"experiments.{self.name}").__doc__ or self.name
         return doc.strip().removesuffix(".")
 
+    def ids(self, claims: Mapping[str, Claim]) -> tuple[str, ...]:
+        """Of its claims."""
+        return tuple(claim.id for claim in claims.values() if claim.experiment == self.name)
+
     @property
     def plan(self) -> Planned | None:
         """Its runs; None if it measures by itself."""
@@ -101,7 +105,9 @@ class Question:
     def verdicts(self, claims: Mapping[str, Claim]) -> list[Verdict]:
         """What its records say on its claims."""
         report = self.module("report")
-        return [] if report is None else report.verdicts(self.records, claims)
+        if report is None or not self.ids(claims):
+            return []
+        return report.verdicts(self.records, claims)
 
     def section(self, claims: Mapping[str, Claim]) -> Section:
         """Its part of the report: its own tables and figures, made."""
@@ -110,7 +116,7 @@ class Question:
         leading = getattr(self.module("report"), "FIGURES", {})
         return Section(
             self.title,
-            tuple(claim.id for claim in claims.values() if claim.experiment == self.name),
+            self.ids(claims),
             f"make {self.name}",
             documents["table"].removeprefix(f"# {self.title}\n\n"),
             drawn(own.figures, own.folder),
