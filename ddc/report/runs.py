@@ -12,18 +12,28 @@ from rich.table import Table
 
 from ddc.report.figures import COLOURS, save_figure, subplots
 
+
+class Titles(dict[str, str]):
+    """By name; what has no other title is called by its name."""
+
+    def __missing__(self, name: str) -> str:
+        return name
+
+
 #: How optimizers are called in tables and figures; their order is that of columns and colours.
-TITLES = {
-    "adamw": "AdamW",
-    "ddcadam": "DDCAdam",
-    "muon": "Muon",
-    "ddcmuon": "DDCMuon",
-    "ddclion": "DDCLion",
-    "ddcsgd": "DDCSGD",
-    "ddcshampoo": "DDCShampoo",
-    "ddcadam_paper": "DDCAdam, the paper's step",
-    "adamw_relative": "AdamW, relative steps",
-}
+TITLES = Titles(
+    {
+        "adamw": "AdamW",
+        "ddcadam": "DDCAdam",
+        "muon": "Muon",
+        "ddcmuon": "DDCMuon",
+        "ddclion": "DDCLion",
+        "ddcsgd": "DDCSGD",
+        "ddcshampoo": "DDCShampoo",
+        "ddcadam_paper": "DDCAdam, the paper's step",
+        "adamw_relative": "AdamW, relative steps",
+    }
+)
 #: What a run folder holds besides checkpoints and mirrors.
 RECORD_FILES = (
     "run.json",

@@ -237,6 +237,8 @@ OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
 OPTIMIZERS |= {
     name: lift_schema(name, lift) for name, lift in LIFTS.items() if name not in OPTIMIZERS
 }
+# runs of a sweep are pickled, and a class is found by its name
+globals().update({schema.__name__: schema for schema in OPTIMIZERS.values()})
 #: Kinds of gauge that are in every run's identity, wanted or not: those that there were when runs
 #: got their names. Later ones are where they are wanted.
 FIRST_KINDS = tuple(KINDS)[:7]
@@ -567,14 +569,19 @@ def register_schemas() -> None:
 
 @functools.cache
 def made_choices() -> dict[str, dict[str, Any]]:
-    """Groups that are made here, and not of files in ``configs``: ``experiment``, of ``run.yaml``
-    in each folder of experiments, which is global and holds model, data and training only; and
-    ``gauges``, of the kinds.
+    """Choices that are made here, and not of files in ``configs``: ``experiment``, of ``run.yaml``
+    in each folder of experiments, which is global and holds model, data and training only;
+    ``gauges``, of the kinds; and ``optimizer``, of the schemas, where there is no file.
     """
+    optimizers = [name for name in OPTIMIZERS if not (CONFIGS / f"optimizer/{name}.yaml").exists()]
     defaults = {name: None for name, kind in KINDS.items() if kind.default}
     return {
         "experiment": {name: OmegaConf.load(path) for name, path in experiments().items()},
         "gauges": {"all": defaults, "none": {}, **{kind: {kind: True} for kind in KINDS}},
+        "optimizer": {
+            name: OmegaConf.create({"defaults": [f"schema_{name}", "_self_"]})
+            for name in optimizers
+        },
     }
 
 
