@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddc.optim.compiled import Hyper, approach_, safe_power
 from ddc.optim.orthogonal import ORTHOGONALIZERS
-from ddc.optim.rules.base import Direction, Moments, Rule, Subject, check_fractions
+from ddc.optim.rules.base import Direction, Moments, Rule, Subject, check_momentum
 
 
 class Orthogonaliser(Rule):
@@ -27,7 +27,7 @@ class Orthogonaliser(Rule):
     moments = ("momentum_buffer",)
 
     def check(self, group: Mapping[str, Any]) -> None:
-        check_fractions("momentum", (group["momentum"],), group["momentum"])
+        check_momentum(group["momentum"])
         if group["orthogonalizer"] not in ORTHOGONALIZERS:
             raise ValueError(
                 f"Invalid orthogonalizer={group['orthogonalizer']!r}: expected one of"
