@@ -1,8 +1,6 @@
-"""Gauge-equivariant optimizers for PyTorch, and the harness that tests the paper's claims about
-them.
-"""
+"""Gauge-equivariant optimizers for PyTorch."""
 
-from ddc.gauges import find_gauges, hidden_matrices
+from ddc.gauges import audit, check, find_gauges, hidden_matrices
 from ddc.optim import DDCSGD, DDCAdam, DDCLion, DDCMuon, DDCShampoo, grad_norm
 
 __all__ = [
@@ -11,6 +9,8 @@ __all__ = [
     "DDCLion",
     "DDCMuon",
     "DDCShampoo",
+    "audit",
+    "check",
     "find_gauges",
     "grad_norm",
     "hidden_matrices",

@@ -1,7 +1,17 @@
 """What the symmetries of a network are: actions, discovery from a model, check and audit."""
 
 from ddc.gauges.actions import Axis, Chain, Rescale, RotatedAxis, Rotation, Shift
-from ddc.gauges.base import KINDS, Gauge, Refusal, named_parameters, plain_name, plain_names, whole
+from ddc.gauges.base import (
+    KINDS,
+    Gauge,
+    Refusal,
+    is_fake,
+    is_split,
+    named_parameters,
+    plain_name,
+    plain_names,
+    whole,
+)
 from ddc.gauges.canonical import align_, balance_, nearest_turn, orbit_distance
 from ddc.gauges.discovery import find_gauges, read_gauges
 from ddc.gauges.gauge_set import GaugeSet, audit, check
@@ -27,6 +37,8 @@ __all__ = [
     "find_gauges",
     "hidden_matrices",
     "in_blocks",
+    "is_fake",
+    "is_split",
     "named_parameters",
     "nearest_turn",
     "orbit_distance",

@@ -22,11 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves, tree_map_only, tree_unflatten
 
-from ddc.gauges.base import first_line, place_of, plain_name
+from ddc.gauges.base import first_line, is_split, place_of, plain_name
 from ddc.gauges.double import InDouble, Untouched
 
 #: Operations that put entries elsewhere, or leave them where they are.
@@ -925,7 +924,7 @@ def example(
     name, parameters = type(model).__name__, dict(model.named_parameters())
     if not parameters:
         raise ValueError(f"{name} has no parameters: there is nothing to condition")
-    if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
+    if any(map(is_split, parameters.values())):
         raise ValueError(
             "a model whose parameters are DTensors cannot be traced: find its gauges before"
             " fully_shard"

@@ -19,12 +19,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from ddc.gauges.actions import Shift
-from ddc.gauges.base import Gauge, Refusal, first_line, named_parameters, place_of
+from ddc.gauges.base import (
+    Gauge,
+    Refusal,
+    first_line,
+    is_fake,
+    is_split,
+    named_parameters,
+    place_of,
+)
 from ddc.gauges.double import InDouble, double
 from ddc.gauges.gauge_set import GaugeSet
 from ddc.gauges.trace import fill_caches, reachable, running
@@ -417,9 +423,9 @@ def unchecked(gauges: GaugeSet, reason: str) -> GaugeSet:
 def unfit(model: nn.Module) -> str:
     """Why a model cannot be run by itself; empty if it can."""
     tensors = [*model.parameters(), *model.buffers()]
-    if any(isinstance(x, DTensor) for x in tensors):
+    if any(map(is_split, tensors)):
         return "its parameters are split over processes"
-    if any(x.is_meta or isinstance(x, FakeTensor) for x in tensors):
+    if any(map(is_fake, tensors)):
         return "its weights have no values"
     count = sum(p.numel() for p in model.parameters())
     return f"it has {count:.1e} parameters" if count > LARGEST else ""

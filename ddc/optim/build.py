@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from ddc.gauges import HiddenMatrix, Rescale, whole
+from ddc.gauges import HiddenMatrix, Rescale, is_fake, whole
 from ddc.optim.chain import ChainStack
 from ddc.optim.frames import Frames, Member
 from ddc.optim.free import FreeStack
@@ -20,11 +19,6 @@ from ddc.optim.rules import Rule
 from ddc.optim.sharding import check_split_alike, shards_of
 from ddc.optim.stack import Stack
 from ddc.optim.stacked import Dressed, StackedParameter
-
-
-def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor has a shape but no values."""
-    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def check_not_zero(params: Mapping[str, Tensor], why: str, otherwise: str) -> None:

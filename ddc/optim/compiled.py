@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ddc.compatibility import OWN_COMPILE_CACHE
 
 log = logging.getLogger(__name__)
 
@@ -39,14 +40,13 @@ class Arithmetic:
         from torch._dynamo.exc import FailOnRecompileLimitHit
 
         if self.compiled is None:
-            options: dict[str, Any] = {
-                "options": CPU_OPTIONS if self.device.type == "cpu" else {},
-                "fullgraph": True,
-                "dynamic": False,
-            }
-            if "isolate_recompiles" in inspect.signature(torch.compile).parameters:  # torch 2.13
-                options["isolate_recompiles"] = True
-            self.compiled = torch.compile(self.function, **options)
+            self.compiled = torch.compile(
+                self.function,
+                fullgraph=True,
+                dynamic=False,
+                options=CPU_OPTIONS if self.device.type == "cpu" else {},
+                **OWN_COMPILE_CACHE,
+            )
         try:
             return self.compiled(*arguments)
         except FailOnRecompileLimitHit:

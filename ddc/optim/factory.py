@@ -10,10 +10,9 @@ from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from ddc.gauges import GaugeSet, HiddenMatrix, plain_name
+from ddc.gauges import GaugeSet, HiddenMatrix, is_split, plain_name
 from ddc.optim.combined import CombinedOptimizer
 from ddc.optim.ddcadam import DDCAdam
 from ddc.optim.ddcmuon import DDCMuon
@@ -210,7 +209,7 @@ def make_optimizer(
 def compiled_step(wanted: bool | None, model: nn.Module) -> bool:
     """Whether to compile the step: see :func:`make_optimizer`."""
     parameters = listed(model.parameters(), "an optimizer")
-    if any(isinstance(p, DTensor) for p in parameters):
+    if any(map(is_split, parameters)):
         if wanted:
             raise ValueError(
                 "Invalid optimizer.compiled=true: a step on parameters that are split over"

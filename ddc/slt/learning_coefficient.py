@@ -46,7 +46,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -180,8 +179,9 @@ def estimate(
         RuntimeError: no step of the grid passes the rule; a chain leaves the finite numbers or
             never moves.
     """
-    # takes a second to import, which every run of the trainer would wait for
+    # these two take a second to import, which every run of the trainer would wait for
     from arviz_stats.base import array_stats
+    from scipy import stats
 
     settings = Settings() if settings is None else settings
     if not 1 <= n < math.inf:
@@ -463,7 +463,7 @@ def module_loss(model: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor])
     Args:
         model: without dropout; its own parameters are not used. Take w* from
             :func:`ddc.gauges.named_parameters`.
-        criterion: mean loss per sample, such as :func:`ddc.models.cross_entropy`.
+        criterion: mean loss per sample, such as ``torch.nn.functional.cross_entropy``.
     """
 
     def loss(params: Params, *batch: Tensor) -> Tensor:

@@ -24,9 +24,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ddc.models import GPT
-from ddc.models.deep_mlp import DeepMLP
-
 #: Observables of a layer, in the order of tables: what is read, and whether it is a second moment
 #: of a single direction (so that its slope is 2(k - 1)), the root of one, or a log-volume.
 OBSERVABLES = (
@@ -102,18 +99,6 @@ def layers_of(model: nn.Module) -> list[Layer]:
     )
 
 
-@layers_of.register
-def _(model: GPT) -> list[Layer]:
-    ones = (
-        "read by LayerNorms only, which subtract the mean" if model.config.norm == "layer" else None
-    )
-    names = [
-        ("embedding", "embedding"),
-        *((f"block {i + 1}", f"blocks.{i}") for i in range(len(model.blocks))),
-    ]
-    return [Layer(name, module, gradient_ones=ones) for name, module in names]
-
-
 def layers_of_vision_transformer(model: Any) -> list[Layer]:
     """Embedding (patches and positions) and blocks of timm's vision transformer, read at the
     residual stream.
@@ -131,17 +116,6 @@ def layers_of_vision_transformer(model: Any) -> list[Layer]:
     # a linear map of pixels, and a vector a position
     layers[0] = replace(layers[0], activation_rank=pixels + tokens)
     layers[-1] = replace(layers[-1], pooled=True)
-    return layers
-
-
-@layers_of.register
-def _(model: DeepMLP) -> list[Layer]:
-    names = [(f"layer {i + 1}", f"layers.{i}") for i in range(len(model.layers))]
-    layers = [Layer(name, module, "input") for name, module in (*names, ("head", "head"))]
-    # the stream is a sum of two tables at first, and the head reads it as it is at last
-    if model.config.residual:
-        layers[0] = replace(layers[0], activation_rank=2 * model.tokens - 1)
-        layers[-2] = replace(layers[-2], gradient_rank=model.head.out_features - 1)
     return layers
 
 

@@ -33,7 +33,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from ddc.slt.observables import OBSERVABLES
 
@@ -127,6 +126,8 @@ def fit_line(x: Array, y: Array, confidence: float = 0.95) -> Fit:
         y: shape (n,).
         confidence: of the interval.
     """
+    from scipy import stats  # takes half a second to import
+
     # the line
     n = len(x)
     centred = x - x.mean()
@@ -231,6 +232,8 @@ def has_kink(x: Array, y: Array, fit: Fit, rule: RateRule) -> bool:
     than ``rule.kink`` of the line's slope, and an F-test prefers it to the line. (The test takes
     residuals for white; serial correlation makes it refuse too often rather than too rarely.)
     """
+    from scipy import stats
+
     centred = x - x.mean()
     design = np.stack([np.ones_like(x), centred, centred**2], axis=1)
     coefficients = np.linalg.lstsq(design, y)[0]

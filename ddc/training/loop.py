@@ -57,7 +57,6 @@ from ddc.optim.drift import gauge_drift
 from ddc.optim.factory import make_optimizer
 from ddc.optim.relative_step import copied_matrices, relative_steps
 from ddc.optim.sharding import local_part
-from ddc.slt.observer import Observer, joined
 from ddc.training.allocator import keep_freed_memory
 from ddc.training.calibration import calibration_error
 from ddc.training.checkpoint import checkpoints, load_checkpoint, read_checkpoint, save_checkpoint
@@ -72,6 +71,7 @@ from ddc.training.config import (
 from ddc.training.display import Display
 from ddc.training.lock import only_process_in
 from ddc.training.mirror import Mirror
+from ddc.training.observer import Observer, joined
 from ddc.training.ranks import ALONE, Ranks
 from ddc.training.records import Records, Row, provenance, summarize, write_json
 
