@@ -91,8 +91,8 @@ class Rule(ABC):
     def direction(
         self, x: Tensor, moments: Moments, clock: Any, hyper: Hyper, of: Subject
     ) -> Direction:
-        """Take x, (L, *shape), into the moments in place, and return the direction; x may be used
-        up.
+        """Take x, of shape ``(L, *shape)``, into the moments in place, and return the direction; x
+        may be used up.
         """
 
     def of_numbers(self, x: Tensor, moments: Moments, clock: Any, hyper: Hyper) -> Direction:
