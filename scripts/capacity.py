@@ -34,8 +34,9 @@ from ddc.models import cross_entropy
 from ddc.report.capacity import capacity_table, plot_capacity
 from ddc.report.runs import Run
 from ddc.training.display import print_plainly
-from ddc.training.loop import Setup, evaluation_batches, measure, restore
+from ddc.training.evaluate import evaluation_batches, measure
 from ddc.training.records import provenance, write_json
+from ddc.training.setup import Setup, restore
 
 SHARES = (1.0, 0.75, 0.5, 0.25)
 

@@ -30,12 +30,14 @@ from ddc.models import (
     load_model,
     save_model,
 )
-from ddc.training.config import DATA, OPTIMIZERS, Config, compose_config, restored
-from ddc.training.loop import prepare, restore, train
+from ddc.training.command import STOPS
+from ddc.training.compose import compose_config, restored
+from ddc.training.loop import train
 from ddc.training.ranks import join_ranks
+from ddc.training.schema import DATA, OPTIMIZERS, Config
+from ddc.training.setup import prepare, restore
 from experiments.refused import REFUSED, page
 from tests.test_training import ROOT, composed, run, train_py
-from train import STOPS
 
 #: Values on the command line by type: right ones, and after the bar wrong ones.
 BY_TYPE: dict[Any, str] = {

@@ -22,11 +22,15 @@ from ddc.models import GPT, GPTConfig
 from ddc.optim.factory import compiled_step
 from ddc.training import loop
 from ddc.training.checkpoint import load_checkpoint, read_checkpoint
-from ddc.training.config import Config, TrainingConfig, register_schemas, resolve
-from ddc.training.loop import DivergedError, learning_rate_factor, prepare, train
+from ddc.training.compose import register_schemas, resolve
+from ddc.training.evaluate import learning_rate_factor
+from ddc.training.loop import train
 from ddc.training.mirror import Mirror
 from ddc.training.ranks import ALONE
 from ddc.training.records import Records, gap_at, summarize
+from ddc.training.run_folder import DivergedError
+from ddc.training.schema import Config, TrainingConfig
+from ddc.training.setup import Setup, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 register_schemas()
@@ -73,7 +77,7 @@ def composed(*overrides: str) -> Config:
         return resolve(compose("config", overrides=[*tiny, *overrides]))
 
 
-def run(tmp_path: Path, *overrides: str) -> loop.Setup:
+def run(tmp_path: Path, *overrides: str) -> Setup:
     return prepare(composed(f"runs={tmp_path}", *overrides))
 
 
@@ -327,7 +331,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert re.search(r"loss .* is (nan|inf)", (setup.folder / "diverged.json").read_text())
 
 
-def spoil_gradients(setup: loop.Setup, index: tuple[int, int], steps: range) -> None:
+def spoil_gradients(setup: Setup, index: tuple[int, int], steps: range) -> None:
     """One entry of the embedding's gradient is nan at these steps, beside a loss that is finite."""
     count = itertools.count()
 

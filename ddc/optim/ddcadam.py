@@ -16,6 +16,7 @@ from ddc.optim.closure import loss_of
 from ddc.optim.hidden import HiddenMatrices
 from ddc.optim.parameters import check_has_values, is_plain, listed, names_of, names_under, prepared
 from ddc.optim.plan import ChainPlan, Plan, PolarPlan, Role, make_plan
+from ddc.optim.ranges import check_ranges
 from ddc.optim.saved import (
     as_it_was_if_refused,
     check_shapes,
@@ -36,8 +37,6 @@ from ddc.optim.stacked import (
 )
 from ddc.optim.stacks import ChainStack, FreeStack, PolarStack
 
-VERTICAL_MODES = ("freeze", "adam", "balance")
-STEP_SCALES = ("init", "norm")
 Stack = PolarStack | ChainStack | FreeStack | HiddenMatrices
 
 
@@ -414,14 +413,7 @@ def invariant_norm(stacks: Sequence[Stack], groups: list[Group], compiled: bool)
 
 def check_hyperparameters(group: Mapping[str, Any]) -> None:
     """Raise ValueError for a hyperparameter out of range."""
-    for key in ("lr", "eps", "weight_decay", "radial_rate"):
-        if not float(group[key]) >= 0:
-            raise ValueError(f"Invalid {key}={group[key]}: expected a number >= 0")
-    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"Invalid betas={group['betas']}: expected two numbers in [0, 1)")
-    for key, choices in (("vertical", VERTICAL_MODES), ("step_scale", STEP_SCALES)):
-        if group[key] not in choices:
-            raise ValueError(f"Invalid {key}={group[key]!r}: expected one of {', '.join(choices)}")
+    check_ranges(group)
     if group["additive"] and group["retract"]:
         raise ValueError(
             "Invalid retract=True with additive=True: what is added is not retracted; set"

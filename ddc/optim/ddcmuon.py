@@ -10,9 +10,9 @@ from torch import Tensor
 from ddc.gauges import Gauge, HiddenMatrix, plain_names
 from ddc.optim.ddcadam import Builder, DDCAdam, Stack, check_not_zero
 from ddc.optim.hidden import Factor, FrameStack, HiddenMatrices, HiddenStack, Member, MuonHyper
-from ddc.optim.orthogonal import ORTHOGONALIZERS
 from ddc.optim.parameters import listed, names_under
 from ddc.optim.plan import Dressing, InnerPlan, Plan, make_plan
+from ddc.optim.ranges import check_ranges
 from ddc.optim.saved import listing
 from ddc.optim.sharding import check_split_alike, shards_of
 from ddc.optim.stacks import PolarStack
@@ -95,16 +95,10 @@ class DDCMuon(DDCAdam):
         additive: bool = False,
         compiled: bool = False,
     ) -> None:
-        if not 0 <= momentum < 1:
-            raise ValueError(f"Invalid momentum={momentum}: expected a number in [0, 1)")
-        if orthogonalizer not in ORTHOGONALIZERS:
-            raise ValueError(
-                f"Invalid orthogonalizer={orthogonalizer!r}: expected one of"
-                f" {', '.join(ORTHOGONALIZERS)}"
-            )
         self._hidden = {matrix.parameter: matrix for matrix in hidden}
         gauges = list(gauges)
         muon = {"momentum": momentum, "nesterov": nesterov, "orthogonalizer": orthogonalizer}
+        check_ranges(muon)
         super().__init__(
             split_groups(
                 params, self._hidden, names_under(gauges), {"lr": lr, **muon}, {"lr": adam_lr}
