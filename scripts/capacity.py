@@ -36,6 +36,7 @@ from ddc.report.runs import Run
 from ddc.training.display import print_plainly
 from ddc.training.evaluate import evaluation_batches, measure
 from ddc.training.records import provenance, write_json
+from ddc.training.run_folder import CAPACITY
 from ddc.training.setup import Setup, restore
 
 SHARES = (1.0, 0.75, 0.5, 0.25)
@@ -53,7 +54,7 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console()
     for folder in arguments.folders:
-        path = folder / "capacity.json"
+        path = folder / CAPACITY
         try:
             run = Run.read(folder)
             if run.summary is None:
