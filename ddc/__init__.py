@@ -1,11 +1,14 @@
 """Gauge-equivariant optimizers for PyTorch."""
 
 from ddc.gauges import audit, check, find_gauges, hidden_matrices
-from ddc.optim import DDCAdam, DDCMuon, grad_norm
+from ddc.optim import DDCSGD, DDCAdam, DDCLion, DDCMuon, DDCShampoo, grad_norm
 
 __all__ = [
+    "DDCSGD",
     "DDCAdam",
+    "DDCLion",
     "DDCMuon",
+    "DDCShampoo",
     "audit",
     "check",
     "find_gauges",

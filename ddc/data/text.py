@@ -249,6 +249,7 @@ def _hub(config: TextConfig, context: int) -> TextData:
         " data.path=FILE"
     )
     splits = load_splits(config.hub_path, config.hub_name, ("train", "validation"), otherwise)
+    # one column is the text
     if config.hub_column not in splits[0].column_names:
         raise DataError(
             f"data.hub_column={config.hub_column!r}: {config.hub_path} has the columns "

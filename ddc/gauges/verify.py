@@ -136,32 +136,36 @@ class Subject:
         """What the model computes: its outputs, logits first, and all tensors that it keeps, in
         float64.
         """
+        # weights in float64; those that the model writes to are copied first
         held = dict(self.weights if weights is None else weights)
         if self.writes:
             held = {place: weight.clone() for place, weight in held.items()}
         versions = {place: w._version for place, w in held.items()}
         with running(self.model, training, seed), torch.no_grad():
+            # what else the model holds (buffers, lists, plain objects), in float64 too
             for tensor in tensors(reachable(self.model)):
                 if (place := place_of(tensor)) is not None and place not in held:
                     held[place] = double(tensor.detach().clone())
             kept = [stand_in for place, stand_in in held.items() if place not in versions]
-            for module in (
-                self.model.modules()
-            ):  # which tells the model its type; what else holds them, InDouble sees
+            # on the modules, which tells the model its type; what else holds them, InDouble sees
+            for module in self.model.modules():
                 for own in (module._parameters, module._buffers):
                     stand_ins: dict[str, Any] = {
                         k: held.get(place_of(x), x) for k, x in own.items() if x is not None
                     }
                     own.update(stand_ins)
+            # the forward pass, and what it leaves on the model
             before = {id(tensor) for tensor in tensors(reachable(self.model))}
             with InDouble(held):
                 given = self.model(*tree_map(double, inputs[0]), **tree_map(double, inputs[1]))
             left = [tensor for tensor in tensors(reachable(self.model)) if id(tensor) not in before]
+        # it wrote to its weights: once more, on copies
         if not self.writes and any(
             held[place]._version != version for place, version in versions.items()
         ):
             self.writes = True
             return self.outputs(inputs, training, seed, weights)
+        # logits first
         logits = (
             [given["logits"]]
             if isinstance(given, Mapping) and isinstance(given.get("logits"), Tensor)

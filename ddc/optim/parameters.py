@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -144,3 +145,10 @@ def check_has_values(name: str, param: Tensor) -> None:
             f"{name!r} is on the meta device, without values and without a gradient: the model got"
             " its own values (to_empty, say) in other tensors. Make the optimizer after that"
         )
+
+
+def compute_dtype(param: Tensor) -> torch.dtype:
+    """State and arithmetic are in float32 for lower precisions, else in the parameter's own dtype
+    (or its parts').
+    """
+    return torch.float64 if param.dtype in (torch.float64, torch.complex128) else torch.float32

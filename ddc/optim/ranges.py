@@ -1,4 +1,7 @@
-"""Which values hyperparameters may have: for the optimizers, and for the configuration of a run."""
+"""Which values hyperparameters may have: for the optimizers, and for the configuration of a run.
+
+Those of which rules differ, betas and eps, are checked by the rules.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +30,9 @@ _AT_LEAST_0: Range = (lambda value: bool(value >= 0), "a number >= 0")
 RANGES: dict[str, Range] = {
     "lr": _AT_LEAST_0,
     "adam_lr": _AT_LEAST_0,
-    "eps": _AT_LEAST_0,
     "weight_decay": _AT_LEAST_0,
     "radial_rate": _AT_LEAST_0,
     "momentum": (lambda value: bool(0 <= value < 1), "a number in [0, 1)"),
-    "betas": (
-        lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
-        "two numbers in [0, 1)",
-    ),
     "vertical": _one_of(VERTICAL_MODES),
     "step_scale": _one_of(STEP_SCALES),
     "adjust_lr_fn": _one_of(ADJUSTMENTS),

@@ -58,6 +58,12 @@ class Whole:
     def on_whole(self, function: Callable[[Tensor], Tensor], stacked: Tensor) -> Tensor:
         return function(stacked)
 
+    def all_of(self, stacked: Tensor) -> Tensor:
+        return stacked
+
+    def mine_of(self, stacked: Tensor) -> Tensor:
+        return stacked
+
 
 class Pairs(Whole):
     """A complex parameter that is whole on this rank: pairs of real numbers, as to
@@ -174,6 +180,14 @@ class Shards(Whole):
         mine = self._assembled(stacked, parts, shape).redistribute(placements=layers).to_local()
         done = function(mine) if len(mine) else mine
         return self._assembled(done, layers, shape).redistribute(placements=parts).to_local()
+
+    def all_of(self, stacked: Tensor) -> Tensor:
+        """Whole stacked tensors, on every rank."""
+        return self.gathered(stacked, 1 + self.axis, self.shape[self.axis])
+
+    def mine_of(self, stacked: Tensor) -> Tensor:
+        """The inverse of :meth:`all_of`."""
+        return self.part(stacked, 1 + self.axis, self.axis)
 
     def scattered(self, partial: Tensor, dim: int) -> Tensor:
         """The sum over all ranks, split along ``dim``: this rank's part."""

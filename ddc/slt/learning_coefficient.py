@@ -192,10 +192,12 @@ def estimate(
         beta = 1 / math.log(n)
     if not 0 < beta < math.inf:
         raise ValueError(f"Invalid {beta=}: expected a positive number")
+    # w*, at the point of least norm on its orbit
     center = {name: p.detach().clone() for name, p in params.items()}
     _check(center)
     balance_(center, gauges)
 
+    # sample
     start = time.perf_counter()
     sampler = (_HMC if batches is None else _SGLD)(loss, center, n * beta, batches, settings)
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no batching rule
@@ -211,6 +213,7 @@ def estimate(
     trace = drawn.excess.double().cpu()
     seconds = time.perf_counter() - start
 
+    # the mean energy, with the error of independent chains
     draws = n * beta * trace.numpy()
     means = draws.mean(1)
     value, error = float(means.mean()), float(means.std(ddof=1) / math.sqrt(settings.chains))
@@ -406,12 +409,14 @@ class _HMC(_Sampler):
             h = (step_size**0.5 * self.uniform()).unsqueeze(1)
             momentum = self.noise()
             total = energy + momentum.square().sum(1) / 2
+            # leapfrog steps
             w, new_grad = self.w, grad
             for _ in range(self.settings.steps):
                 momentum = momentum - h / 2 * new_grad
                 w = w + h * momentum
                 new_grad, new_energy, new_loss = self.potential(w)
                 momentum = momentum - h / 2 * new_grad
+            # Metropolis' acceptance
             # a proposal that is not finite is not accepted
             change = (total - new_energy - momentum.square().sum(1) / 2).nan_to_num(
                 -torch.inf, -torch.inf
@@ -554,6 +559,7 @@ def fit_temperatures(
         raise ValueError(f"Invalid temperatures={list(temperatures)}: expected at least four")
     settings = Settings() if settings is None else settings
     gauges = list(gauges)
+    # an estimate at each temperature
     estimates = tuple(
         estimate(
             loss,
@@ -566,6 +572,7 @@ def fit_temperatures(
         )
         for i, tau in enumerate(temperatures)
     )
+    # the fit, and its error from fits to estimates with noise of their own size
     values = np.array([each.value for each in estimates])
     errors = np.array([each.standard_error for each in estimates])
     random = np.random.default_rng(settings.seed)

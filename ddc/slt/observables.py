@@ -358,10 +358,12 @@ def accumulate(
                         f"layer {layer.name}: module {layer.module!r} does not run in a forward"
                         " pass"
                     )
+            # gradients of the score with respect to all that was observed
             check_untouched(layers, calls)
             flat = [call.output for made in calls for call in made]
             output_gradient = score(outputs.detach(), targets, index)
             gradients = iter(torch.autograd.grad(outputs, flat, output_gradient, allow_unused=True))
+        # their second moments
         for i, (layer, made) in enumerate(zip(layers, calls, strict=True)):
             for call in made:
                 gradient = next(gradients)
@@ -426,6 +428,7 @@ def observed(model: nn.Module, layers: Sequence[Layer]) -> Iterator[list[list[Ca
         assert isinstance(module, nn.LayerNorm)
         normed[id(result)] = result, module  # kept alive, so that the id stays its own
 
+    # hooks, and the model without gradients of its own, as long as the context is open
     handles = [
         m.register_forward_hook(remember) for m in modules.values() if isinstance(m, nn.LayerNorm)
     ]
@@ -463,9 +466,11 @@ def add(
     moments: Moments | None, layer: Layer, call: Call, gradient: Tensor, softmax: bool
 ) -> Moments:
     """Add one call's activations and gradients to the moments."""
+    # rows of X and D; behind a LayerNorm X is taken without the shift
     x, d = (t.flatten(0, -2).double() for t in (call.activation, gradient))
     if call.after is not None and call.after.bias is not None:
         x = x - call.after.bias.detach().double()
+    # the first call says what is zero by construction
     if moments is None:
         ones = layer.gradient_ones or (
             "softmax does not see the mean of the logits" if softmax else None

@@ -129,6 +129,7 @@ def fit_line(x: Array, y: Array, confidence: float = 0.95) -> Fit:
     """
     from scipy import stats  # takes half a second to import
 
+    # the line
     n = len(x)
     centred = x - x.mean()
     weights = centred / (centred @ centred)
@@ -139,6 +140,7 @@ def fit_line(x: Array, y: Array, confidence: float = 0.95) -> Fit:
     r2 = 1 - float(residuals @ residuals) / total if total > 0 else 0.0
     if not residuals.any():
         return Fit(slope, intercept, slope, slope, r2)
+    # the residuals' correlation, and the length of blocks that it asks for
     rho = float(residuals[1:] @ residuals[:-1] / (residuals @ residuals))
     rho = min(max(rho + (2 + 4 * rho) / n, 0.0), 0.9)
     length = round((math.sqrt(6) * rho / (1 - rho**2)) ** (2 / 3) * n ** (1 / 3))
@@ -147,6 +149,7 @@ def fit_line(x: Array, y: Array, confidence: float = 0.95) -> Fit:
     blocks = residuals[(np.arange(n)[None, :] + np.arange(length)[:, None]) % n]
     parts = [weights[i : i + length] for i in range(0, n, length)]
     variance = sum(float((part @ blocks[: len(part)]).var()) for part in parts)
+    # what blocks of this length miss of the correlation
     kept = 1 + 2 * sum((1 - lag / length) * rho**lag for lag in range(1, length))
     variance *= (1 + rho) / (1 - rho) / kept
     # residuals are smaller than errors: two parameters are fitted
@@ -167,6 +170,7 @@ def read_rate(
             floor.
         rule: the constants.
     """
+    # checkpoints that have a place on the axis
     rule = rule or RateRule()
     x, y = np.asarray(log_t, dtype=np.float64), np.asarray(log_y, dtype=np.float64)
     x, y = x[np.isfinite(x)], y[np.isfinite(x)]
@@ -174,15 +178,16 @@ def read_rate(
         return Rate("few", len(x))
     if decades(x) < rule.min_decades:
         return Rate("narrow", len(x), decades(x))
+    # those above the rounding floor, and windows of them from the small-t end
     visible = np.isfinite(y)
     x, y = x[visible], y[visible]
     windows = list(anchored_windows(x, rule))
     if not windows:
         return Rate("floor", len(x), decades(x))
+    # the longest that passes; else the shortest, and why it does not
     for window in reversed(windows):
-        if (
-            squared_correlation(x[window], y[window]) < rule.min_r2
-        ):  # spares the interval, which is most of the work
+        # first, for it spares the interval, which is most of the work
+        if squared_correlation(x[window], y[window]) < rule.min_r2:
             continue
         fit = fit_line(x[window], y[window], rule.confidence)
         if steep(fit, rule) and not has_kink(x[window], y[window], fit, rule):

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from ddc.gauges import audit, named_parameters
 from ddc.models import cross_entropy
-from ddc.optim import DDCAdam
+from ddc.optim import Lift
 from ddc.optim.drift import gauge_drift
 from ddc.optim.relative_step import copied_matrices, relative_steps
 from ddc.training.checkpoint import load_checkpoint, save_checkpoint
@@ -239,7 +239,7 @@ def train_step(setup: Setup, step: int, scaler: GradScaler, audited: bool) -> fl
 
 def grad_norm(model: nn.Module, optimizer: Optimizer) -> Tensor:
     """The norm that clipping goes by: the gauge-invariant one where the optimizer has gauges."""
-    if isinstance(optimizer, DDCAdam):
+    if isinstance(optimizer, Lift):
         return optimizer.grad_norm()
     return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, make_dataclass
+from typing import Any, get_type_hints
 
 from omegaconf import MISSING
 
@@ -16,7 +17,10 @@ from ddc.data import DataConfig, ImageConfig, ModularConfig, TextConfig
 from ddc.gauges import KINDS
 from ddc.gauges.granularity import GRANULARITIES
 from ddc.models import GPTConfig, ModelConfig
+from ddc.optim.factory import LIFTS
+from ddc.optim.lift import Lift
 from ddc.optim.ranges import expected
+from ddc.optim.rules import Adam, Rule
 from ddc.slt.config import SLTConfig
 from ddc.training.errors import WHO_READS_WHAT
 
@@ -34,15 +38,11 @@ class OptimizerConfig:
 
     Args:
         lr: learning rate, at its peak.
-        betas: Adam's.
-        eps: Adam's.
         weight_decay: decoupled; of matrices, not of vectors.
     """
 
     name: str = MISSING
     lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = 1e-8
     weight_decay: float = 0.1
 
     def __post_init__(self) -> None:
@@ -59,16 +59,40 @@ class OptimizerConfig:
             wanted = expected(key, value)
             require(f"optimizer.{key}", value, wanted is None, wanted or "")
 
+    def check_by(self, rule: Rule) -> None:
+        """Raise ValueError, with the key, for what a rule does not take."""
+        try:
+            rule.check(vars(self))
+        except ValueError as error:
+            raise ValueError(str(error).replace("Invalid ", "Invalid optimizer.", 1)) from None
+
 
 @dataclass
-class AdamWConfig(OptimizerConfig):
+class AdamConfig(OptimizerConfig):
+    """Adam's hyperparameters, of all that has Adam in it.
+
+    Args:
+        betas: Adam's.
+        eps: Adam's.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_by(Adam())
+
+
+@dataclass
+class AdamWConfig(AdamConfig):
     """``torch.optim.AdamW``."""
 
     name: str = "adamw"
 
 
 @dataclass
-class RelativeAdamWConfig(OptimizerConfig):
+class RelativeAdamWConfig(AdamConfig):
     """:class:`ddc.optim.relative_step.RelativeAdamW`: AdamW whose steps of matrices have a given
     length.
 
@@ -86,8 +110,8 @@ class RelativeAdamWConfig(OptimizerConfig):
 
 
 @dataclass
-class DDCAdamConfig(OptimizerConfig):
-    """:class:`ddc.DDCAdam`, which says more of the keys.
+class LiftConfig(OptimizerConfig):
+    """What all lifts share; :class:`ddc.DDCAdam` says more of the keys.
 
     Args:
         radial_rate: the rate of norms, relative to that of directions; 0 freezes norms.
@@ -99,7 +123,6 @@ class DDCAdamConfig(OptimizerConfig):
         compiled: compile the step; null: on a CPU, from five million parameters on.
     """
 
-    name: str = "ddcadam"
     radial_rate: float = 1.0
     vertical: str = "freeze"
     step_scale: str = "init"
@@ -117,6 +140,13 @@ class DDCAdamConfig(OptimizerConfig):
 
 
 @dataclass
+class DDCAdamConfig(AdamConfig, LiftConfig):
+    """:class:`ddc.DDCAdam`, which documents the keys."""
+
+    name: str = "ddcadam"
+
+
+@dataclass
 class DDCAdamPaperConfig(DDCAdamConfig):
     """:class:`ddc.DDCAdam` with the step of the paper's companion, in place of ours.
 
@@ -131,7 +161,7 @@ class DDCAdamPaperConfig(DDCAdamConfig):
 
 
 @dataclass
-class MuonConfig(OptimizerConfig):
+class MuonConfig(AdamConfig):
     """Muon for hidden matrices, ``torch.optim.AdamW`` for the rest.
 
     :class:`ddc.optim.muon.Muon` says more of the keys.
@@ -178,13 +208,36 @@ class DDCMuonConfig(DDCAdamConfig):
     per_head: bool = False
 
 
-OPTIMIZERS = {
+def lift_schema(name: str, lift: type[Lift]) -> type[LiftConfig]:
+    """The schema of a lift, read from its signature: what is its own, with its defaults, is added
+    to what all lifts share; its rule checks what the rule reads.
+    """
+    hints = get_type_hints(lift.__init__) | {"lr": float}
+    own = [
+        (key, hints[key], field(default=parameter.default))
+        for key, parameter in inspect.signature(lift).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and key != "weight_decay"
+    ]
+
+    def check(self: LiftConfig) -> None:
+        LiftConfig.__post_init__(self)
+        self.check_by(lift.rule)
+
+    about = {"__post_init__": check, "__doc__": lift.__doc__, "__module__": __name__}
+    fields: list[Any] = [("name", str, field(default=name)), *own]
+    return make_dataclass(f"{lift.__name__}Config", fields, bases=(LiftConfig,), namespace=about)
+
+
+OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
     "adamw": AdamWConfig,
     "adamw_relative": RelativeAdamWConfig,
     "ddcadam": DDCAdamConfig,
     "ddcadam_paper": DDCAdamPaperConfig,
     "muon": MuonConfig,
     "ddcmuon": DDCMuonConfig,
+}
+OPTIMIZERS |= {
+    name: lift_schema(name, lift) for name, lift in LIFTS.items() if name not in OPTIMIZERS
 }
 #: Which data a model reads.
 DATA = {"gpt": TextConfig, "vit": ImageConfig, "deep_mlp": ModularConfig}
