@@ -6,9 +6,9 @@ import argparse
 import shlex
 from pathlib import Path
 
-from ddc.training.config import compose_config
-from ddc.training.loop import prepare
+from ddc.training.compose import compose_config
 from ddc.training.records import write_atomically
+from ddc.training.setup import prepare
 
 GPT, VIT, MLP = "model=gpt", "model=vit data=mnist_5k", "model=deep_mlp data=modular"
 #: Overrides by what is wrong with them. The defaults are a GPT on Shakespeare, DDCAdam, and all

@@ -11,7 +11,7 @@ from ddc.report.claims import load_claims
 from ddc.report.figures import drawn
 from ddc.report.grokking import delay, drawings, fit_step, grokked, markdown, step_of, verdicts
 from ddc.report.runs import read_lines
-from ddc.training.config import compose_config
+from ddc.training.compose import compose_config
 from ddc.training.records import provenance
 from ddc.training.sweep import SweepRun
 from experiments.grokking import EXPERIMENT, GRID, grid

@@ -399,7 +399,7 @@ def test_bad_hyperparameters(rule: str, options: dict, message: str) -> None:
 
 def test_schemas_have_what_the_signatures_have() -> None:
     """And refuse what the rule refuses, by the name of the key."""
-    from ddc.training.config import OPTIMIZERS
+    from ddc.training.schema import OPTIMIZERS
 
     fields = {field.name: field.default for field in dataclasses.fields(OPTIMIZERS["ddcsgd"])}
     assert fields["name"] == "ddcsgd"

@@ -25,7 +25,9 @@ from ddc.report.vit import (
     verdicts,
 )
 from ddc.training.checkpoint import read_checkpoint
-from ddc.training.loop import evaluation_batches, measure, restore, train
+from ddc.training.evaluate import evaluation_batches, measure
+from ddc.training.loop import train
+from ddc.training.setup import restore
 from experiments.vit import EXPERIMENT, OPTIMIZERS, score
 from scripts import capacity, prune
 from tests.test_training import run

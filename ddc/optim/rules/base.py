@@ -126,9 +126,3 @@ def check_betas(betas: Any, sums: bool = False) -> None:
     if not valid and not (sums and len(betas) == 2 and 0 <= betas[0] < 1 == betas[1]):
         but = ", or 1 for the second" if sums else ""
         raise ValueError(f"Invalid betas={betas}: expected two numbers in [0, 1){but}")
-
-
-def check_momentum(momentum: Any) -> None:
-    """Raise ValueError unless this is a number in [0, 1)."""
-    if not 0 <= momentum < 1:
-        raise ValueError(f"Invalid momentum={momentum}: expected a number in [0, 1)")
