@@ -27,9 +27,9 @@ from experiments.past_fit.settings import (
     untried,
     widened,
 )
-from experiments.protocols import CLAIMS, TUNING_SEED
+from experiments.protocols import EXPERIMENTS, TUNING_SEED
 
-CLAIM = load_claims(CLAIMS)
+CLAIM = load_claims(EXPERIMENTS)
 Record = dict[str, Any]
 
 

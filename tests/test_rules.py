@@ -24,7 +24,7 @@ from ddc.gauges import GaugeSet, in_blocks
 from ddc.models import DeepMLP, DeepMLPConfig
 from ddc.optim import Lift
 from ddc.optim.factory import LIFTS, make_optimizer
-from experiments.equivariance import orbit_divergence, random_model
+from experiments.equivariance.measure import orbit_divergence, random_model
 from tests.conftest import MODELS
 from tests.helpers import backward, make_model, relu_mlp, relu_mlp_gauges
 from tests.test_ddcmuon import mlp_divergence

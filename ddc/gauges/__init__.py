@@ -4,7 +4,9 @@ from ddc.gauges.actions import Axis, Chain, Rescale, RotatedAxis, Rotation, Shif
 from ddc.gauges.base import (
     KINDS,
     Gauge,
+    Kind,
     Refusal,
+    add_kind,
     is_fake,
     is_split,
     named_parameters,
@@ -17,19 +19,24 @@ from ddc.gauges.discovery import find_gauges, read_gauges
 from ddc.gauges.gauge_set import GaugeSet, audit, check
 from ddc.gauges.granularity import in_blocks
 from ddc.gauges.roles import HiddenMatrix, hidden_matrices
+from ddc.gauges.traced import Finding, NotProved, rule
 
 __all__ = [
     "KINDS",
     "Axis",
     "Chain",
+    "Finding",
     "Gauge",
     "GaugeSet",
     "HiddenMatrix",
+    "Kind",
+    "NotProved",
     "Refusal",
     "Rescale",
     "RotatedAxis",
     "Rotation",
     "Shift",
+    "add_kind",
     "align_",
     "audit",
     "balance_",
@@ -45,5 +52,6 @@ __all__ = [
     "plain_name",
     "plain_names",
     "read_gauges",
+    "rule",
     "whole",
 ]

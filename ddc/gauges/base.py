@@ -19,16 +19,47 @@ if TYPE_CHECKING:
 
 Params = Mapping[str, Tensor]
 
-#: Every kind of gauge the package knows, in the order in which tables list them.
-KINDS = (
-    "logit_shift",
-    "relu_rescale",
-    "chained_rescale",
-    "gated_rescale",
-    "norm_scale",
-    "value_rotation",
-    "qk_rotation",
-)
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of gauge; configurations, titles and tables follow from its record.
+
+    Attributes:
+        name: in code, configurations and records.
+        title: in figures and text.
+        default: whether it is among those of ``gauges=all``.
+    """
+
+    name: str
+    title: str
+    default: bool = True
+
+
+#: Every kind of gauge the package knows by name, in the order in which tables list them.
+KINDS: dict[str, Kind] = {}
+
+
+def add_kind(kind: Kind) -> None:
+    """Make a kind known, after those that there are.
+
+    Raises:
+        ValueError: its name is taken.
+    """
+    if kind.name in KINDS:
+        raise ValueError(f"Invalid kind={kind.name!r}: there is one of that name already")
+    KINDS[kind.name] = kind
+
+
+for _kind in (
+    Kind("logit_shift", "logit shift"),
+    Kind("relu_rescale", "ReLU rescale"),
+    Kind("chained_rescale", "chained rescale", default=False),
+    Kind("gated_rescale", "gated rescale"),
+    Kind("norm_scale", "norm scale"),
+    Kind("value_rotation", "value rotation"),
+    Kind("qk_rotation", "query-key rotation"),
+):
+    add_kind(_kind)
 
 
 class Gauge(ABC):

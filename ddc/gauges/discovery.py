@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 from ddc.gauges.base import unwrapped
 from ddc.gauges.gauge_set import GaugeSet
 from ddc.gauges.trace import Inputs, example, traced
-from ddc.gauges.traced import gauges_of_trace
+from ddc.gauges.traced import OF_READERS, RULES, gauges_of_trace
 from ddc.gauges.twin import narrow_twin
 from ddc.gauges.verify import refuse, unchecked, unfit, verified, verified_by_twin
 
@@ -81,6 +81,10 @@ def _found(
     be.
     """
     gauges = read_gauges(model, per_layer, inputs, loss)
+    further = [prove for prove in RULES if prove not in OF_READERS]
+    if further and read_gauges.dispatch(type(model)) is not read_gauges.dispatch(nn.Module):
+        more = gauges_of_trace(traced(model, inputs), per_layer, loss, further)
+        gauges = GaugeSet(gauges.found + more.found, gauges.refused + more.refused)
     if loss == "other":
         shifts = [gauge for gauge in gauges if gauge.kind == "logit_shift"]
         gauges = refuse(gauges, dict.fromkeys(shifts, "the loss is not softmax cross-entropy"))

@@ -232,9 +232,3 @@ EXPERIMENT = Stages(
         "specification_more": lambda runs: product(readings(), MORE_SEEDS),
     },
 )
-
-
-if __name__ == "__main__":
-    import sys
-
-    print("\n".join(EXPERIMENT.plan_lines(sys.argv[2], "runs")))
