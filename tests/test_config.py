@@ -33,7 +33,7 @@ from ddc.models import (
 from ddc.training.config import DATA, OPTIMIZERS, Config, compose_config, restored
 from ddc.training.loop import prepare, restore, train
 from ddc.training.ranks import join_ranks
-from experiments.refused import REFUSED, page
+from experiments.refused.measure import REFUSED, page
 from tests.test_training import ROOT, composed, run, train_py
 from train import STOPS
 

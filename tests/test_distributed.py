@@ -44,7 +44,7 @@ from ddc.training.config import LauncherConfig
 from ddc.training.loop import prepare, train
 from ddc.training.ranks import Ranks, join_ranks, leave_ranks
 from ddc.training.records import Records
-from experiments.equivariance import random_model
+from experiments.equivariance.measure import random_model
 from tests.test_training import TINY, composed
 
 ROOT = Path(__file__).resolve().parents[1]

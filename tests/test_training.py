@@ -22,7 +22,7 @@ from ddc.models import GPT, GPTConfig
 from ddc.optim.factory import compiled_step
 from ddc.training import loop
 from ddc.training.checkpoint import load_checkpoint, read_checkpoint
-from ddc.training.config import Config, TrainingConfig, register_schemas, resolve
+from ddc.training.config import Config, TrainingConfig, experiments, register_schemas, resolve
 from ddc.training.loop import DivergedError, learning_rate_factor, prepare, train
 from ddc.training.mirror import Mirror
 from ddc.training.ranks import ALONE
@@ -77,7 +77,7 @@ def run(tmp_path: Path, *overrides: str) -> loop.Setup:
     return prepare(composed(f"runs={tmp_path}", *overrides))
 
 
-EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs/experiment").glob("*.yaml"))
+EXPERIMENTS = sorted(experiments())
 
 
 OPTIMIZERS = sorted(path.stem for path in (ROOT / "configs/optimizer").glob("*.yaml"))

@@ -32,6 +32,8 @@ from ddc.slt.config import SLTConfig
 from ddc.training.errors import WHO_READS_WHAT, explained, unknown_key
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+#: The group ``experiment`` is ``run.yaml`` of each folder here.
+EXPERIMENTS = CONFIGS.parent / "experiments"
 #: No number of a configuration is larger: products of two of them are finite in float32, integers
 #: are torch's.
 LARGEST_FLOAT, LARGEST_INTEGER = 1e15, 2**31 - 1
@@ -505,6 +507,22 @@ def register_schemas() -> None:
     ):
         for name, schema in schemas.items():
             store.store(group=group, name=f"schema_{name}", node=schema)
+    for name, path in experiments().items():
+        store.store(group="experiment", name=name, node=OmegaConf.load(path), package="_global_")
+
+
+def experiments() -> dict[str, Path]:
+    """The configurations of experiments by name: each is global, and holds model, data and training
+    only.
+    """
+    return {path.parent.name: path for path in sorted(EXPERIMENTS.glob("*/run.yaml"))}
+
+
+def choices_of(group: str) -> list[str]:
+    """What may be chosen of a group of configurations; nothing if there is no such group."""
+    if group == "experiment":
+        return list(experiments())
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
 
 
 def compose_config(overrides: Sequence[str]) -> Config:
@@ -531,9 +549,7 @@ def compose_alike(overrides: Sequence[str]) -> Config:
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
         choices = [
-            each
-            for each in parsed
-            if (CONFIGS / each.key_or_group).is_dir() or not sets_a_value(each)
+            each for each in parsed if choices_of(each.key_or_group) or not sets_a_value(each)
         ]
         config = copy.deepcopy(chosen(tuple(str(each.input_line) for each in choices)))
         for each in parsed:
@@ -575,7 +591,7 @@ def check_choices(arguments: Sequence[str]) -> None:
     overrides = [each for each in arguments if "=" in each and not each.startswith("-")]
     for override in OverridesParser.create().parse_overrides(overrides):
         group, value = override.key_or_group, override.value()
-        choices = sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+        choices = choices_of(group)
         if choices and (value is None or isinstance(value, int | float)):
             written = override.get_value_string()
             raise ConfigCompositionException(

@@ -8,7 +8,8 @@ from pathlib import Path
 from ddc.report.figures import nth_style, plain_log_ticks, save_figure, subplots
 from ddc.report.runs import TITLES
 from ddc.report.stages import Record
-from experiments.past_fit.records import OPTIMIZERS, median_lengths, tried, without_diverged
+from experiments.past_fit.records import median_lengths, without_diverged
+from experiments.past_fit.settings import OPTIMIZERS, SEARCH
 from experiments.past_fit.specification import CHOICES, PAPERS_RATIO, readings
 
 
@@ -95,7 +96,7 @@ def plot_frontier(
         "gap": "gap, last",
     }
     for i, name in enumerate(OPTIMIZERS):
-        grid = without_diverged(list(tried(records, name).values()))
+        grid = without_diverged(list(SEARCH.recorded(records, name).values()))
         best = without_diverged(chosen.get(name, []))
         for panel, (key, title) in zip(axes, keys.items(), strict=True):
             for runs, fill, label in ((grid, "none", "tried"), (best, "full", "chosen")):

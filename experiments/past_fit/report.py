@@ -30,21 +30,16 @@ from experiments.output import Results
 from experiments.past_fit import figures, specification
 from experiments.past_fit.plan import EXPERIMENT, FAST, RATE, RESULTS
 from experiments.past_fit.records import (
-    ADAMW,
-    AUTHOR,
     AUTHORS_STEP,
-    DDCADAM,
     GAUGES_ALONE,
     LENGTH_ALONE,
-    OPTIMIZERS,
     chosen_runs,
     mechanism_runs,
     median_lengths,
-    searched,
-    tried,
     without_diverged,
 )
-from experiments.past_fit.settings import AXES, FIT, QUESTIONS, Point, choices, untried
+from experiments.past_fit.settings import ADAMW, AUTHOR, DDCADAM, FIT, OPTIMIZERS, SEARCH
+from experiments.search import Point, stage_of
 
 TRAIN = Quantity("train loss, last", from_summary("train_loss"), 0)
 LAST = Quantity("validation loss, last", from_summary("validation_loss"), -1)
@@ -87,7 +82,7 @@ def load() -> list[Record]:
 
 def missing(records: Sequence[Record]) -> list[tuple[str, int, int | None]]:
     """Stages that are not complete: name, recorded runs, planned runs (None: not planned yet)."""
-    found = []
+    found: list[tuple[str, int, int | None]] = []
     for stage in EXPERIMENT.stages:
         there = {(r["stages"][stage], r["seed"]) for r in records if stage in r["stages"]}
         try:
@@ -114,7 +109,7 @@ def protocols(records: Sequence[Record]) -> dict[str, dict[str, list[Record]]]:
     variants = mechanism_runs(records, MECHANISM_STAGES[RATE])
     titles = {ADAMW: "AdamW", DDCADAM: "DDCAdam", AUTHOR: AUTHORS_STEP}
     matched = {name: variants[title] for name, title in titles.items() if title in variants}
-    return {"matched": matched, **{each: chosen_runs(records, each) for each in QUESTIONS}}
+    return {"matched": matched, **{each: chosen_runs(records, each) for each in SEARCH.questions}}
 
 
 def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Verdict]:
@@ -141,8 +136,10 @@ def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Ver
             equal = Effect(0, enough=False)
         if seeds < TESTED_FROM:
             ends = Effect(None, enough=False)
-        at_end = [statistics.mean(map(GAP.of, each)) if each else None for each in runs.values()]
-        shown = "–" if None in at_end else f"{at_end[1]:.2f} against {at_end[0]:.2f}"
+        theirs, mine = ([run["summary"]["gap"] for run in each] for each in runs.values())
+        shown = (
+            f"{statistics.mean(mine):.2f} against {statistics.mean(theirs):.2f}" if mine else "–"
+        )
         ours = (
             f"at the end {shown}, {interval(differences(runs, GAP), '.2f')}; at train loss 0.5"
             f" {interval(differences(runs, EQUAL), '.2f')}"
@@ -168,14 +165,15 @@ def against(records: Sequence[Record], protocol: str, runs: Runs, incomplete: Se
     is not complete.
     """
     notes = []
-    unfit = sum(TRAIN.of(run) > 0.5 for run in runs[DDCADAM])
+    unfit = sum(run["summary"]["train_loss"] > FIT for run in runs[DDCADAM])
     if unfit:
-        notes.append(f"{unfit} of {len(runs[DDCADAM])} runs end above train loss 0.5")
-    if protocol in QUESTIONS:
+        notes.append(f"{unfit} of {len(runs[DDCADAM])} runs end above train loss {FIT:g}")
+    if protocol in SEARCH.questions:
         edges = [
             TITLES[name]
             for name in OPTIMIZERS
-            if protocol in choices(tried(records, name)) and open_sides(records, name, protocol)
+            if protocol in SEARCH.choices(SEARCH.recorded(records, name))
+            and open_sides(records, name, protocol)
         ]
         if edges:
             notes.append(f"not interior: {', '.join(edges)}")
@@ -185,16 +183,13 @@ def against(records: Sequence[Record], protocol: str, runs: Runs, incomplete: Se
 
 
 def open_sides(records: Sequence[Record], name: str, question: str) -> list[Point]:
-    """Neighbours of the chosen point that were not tried, or that the lattice does not have."""
-    cells = tried(records, name)
-    point = choices(cells)[question]
-    axes = list(AXES[name].values())
-    ends = [
-        point
-        for i, axis in zip(point, axes, strict=True)
-        if (i == 0 and axis[0] != 0) or i == len(axis) - 1
-    ]
-    return [*untried(name, [point], cells), *ends]
+    """Neighbours of the chosen point that were not tried, and itself where the lattice ends."""
+    cells = SEARCH.recorded(records, name)
+    chosen = SEARCH.choices(cells).get(question)
+    if chosen is None:
+        return []
+    beyond = [chosen] if SEARCH.is_at_an_end(name, chosen) else []
+    return [*SEARCH.untried(name, [chosen], cells), *beyond]
 
 
 def cells_of(runs: Sequence[Record], quantities: Sequence[Quantity] = QUANTITIES) -> list[str]:
@@ -213,7 +208,7 @@ def setting_title(record: Record) -> str:
     """What the grids vary, in words."""
     optimizer = record["config"]["optimizer"]
     words = f"rate {optimizer['lr']:g}, decay {optimizer['weight_decay']:g}"
-    has_radial = "radial_rate" in AXES[optimizer["name"]]
+    has_radial = "radial_rate" in SEARCH.axes[optimizer["name"]]
     return f"{words}, radial {optimizer['radial_rate']:g}" if has_radial else words
 
 
@@ -246,6 +241,11 @@ def differences_table(records: Sequence[Record]) -> str:
     return table(header, rows, left=len(header)) if rows else "No pair of runs is recorded yet."
 
 
+def number_by_seed(runs: Sequence[Record], key: str) -> dict[int, float]:
+    """A number of the summary of each run that did not diverge."""
+    return {run["seed"]: run["summary"][key] for run in without_diverged(runs)}
+
+
 def usefulness(records: Sequence[Record]) -> str:
     """Whether a run that nobody stops ends better than AdamW ends, and than AdamW stopped at its
     best: one row an optimizer.
@@ -254,11 +254,11 @@ def usefulness(records: Sequence[Record]) -> str:
     ends, stopped = unstopped.get(ADAMW, []), chosen_runs(records, "best").get(ADAMW, [])
     rows = []
     for name in (DDCADAM, AUTHOR):
-        mine = {run["seed"]: LAST.of(run) for run in without_diverged(unstopped.get(name, []))}
+        mine = number_by_seed(unstopped.get(name, []), "validation_loss")
         cells = []
-        for others, quantity in ((ends, LAST), (stopped, BEST)):
-            theirs = {run["seed"]: quantity.of(run) for run in without_diverged(others)}
-            found = [mine[s] - theirs[s] for s in sorted(mine.keys() & theirs.keys())]
+        for others, key in ((ends, "validation_loss"), (stopped, "best_validation_loss")):
+            theirs = number_by_seed(others, key)
+            found = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
             cells.append(f"{interval(found, '.3f')}, p {p_cell(paired_p(found))}")
         rows.append([TITLES[name], mean_cell(list(mine.values()), ".3f"), *cells])
     header = [
@@ -317,11 +317,11 @@ def grid_table(records: Sequence[Record]) -> str:
     """One row a setting that was tried; bold where a question chose it."""
     rows = []
     for name in OPTIMIZERS:
-        cells = tried(records, name)
-        chosen = choices(cells) if cells else {}
+        cells = SEARCH.recorded(records, name)
+        chosen = SEARCH.choices(cells) if cells else {}
         for point, run in sorted(cells.items()):
             asked = [each for each, where in chosen.items() if where == point]
-            stage = str(searched(run))
+            stage = str(stage_of(run))
             mark = "**" if asked else ""
             words = f"{mark}{setting_title(run)}{mark}"
             rows.append([TITLES[name], words, stage, ", ".join(asked) or "–", *cells_of([run])])
@@ -333,23 +333,23 @@ def edges(records: Sequence[Record]) -> str:
     """Which chosen settings are interior, in words."""
     parts = []
     for name in OPTIMIZERS:
-        cells = tried(records, name)
+        cells = SEARCH.recorded(records, name)
         if not cells:
             continue
-        for question in QUESTIONS:
-            if question not in choices(cells):
+        for question in SEARCH.questions:
+            if question not in SEARCH.choices(cells):
                 parts.append(f"- {TITLES[name]}, {question}: no setting qualifies.")
             elif open_sides(records, name, question):
                 count = len(open_sides(records, name, question))
                 parts.append(f"- {TITLES[name]}, {question}: not interior, {count} sides are open.")
-    counts = ", ".join(f"{TITLES[n]} {len(tried(records, n))}" for n in OPTIMIZERS)
+    counts = ", ".join(f"{TITLES[n]} {len(SEARCH.recorded(records, n))}" for n in OPTIMIZERS)
     text = "\n".join(parts) or "Every chosen setting is interior."
     return f"Settings tried: {counts}.\n\n{text}"
 
 
 def seeds_rows(records: Sequence[Record]) -> str:
     """Every seed of what is reported and of the mechanism."""
-    rows = []
+    rows: list[list[str]] = []
 
     def add(label: str, title: str, runs: Sequence[Record]) -> None:
         rows.extend([label, title, str(run["seed"]), *cells_of([run])] for run in runs)
@@ -441,7 +441,7 @@ def drawings(records: Sequence[Record]) -> dict[str, Drawing]:
         if (runs := mechanism_runs(records, stages))
     }
     chosen = {
-        name: [run for each in QUESTIONS for run in chosen_runs(records, each).get(name, [])]
+        name: [run for each in SEARCH.questions for run in chosen_runs(records, each).get(name, [])]
         for name in OPTIMIZERS
     }
     found = {
@@ -472,7 +472,7 @@ def drawings(records: Sequence[Record]) -> dict[str, Drawing]:
     there = {
         "losses": curves,
         "mechanism": rates,
-        "frontier": any(map(searched, records)),
+        "frontier": any(map(stage_of, records)),
         "specification": any(True for _ in specification.readings(records)),
     }
     return {name: drawing for name, drawing in found.items() if there[name]}
