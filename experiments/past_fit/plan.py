@@ -175,7 +175,7 @@ def measured(folder: Path, stages: Collection[str]) -> dict[str, Any]:
     return {"steps": step_lengths(folder)} if {*MECHANISM} & {*stages} else {}
 
 
-EXPERIMENT = Stages(
+EXPERIMENT: Stages = Stages(
     overrides="+experiment=past_fit",
     seeds=SEEDS,
     matched=(),
