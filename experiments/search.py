@@ -28,11 +28,14 @@ class Search:
 
     Args:
         axes: by optimizer, the values of each hyperparameter, in order.
-        first: by optimizer, the values of each that the first round (stage ``grid``) crosses; as
-            many settings for each optimizer.
+        first: by optimizer, the values of each that the first round crosses; as many settings for
+            each optimizer.
         questions: what is asked of a run, by name; smaller is better, infinite does not qualify.
-        rounds: of widening, stages ``widen_1`` and so on.
+        rounds: of widening.
         most: settings that a round adds to an optimizer at most.
+        shared: overrides of every setting.
+        suffix: of the names of its stages, ``grid``, ``widen_1`` and so on, where an experiment has
+            several searches.
     """
 
     axes: Mapping[str, Mapping[str, Sequence[float]]]
@@ -40,11 +43,20 @@ class Search:
     questions: Mapping[str, Callable[[Record], float]]
     rounds: int
     most: int
+    shared: str = ""
+    suffix: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        """Of its stages, in order."""
+        rounds = ["grid", *(f"widen_{i}" for i in range(1, self.rounds + 1))]
+        return [each + self.suffix for each in rounds]
 
     def setting(self, optimizer: str, *values: float) -> str:
         """Overrides of an optimizer with these values of its axes."""
         pairs = zip(self.axes[optimizer], values, strict=True)
-        return " ".join([f"optimizer={optimizer}", *(f"optimizer.{k}={v:g}" for k, v in pairs)])
+        parts = [f"optimizer={optimizer}", *(f"optimizer.{k}={v:g}" for k, v in pairs)]
+        return " ".join([*parts, self.shared]).strip()
 
     def setting_at(self, optimizer: str, point: Point) -> str:
         """Overrides of a point."""
@@ -133,7 +145,9 @@ class Search:
                 points = self.widened(found)
         return found
 
-    def stages(self, experiment: Callable[[], Experiment]) -> dict[str, Callable[..., Plan]]:
+    def stages(
+        self, experiment: Callable[[], Experiment]
+    ) -> dict[str, Callable[[str | None], Plan]]:
         """The plans of its stages, by name."""
 
         def plan(points: Mapping[str, Sequence[Point]]) -> Plan:
@@ -144,8 +158,8 @@ class Search:
             return lambda runs: plan(self.widened(self.tried(experiment(), number - 1, runs)))
 
         return {
-            "grid": lambda runs: plan({name: self.grid(name) for name in self.axes}),
-            **{f"widen_{i}": widening(i) for i in range(1, self.rounds + 1)},
+            self.names[0]: lambda runs: plan({name: self.grid(name) for name in self.axes}),
+            **{name: widening(i) for i, name in enumerate(self.names[1:], 1)},
         }
 
     def chosen(
@@ -165,11 +179,10 @@ class Search:
         return {
             known[record["stages"][stage]]: record
             for record in records
-            if record["config"]["optimizer"]["name"] == optimizer and (stage := stage_of(record))
+            if record["config"]["optimizer"]["name"] == optimizer
+            and (stage := self.stage_of(record))
         }
 
-
-def stage_of(record: Record) -> str | None:
-    """The stage of the search that a record is of, if it is of any."""
-    stages = [stage for stage in record["stages"] if stage == "grid" or stage.startswith("widen_")]
-    return min(stages, default=None)
+    def stage_of(self, record: Record) -> str | None:
+        """The first of its stages that a record is of, if it is of any."""
+        return next((name for name in self.names if name in record["stages"]), None)

@@ -55,7 +55,6 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,20 +71,6 @@ FORMS = {
     "plain": "optimizer.retract=false optimizer.additive=false",
     "author": "optimizer.retract=false optimizer.additive=true",
 }
-
-
-@dataclass(frozen=True)
-class Stages(Experiment):
-    """An experiment all of whose stages are its own; ``{runs}`` in a setting stands for the folder
-    of the runs.
-    """
-
-    @property
-    def stages(self) -> tuple[str, ...]:
-        return tuple(self.more)
-
-    def lines(self, planned: Plan, runs: str) -> list[str]:
-        return super().lines([(each.replace("{runs}", runs), seed) for each, seed in planned], runs)
 
 
 def budget(runs: str | None) -> Plan:
@@ -175,12 +160,9 @@ def measured(folder: Path, stages: Collection[str]) -> dict[str, Any]:
     return {"steps": step_lengths(folder)} if {*MECHANISM} & {*stages} else {}
 
 
-EXPERIMENT: Stages = Stages(
+EXPERIMENT: Experiment = Experiment(
     overrides="+experiment=past_fit",
     seeds=SEEDS,
-    matched=(),
-    grid={},
-    score=len,
     curve=CURVE,
     results=RESULTS,
     measured=measured,

@@ -39,7 +39,7 @@ from experiments.past_fit.records import (
     without_diverged,
 )
 from experiments.past_fit.settings import ADAMW, AUTHOR, DDCADAM, FIT, OPTIMIZERS, SEARCH
-from experiments.search import Point, stage_of
+from experiments.search import Point
 
 TRAIN = Quantity("train loss, last", from_summary("train_loss"), 0)
 LAST = Quantity("validation loss, last", from_summary("validation_loss"), -1)
@@ -70,29 +70,8 @@ SCALE = "GPT, 0.12M parameters, 4 kB of text"
 
 
 def load() -> list[Record]:
-    """The committed records, complete or not.
-
-    Raises:
-        ValueError: there are none.
-    """
-    if not EXPERIMENT.records:
-        raise ValueError(f"{RESULTS / 'runs.jsonl'} has no records: run and collect them first")
+    """The committed records, complete or not."""
     return EXPERIMENT.records
-
-
-def missing(records: Sequence[Record]) -> list[tuple[str, int, int | None]]:
-    """Stages that are not complete: name, recorded runs, planned runs (None: not planned yet)."""
-    found: list[tuple[str, int, int | None]] = []
-    for stage in EXPERIMENT.stages:
-        there = {(r["stages"][stage], r["seed"]) for r in records if stage in r["stages"]}
-        try:
-            planned = EXPERIMENT.plan(stage, None)
-        except ValueError:  # follows from runs that are missing
-            found.append((stage, len(there), None))
-            continue
-        if left := [each for each in planned if each not in there]:
-            found.append((stage, len(planned) - len(left), len(planned)))
-    return found
 
 
 def against_adamw(baseline: Sequence[Record], subject: Sequence[Record]) -> Runs:
@@ -121,7 +100,7 @@ def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Ver
         for name in (DDCADAM, AUTHOR)
     }
     pairs = {key: against_adamw(*both) for key, both in compared.items()}
-    left = [stage for stage, *_ in missing(records)]
+    left = EXPERIMENT.missing()
     tests = [(key, quantity) for key in pairs for quantity in (GAP, EQUAL)]
     adjusted = holm([paired_p(differences(pairs[key], quantity)) for key, quantity in tests])
     p_values = dict(zip(tests, adjusted, strict=True))
@@ -160,7 +139,7 @@ def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Ver
     return found
 
 
-def against(records: Sequence[Record], protocol: str, runs: Runs, incomplete: Sequence[str]) -> str:
+def against(records: Sequence[Record], protocol: str, runs: Runs, incomplete: str) -> str:
     """What the same records hold against a verdict: runs that do not fit, edges, and a search that
     is not complete.
     """
@@ -177,7 +156,7 @@ def against(records: Sequence[Record], protocol: str, runs: Runs, incomplete: Se
         ]
         if edges:
             notes.append(f"not interior: {', '.join(edges)}")
-        if any(stage.startswith(("grid", "widen")) for stage in incomplete):
+        if any(f"{name} (" in incomplete for name in SEARCH.names):
             notes.append("the search is not complete")
     return "; ".join(notes) or "–"
 
@@ -321,7 +300,7 @@ def grid_table(records: Sequence[Record]) -> str:
         chosen = SEARCH.choices(cells) if cells else {}
         for point, run in sorted(cells.items()):
             asked = [each for each, where in chosen.items() if where == point]
-            stage = str(stage_of(run))
+            stage = str(SEARCH.stage_of(run))
             mark = "**" if asked else ""
             words = f"{mark}{setting_title(run)}{mark}"
             rows.append([TITLES[name], words, stage, ", ".join(asked) or "–", *cells_of([run])])
@@ -365,25 +344,16 @@ def seeds_rows(records: Sequence[Record]) -> str:
     return table(header, rows, left=3)
 
 
-def progress(records: Sequence[Record]) -> str:
-    """What is missing, in words; or that nothing is."""
-    left = missing(records)
-    if not left:
-        return "All planned runs are recorded."
-    words = [
-        f"{stage} ({there} of {'a number not known yet' if planned is None else planned})"
-        for stage, there, planned in left
-    ]
-    return f"**Not complete.** Stages with missing runs: {', '.join(words)}."
-
-
 def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
     """All tables."""
+    if not records:
+        return "No run is recorded yet.\n"
     claim = claims["C1b"]
     config = records[0]["config"]
     model, data, training = config["model"], config["data"], config["training"]
     hours = sum(record["seconds"] for record in records) / 3600
     diverged = sum(record["diverged"] for record in records)
+    left = EXPERIMENT.missing()
     parts = [
         (
             f"GPT with {model['layers']} layers, width {model['width']}, hidden"
@@ -392,7 +362,7 @@ def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
             f" {training['steps']:,} steps, constant rate after warm-up. Losses in nats a byte;"
             " regret is the last less the best validation loss."
         ),
-        progress(records),
+        f"**Not complete.** {left}" if left else "All planned runs are recorded.",
         "## Claim C1 where AdamW's gap is the paper's",
         verdict_table({claim.id: claim}, verdicts(records, claims)),
         rule(claim),
@@ -472,7 +442,7 @@ def drawings(records: Sequence[Record]) -> dict[str, Drawing]:
     there = {
         "losses": curves,
         "mechanism": rates,
-        "frontier": any(map(stage_of, records)),
+        "frontier": any(map(SEARCH.stage_of, records)),
         "specification": any(True for _ in specification.readings(records)),
     }
     return {name: drawing for name, drawing in found.items() if there[name]}
