@@ -22,6 +22,7 @@ from experiments.protocols import EXPERIMENTS, TUNING_SEED
 
 CLAIM = load_claims(EXPERIMENTS)
 Record = dict[str, Any]
+MATRICES = ("head.weight", "blocks.0.mlp.gate.weight", "blocks.0.mlp.up.weight")
 
 
 @functools.cache
@@ -83,7 +84,7 @@ def made_up(setting: str, seed: int, stage: str, **changes: Any) -> Record:
         "seconds": 50.0,
         "diverged": False,
         "steps": {
-            key: {f"w{i}": [0.001 * (i + 1)] * 40 for i in range(3)}
+            key: {name: [0.001 * (i + 1)] * 40 for i, name in enumerate(MATRICES)}
             for key in ("relative", "angle")
         },
     }

@@ -11,6 +11,8 @@ from ddc.report.stages import Record
 from ddc.training.records import Records
 from experiments.past_fit.settings import ADAMW, AUTHOR, DDCADAM, OPTIMIZERS, SEARCH
 
+#: The matrices under the block rescale of a SwiGLU: what the paper's step moves further.
+IN_BLOCKS = ("mlp.up.weight", "mlp.down.weight")
 #: The variants of the mechanism, and how the optimizer of a run tells that it is one.
 AUTHORS_STEP, GAUGES_ALONE, LENGTH_ALONE = (
     "the paper's step",
@@ -47,11 +49,12 @@ def step_lengths(folder: Path) -> dict[str, dict[str, list[float | None]]]:
     }
 
 
-def median_lengths(record: Record, key: str) -> list[float]:
-    """The median over matrices of :func:`step_lengths`, from the first evaluation after the
-    start on.
+def median_lengths(record: Record, key: str, in_blocks: bool) -> list[float]:
+    """The median over matrices of :func:`step_lengths`, from the first evaluation after the start
+    on: of those under a block rescale (:data:`IN_BLOCKS`), or of the others.
     """
-    columns = zip(*record["steps"][key].values(), strict=True)
+    found = [v for name, v in record["steps"][key].items() if name.endswith(IN_BLOCKS) == in_blocks]
+    columns = zip(*found, strict=True)
     return [statistics.median(each for each in column if each is not None) for column in columns]
 
 

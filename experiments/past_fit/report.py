@@ -66,6 +66,8 @@ MECHANISM_STAGES = {
     RATE: ("mechanism", "same_lengths"),
     FAST: ("mechanism_fast", "same_lengths_fast"),
 }
+#: Lengths of steps that the table of the mechanism shows.
+MEASURED = (("relative", True), ("relative", False), ("angle", True), ("angle", False))
 SCALE = "GPT, 0.12M parameters, 4 kB of text"
 
 
@@ -254,14 +256,14 @@ def mechanism_table(records: Sequence[Record], rate: float) -> str:
     rows = []
     for title, runs in mechanism_runs(records, MECHANISM_STAGES[rate]).items():
         there = without_diverged(runs)
-        steps, turns = (
-            [median_lengths(run, key)[-1] for run in there] for key in ("relative", "angle")
-        )
-        rows.append(
-            [title, str(len(runs)), *cells_of(runs)]
-            + [f"{statistics.mean(each):.4f}" if each else "–" for each in (steps, turns)]
-        )
-    header = ["", "seeds", *(q.title for q in QUANTITIES), "relative step", "angle"]
+        ends = [
+            statistics.mean(median_lengths(run, key, in_blocks)[-1] for run in there)
+            for key, in_blocks in MEASURED
+            if there
+        ]
+        rows.append([title, str(len(runs)), *cells_of(runs), *(f"{each:.4f}" for each in ends)])
+    measured = ["relative step of W_up, W_down", "of others", "angle of W_up, W_down", "of others"]
+    header = ["", "seeds", *(q.title for q in QUANTITIES), *measured]
     return table(header, rows) if rows else "No run of these is recorded yet."
 
 
@@ -381,8 +383,9 @@ def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
         "## The mechanism",
         *(text for rate in (RATE, FAST) for text in mechanism_section(records, rate)),
         (
-            "Decay 0.1. *Relative step* and *angle* (radians): of the last step before the last"
-            " evaluation, median over matrices, mean over seeds."
+            "Decay 0.1. *Relative step* (its length over the matrix's) and *angle* (radians) of the"
+            " step before the last evaluation: median over the matrices under the block rescale (W_up and W_down),"
+            " and over the others; mean over seeds."
         ),
         "## Readings of the abstract",
         specification.summary(records),
@@ -423,9 +426,10 @@ def drawings(records: Sequence[Record]) -> dict[str, Drawing]:
         ),
         "mechanism": Drawing(
             partial(figures.plot_mechanism, rates),
-            "Far past the point of fit: relative length and angle of the steps (median of the"
-            " matrices) and losses along training, decay 0.1. The paper's step, its gauges at"
-            " AdamW's length of step, and AdamW at the length of the paper's steps without a gauge."
+            "Far past the point of fit: relative length of the steps, of the matrices under the"
+            " block rescale and of the others, and losses along training, decay 0.1. The paper's"
+            " step, its gauges at AdamW's length of step, and AdamW at the length of the paper's"
+            " steps without a gauge."
             " A line a seed.",
         ),
         "frontier": Drawing(
