@@ -330,13 +330,18 @@ def drawings(speed: Record, memory: Record) -> dict[str, Drawing]:
 
 def plot(speed: Record, memory: Record, stem: Path) -> list[Path]:
     """Times relative to AdamW's, state a parameter, peak memory."""
-    figure, axes = subplots(1, 4, figsize=(18, 4.5))
+    figure, axes = subplots(2, 2, figsize=(12, 9.5), height_ratios=(3, 2))
+    times, memories = axes
     for panel, kind, title in (
-        (axes[0], "step", "optimizer's step"),
-        (axes[1], "whole", "whole training step"),
+        (times[0], "step", "optimizer's step"),
+        (times[1], "whole", "whole training step"),
     ):
         ratio_dots(panel, speed["models"], kind)
         panel.set(xlabel="time / fused AdamW's", title=title)
+    times[1].tick_params(labelleft=False)
+    figure.legend(
+        *times[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False
+    )
     rows = {(row["model"], row["optimizer"]): row for row in memory["rows"]}
     models = list(dict.fromkeys(model for model, _ in rows))
     names = [n for n in TITLES if all((m, n) in rows for m in models)]
@@ -347,10 +352,13 @@ def plot(speed: Record, memory: Record, stem: Path) -> list[Path]:
     peak = {
         TITLES[n]: [rows[m, n]["peak"] / rows[m, "adamw"]["peak"] for m in models] for n in names
     }
-    grouped_bars(axes[2], models, state)
-    grouped_bars(axes[3], models, peak)
-    axes[2].set(title="optimizer state", ylabel="bytes a parameter")
-    axes[3].set(title="peak memory of a training step", ylabel="memory / AdamW's")
+    grouped_bars(memories[0], models, state)
+    grouped_bars(memories[1], models, peak)
+    memories[0].set(title="optimizer state", ylabel="bytes a parameter")
+    memories[1].set(title="peak memory of a training step", ylabel="memory / AdamW's")
+    figure.legend(
+        *memories[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
+    )
     return save_figure(figure, stem)
 
 
@@ -369,16 +377,14 @@ def ratio_dots(panel: Axes, models: Record, kind: str) -> None:
             name: one[kind][RATIOS[1]] for name, one in part["optimizers"].items() if kind in one
         }
         style: dict[str, Any] = {"color": COLOURS[i], "marker": MARKERS[i], "linestyle": "none"}
-        panel.plot(
-            list(ratios.values()), [names.index(name) for name in ratios], label=model, **style
-        )
+        # beside each other where they have the same time
+        shift = 0.6 * ((i + 0.5) / len(models) - 0.5)
+        heights = [names.index(name) + shift for name in ratios]
+        panel.plot([*ratios.values()], heights, label=model, markersize=5, **style)
     panel.set_xscale("log")
     plain_log_ticks(panel.xaxis)
     panel.set_yticks(range(len(names)), names, fontsize=8)
     panel.invert_yaxis()
-    panel.legend(
-        frameon=False, fontsize="small", ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.08)
-    )
 
 
 def plot_scaling(scaling: Record, stem: Path) -> list[Path]:
@@ -411,7 +417,5 @@ def grouped_bars(panel: Axes, groups: Sequence[str], bars: Mapping[str, Sequence
         panel.bar_label(
             panel.bar(places, heights, width, label=name, **style), fmt="%.2f", fontsize=7
         )
-    panel.set_xticks(range(len(groups)), groups, fontsize=8)
-    panel.legend(
-        frameon=False, fontsize="small", ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.08)
-    )
+    panel.set_xticks(range(len(groups)), groups)
+    panel.margins(y=0.1)

@@ -1,9 +1,18 @@
-"""Gauge-equivariant optimizers for PyTorch, and the harness that tests the paper's claims about
-them.
-"""
+"""Gauge-equivariant optimizers for PyTorch."""
 
-from ddc.gauges import find_gauges, hidden_matrices
-from ddc.optim import DDCAdam, DDCMuon, grad_norm
+from ddc.gauges import audit, check, find_gauges, hidden_matrices
+from ddc.optim import DDCSGD, DDCAdam, DDCLion, DDCMuon, DDCShampoo, grad_norm
 
-__all__ = ["DDCAdam", "DDCMuon", "find_gauges", "grad_norm", "hidden_matrices"]
+__all__ = [
+    "DDCSGD",
+    "DDCAdam",
+    "DDCLion",
+    "DDCMuon",
+    "DDCShampoo",
+    "audit",
+    "check",
+    "find_gauges",
+    "grad_norm",
+    "hidden_matrices",
+]
 __version__ = "0.1.0"

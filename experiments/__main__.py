@@ -34,6 +34,7 @@ from ddc.training.records import write_atomically
 from ddc.training.sweep import parse_sweep, run_missing
 from ddc.training.sweep import summary as states
 from experiments.output import Results, save_document
+from experiments.pages import fill
 from experiments.protocols import EXPERIMENTS, ROOT, Stage
 from experiments.questions import Planned, Question, questions
 
@@ -70,7 +71,7 @@ def status(runs: str) -> Table:
         "time: of one core; later: follows from the stages before. What is recorded took "
         f"{recorded_seconds() / 3600:.1f} hours of one core."
     )
-    table = Table(title="runs of the claims", caption=caption, box=box.SIMPLE_HEAD)
+    table = Table(title="runs of the claims", caption=caption, box=box.SIMPLE_HEAD, padding=0)
     for name in ("claims", "experiment", "stage", "needed", "recorded", "ended", "missing", "time"):
         table.add_column(
             name,
@@ -78,7 +79,7 @@ def status(runs: str) -> Table:
             no_wrap=True,
         )
     for question in questions(claims):
-        ids = ", ".join(c.id for c in claims.values() if c.experiment == question.name)
+        ids = ", ".join(question.ids(claims))
         if not ids and question.plan is None:
             continue
         name = question.name
@@ -96,10 +97,9 @@ def status(runs: str) -> Table:
     return table
 
 
-def summary(claims: Mapping[str, Claim], verdicts: list[Verdict]) -> str:
-    """The main table with the rules of the verdicts, as Markdown."""
-    parts = [
-        "# Claims and verdicts",
+def summary(claims: Mapping[str, Claim], verdicts: list[Verdict]) -> tuple[str, str]:
+    """The main table, and what is to be known of it, rules of verdicts included, as Markdown."""
+    notes = [
         (
             "The claims are those of arXiv:2606.29176, as its abstract states them; each was"
             " tested at the scale that the table names, on CPUs, far below the paper's. A verdict"
@@ -109,7 +109,6 @@ def summary(claims: Mapping[str, Claim], verdicts: list[Verdict]) -> str:
             f" t-test of paired differences, Fisher's exact test of counts. {FEW_SEEDS} The verdict"
             " is what the rule says; what the same records hold against it stands beside it."
         ),
-        verdict_table(claims, verdicts),
         (
             "The paper has 28 figures and 9 tables. We know its abstract alone, from which they"
             " cannot be matched one by one: what answers which statement of the abstract stands at"
@@ -117,7 +116,12 @@ def summary(claims: Mapping[str, Claim], verdicts: list[Verdict]) -> str:
         ),
         "\n".join(f"- {rule(claim)}" for claim in claims.values()),
     ]
-    return "\n\n".join(parts) + "\n"
+    return f"# Claims and verdicts\n\n{verdict_table(claims, verdicts)}", "\n\n".join(notes)
+
+
+def document(claims: Mapping[str, Claim], verdicts: list[Verdict]) -> str:
+    """Both, as one document."""
+    return "\n\n".join(summary(claims, verdicts)) + "\n"
 
 
 def cost_section() -> Section:
@@ -132,27 +136,40 @@ def cost_section() -> Section:
 def sources(claims: Mapping[str, Claim]) -> dict[str, Callable[[], list[Results]]]:
     """What gives the tables and figures of each folder in results."""
     return {
-        **{each.name: partial(each.results, claims) for each in questions(claims)},
+        **{each.name: partial(results_of, each, claims) for each in questions(claims)},
         "benchmark": lambda: [benchmark.results()],
         "report": lambda: [
-            Results(REPORT, {"claims": lambda: summary(claims, all_verdicts(claims))})
+            Results(REPORT, {"claims": lambda: document(claims, all_verdicts(claims))})
         ],
     }
 
 
-def all_verdicts(claims: Mapping[str, Claim]) -> list[Verdict]:
-    """What the records say on all claims.
+def results_of(question: Question, claims: Mapping[str, Claim]) -> list[Results]:
+    """The tables and figures of a question; none, and a word, where its runs are not complete."""
+    try:
+        return question.results(claims)
+    except ValueError as error:
+        print(f"{question.name}: {error}", file=sys.stderr)
+        return []
 
-    Raises:
-        ValueError: an experiment's runs are not complete.
-    """
-    return [v for each in claimed(claims) for v in each.verdicts(claims)]
+
+def all_verdicts(claims: Mapping[str, Claim]) -> list[Verdict]:
+    """What the records say on all claims."""
+    return [v for each in claimed(claims) for v in verdicts_of(each, claims)]
+
+
+def verdicts_of(question: Question, claims: Mapping[str, Claim]) -> list[Verdict]:
+    """What its records say on the claims of a question; *not tested* if they are not complete."""
+    try:
+        return question.verdicts(claims)
+    except ValueError:
+        nothing = ("–", "the runs are not complete", "–", "–", "–", "–", "not tested")
+        return [Verdict(each, *nothing) for each in question.ids(claims)]
 
 
 def claimed(claims: Mapping[str, Claim]) -> list[Question]:
     """The questions that are claims."""
-    names = {claim.experiment for claim in claims.values()}
-    return [each for each in questions(claims) if each.name in names]
+    return [each for each in questions(claims) if each.ids(claims)]
 
 
 def make(names: Sequence[str]) -> None:
@@ -169,6 +186,8 @@ def make(names: Sequence[str]) -> None:
             for each in [result for source in of_folder.values() for result in source()]:
                 for one in each.tables if name == "tables" else each.figures:
                     each.table(one) if name == "tables" else each.figure(one)
+            if name == "tables":
+                fill(ROOT)
             continue
         top = Path(name).parts[1] if name.startswith("results/") and name.count("/") > 1 else ""
         there = (
@@ -186,7 +205,7 @@ def make(names: Sequence[str]) -> None:
 
 
 def report(console: Console) -> None:
-    """Every table and figure, the main table, and the page that shows them."""
+    """Every table and figure, the main table, and the pages that show them."""
     began = time.perf_counter()
     claims = load_claims(EXPERIMENTS)
     sections, verdicts = [], []
@@ -194,20 +213,19 @@ def report(console: Console) -> None:
         if question.module("report") is None:
             continue
         console.print(f"[bold]{question.name}")
-        ids = tuple(c.id for c in claims.values() if c.experiment == question.name)
+        verdicts += verdicts_of(question, claims)
         try:
             sections.append(question.section(claims))
-            verdicts += question.verdicts(claims) if ids else []
         except ValueError as error:  # its runs are not there yet
             console.print(f"[yellow]not reported: {error}")
             reason = f"Not reported: {str(error).removeprefix(f'{ROOT}/')}."
+            ids = question.ids(claims)
             sections.append(Section(question.title, ids, f"make {question.name}", reason, {}))
-            nothing = ("–", "the runs are not complete", "–", "–", "–", "–", "not tested")
-            verdicts += [Verdict(each, *nothing) for each in ids]
     sections.append(cost_section())
-    main_table = summary(claims, verdicts)
-    save_document(REPORT / "claims.md", main_table)
-    text = html(page(sections, main_table, ROOT), TITLE, ROOT, ROOT / "experiments/report.css")
+    save_document(REPORT / "claims.md", document(claims, verdicts))
+    fill(ROOT)
+    whole = page(sections, *summary(claims, verdicts), ROOT)
+    text = html(whole, TITLE, ROOT, ROOT / "experiments/report.css")
     write_atomically(REPORT / "index.html", text.encode())
     console.print(f"{REPORT / 'index.html'}, after {time.perf_counter() - began:.0f} s")
 

@@ -11,7 +11,8 @@ What a folder may hold, besides an ``__init__.py`` whose docstring is the title:
   records;
 - ``report.py``: ``load()`` gives the committed records, ``results(records, claims)`` their tables
   and figures, the first of them the question's own, and where there is a claim ``verdicts(records,
-  claims)`` its rows of the main table. None of them trains or measures.
+  claims)`` its rows of the main table, and ``FIGURES``, by claim the name of the figure that stands
+  beside that table. None of them trains or measures.
 """
 
 from __future__ import annotations
@@ -72,6 +73,10 @@ class Question:
         doc = importlib.import_module(f"experiments.{self.name}").__doc__ or self.name
         return doc.strip().removesuffix(".")
 
+    def ids(self, claims: Mapping[str, Claim]) -> tuple[str, ...]:
+        """Of its claims."""
+        return tuple(claim.id for claim in claims.values() if claim.experiment == self.name)
+
     @property
     def plan(self) -> Planned | None:
         """Its runs; None if it measures by itself."""
@@ -100,18 +105,22 @@ class Question:
     def verdicts(self, claims: Mapping[str, Claim]) -> list[Verdict]:
         """What its records say on its claims."""
         report = self.module("report")
-        return [] if report is None else report.verdicts(self.records, claims)
+        if report is None or not self.ids(claims):
+            return []
+        return report.verdicts(self.records, claims)
 
     def section(self, claims: Mapping[str, Claim]) -> Section:
         """Its part of the report: its own tables and figures, made."""
         own = self.results(claims)[0]
         documents = {name: own.table(name) for name in own.tables}
+        leading = getattr(self.module("report"), "FIGURES", {})
         return Section(
             self.title,
-            tuple(claim.id for claim in claims.values() if claim.experiment == self.name),
+            self.ids(claims),
             f"make {self.name}",
             documents["table"].removeprefix(f"# {self.title}\n\n"),
             drawn(own.figures, own.folder),
+            {claim: own.folder / f"{name}.png" for claim, name in leading.items()},
         )
 
 

@@ -128,7 +128,7 @@ class Case:
     model: str
     zero: tuple[Place, ...]
     wakes: tuple[str, ...] = ()
-    moved: tuple[str, ...] = KINDS
+    moved: tuple[str, ...] = tuple(KINDS)
     only: tuple[str, ...] = tuple(MAKERS)
     options: dict[str, Any] = field(default_factory=dict)
 

@@ -1,25 +1,42 @@
 """What the symmetries of a network are: actions, discovery from a model, check and audit."""
 
 from ddc.gauges.actions import Axis, Chain, Rescale, RotatedAxis, Rotation, Shift
-from ddc.gauges.base import KINDS, Gauge, Refusal, named_parameters, plain_name, plain_names, whole
+from ddc.gauges.base import (
+    KINDS,
+    Gauge,
+    Kind,
+    Refusal,
+    add_kind,
+    is_fake,
+    is_split,
+    named_parameters,
+    plain_name,
+    plain_names,
+    whole,
+)
 from ddc.gauges.canonical import align_, balance_, nearest_turn, orbit_distance
 from ddc.gauges.discovery import find_gauges, read_gauges
 from ddc.gauges.gauge_set import GaugeSet, audit, check
 from ddc.gauges.granularity import in_blocks
 from ddc.gauges.roles import HiddenMatrix, hidden_matrices
+from ddc.gauges.traced import Finding, NotProved, rule
 
 __all__ = [
     "KINDS",
     "Axis",
     "Chain",
+    "Finding",
     "Gauge",
     "GaugeSet",
     "HiddenMatrix",
+    "Kind",
+    "NotProved",
     "Refusal",
     "Rescale",
     "RotatedAxis",
     "Rotation",
     "Shift",
+    "add_kind",
     "align_",
     "audit",
     "balance_",
@@ -27,11 +44,14 @@ __all__ = [
     "find_gauges",
     "hidden_matrices",
     "in_blocks",
+    "is_fake",
+    "is_split",
     "named_parameters",
     "nearest_turn",
     "orbit_distance",
     "plain_name",
     "plain_names",
     "read_gauges",
+    "rule",
     "whole",
 ]

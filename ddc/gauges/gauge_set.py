@@ -91,12 +91,12 @@ def _rows(entries: Iterable[Entry], verdict: Callable[[Entry], str]) -> list[tup
 
     def key(entry: Entry) -> tuple[int, str, str]:
         place = ".".join("*" if part.isdigit() else part for part in entry.where.split("."))
-        return KINDS.index(entry.kind), place, verdict(entry)
+        return [*KINDS].index(entry.kind), place, verdict(entry)
 
     rows = []
     for (kind, place, text), members in groupby(sorted(entries, key=key), key=key):
         count = len(list(members))
-        rows.append((KINDS[kind], place + (f" ({count}×)" if "*" in place else ""), text))
+        rows.append(([*KINDS][kind], place + (f" ({count}×)" if "*" in place else ""), text))
     return rows
 
 

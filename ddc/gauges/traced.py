@@ -7,7 +7,7 @@ for messages alone.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TypeVar
@@ -60,6 +60,9 @@ Key = TypeVar("Key", bound=Hashable)
 Indices = Sequence[Sequence[tuple[int, ...]]]
 
 
+Rule = Callable[["Finding"], None]
+
+
 class NotProved(Exception):
     """Why a gauge is refused."""
 
@@ -86,7 +89,12 @@ class Heads:
         }
 
 
-def gauges_of_trace(trace: Trace, per_layer: bool = False, loss: str | None = None) -> GaugeSet:
+def gauges_of_trace(
+    trace: Trace,
+    per_layer: bool = False,
+    loss: str | None = None,
+    rules: Sequence[Rule] | None = None,
+) -> GaugeSet:
     """All gauges that the rules prove, and all that they refuse.
 
     Args:
@@ -94,12 +102,11 @@ def gauges_of_trace(trace: Trace, per_layer: bool = False, loss: str | None = No
         per_layer: chains of ReLU layers without biases as one chained rescale each, in place of
             their neurons'.
         loss: as for :func:`ddc.find_gauges`.
+        rules: which; None for all.
     """
-    finding = Finding(trace)
-    finding.norm_scales()
-    finding.rescales()
-    finding.rotations()
-    finding.logit_shift(loss)
+    finding = Finding(trace, loss)
+    for prove in RULES if rules is None else rules:
+        prove(finding)
     finding.drop_overlaps()
     found = chained(finding.found) if per_layer else finding.found
     return GaugeSet(tuple(found), tuple(finding.refused))
@@ -127,10 +134,18 @@ def chained(gauges: Sequence[Gauge]) -> list[Gauge]:
 
 
 class Finding:
-    """Collects what is found and refused in one trace."""
+    """Collects what is found and refused in one trace.
 
-    def __init__(self, trace: Trace) -> None:
+    Attributes:
+        trace: of the model.
+        loss: as for :func:`ddc.find_gauges`.
+        modules: of the model by name.
+        found, refused: what rules append to.
+    """
+
+    def __init__(self, trace: Trace, loss: str | None = None) -> None:
         self.trace = trace
+        self.loss = loss
         self.modules = dict(trace.model.named_modules())
         self.found: list[Gauge] = []
         self.refused: list[Refusal] = []
@@ -142,6 +157,7 @@ class Finding:
         """A scale gamma (and beta) after a norm, against the columns of all linear maps that read
         it.
         """
+        # operations that scale the last axis by parameters, and what reads their outputs
         scales: set[str] = set()
         for node in self.trace.graph.nodes:
             if (scale := self._scale(node)) is not None:
@@ -154,6 +170,7 @@ class Finding:
                     self.found.append(self._norm_scale(source, plus, where))
                 except NotProved as reason:
                     self.refused.append(Refusal("norm_scale", where, str(reason)))
+        # norms by name that none of these operations belongs to, so that their refusal is listed
         for name, module in self.modules.items():
             if "norm" in type(module).__name__.lower() and not any(
                 owner(scale) == name for scale in scales
@@ -188,6 +205,7 @@ class Finding:
                     affine.append(arguments(node)[1])
             case _:
                 return None
+        # scale and shift must be parameters as they stand
         views = [self.trace.parameter(each) for each in affine]
         if not (names := tuple(view[0] for view in views if view is not None)):
             return None
@@ -269,6 +287,7 @@ class Finding:
             flow = self.trace.flow(sources)
             if not flow.arrivals or not self._is_between(flow):
                 continue
+            # which of the two kinds the flow suggests
             units = self.trace.tensors[name].shape[plus[0].axis]
             ends = [arrival.node in self.trace.linear_maps for arrival in flow.arrivals]
             parts = [len(arrival.labels.unique()) < units for arrival in flow.arrivals]
@@ -278,6 +297,7 @@ class Finding:
                 all(ends) or any(end and part for end, part in zip(ends, parts, strict=True))
             )
             kind = "gated_rescale" if gated else "relu_rescale"
+            # proved, or refused with the reason
             try:
                 gauge = self._rescale(kind, name, flow, plus)
                 if (
@@ -295,6 +315,7 @@ class Finding:
         and the side.
         """
         sources = []
+        # outputs of linear maps: rows, with the bias
         for linear in self.trace.linear_maps.values():
             if not has_fixed_shape(linear.output):  # experts that are chosen by their index
                 continue
@@ -302,6 +323,7 @@ class Finding:
             if linear.bias is not None:
                 plus.append(Axis(linear.bias))
             sources.append((linear.weight, {linear.output: labels_of(linear.output)}, tuple(plus)))
+        # outputs of embeddings: columns of a table, wherever it is looked up
         tables: dict[str, list[Node]] = defaultdict(list)
         for node in self.trace.graph.nodes:
             if (
@@ -344,6 +366,7 @@ class Finding:
             "bmm",
             "",
         )
+        # an activation: a module of several operations, or an operation that is none of those known
         if (module := self._activation(node)) is not None:  # of several operations
             node = [each for each in self.trace.graph.nodes if module_path(each) == module][-1]
         elif operation(node) in known:
@@ -351,6 +374,7 @@ class Finding:
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or value.ndim < 2:
             return None
+        # its values must reach linear maps alone
         flow = self.trace.flow({node: labels_of(node)})
         return (
             flow
@@ -359,6 +383,7 @@ class Finding:
         )
 
     def _rescale(self, kind: str, name: str, flow: Flow, plus: tuple[Axis, ...]) -> Rescale:
+        # all that the flow reaches must be a linear map, at one degree
         other = [
             arrival.node for arrival in flow.arrivals if arrival.node not in self.trace.linear_maps
         ]
@@ -372,6 +397,7 @@ class Finding:
         degrees = {arrival.degree for arrival in flow.arrivals}
         if len(degrees) > 1:
             raise NotProved("its readers read it at different degrees")
+        # every parameter on both sides must be whole, and used here alone
         if not self._bias_is_whole(name):
             raise NotProved("its bias is not a parameter of its own")
         tables = {
@@ -454,9 +480,11 @@ class Finding:
         return linear, heads
 
     def _value_rotation(self, node: Node, where: str) -> list[Rotation]:
+        # values as they are, head by head
         value, heads = self._heads(node, 2, "values")
         if any(heads.planes):
             raise NotProved("its values are turned by position")
+        # what attention gives must go, unchanged, to one linear map of all heads
         query_heads, width = value_of(node).shape[-3], value_of(node).shape[-1]
         labels = torch.arange(query_heads)[:, None, None] * width + torch.arange(width)
         flow = self.trace.flow({node: labels.expand(value_of(node).shape)})
@@ -471,6 +499,7 @@ class Finding:
                 f"what it gives goes to {self.describe(arrival.node)}, no linear map of all heads"
             )
         self._require_single([], [Axis(output.weight)])
+        # query heads that share a value head turn its rows and their own columns together
         position = np.empty(len(columns), dtype=np.int64)
         position[columns.numpy()] = np.arange(len(columns))
         groups = grouped([tuple(rest[i] for i in sorted(rest)) for rest in heads.rest], query_heads)
@@ -495,16 +524,19 @@ class Finding:
                 "the example has too few positions to see how they turn its heads: pass a"
                 " longer one"
             )
+        # queries and keys, turned in the same planes
         (query, q), (key_map, k) = self._heads(node, 0, "queries"), self._heads(node, 1, "keys")
         kinds = {frozenset(planes) for planes in (*q.planes, *k.planes)}
         if len(kinds) != 1:
             raise NotProved("its queries and keys are turned in different planes")
+        # query heads by the key head that they meet
         signatures = [
             (*sorted(a.items()), *sorted(b.items())) for a, b in zip(k.planes, k.rest, strict=True)
         ]
         groups = list(grouped(signatures, len(q.rest)).values())
         # query heads on a key head, where attention itself repeats these
         repeated = len(q.rest) // len(k.rest)
+        # turns of planes, and of what no position turns
         rotations = []
         keys = [group[0] // repeated for group in groups]
         if planes := sorted(q.planes[0]):
@@ -566,7 +598,7 @@ class Finding:
     # ------------------------------------------------------------------------------------------
     # logit shift
 
-    def logit_shift(self, loss: str | None) -> None:
+    def logit_shift(self) -> None:
         """The same vector added to all rows of the linear map that gives the logits."""
         linear = self.trace.head
         where = "output" if linear is None else owner(linear.weight)
@@ -576,7 +608,7 @@ class Finding:
                     f"{self.describe(self.trace.logits)}, which gives the output, is not a"
                     " linear map"
                 )
-            self._require_softmax(linear, loss)
+            self._require_softmax(linear)
             if linear.rows != 0 or not self.trace.used_once(linear.weight):
                 embedding = any(
                     operation(use) == "embedding" for use in self.trace.uses[linear.weight]
@@ -596,7 +628,7 @@ class Finding:
             assert linear is not None
             self.found.append(Shift(linear.weight, linear.bias, where=where))
 
-    def _require_softmax(self, head: LinearMap, loss: str | None) -> None:
+    def _require_softmax(self, head: LinearMap) -> None:
         """The loss is softmax cross-entropy of the logits: the caller says so, or no sign speaks
         against it.
 
@@ -607,7 +639,7 @@ class Finding:
             raise NotProved(
                 "it has one output, which a softmax makes constant: its loss is another one"
             )
-        if loss is not None:  # find_gauges leaves the shift out where it is another
+        if self.loss is not None:  # find_gauges leaves the shift out where it is another
             return
         ask = (
             "; if it is softmax cross-entropy of this output, say so: find_gauges(model,"
@@ -660,6 +692,22 @@ class Finding:
         return path
 
 
+#: What proves the kinds, in the order in which they are tried. A rule may prove several; a chained
+#: rescale is made of ReLU rescales.
+RULES: list[Rule] = [Finding.norm_scales, Finding.rescales, Finding.rotations, Finding.logit_shift]
+#: Those of them that a reader of a family of models stands for (:func:`ddc.gauges.read_gauges`).
+OF_READERS = tuple(RULES)
+
+
+def rule(prove: Rule) -> Rule:
+    """Have a rule tried on every trace, after those that there are. It appends to
+    :attr:`Finding.found` what it proves, and to :attr:`Finding.refused` what it looked for and
+    could not prove.
+    """
+    RULES.append(prove)
+    return prove
+
+
 def other_loss(model: nn.Module) -> str:
     """What a model of transformers says of its loss, if that is not softmax cross-entropy; empty
     otherwise.
@@ -706,20 +754,19 @@ def heads_of(matrix: Tensor, what: str) -> Heads:
     met_by = (matrix != 0).any(2)
     for head in range(matrix.shape[1]):
         # (outputs, positions, entries), (outputs, entries)
-        block, met = (
-            matrix[:, head],
-            met_by[:, head],
-        )
+        block, met = matrix[:, head], met_by[:, head]
         outputs = met.any(1).nonzero().flatten().tolist()
         planes, rest, scales = {}, {}, []
         for rows, entries in components(met[outputs], outputs):
             at = block[rows][:, :, entries].permute(1, 2, 0)  # (positions, entries, outputs)
+            # one entry: left alone, at one scale
             if len(rows) == len(entries) == 1:
                 scales.append(at[0, 0, 0])
                 if (at - at[0]).abs().max() > CLOSE * at.abs().max():
                     raise NotProved(f"its {what} are scaled by position")
                 rest[entries[0]] = rows[0]
                 continue
+            # two entries: a rotation times one number at every position
             if not len(rows) == len(entries) == 2:
                 raise NotProved(f"its {what} are mixed within a head in more than planes")
             size = at.square().sum((1, 2)) / 2
@@ -734,6 +781,7 @@ def heads_of(matrix: Tensor, what: str) -> Heads:
             if determinant[0] < 0:
                 rows = rows[::-1]
             planes[entries[0], entries[1]] = (rows[0], rows[1])
+        # every entry accounted for, at one scale for the whole head
         if len(planes) * 2 + len(rest) != matrix.shape[-1]:
             raise NotProved(f"entries of its {what} do not come from the linear map")
         if scales and (torch.stack(scales) - scales[0]).abs().max() > CLOSE * scales[0].abs():

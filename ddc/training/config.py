@@ -6,12 +6,13 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -25,7 +26,8 @@ from ddc.data import DataConfig, ImageConfig, ModularConfig, TextConfig
 from ddc.gauges import KINDS
 from ddc.gauges.granularity import GRANULARITIES
 from ddc.models import MODELS, GPTConfig, ModelConfig
-from ddc.optim.ddcadam import STEP_SCALES, VERTICAL_MODES
+from ddc.optim.factory import LIFTS
+from ddc.optim.lift import STEP_SCALES, VERTICAL_MODES, Lift
 from ddc.optim.muon import ADJUSTMENTS
 from ddc.optim.orthogonal import ORTHOGONALIZERS
 from ddc.slt.config import SLTConfig
@@ -52,8 +54,6 @@ class OptimizerConfig:
 
     name: str = MISSING
     lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = 1e-8
     weight_decay: float = 0.1
 
     def __post_init__(self) -> None:
@@ -65,23 +65,34 @@ class OptimizerConfig:
             f"{own}; optimizer=NAME chooses another optimizer",
         )
         require("optimizer.lr", self.lr, self.lr > 0, "a positive number")
-        require("optimizer.eps", self.eps, self.eps >= 0, "a number >= 0")
         require(
             "optimizer.weight_decay", self.weight_decay, self.weight_decay >= 0, "a number >= 0"
         )
+
+
+@dataclass
+class AdamConfig(OptimizerConfig):
+    """Adam's hyperparameters, of all that has Adam in it."""
+
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require("optimizer.eps", self.eps, self.eps >= 0, "a number >= 0")
         valid = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         require("optimizer.betas", self.betas, valid, "two numbers in [0, 1)")
 
 
 @dataclass
-class AdamWConfig(OptimizerConfig):
+class AdamWConfig(AdamConfig):
     """``torch.optim.AdamW``."""
 
     name: str = "adamw"
 
 
 @dataclass
-class RelativeAdamWConfig(OptimizerConfig):
+class RelativeAdamWConfig(AdamConfig):
     """:class:`ddc.optim.relative_step.RelativeAdamW`: AdamW whose steps of matrices have a given
     length.
 
@@ -101,12 +112,11 @@ class RelativeAdamWConfig(OptimizerConfig):
 
 
 @dataclass
-class DDCAdamConfig(OptimizerConfig):
-    """:class:`ddc.DDCAdam`, which documents the keys; ``compiled=null``: on a CPU, from five
-    million parameters on.
+class LiftConfig(OptimizerConfig):
+    """What all lifts share; :class:`ddc.DDCAdam` documents the keys. ``compiled=null``: on a CPU,
+    from five million parameters on.
     """
 
-    name: str = "ddcadam"
     radial_rate: float = 1.0
     vertical: str = "freeze"
     step_scale: str = "init"
@@ -127,6 +137,13 @@ class DDCAdamConfig(OptimizerConfig):
 
 
 @dataclass
+class DDCAdamConfig(AdamConfig, LiftConfig):
+    """:class:`ddc.DDCAdam`, which documents the keys."""
+
+    name: str = "ddcadam"
+
+
+@dataclass
 class DDCAdamPaperConfig(DDCAdamConfig):
     """:class:`ddc.DDCAdam` with the step of the paper's companion, in place of ours.
 
@@ -141,7 +158,7 @@ class DDCAdamPaperConfig(DDCAdamConfig):
 
 
 @dataclass
-class MuonConfig(OptimizerConfig):
+class MuonConfig(AdamConfig):
     """Muon for hidden matrices, ``torch.optim.AdamW`` for the rest.
 
     ``lr`` and ``momentum`` are Muon's, ``adam_lr``, ``betas`` and ``eps`` AdamW's. ``adjust_lr_fn``
@@ -186,7 +203,30 @@ class DDCMuonConfig(DDCAdamConfig):
         require_one_of("optimizer.orthogonalizer", self.orthogonalizer, ORTHOGONALIZERS)
 
 
-OPTIMIZERS = {
+def lift_schema(name: str, lift: type[Lift]) -> type[LiftConfig]:
+    """The schema of a lift, read from its signature: what is its own, with its defaults, is added
+    to what all lifts share; its rule checks what the rule reads.
+    """
+    hints = get_type_hints(lift.__init__) | {"lr": float}
+    own = [
+        (key, hints[key], field(default=parameter.default))
+        for key, parameter in inspect.signature(lift).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and key != "weight_decay"
+    ]
+
+    def check(self: LiftConfig) -> None:
+        LiftConfig.__post_init__(self)
+        try:
+            lift.rule.check(vars(self))
+        except ValueError as error:
+            raise ValueError(str(error).replace("Invalid ", "Invalid optimizer.", 1)) from None
+
+    about = {"__post_init__": check, "__doc__": lift.__doc__, "__module__": __name__}
+    fields: list[Any] = [("name", str, field(default=name)), *own]
+    return make_dataclass(f"{lift.__name__}Config", fields, bases=(LiftConfig,), namespace=about)
+
+
+OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
     "adamw": AdamWConfig,
     "adamw_relative": RelativeAdamWConfig,
     "ddcadam": DDCAdamConfig,
@@ -194,29 +234,37 @@ OPTIMIZERS = {
     "muon": MuonConfig,
     "ddcmuon": DDCMuonConfig,
 }
+OPTIMIZERS |= {
+    name: lift_schema(name, lift) for name, lift in LIFTS.items() if name not in OPTIMIZERS
+}
+#: Kinds of gauge that are in every run's identity, wanted or not: those that there were when runs
+#: got their names. Later ones are where they are wanted.
+FIRST_KINDS = tuple(KINDS)[:7]
 #: Which data a model reads.
 DATA = {"gpt": TextConfig, "vit": ImageConfig, "deep_mlp": ModularConfig}
 
 
+if TYPE_CHECKING:
+
+    class _Wanted:
+        """A field for every kind of gauge, ``bool | None``, in the order of tables."""
+
+else:
+    _Wanted = make_dataclass("_Wanted", [(kind, bool | None, False) for kind in KINDS])
+
+
 @dataclass
-class GaugesConfig:
-    """Which kinds of gauge the optimizer respects.
+class GaugesConfig(_Wanted):
+    """Which kinds of gauge the optimizer respects: a key for each of :data:`ddc.gauges.KINDS`.
 
     ``true``: the model must have the kind; ``null``: if the model has it; ``false``: not.
-    ``chained_rescale`` is ``relu_rescale`` layer by layer instead of neuron by neuron: one of the
-    two.
+    ``gauges=all`` says null for all that are on by default. ``chained_rescale`` is ``relu_rescale``
+    layer by layer instead of neuron by neuron: one of the two.
 
     ``granularity`` is that of ReLU and gated rescales: ``unit``, a scale for each hidden unit, or
     ``block``, one for a pair of matrices, or for a layer of a chain (:func:`ddc.gauges.in_blocks`).
     """
 
-    logit_shift: bool | None = False
-    relu_rescale: bool | None = False
-    chained_rescale: bool | None = False
-    gated_rescale: bool | None = False
-    norm_scale: bool | None = False
-    value_rotation: bool | None = False
-    qk_rotation: bool | None = False
     granularity: str = "unit"
 
     def __post_init__(self) -> None:
@@ -235,7 +283,7 @@ class GaugesConfig:
     @property
     def per_layer(self) -> bool:
         """As :func:`ddc.find_gauges` has it."""
-        return self.chained_rescale is not False
+        return "chained_rescale" in self.kinds
 
 
 @dataclass
@@ -463,7 +511,11 @@ class Config:
         values = dataclasses.asdict(self)
         del values["launcher"], values["wandb"], values["runs"], values["training"]["resume"]
         granularity = values["gauges"].pop("granularity")
-        values["gauges"] = {kind: wanted is not False for kind, wanted in values["gauges"].items()}
+        values["gauges"] = {
+            kind: wanted is not False
+            for kind, wanted in values["gauges"].items()
+            if wanted is not False or kind in FIRST_KINDS
+        }
         # keys that came later are left out where they say what had been so before: older runs keep
         # their names
         if granularity != "unit":
@@ -507,22 +559,34 @@ def register_schemas() -> None:
     ):
         for name, schema in schemas.items():
             store.store(group=group, name=f"schema_{name}", node=schema)
-    for name, path in experiments().items():
-        store.store(group="experiment", name=name, node=OmegaConf.load(path), package="_global_")
+    for group, choices in made_choices().items():
+        for name, node in choices.items():
+            package = "_global_" if group == "experiment" else None
+            store.store(group=group, name=name, node=node, package=package)
+
+
+@functools.cache
+def made_choices() -> dict[str, dict[str, Any]]:
+    """Groups that are made here, and not of files in ``configs``: ``experiment``, of ``run.yaml``
+    in each folder of experiments, which is global and holds model, data and training only; and
+    ``gauges``, of the kinds.
+    """
+    defaults = {name: None for name, kind in KINDS.items() if kind.default}
+    return {
+        "experiment": {name: OmegaConf.load(path) for name, path in experiments().items()},
+        "gauges": {"all": defaults, "none": {}, **{kind: {kind: True} for kind in KINDS}},
+    }
 
 
 def experiments() -> dict[str, Path]:
-    """The configurations of experiments by name: each is global, and holds model, data and training
-    only.
-    """
+    """``run.yaml`` of experiments by name."""
     return {path.parent.name: path for path in sorted(EXPERIMENTS.glob("*/run.yaml"))}
 
 
 def choices_of(group: str) -> list[str]:
     """What may be chosen of a group of configurations; nothing if there is no such group."""
-    if group == "experiment":
-        return list(experiments())
-    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+    files = (path.stem for path in (CONFIGS / group).glob("*.yaml"))
+    return sorted({*files, *made_choices().get(group, ())})
 
 
 def compose_config(overrides: Sequence[str]) -> Config:

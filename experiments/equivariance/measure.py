@@ -29,6 +29,7 @@ from ddc import DDCAdam, DDCMuon, find_gauges, hidden_matrices
 from ddc.data import ModularConfig, PairData, TextConfig, TextData, load_modular, load_text
 from ddc.gauges import KINDS, GaugeSet
 from ddc.models import GPT, DeepMLP, DeepMLPConfig, GPTConfig, cross_entropy
+from ddc.optim import Lift
 from ddc.optim.factory import make_muon
 from ddc.report.runs import read_lines
 from ddc.training.records import provenance
@@ -153,7 +154,7 @@ def orbit_divergence(
                 parameters = list(each.parameters())
                 norm = (
                     optimizer.grad_norm()
-                    if isinstance(optimizer, DDCAdam)
+                    if isinstance(optimizer, Lift)
                     else torch.nn.utils.get_total_norm(
                         [p.grad for p in parameters if p.grad is not None]
                     )
@@ -186,7 +187,7 @@ def cases() -> list[Case]:
     text, pairs = load_text(TextConfig(), CONTEXT), load_modular(ModularConfig(), seed=0)
     found = []
     for i, (name, config) in enumerate(MODELS.items()):
-        found.append(Case(name, config, text, BATCH, "all", KINDS))
+        found.append(Case(name, config, text, BATCH, "all", (*KINDS,)))
         if i < 2:
             kinds = {gauge.kind for gauge in find_gauges(GPT(config, text.vocab_size))}
             found += [
@@ -194,7 +195,7 @@ def cases() -> list[Case]:
             ]
     return [
         *found,
-        Case("ReLU network without biases, depth 8", DEEP, pairs, DEEP_BATCH, "all", KINDS),
+        Case("ReLU network without biases, depth 8", DEEP, pairs, DEEP_BATCH, "all", (*KINDS,)),
     ]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from ddc.gauges import KINDS
 from ddc.report.claims import Claim, Effect, Verdict, rule, verdict, verdict_table
 from ddc.report.figures import Drawing, nth_style, save_figure, subplots
 from ddc.report.runs import TITLES, read_lines
@@ -15,6 +16,8 @@ from ddc.report.stages import Record, table
 from experiments.output import Results
 from experiments.protocols import ROOT
 
+#: By claim, the figure beside the main table.
+FIGURES = {"C6": "divergence"}
 RESULTS = ROOT / "results/equivariance"
 
 #: Each optimizer, and the plain one that it is compared with.
@@ -139,7 +142,7 @@ def plot(records: Sequence[Record], bound: float, stem: Path) -> list[Path]:
             )
         panel.set(title=dtype, xscale="log", xlabel="largest |difference of log-probabilities|")
     axes[0].axvline(bound, color="black", linestyle=":", linewidth=0.8)
-    titles = [f"{model}: {gauges.replace('_', ' ')}" for model, gauges in keys]
+    titles = [f"{model}: {KINDS[g].title if g in KINDS else g}" for model, g in keys]
     axes[0].set_yticks(range(len(keys)), titles, fontsize=8)
     axes[0].invert_yaxis()
     axes[1].legend(frameon=False, fontsize="small", loc="upper left")

@@ -25,6 +25,8 @@ from ddc.report.statistics import (
 from experiments.grok_mlp.plan import EXPERIMENT, GROKS, best_accuracy
 from experiments.output import Results
 
+#: By claim, the figure beside the main table.
+FIGURES = {"C5": "accuracy"}
 LEVELS = (0.75, GROKS, 0.99)
 #: A run fits if its last training accuracy is at least this.
 FITS = 0.99
@@ -64,6 +66,12 @@ def setting_title(record: Record) -> str:
     schedule = {"wsd": "linear fall", "cosine": "cosine"}[training["schedule"]]
     rates = " / ".join(f"{optimizer[key]:g}" for key in ("lr", "adam_lr") if key in optimizer)
     return f"{rates}, {optimizer['weight_decay']:g}, {schedule}"
+
+
+def setting_words(record: Record) -> str:
+    """The same with the names of the numbers."""
+    rates, decay, schedule = setting_title(record).split(", ")
+    return f"{'rates' if '/' in rates else 'rate'} {rates}, decay {decay}, {schedule}"
 
 
 def fit_step(record: Record) -> int | None:
@@ -369,8 +377,8 @@ def drawings(records: Sequence[Record]) -> dict[str, Drawing]:
         "accuracy": Drawing(
             partial(plot_accuracy, records),
             "Grokking: validation accuracy against steps, a line a seed (11); training accuracy in"
-            " grey; dotted, the 0.95 that counts. In the titles how many grok; rates, decay,"
-            " schedule.",
+            " grey; dotted, the 0.95 that counts. Two rates are those of hidden matrices and of all"
+            " else.",
         ),
         "depth": Drawing(
             partial(plot_depth, records),
@@ -405,7 +413,7 @@ def plot_accuracy(records: Sequence[Record], stem: Path) -> list[Path]:
                 )
             panel.axhline(GROKS, color="black", linestyle=":", linewidth=0.8)
             panel.set_title(
-                f"{TITLES[name]}, {protocol}: {share(runs)}\n{setting_title(runs[0])}",
+                f"{TITLES[name]}, {protocol}: {share(runs)} grok\n{setting_words(runs[0])}",
                 fontsize="small",
             )
     for panel in axes[-1]:

@@ -7,12 +7,13 @@ columns), the ``summary`` and whether it ``diverged``.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from ddc.gauges import KINDS
 from ddc.report.claims import Claim, Verdict, effect, rule, tested, verdict, verdict_table
 from ddc.report.curves import plot_losses
 from ddc.report.figures import Drawing, nth_style, save_figure, subplots
@@ -52,6 +53,8 @@ QUANTITIES = (
     Quantity("gap at train loss 1.0", gap_at("1.0"), -1),
     EQUAL,
 )
+#: By claim, the figure beside the main table.
+FIGURES = {"C1": "losses"}
 #: The stages whose settings were chosen on the grid, one a question.
 QUESTIONS = ("tuned", "equal_loss", "early")
 STAGE_TITLES = {
@@ -59,13 +62,6 @@ STAGE_TITLES = {
     "tuned": "Tuned by the last validation loss, of settings that fit",
     "equal_loss": "Tuned by the gap at train loss 0.5",
     "early": "Tuned by the best validation loss",
-}
-GAUGE_TITLES = {
-    "logit_shift": "logit shift",
-    "gated_rescale": "gated rescale",
-    "norm_scale": "norm scale",
-    "value_rotation": "value rotation",
-    "qk_rotation": "query-key rotation",
 }
 
 
@@ -188,27 +184,28 @@ def tuning_table(records: Sequence[Record]) -> str:
     return table(["optimizer", "setting", *(quantity.title for quantity in shown)], rows, left=2)
 
 
-def gauge_set_title(record: Record) -> str:
-    """The kinds of gauges that the optimizer was told of."""
-    kinds = [
-        title
-        for kind, title in GAUGE_TITLES.items()
-        if record["config"]["gauges"][kind] is not False
-    ]
-    if len(kinds) == len(GAUGE_TITLES):
-        return "all"
-    return " + ".join(kinds) or "none"
+def kinds_of(records: Iterable[Record]) -> list[str]:
+    """The kinds of gauges that the model has."""
+    drifting = {kind for record in records for kind in record["curve"]["gauge_drift"][0]}
+    return [kind for kind in KINDS if kind in drifting]
+
+
+def gauge_set_title(record: Record, kinds: Sequence[str]) -> str:
+    """Those of the kinds that the optimizer was told of."""
+    told = [KINDS[kind].title for kind in kinds if record["config"]["gauges"][kind] is not False]
+    return "all" if len(told) == len(kinds) else " + ".join(told) or "none"
 
 
 def gauge_sets(records: Sequence[Record]) -> Iterator[tuple[str, float, Record]]:
     """(gauges, radial rate, run) at one decay and seed: parts of the gauges, all of them, and none,
     which is AdamW.
     """
-    decay = 0.1
+    decay, kinds = 0.1, kinds_of(records)
     yield "none (AdamW)", float("nan"), grid(records, BASELINE)[1e-3, decay]
     for settings in of_stage(records, "gauge_sets").values():
         for (record,) in settings.values():
-            yield gauge_set_title(record), record["config"]["optimizer"]["radial_rate"], record
+            title = gauge_set_title(record, kinds)
+            yield title, record["config"]["optimizer"]["radial_rate"], record
     for radial in (0.0, 1.0):
         yield "all", radial, grid(records, SUBJECT)[radial, decay]
 
@@ -311,13 +308,17 @@ def drawings(records: Sequence[Record]) -> dict[str, Drawing]:
     }
 
 
+#: What the rows of each optimizer's grid are.
+ROWS = {SUBJECT: "radial rate", BASELINE: "learning rate"}
+
+
 def plot_grid(records: Sequence[Record], stem: Path) -> list[Path]:
     """Three heat maps an optimizer."""
     from matplotlib.patches import Rectangle
 
     shown = {"equal_loss": EQUAL, "tuned": LAST, "early": BEST}
-    figure, axes = subplots(2, 3, figsize=(12, 6.5))
-    grids = {name: grid(records, name) for name in (SUBJECT, BASELINE)}
+    figure, axes = subplots(2, 3, figsize=(12, 7.5))
+    grids = {name: grid(records, name) for name in ROWS}
     for column, (stage, quantity) in zip(axes.T, shown.items(), strict=True):
         there = [number(run, quantity) for cells in grids.values() for run in cells.values()]
         low, high = min(v for v in there if v is not None), max(v for v in there if v is not None)
@@ -343,9 +344,13 @@ def plot_grid(records: Sequence[Record], stem: Path) -> list[Path]:
                     )
             panel.set_xticks(range(len(decays)), [f"{each:g}" for each in decays])
             panel.set_yticks(range(len(rates)), [f"{each:g}" for each in rates])
-            panel.set(xlabel="decay", ylabel="radial rate" if name == SUBJECT else "learning rate")
-            panel.set_title(f"{TITLES[name]}: {quantity.title}")
-        figure.colorbar(image, ax=column, label="nats")
+            panel.set(xlabel="decay")
+        column[0].set_title(f"chosen by: {quantity.title}")
+        figure.colorbar(
+            image, ax=column, location="bottom", aspect=30, label=f"{quantity.title} (nats)"
+        )
+    for row, (name, rate) in zip(axes, ROWS.items(), strict=True):
+        row[0].set_ylabel(f"{TITLES[name]}\n{rate}")
     return save_figure(figure, stem)
 
 
@@ -401,14 +406,16 @@ def plot_gauge_sets(records: Sequence[Record], stem: Path) -> list[Path]:
 
 def plot_drift(runs: Runs, stem: Path) -> list[Path]:
     """A panel a kind of gauge."""
-    figure, axes = subplots(1, len(GAUGE_TITLES), figsize=(14, 3.2))
-    for panel, (kind, title) in zip(axes, GAUGE_TITLES.items(), strict=True):
+    kinds = kinds_of(runs[SUBJECT])
+    figure, axes = subplots(1, len(kinds), figsize=(14, 3.2))
+    for panel, kind in zip(axes, kinds, strict=True):
         for i, (name, records) in enumerate(runs.items()):
             for j, run in enumerate(records):
                 drifts = [each[kind] for each in run["curve"]["gauge_drift"]]
                 label = None if j else f"{TITLES[name]}, {len(records)} seeds"
                 panel.plot(run["curve"]["step"], drifts, **nth_style(i), linewidth=1, label=label)
-        panel.set(title=title, xlabel="step", ylim=(0, None))
+        panel.set(title=KINDS[kind].title, xlabel="step")
+        panel.set_ylim(-0.03 * panel.get_ylim()[1])  # what stays at 0 is seen
     axes[0].set_ylabel("drift along the orbit since the start\n(rotations: radians)")
     axes[0].legend(frameon=False, fontsize="small")
     return save_figure(figure, stem)

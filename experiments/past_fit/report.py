@@ -384,8 +384,8 @@ def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
         *(text for rate in (RATE, FAST) for text in mechanism_section(records, rate)),
         (
             "Decay 0.1. *Relative step* (its length over the matrix's) and *angle* (radians) of the"
-            " step before the last evaluation: median over the matrices under the block rescale (W_up and W_down),"
-            " and over the others; mean over seeds."
+            " step before the last evaluation: median over the matrices under the block rescale"
+            " (W_up and W_down), and over the others; mean over seeds."
         ),
         "## Readings of the abstract",
         specification.summary(records),

@@ -7,12 +7,13 @@ From records alone: the folder of each run with its readings, and in it the ``ra
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,17 +27,25 @@ from ddc.report.claims import (
     verdict,
     verdict_table,
 )
-from ddc.report.figures import COLOURS, HATCHES, Drawing, nth_style, save_figure, subplots
+from ddc.report.figures import (
+    COLOURS,
+    HATCHES,
+    Drawing,
+    nth_style,
+    plain_log_ticks,
+    save_figure,
+    subplots,
+)
 from ddc.report.paired import BASELINE, SUBJECT, interval, p_cell
 from ddc.report.rates import (
     APPROACH_TITLES,
     COLUMNS,
     cells_of,
     heat_map,
-    largest_slope,
     plot_cells,
     plot_spectra,
     settings,
+    slope_bar,
     titled,
 )
 from ddc.report.rates import markdown as cells_table
@@ -47,7 +56,12 @@ from ddc.slt.rates import log_approach, log_observables
 from experiments.output import Results
 from experiments.rates.plan import EXPERIMENT
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 OPTIMIZERS = (BASELINE, SUBJECT)
+#: By claim, the figure beside the main table.
+FIGURES = {"C2": "refusals"}
 FITS_SHOWN = 4
 
 
@@ -359,14 +373,13 @@ def plot_grids(seeds: Mapping[int, Mapping[str, Reading]], stem: Path) -> list[P
     """Heat maps of slopes: a row a seed, a column an optimizer."""
     pairs = [pair[optimizer] for pair in seeds.values() for optimizer in OPTIMIZERS]
     layers = pairs[0].primary["total"] // len(COLUMNS)
-    top = max(largest_slope(each.primary["cells"]) for each in pairs)
     size = (15, len(seeds) * (0.9 + 0.32 * layers))
     figure, axes = subplots(len(seeds), 2, figsize=size, squeeze=False, sharey=True)
     for panel, each in zip(axes.flat, pairs, strict=True):
-        image = heat_map(panel, each.primary["cells"], top)
+        image = heat_map(panel, each.primary["cells"])
         title = f"{each.run.label}, against {APPROACH_TITLES[each.rates['primary']]}"
         panel.set_title(f"{title}: {each.read} of {each.primary['total']} read", fontsize=9)
-    figure.colorbar(image, ax=axes, label="slope, log observable against log approach")
+    slope_bar(figure, image, axes)
     return save_figure(figure, stem)
 
 
@@ -414,36 +427,47 @@ def plot_refusals(readings: Sequence[Reading], stem: Path) -> list[Path]:
 
 
 def plot_fits(readings: Sequence[Reading], stem: Path) -> list[Path]:
-    """Single read cells of the first seed of the smallest grid: a row an optimizer."""
+    """Single read cells of the first seed of the smallest grid."""
     pair = next(iter(next(iter(grids(readings).values())).values()))
-    figure, axes = subplots(len(OPTIMIZERS), FITS_SHOWN, figsize=(14, 6), squeeze=False)
-    for row, optimizer in zip(axes, OPTIMIZERS, strict=True):
-        each = pair[optimizer]
-        _, approach, loss_floor = settings(each.run)
-        x = log_approach(each.run.readings, approach, loss_floor) / np.log(10)
-        series = log_observables(each.run.readings)
-        shown = [cell for cell in each.primary["cells"] if cell["verdict"] == "read"][:FITS_SHOWN]
-        for panel, cell in zip(row, shown, strict=False):
-            y = series[cell["layer"], cell["observable"]] / np.log(10)
-            there = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
-            window = there[np.argsort(x[there])][: cell["checkpoints"]]
-            style = {
-                "color": COLOURS[OPTIMIZERS.index(optimizer)],
-                "marker": "o",
-                "linestyle": "none",
-                "markersize": 4,
-            }
-            panel.plot(x[there], y[there], fillstyle="none", **style)
-            panel.plot(x[window], y[window], **style)
-            line = cell["slope"] * (x[window] - x[window].mean()) + y[window].mean()
-            panel.plot(x[window], line, "k-", linewidth=1)
-            slope = f"{cell['slope']:.2f} ({cell['low']:.2f} to {cell['high']:.2f})"
-            title = f"{each.run.label}: {cell['layer']}, {COLUMNS[cell['observable']]}"
-            panel.set_title(f"{title}\n{slope}, R² {cell['r2']:.2f}", fontsize=8)
-            panel.set(xlabel="log10 excess loss", ylabel="log10 observable")
-        for panel in row[len(shown) :]:
-            panel.set_axis_off()
+    shown = [
+        (pair[optimizer], cell)
+        for optimizer in OPTIMIZERS
+        for cell in [c for c in pair[optimizer].primary["cells"] if c["verdict"] == "read"][
+            :FITS_SHOWN
+        ]
+    ]
+    columns = min(3, max(1, len(shown)))
+    rows = max(1, math.ceil(len(shown) / columns))
+    figure, axes = subplots(rows, columns, figsize=(4 * columns, 3.2 * rows), squeeze=False)
+    for panel, (each, cell) in zip(axes.flat, shown, strict=False):
+        plot_fit(panel, each, cell)
+    for panel in axes.flat[len(shown) :]:
+        panel.set_axis_off()
     return save_figure(figure, stem)
+
+
+def plot_fit(panel: Axes, reading: Reading, cell: Record) -> None:
+    """One cell that is read: its points, those of the window filled, and the fitted power."""
+    _, approach, loss_floor = settings(reading.run)
+    x = log_approach(reading.run.readings, approach, loss_floor) / np.log(10)
+    series = log_observables(reading.run.readings)
+    y = series[cell["layer"], cell["observable"]] / np.log(10)
+    there = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
+    window = there[np.argsort(x[there])][: cell["checkpoints"]]
+    style: dict[str, Any] = {
+        "color": COLOURS[OPTIMIZERS.index(reading.optimizer)],
+        "marker": "o",
+        "linestyle": "none",
+        "markersize": 4,
+    }
+    panel.plot(x[there], y[there], fillstyle="none", **style)
+    panel.plot(x[window], y[window], **style)
+    line = cell["slope"] * (x[window] - x[window].mean()) + y[window].mean()
+    panel.plot(x[window], line, "k-", linewidth=1)
+    slope = f"slope {cell['slope']:.2f} ({cell['low']:.2f} to {cell['high']:.2f})"
+    title = f"{reading.run.label}: {cell['layer']}, {COLUMNS[cell['observable']]}"
+    panel.set_title(f"{title}\n{slope}, R² {cell['r2']:.2f}", fontsize=8)
+    panel.set(xlabel="log10 excess loss", ylabel="log10 observable")
 
 
 def plot_arc_length(readings: Sequence[Reading], stem: Path) -> list[Path]:
@@ -454,7 +478,7 @@ def plot_arc_length(readings: Sequence[Reading], stem: Path) -> list[Path]:
         for i, optimizer in enumerate(OPTIMIZERS):
             for j, pair in enumerate(seeds.values()):
                 rows = pair[optimizer].run.readings
-                label = None if j else f"{TITLES[optimizer]}, {len(seeds)} seeds"
+                label = None if j else f"{TITLES[optimizer]}, seeds: {len(seeds)}"
                 steps, lengths = ([row[key] for row in rows] for key in ("step", "arc_length"))
                 panel.plot(steps, lengths, label=label, **nth_style(i))
         panel.set(
@@ -486,5 +510,6 @@ def plot_coefficients(runs: Sequence[Run], stem: Path) -> list[Path]:
     panel.set(
         xscale="log", yscale="log", xlabel="step", ylabel="estimate of the learning coefficient"
     )
+    plain_log_ticks(panel.yaxis)
     panel.legend(frameon=False, fontsize="small")
     return save_figure(figure, stem)

@@ -47,6 +47,8 @@ from ddc.report.statistics import holm, paired_p
 from experiments.output import Results
 from experiments.vit_scratch.plan import EXPERIMENT
 
+#: By claim, the figure beside the main table.
+FIGURES = {"C3": "losses", "C4": "pruning"}
 HALF = 0.5
 
 
@@ -254,6 +256,12 @@ def setting_title(record: Record) -> str:
     return f"{optimizer['lr']:g}, {optimizer['weight_decay']:g}"
 
 
+def setting_words(record: Record) -> str:
+    """The same with the names of the numbers."""
+    rate, decay = setting_title(record).split(", ")
+    return f"rate {rate}, decay {decay}"
+
+
 def tuning_table(records: Sequence[Record]) -> str:
     """One row a setting, the chosen one in bold."""
     finals, chosen = of_stage(records, "finals"), of_stage(records, "tuned")
@@ -343,9 +351,8 @@ def drawings(records: Sequence[Record]) -> dict[str, Drawing]:
     runs = {protocol: stage_runs(records, protocol) for protocol in PROTOCOLS}
     return {
         "losses": Drawing(
-            partial(plot_losses, runs, setting_title),
-            "Vision: losses against steps, and the gap against the train loss. A line a seed; in"
-            " brackets rate and decay.",
+            partial(plot_losses, runs, setting_words),
+            "Vision: losses against steps, and the gap against the train loss. A line a seed.",
         ),
         "pruning": Drawing(
             partial(plot_pruning, runs),

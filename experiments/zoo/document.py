@@ -28,7 +28,8 @@ are on random targets in float32, learning rate 1e-3 (and 0.01 for hidden matric
 *sound* where every loss is finite and the last is not above the first by 0.5.
 
 Made by `make zoo` ({hours:.1f} hours of a core; `experiments/zoo`) from
-`results/zoo/records.jsonl`: {versions}, commits {commits}.
+`results/zoo/records.jsonl`:
+{versions}, commits {commits}.
 Of the {known} architectures that are known, {without} have no record yet; `make zoo` run again
 makes these.
 """
@@ -156,7 +157,7 @@ def _reasons(traced: Sequence[Record]) -> dict[tuple[str, str], int]:
     for record in traced:
         for kind, reason, count in record["refused"]:
             times[kind, general(reason)] += count
-    ordered = sorted(times, key=lambda each: (KINDS.index(each[0]), -times[each]))
+    ordered = sorted(times, key=lambda each: ([*KINDS].index(each[0]), -times[each]))
     return {each: number for number, each in enumerate(ordered, 1)}
 
 
