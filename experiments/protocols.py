@@ -70,11 +70,14 @@ class Experiment:
     Args:
         overrides: of every run; the first of them is its ``+experiment=``.
         seeds: on which both protocols report.
-        matched: one setting an optimizer.
-        grid: the settings that the tuning tries, as many for each optimizer.
-        score: what the tuning chooses by, from the records of a setting's runs; larger is better.
         curve: keys of the evaluations that a record keeps, as columns.
         results: folder of the committed records.
+        more: further stages by name; what gives their runs may ask :meth:`tuned`. In a setting
+            ``{runs}`` stands for the folder of the runs.
+        matched: one setting an optimizer.
+        grid: the settings that the tuning tries, as many for each optimizer; without one there are
+            no stages but ``more``.
+        score: what the tuning chooses by, from the records of a setting's runs; larger is better.
         final_seeds: on which the best settings run after the tuning seed; none: the best there is
             taken.
         more: further stages by name; what gives their runs may ask :meth:`tuned`.
@@ -84,12 +87,12 @@ class Experiment:
 
     overrides: str
     seeds: Sequence[int]
-    matched: Sequence[str]
-    grid: Mapping[str, Sequence[str]]
-    score: Callable[[Sequence[Record]], Any]
     curve: Sequence[str]
     results: Path
     more: Mapping[str, Callable[[str | None], Plan]]
+    matched: Sequence[str] = ()
+    grid: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    score: Callable[[Sequence[Record]], Any] = len
     final_seeds: Sequence[int] = FINAL_SEEDS
     scripts: Mapping[str, str] = field(default_factory=dict)
     measured: Callable[[Path, Collection[str]], Record] = lambda folder, stages: {}
@@ -97,8 +100,8 @@ class Experiment:
     @property
     def stages(self) -> tuple[str, ...]:
         """Names of all stages, in an order in which they can run."""
-        own = STAGES if self.final_seeds else [stage for stage in STAGES if stage != "finals"]
-        return (*own, *self.more)
+        own = [stage for stage in STAGES if stage != "finals" or self.final_seeds]
+        return (*(own if self.grid else ()), *self.more)
 
     @cached_property
     def records(self) -> list[Record]:
@@ -121,6 +124,20 @@ class Experiment:
                     " them first"
                 )
         return self.records
+
+    def missing(self) -> str:
+        """Which stages lack committed records, in words; empty where none does."""
+        words = []
+        for stage in self.stages:
+            try:
+                planned = self.plan(stage, None)
+            except ValueError:  # follows from runs that are missing
+                words.append(f"{stage} (not planned yet)")
+                continue
+            there = sum(self.recorded(*each) is not None for each in planned)
+            if there < len(planned):
+                words.append(f"{stage} ({there} of {len(planned)})")
+        return f"Stages with missing runs: {', '.join(words)}." if words else ""
 
     def plan(self, stage: str, runs: str | None) -> Plan:
         """The runs of a stage; those of finals and tuned follow from ended runs, or from the
@@ -237,7 +254,10 @@ class Experiment:
 
     def lines(self, planned: Plan, runs: str) -> list[str]:
         """A plan as overrides."""
-        return [f"{self.overrides} runs={runs} seed={seed} {each}" for each, seed in planned]
+        return [
+            f"{self.overrides} runs={runs} seed={seed} {each.replace('{runs}', runs)}"
+            for each, seed in planned
+        ]
 
     def sweep(self, planned: Plan, runs: str) -> list[SweepRun]:
         """A plan as runs, in its order."""

@@ -43,7 +43,7 @@ C9:
     "plan.py": """\
 from experiments.protocols import ROOT, Experiment
 
-SETTINGS = {name: [f"optimizer={name}"] for name in ("adamw", "ddcaverage")}
+SETTINGS = {name: [f"optimizer={name}"] for name in ("adamw", "ddcrmsprop")}
 EXPERIMENT = Experiment(
     overrides="+experiment=toy",
     seeds=range(1),
@@ -89,7 +89,7 @@ from torch import nn
 from ddc import find_gauges
 from ddc.gauges import KINDS, check
 from ddc.optim.factory import LIFTS
-from ddc.training.config import compose_config
+from ddc.training.compose import compose_config
 
 
 class Net(nn.Module):
@@ -112,7 +112,7 @@ models = [model, copy.deepcopy(model)]
 gauges.transform_(models[1], torch.Generator().manual_seed(0))
 for each in models:
     before = each(x).log_softmax(-1)
-    optimizer = LIFTS["ddcaverage"](each.named_parameters(), gauges, lr=0.1)
+    optimizer = LIFTS["ddcrmsprop"](each.named_parameters(), gauges, lr=0.01)
     for _ in range(50):
         optimizer.zero_grad()
         nn.functional.cross_entropy(each(x), y).backward()
@@ -121,21 +121,22 @@ for each in models:
 a, b = (each(x).log_softmax(-1) for each in models)
 assert (a - b).abs().max() < 1e-7, (a - b).abs().max()
 assert KINDS["output_scale"].title == "output scale"
-config = compose_config(["optimizer=ddcaverage", "optimizer.beta=0.5", "gauges=output_scale"])
+config = compose_config(["optimizer=ddcrmsprop", "optimizer.alpha=0.5", "gauges=output_scale"])
 assert config.gauges.output_scale is True
 try:
-    compose_config(["optimizer=ddcaverage", "optimizer.beta=2"])
+    compose_config(["optimizer=ddcrmsprop", "optimizer.alpha=2"])
 except ValueError as error:
-    assert "optimizer.beta" in str(error)
+    assert "optimizer.alpha" in str(error)
 else:
-    raise AssertionError("beta=2")
+    raise AssertionError("alpha=2")
 """
 
 
 def block(word: str) -> str:
     """The one code block of the page that has a word."""
     text = (ROOT / "docs/extending.md").read_text()
-    blocks = re.findall(r"^```{code-block} python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    fence = r"^```(?:python|{code-block} python)\n(.*?)^```"
+    blocks = re.findall(fence, text, re.DOTALL | re.MULTILINE)
     (found,) = [each for each in blocks if word in each]
     return found
 
@@ -154,10 +155,11 @@ def test_a_toy_of_each(tmp_path: Path) -> None:
     append(
         tmp_path / "ddc/gauges/__init__.py", "from ddc.gauges import output_scale as output_scale"
     )
-    (tmp_path / "ddc/optim/rules/average.py").write_text(block("DDCAverage"))
+    rule, _ = block("DDCRMSProp").split("\n\noptimizer = ")  # which has a model
+    (tmp_path / "ddc/optim/rules/rmsprop.py").write_text(rule + "\n")
     append(
         tmp_path / "ddc/optim/factory.py",
-        "from ddc.optim.rules.average import DDCAverage\nLIFTS['ddcaverage'] = DDCAverage",
+        "from ddc.optim.rules.rmsprop import DDCRMSProp\nLIFTS['ddcrmsprop'] = DDCRMSProp",
     )
     folder = tmp_path / "experiments/toy"
     folder.mkdir()
@@ -178,7 +180,7 @@ def test_a_toy_of_each(tmp_path: Path) -> None:
     run(sys.executable, "-m", "experiments", "run", "toy", "--jobs", "1")
     table = (tmp_path / "results/toy/table.md").read_text()
     assert "| AdamW | optimizer=adamw |" in table
-    assert "| ddcaverage | optimizer=ddcaverage |" in table
+    assert "| ddcrmsprop | optimizer=ddcrmsprop |" in table
     assert len((tmp_path / "results/toy/runs.jsonl").read_text().splitlines()) == 4
     again = run(sys.executable, "-m", "experiments", "status")
     assert re.search(r"C9 +toy +matched +2 +2 +0 +0", again), again
