@@ -2,8 +2,16 @@
 them.
 """
 
-from ddc.gauges import find_gauges, hidden_matrices
+from ddc.gauges import certify, check, find_gauges, hidden_matrices
 from ddc.optim import DDCAdam, DDCMuon, grad_norm
 
-__all__ = ["DDCAdam", "DDCMuon", "find_gauges", "grad_norm", "hidden_matrices"]
+__all__ = [
+    "DDCAdam",
+    "DDCMuon",
+    "certify",
+    "check",
+    "find_gauges",
+    "grad_norm",
+    "hidden_matrices",
+]
 __version__ = "0.1.0"

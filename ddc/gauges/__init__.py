@@ -1,16 +1,28 @@
 """What the symmetries of a network are: actions, discovery from a model, check and audit."""
 
 from ddc.gauges.actions import Axis, Chain, Rescale, RotatedAxis, Rotation, Shift
-from ddc.gauges.base import KINDS, Gauge, Refusal, named_parameters, plain_name, plain_names, whole
+from ddc.gauges.base import (
+    COMPLETE,
+    KINDS,
+    Gauge,
+    Refusal,
+    named_parameters,
+    plain_name,
+    plain_names,
+    whole,
+)
 from ddc.gauges.canonical import align_, balance_, nearest_turn, orbit_distance
+from ddc.gauges.certificate import Certificate, certify
 from ddc.gauges.discovery import find_gauges, read_gauges
 from ddc.gauges.gauge_set import GaugeSet, audit, check
 from ddc.gauges.granularity import in_blocks
 from ddc.gauges.roles import HiddenMatrix, hidden_matrices
 
 __all__ = [
+    "COMPLETE",
     "KINDS",
     "Axis",
+    "Certificate",
     "Chain",
     "Gauge",
     "GaugeSet",
@@ -23,6 +35,7 @@ __all__ = [
     "align_",
     "audit",
     "balance_",
+    "certify",
     "check",
     "find_gauges",
     "hidden_matrices",

@@ -17,7 +17,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 Params = Mapping[str, Tensor]
 
-#: Every kind of gauge the package knows, in the order in which tables list them.
+#: The kinds of the paper, in the order in which tables list them.
 KINDS = (
     "logit_shift",
     "relu_rescale",
@@ -27,6 +27,23 @@ KINDS = (
     "value_rotation",
     "qk_rotation",
 )
+#: Those beyond the paper's, which with these are all continuous symmetries of a transformer.
+FURTHER = (
+    "value_map",
+    "value_bias",
+    "qk_map",
+    "key_bias",
+    "qk_norm_scale",
+    "stream_rotation",
+    "stream_mean",
+    "translation",
+    "reader_shift",
+    "norm_shift",
+    "router_shift",
+    "layer_scale",
+)
+#: All of them: a map of a head contains its rotations.
+COMPLETE = (*(kind for kind in KINDS if not kind.endswith("_rotation")), *FURTHER)
 
 
 class Gauge(ABC):
@@ -37,7 +54,7 @@ class Gauge(ABC):
     can be batched over its units.
 
     Attributes:
-        kind: one of :data:`KINDS`.
+        kind: one of :data:`KINDS` or :data:`FURTHER`.
         where: the place in the model, in the model's own names, for tables and messages.
     """
 
@@ -76,6 +93,34 @@ class Gauge(ABC):
         orbit, as a true symmetry makes it; of order 1 for a gauge declared by mistake.
         """
 
+    @abstractmethod
+    def velocities(self, params: Params) -> dict[str, Tensor]:
+        """How fast each parameter moves along a basis of the group, at the identity.
+
+        Returns:
+            By parameter, a tensor in float64: dimension first, then the shape of the parameter.
+        """
+
+    @torch.no_grad()
+    def tangents(self, params: Params) -> Tensor:
+        """The directions along which the group moves the weights.
+
+        Args:
+            params: all parameters of the model by name, in the order of ``named_parameters``.
+
+        Returns:
+            (dimension, entries of all parameters), in float64: a row a one-parameter subgroup.
+        """
+        moved = self.velocities(params)
+        rows = self.dimension(params)
+        parts = [
+            moved[name].reshape(rows, -1).cpu()
+            if name in moved
+            else torch.zeros(rows, p.numel(), dtype=torch.float64)
+            for name, p in params.items()
+        ]
+        return torch.cat(parts, dim=1)
+
     def __str__(self) -> str:
         return f"{self.kind} at {self.where}"
 
@@ -95,9 +140,9 @@ class Refusal:
 
 
 def check_kind(kind: str) -> None:
-    """Raise ValueError unless ``kind`` is one of :data:`KINDS`."""
-    if kind not in KINDS:
-        raise ValueError(f"Invalid {kind=}: expected one of {', '.join(KINDS)}")
+    """Raise ValueError unless ``kind`` is one of :data:`KINDS` or :data:`FURTHER`."""
+    if kind not in KINDS + FURTHER:
+        raise ValueError(f"Invalid {kind=}: expected one of {', '.join(KINDS + FURTHER)}")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

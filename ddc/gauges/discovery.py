@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Collection
 from functools import singledispatch
 from itertools import pairwise
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ddc.gauges.actions import Axis, Chain, Rescale, RotatedAxis, Rotation, Shift
-from ddc.gauges.base import Gauge, Refusal, place_of, unwrapped
+from ddc.gauges.base import COMPLETE, KINDS, Gauge, Refusal, check_kind, place_of, unwrapped
+from ddc.gauges.further import gauges_of_kinds
 from ddc.gauges.gauge_set import GaugeSet
 from ddc.gauges.trace import Inputs, example, traced
 from ddc.gauges.traced import gauges_of_trace
@@ -23,6 +25,8 @@ from ddc.models.gpt import GPT, MLP, Attention
 
 #: What may be said of a loss.
 LOSSES = ("cross_entropy", "other")
+#: Sets of kinds that have a name.
+KIND_SETS = {"paper": KINDS, "complete": COMPLETE}
 
 
 def find_gauges(
@@ -32,6 +36,7 @@ def find_gauges(
     *,
     loss: str | None = None,
     verify: bool = True,
+    kinds: str | Collection[str] = "paper",
 ) -> GaugeSet:
     """Read the gauges of a model: what was found, and what was refused with the reason. Never
     guesses.
@@ -56,13 +61,17 @@ def find_gauges(
             speaks against it (one output, several, ``config.problem_type``).
         verify: whether to try the gauges. It takes copies of the weights in float64, and some
             fifteen forward passes.
+        kinds: ``"paper"``, those of :data:`ddc.gauges.KINDS`; ``"complete"``, all that are known,
+            :data:`ddc.gauges.COMPLETE`; or names of kinds.
 
     Raises:
-        ValueError: the model cannot be traced, ``inputs`` are needed, or an unknown ``loss``.
+        ValueError: the model cannot be traced, ``inputs`` are needed, or an unknown ``loss`` or
+            kind.
     """
     if loss is not None and loss not in LOSSES:
         raise ValueError(f"Invalid {loss=}: expected None or one of {', '.join(LOSSES)}")
-    gauges, checked = _found(unwrapped(model), per_layer, inputs, loss, verify)
+    wanted = kinds_named(kinds)
+    gauges, checked = _found(unwrapped(model), per_layer, inputs, loss, verify, wanted)
     reason_of = {(refusal.kind, refusal.where): refusal.reason for refusal in checked.refused}
     for gauge in gauges:
         if gauge not in checked.found:
@@ -79,21 +88,54 @@ def find_gauges(
     return checked
 
 
+def kinds_named(kinds: str | Collection[str]) -> tuple[str, ...]:
+    """Kinds of gauges by name, or by the name of a set of them.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    if isinstance(kinds, str):
+        if kinds not in KIND_SETS:
+            raise ValueError(
+                f"Invalid {kinds=}: expected one of {', '.join(KIND_SETS)}, or a list of kinds"
+            )
+        return KIND_SETS[kinds]
+    for kind in kinds:
+        check_kind(kind)
+    return tuple(kinds)
+
+
 def _found(
-    model: nn.Module, per_layer: bool, inputs: Inputs | None, loss: str | None, verify: bool
+    model: nn.Module,
+    per_layer: bool,
+    inputs: Inputs | None,
+    loss: str | None,
+    verify: bool,
+    kinds: tuple[str, ...],
 ) -> tuple[GaugeSet, GaugeSet]:
     """The gauges that rules find, and what is left of them after they were tried, if they are to
     be.
     """
-    gauges = read_gauges(model, per_layer, inputs, loss)
+    if {*kinds} <= {*KINDS}:
+        gauges = read_gauges(model, per_layer, inputs, loss)
+        gauges = gauges if kinds == KINDS else gauges.only(kinds)
+    else:
+        gauges = gauges_of_kinds(traced(model, inputs), kinds, loss)
     if loss == "other":
         shifts = [gauge for gauge in gauges if gauge.kind == "logit_shift"]
         gauges = refuse(gauges, dict.fromkeys(shifts, "the loss is not softmax cross-entropy"))
-    return gauges, _checked(model, gauges, per_layer, inputs, loss) if verify else gauges
+    if not verify:
+        return gauges, gauges
+    return gauges, _checked(model, gauges, per_layer, inputs, loss, kinds)
 
 
 def _checked(
-    model: nn.Module, gauges: GaugeSet, per_layer: bool, inputs: Inputs | None, loss: str | None
+    model: nn.Module,
+    gauges: GaugeSet,
+    per_layer: bool,
+    inputs: Inputs | None,
+    loss: str | None,
+    kinds: tuple[str, ...],
 ) -> GaugeSet:
     """The gauges that a random element leaves without effect, on the model or, where it cannot be
     run, on a twin.
@@ -105,7 +147,7 @@ def _checked(
         if still := unfit(twin):
             return unchecked(gauges, f"{reason}, and of its narrow twin: {still}")
         _, of_twin = _found(
-            twin, per_layer, tree_map_only(Tensor, Tensor.cpu, inputs), loss, verify=True
+            twin, per_layer, tree_map_only(Tensor, Tensor.cpu, inputs), loss, True, kinds
         )
     except ValueError as error:
         return unchecked(gauges, f"{reason}, and {error}" if reason else str(error))

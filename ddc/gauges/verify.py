@@ -23,7 +23,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from ddc.gauges.actions import Shift
 from ddc.gauges.base import Gauge, Refusal, first_line, named_parameters, place_of
 from ddc.gauges.double import InDouble, double
 from ddc.gauges.gauge_set import GaugeSet
@@ -185,7 +184,13 @@ class Subject:
             size = (moved[place] - weight).abs().square().mean().sqrt()
             moved[place].copy_(noise_like(weight, generator).mul_(size).add_(weight))
         control = self._run(moved)
-        shifted = {len(self.params[gauge.weight]) for gauge in gauges if isinstance(gauge, Shift)}
+        # softmax does not see what is added to all logits alike; a tied table adds it too
+        shifted = {
+            len(self.params[name])
+            for gauge in gauges
+            if gauge.kind in ("logit_shift", "translation")
+            for name in gauge.parameters
+        }
         changes = [
             Change(difference(case.outputs, ours, others, shifted), case.training)
             for case, ours, others in zip(self.cases, after, control, strict=True)

@@ -266,6 +266,8 @@ def make_plan(
 def _check_gauges(params: Mapping[str, Tensor], gauges: list[Gauge]) -> None:
     for gauge in gauges:
         if not isinstance(gauge, Rescale | Chain | Rotation | Shift):
+            if isinstance(gauge, Gauge):
+                raise TypeError(f"{gauge}: no optimizer respects this kind; {without(gauge)}")
             raise TypeError(
                 f"expected gauges as find_gauges returns them, got {type(gauge).__name__}"
             )
