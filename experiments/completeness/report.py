@@ -19,8 +19,8 @@ NOTE = (
     "*Kernel*: the dimension of the kernel of the Jacobian of the centred log-probabilities in all"
     " parameters, at generic weights in float64: the dimension of all continuous symmetries."
     " *Paper's kinds*, *all kinds*: the rank of the tangents of the gauges that `find_gauges`"
-    ' finds, overlaps counted once; all kinds are `kinds="complete"`. *Dead*: single parameters that no'
-    " input reaches. *Unexplained*: the rest of the kernel; 0 is complete. *Gap*: the largest"
+    ' finds, overlaps counted once; all kinds are `kinds="complete"`. *Dead*: single parameters'
+    " that no input reaches. *Unexplained*: the rest of the kernel; 0 is complete. *Gap*: the largest"
     " singular value that counts as zero and the smallest that does not, relative to the largest."
 )
 
