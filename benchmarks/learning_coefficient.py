@@ -40,7 +40,7 @@ try:
     from devinterp.slt.llc import llc
 except ImportError as error:
     raise ImportError(
-        "this benchmark needs devinterp: pip install devinterp==2.0.1 torch==2.13.0"
+        "this benchmark needs devinterp: pip install -c requirements.lock devinterp"
     ) from error
 
 SAMPLES, BATCH, VOCABULARY = 5000, 100, 20

@@ -33,6 +33,7 @@ from ddc.gauges import Chain, Rescale, named_parameters
 from ddc.models import GPT, GPTConfig, cross_entropy
 from ddc.models.deep_mlp import DeepMLP, DeepMLPConfig
 from ddc.models.vit import ViTConfig, vision_transformer
+from ddc.optim import Lift
 from ddc.optim.combined import CombinedOptimizer
 from ddc.optim.muon import Muon
 from ddc.report.cost import BASES, speed_table
@@ -269,7 +270,7 @@ def least_bytes(optimizer: Optimizer, subject: Subject) -> int:
     for name, p in named_parameters(subject.model).items():
         weights, state = bytes_of(p), bytes_of(optimizer.state[p])
         total += 3 * weights + 2 * state
-        if isinstance(optimizer, DDCAdam) and name in subject.in_orbits:
+        if isinstance(optimizer, Lift) and name in subject.in_orbits:
             total += 3 * weights + state
     return total
 

@@ -1,13 +1,15 @@
-"""Gauge-equivariant optimizers for PyTorch, and the harness that tests the paper's claims about
-them.
-"""
+"""Gauge-equivariant optimizers for PyTorch."""
 
-from ddc.gauges import certify, check, find_gauges, hidden_matrices
-from ddc.optim import DDCAdam, DDCMuon, grad_norm
+from ddc.gauges import audit, certify, check, find_gauges, hidden_matrices
+from ddc.optim import DDCSGD, DDCAdam, DDCLion, DDCMuon, DDCShampoo, grad_norm
 
 __all__ = [
+    "DDCSGD",
     "DDCAdam",
+    "DDCLion",
     "DDCMuon",
+    "DDCShampoo",
+    "audit",
     "certify",
     "check",
     "find_gauges",

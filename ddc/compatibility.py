@@ -1,12 +1,21 @@
-"""What other packages need to be imported beside a torch that has no GPU."""
+"""What differs between versions and builds of torch, and what that asks of us."""
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from pathlib import Path
+from typing import Any
 
 import torch
 
+#: Options of ``torch.compile`` by which each compiled function counts its recompilations by itself;
+#: before torch 2.13 those of one source share a count, and give up the earlier.
+OWN_COMPILE_CACHE: dict[str, Any] = (
+    {"isolate_recompiles": True}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    else {}
+)
 #: Operators of torchvision's library whose names its Python part uses while it is imported.
 OPERATORS = {
     "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",

@@ -31,6 +31,7 @@ from ddc.training.display import print_plainly
 from ddc.training.records import write_atomically
 from experiments import coverage, known_rates, learning_coefficients, precision
 from experiments.output import Results, save_document
+from experiments.pages import fill
 from experiments.protocols import CLAIMS, ROOT, Stage
 
 RESULTS = ROOT / "results"
@@ -212,6 +213,8 @@ def make(names: Sequence[str]) -> None:
             for each in [result for source in of_folder.values() for result in source()]:
                 for one in each.tables if name == "tables" else each.figures:
                     each.table(one) if name == "tables" else each.figure(one)
+            if name == "tables":
+                fill(ROOT)
             continue
         top = Path(name).parts[1] if name.startswith("results/") and name.count("/") > 1 else ""
         there = (
@@ -229,7 +232,7 @@ def make(names: Sequence[str]) -> None:
 
 
 def report(console: Console) -> None:
-    """Every table and figure, the main table, and the page that shows them."""
+    """Every table and figure, the main table, and the pages that show them."""
     began = time.perf_counter()
     claims = load_claims(CLAIMS)
     sections, verdicts = [], []
@@ -248,6 +251,7 @@ def report(console: Console) -> None:
     sections += [cost_section(), ground_truths()]
     main_table = summary(claims, verdicts)
     save_document(REPORT / "claims.md", main_table)
+    fill(ROOT)
     text = html(page(sections, main_table, ROOT), TITLE, ROOT, ROOT / "experiments/report.css")
     write_atomically(REPORT / "index.html", text.encode())
     console.print(f"{REPORT / 'index.html'}, after {time.perf_counter() - began:.0f} s")

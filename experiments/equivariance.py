@@ -30,6 +30,7 @@ from ddc import DDCAdam, DDCMuon, find_gauges, hidden_matrices
 from ddc.data import ModularConfig, PairData, TextConfig, TextData, load_modular, load_text
 from ddc.gauges import KINDS, GaugeSet
 from ddc.models import GPT, DeepMLP, DeepMLPConfig, GPTConfig, cross_entropy
+from ddc.optim import Lift
 from ddc.optim.factory import make_muon
 from ddc.report import equivariance as report
 from ddc.report.book import Section
@@ -158,7 +159,7 @@ def orbit_divergence(
                 parameters = list(each.parameters())
                 norm = (
                     optimizer.grad_norm()
-                    if isinstance(optimizer, DDCAdam)
+                    if isinstance(optimizer, Lift)
                     else torch.nn.utils.get_total_norm(
                         [p.grad for p in parameters if p.grad is not None]
                     )

@@ -86,16 +86,18 @@ REFUSED = {
 }  # fmt: skip
 TEXT = """# Configurations that are refused
 
-Every key of a configuration has a type, and is checked before data are read; what depends on the data is checked before anything is
-trained or written. `train.py` ends with `error: ` and one line that names the key. Some of what it says, by overrides of the defaults;
-a test composes random configurations and finds that each one trains or is refused like these. Made by `make refused`
+Every key of a configuration has a type, and is checked before data are read; what depends on the
+data is checked before anything is trained or written. `train.py` ends with `error: ` and one line
+that names the key. Some of what it says, by overrides of the defaults; a test composes random
+configurations and finds that each one trains or is refused like these. Made by `make refused`
 (`experiments/refused.py`).
 
-Beside these: `training.device=cuda` and a `training.precision` other than float32 are refused on a machine without a GPU; data sets of the
-Hugging Face hub are, where it cannot be reached; a run that memory does not hold ends with the keys that would make it smaller; and
-a checkpoint of another architecture is not loaded, neither to go on with a run (`training.resume=never` starts it over) nor by
-the scripts that read a run or a pruned model: the message has the first parameter that differs.
-"""  # noqa: E501
+Beside these: `training.device=cuda` and a `training.precision` other than float32 are refused on a
+machine without a GPU; data sets of the Hugging Face hub are, where it cannot be reached; a run that
+memory does not hold ends with the keys that would make it smaller; and a checkpoint of another
+architecture is not loaded, neither to go on with a run (`training.resume=never` starts it over) nor
+by the scripts that read a run or a pruned model: the message has the first parameter that differs.
+"""
 
 
 def refusal(overrides: str) -> str:

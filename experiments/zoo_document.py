@@ -28,7 +28,8 @@ are on random targets in float32, learning rate 1e-3 (and 0.01 for hidden matric
 *sound* where every loss is finite and the last is not above the first by 0.5.
 
 Made by `make zoo` ({hours:.1f} hours of a core; `experiments/zoo.py`,
-`experiments/architectures.py`) from `results/zoo/records.jsonl`: {versions}, commits {commits}.
+`experiments/architectures.py`) from `results/zoo/records.jsonl`:
+{versions}, commits {commits}.
 Of the {known} architectures that are known, {without} have no record yet; `make zoo` run again
 makes these.
 """

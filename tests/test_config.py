@@ -64,7 +64,7 @@ OF_KEY = {
     "model.patch": "4 7 14 28 | 0 5 -1 56",
     "model.name": "gpt vit deep_mlp | mlp null ???",
     "optimizer.steps_of": "null | FOLDER FOLDER/absent",
-    "optimizer.name": "adamw adamw_relative ddcadam ddcadam_paper muon ddcmuon | sgd null ???",
+    "optimizer.name": f"{' '.join(OPTIMIZERS)} | sgd null ???",
     "optimizer.vertical": "freeze adam balance | up null",
     "optimizer.step_scale": "init norm | rho",
     "optimizer.compiled": "null false | 3",  # to compile takes half a minute
@@ -110,9 +110,7 @@ OF_KEY = {
 OF_GROUP = {
     "model": "gpt vit deep_mlp | nonsense [] null 5 [gpt,vit]",
     "data": "shakespeare mnist_5k modular file | tinystories cifar10 nonsense [] null",
-    "optimizer": (
-        "adamw adamw_relative ddcadam ddcadam_paper muon ddcmuon | sgd [] null [adamw,muon]"
-    ),
+    "optimizer": (f"{' '.join(OPTIMIZERS)} | sgd [] null [adamw,muon]"),
     "gauges": (
         f"all none [] [logit_shift,norm_scale] [all,chained_rescale] {' '.join(KINDS)} | none [x]"
         " false"

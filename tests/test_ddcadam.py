@@ -974,7 +974,7 @@ def test_switches_that_change_at_every_step_end_compiling_with_a_warning(
     """Numbers may change (tests/test_parameters.py). Compiled without the compiler's last stage, to
     save time.
     """
-    monkeypatch.setattr("ddc.optim.stacked.CPU_OPTIONS", {})
+    monkeypatch.setattr("ddc.optim.compiled.CPU_OPTIONS", {})
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     models = [relu_mlp(depth=2, width=3) for _ in range(2)]
     optimizers = [

@@ -15,10 +15,10 @@ from ddc.data import TextData
 from ddc.gauges import Axis, Chain, GaugeSet, HiddenMatrix, Rescale, check, in_blocks
 from ddc.models import GPT, DeepMLP, DeepMLPConfig, GPTConfig, cross_entropy
 from ddc.optim.factory import make_muon
-from ddc.optim.hidden import HiddenMatrices, modes_of
+from ddc.optim.hidden import HiddenStack, modes_of
 from ddc.optim.muon import Muon
 from ddc.optim.orthogonal import newton_schulz, newton_schulz_bfloat16, polar_factor
-from ddc.optim.stacked import Context
+from ddc.optim.stack import Context
 from experiments.equivariance import MODELS as TABLE_MODELS
 from experiments.equivariance import orbit_divergence, random_model
 from tests.conftest import MODELS
@@ -573,8 +573,8 @@ def test_compiled_arithmetic_is_the_same_step(
     The latter without the compiler's last stage, which would take more than a minute.
     """
     if chunked:
-        monkeypatch.setattr("ddc.optim.stacked.CPU_CHUNK", 64)
-        monkeypatch.setattr("ddc.optim.stacked.CPU_OPTIONS", {})
+        monkeypatch.setattr("ddc.optim.stack.CPU_CHUNK", 64)
+        monkeypatch.setattr("ddc.optim.compiled.CPU_OPTIONS", {})
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
         models = [
             make_model(GPTConfig(context=8, layers=2, width=8, heads=2, kv_heads=1, hidden=16))
@@ -586,7 +586,7 @@ def test_compiled_arithmetic_is_the_same_step(
     optimizers = [
         ddcmuon(m, find_gauges(m), chunked, compiled=m is models[1], **options) for m in models
     ]
-    (hidden,) = (stack for stack in optimizers[1]._stacks if isinstance(stack, HiddenMatrices))
+    (hidden,) = (stack for stack in optimizers[1]._stacks if isinstance(stack, HiddenStack))
     assert hidden.single_chunk != chunked
 
     def step(i: int) -> None:
@@ -600,7 +600,7 @@ def test_compiled_arithmetic_is_the_same_step(
     with torch.compiler.set_stance("fail_on_recompile"):
         step(1)
     assert bool(optimizers[1]._advance.compiled) != chunked
-    assert all(bool(stack.move.compiled) == chunked for stack in hidden.stacks)
+    assert all(bool(stack.move.compiled) == chunked for stack in hidden.matrices)
     norms = [optimizer.grad_norm() for optimizer in optimizers]
     torch.testing.assert_close(*norms, rtol=1e-12, atol=0)
     same = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
@@ -611,7 +611,7 @@ def test_compiled_arithmetic_is_the_same_step(
 
 def test_layers_with_gradients_are_taken_together() -> None:
     has_gradient = [True, True, False, True, True, True]
-    taken = Context([], []).chunks(has_gradient, 2)
+    taken = Context([]).chunks(has_gradient, 2)
     assert taken == [slice(0, 2), slice(3, 5), slice(5, 6)]
 
 

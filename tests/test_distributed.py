@@ -94,6 +94,8 @@ class Case:
         )
 
 
+#: Lifts whose rules have hyperparameters of their own.
+NEW = ("ddclion", "ddcsgd", "ddcshampoo")
 PAPER = {"step_scale": "norm", "retract": False, "additive": True}
 CASES = [
     Case("llama", "ddcadam", how="ddp"),
@@ -115,6 +117,10 @@ CASES = [
     Case("empty", "ddcmuon", {"per_head": True}, how="columns"),
     Case("mlp", "ddcadam", {"vertical": "balance"}, per_layer=True),
     Case("mlp", "ddcmuon"),
+    Case("llama", "ddclion"),
+    Case("llama", "ddcsgd", {"nesterov": True}),
+    Case("layer", "ddcshampoo"),
+    Case("empty", "ddcshampoo", how="columns"),
 ]
 #: Trainer runs that begin on one process and go on with two, and the reverse.
 RUNS = {
@@ -171,7 +177,8 @@ class Training:
         self.gauges: GaugeSet = in_blocks(found) if case.blocks else found
         if case.transformed:
             self.gauges.transform_(self.model, torch.Generator().manual_seed(1))
-        options = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, **case.options}
+        adam = {"betas": (0.9, 0.99), "eps": 1e-8} if case.optimizer not in NEW else {}
+        options = {"lr": 1e-2, **adam, **case.options}
         hidden = (
             hidden_matrices(self.model, options.pop("per_head", False))
             if "muon" in case.optimizer

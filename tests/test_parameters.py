@@ -409,10 +409,11 @@ def test_a_compiled_step_holds_for_betas_and_momentum_that_change(
         return graph.forward
 
     real = torch.compile
-    keywords = {"fullgraph": True, "dynamic": False, "isolate_recompiles": True}
-    monkeypatch.setattr(
-        torch, "compile", lambda function, **_: real(function, backend=backend, **keywords)
-    )
+
+    def compile_(function: Callable[..., Any], options: Any, **others: Any) -> Callable[..., Any]:
+        return real(function, backend=backend, **others)  # options are for the last stage
+
+    monkeypatch.setattr(torch, "compile", compile_)
     models = [relu_mlp(depth=3) for _ in range(2)]
     optimizers = []
     for model in models:

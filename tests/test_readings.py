@@ -20,11 +20,11 @@ from ddc.report.rates import draw_readings
 from ddc.report.runs import Run
 from ddc.slt.config import LearningCoefficientConfig, SLTConfig
 from ddc.slt.observables import OBSERVABLES
-from ddc.slt.observer import load_snapshot, reading_steps, snapshot_steps
 from ddc.training import loop
 from ddc.training.config import restored
 from ddc.training.loop import train
 from ddc.training.mirror import Mirror
+from ddc.training.observer import load_snapshot, reading_steps, snapshot_steps
 from ddc.training.records import Records
 from tests.test_training import ROOT, assert_same_run, composed, run, train_py
 

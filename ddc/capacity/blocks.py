@@ -109,6 +109,7 @@ def _block_before(trace: Trace, reader: LinearMap) -> FeedForward | None:
     """The block that a linear map ends; None if what it reads is not computed from linear maps
     entry by entry.
     """
+    # back from what the reader reads, through what is elementwise, to the linear maps before it
     sources: list[LinearMap] = []
     between: set[Node] = set()
     waiting, width = [reader.input], value_of(reader.input).shape[-1:]
@@ -123,6 +124,7 @@ def _block_before(trace: Trace, reader: LinearMap) -> FeedForward | None:
         else:
             return None
         between.add(node)
+    # nothing else may read what lies between, and each weight must be used here alone
     maps = [*sources, reader]
     elementwise = between - trace.linear_maps.keys()
     if (
@@ -131,10 +133,11 @@ def _block_before(trace: Trace, reader: LinearMap) -> FeedForward | None:
             user is reader.node or user in elementwise for node in between for user in node.users
         )
         or not all(_is_alone(trace, linear) for linear in maps)
-        or module_path(reader.node)
-        != reader.weight.rpartition(".")[0]  # its module must be there to be asked for its input
+        # its module must be there to be asked for its input
+        or module_path(reader.node) != reader.weight.rpartition(".")[0]
     ):
         return None
+    # the block, its linear maps in the order in which the model runs them
     sources.sort(key=lambda linear: trace.order[linear.node])
     axes = [
         axis

@@ -50,6 +50,7 @@ def unit_statistics(
     Raises:
         ValueError: no batch.
     """
+    # hooks that add up what each block's last linear map reads
     sums = {block.where: torch.zeros(2, block.units, dtype=torch.float64) for block in blocks}
     counts = dict.fromkeys(sums, 0)
 
@@ -65,6 +66,7 @@ def unit_statistics(
         model.get_submodule(block.reader).register_forward_pre_hook(hook(block.where))
         for block in blocks
     ]
+    # one pass over the batches
     try:
         with in_evaluation(model):
             for batch in batches:
@@ -113,6 +115,7 @@ def removal_effects(
         loss: of the model's output on it.
         advance: called after each unit.
     """
+    # one pass with all units, whose values are kept
     trace = Trace(model, (inputs,))
     output = trace.outputs[0]
     values: dict[Node, Any] = {}
@@ -121,12 +124,15 @@ def removal_effects(
     effects = {}
     for block in blocks:
         reader = readers[block.outward.parameter]
+        # what is not after the block keeps its value, if anything after it reads that value
         later = trace.descendants(reader.node)
         before = {
             node: value
             for node, value in values.items()
             if node not in later and later & {*node.users}
         }
+        # without a unit, y lacks what that unit adds: its value, or how far this is from its mean,
+        # times its column
         hidden, y = values[reader.input], values[reader.node]
         columns = unit_view(trace.tensors[block.outward.parameter], block.outward.axis)
         mean = statistics[block.where].mean.to(hidden)

@@ -128,8 +128,7 @@ class ImageData:
 
         Returns:
             (batch_size, channels, height, width) float32, and (batch_size,) int64; with mixup or
-                label smoothing,
-            probabilities of the classes instead, (batch_size, classes) float32.
+            label smoothing, probabilities of the classes instead, (batch_size, classes) float32.
         """
         chosen = shuffled(step, batch_size, self.train_units, seed)
         images, labels = (each[chosen] for each in self.train)
@@ -193,12 +192,14 @@ def load_images(config: ImageConfig) -> ImageData:
         DataError: they cannot be had.
     """
     (images, labels), validation, source = SOURCES[config.name](config)
+    # the first images alone, where the config says so
     count = len(labels) if config.train_images is None else config.train_images
     if count > len(labels):
         raise DataError(
             f"data.train_images={count}: data={config.name} has {len(labels)} training images"
         )
     images, labels = images[:count], labels[:count]
+    # both splits must have labels, and the training split all classes
     if min(int(labels.min()), int(validation[1].min())) < 0:
         raise DataError(
             f"data={config.name}: some images have no label; take a validation split that has"
@@ -210,6 +211,7 @@ def load_images(config: ImageConfig) -> ImageData:
             f" ({len(unseen)} of them, {unseen[0]} the first): take a larger data.train_images, or"
             " null for all"
         )
+    # statistics are those of the training split
     mean, std = channel_statistics(images)
     classes = int(labels.max()) + 1
     return ImageData(
@@ -245,6 +247,7 @@ def _fashion_mnist(config: ImageConfig) -> Loaded:
                 " Debian and Ubuntu, `make fashion-mnist` fetches the package"
                 f" {FASHION_MNIST_PACKAGE}, without root"
             ) from error
+    # the package's files, as they are
     train, validation = (
         (
             idx(folder / f"{part}-images-idx3-ubyte.gz")[:, None],
@@ -304,18 +307,19 @@ def _from_hub(path: str, image: str, label: str, validation: str) -> Loaded:
         import datasets
 
         splits = [datasets.load_dataset(path, split=split) for split in ("train", validation)]
-    except (
-        Exception
-    ) as error:  # the hub's client fails in many ways: network, name, licence, version
+    except Exception as error:
+        # the hub's client fails in many ways: network, name, licence, version
         raise DataError(
             f"data.hub_path={path}: could not be loaded from the Hugging Face hub"
             f" ({type(error).__name__}: {error}). data=mnist_5k needs no connection"
         ) from error
+    # columns that the data set has
     for key, column in (("hub_image", image), ("hub_label", label)):
         if column not in splits[0].column_names:
             raise DataError(
                 f"data.{key}={column!r}: {path} has the columns {', '.join(splits[0].column_names)}"
             )
+    # grey only if all pictures of both splits are
     pictures = [list(rows[image]) for rows in splits]
     grey = all(picture.mode in ("L", "1") for each in pictures for picture in each)
     mode = "L" if grey else "RGB"

@@ -243,14 +243,14 @@ def _hub(config: TextConfig, context: int) -> TextData:
             split: datasets.load_dataset(config.hub_path, config.hub_name, split=split)
             for split in ("train", "validation")
         }
-    except (
-        Exception
-    ) as error:  # the hub's client fails in many ways: network, name, licence, version
+    except Exception as error:
+        # the hub's client fails in many ways: network, name, licence, version
         raise DataError(
             f"data.hub_path={config.hub_path}: could not be loaded from the Hugging Face hub"
             f" ({type(error).__name__}: {str(error).splitlines()[0]}). Without a connection use the"
             " embedded text, data=shakespeare, or a local file, data=file data.path=FILE"
         ) from error
+    # one column is the text
     if config.hub_column not in splits["train"].column_names:
         raise DataError(
             f"data.hub_column={config.hub_column!r}: {config.hub_path} has the columns "

@@ -8,12 +8,14 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Params = Mapping[str, Tensor]
 
@@ -147,15 +149,32 @@ def check_kind(kind: str) -> None:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model that ``torch.compile``, DDP or DataParallel wraps, or the model itself."""
-    # which takes a second to import, and is there if it wraps
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    if dynamo is not None and isinstance(model, dynamo.OptimizedModule):
-        return unwrapped(model._orig_mod)
+    if _is_a(model, "torch._dynamo.eval_frame", "OptimizedModule"):
+        inner = model._orig_mod
+        assert isinstance(inner, nn.Module)
+        return unwrapped(inner)
     return (
         unwrapped(model.module)
         if isinstance(model, DistributedDataParallel | DataParallel)
         else model
     )
+
+
+def is_split(tensor: object) -> TypeGuard[DTensor]:
+    """Whether ranks hold parts of a tensor: a DTensor, as ``fully_shard`` makes them."""
+    return _is_a(tensor, "torch.distributed.tensor", "DTensor")
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape but no values."""
+    return tensor.is_meta or _is_a(tensor, "torch._subclasses.fake_tensor", "FakeTensor")
+
+
+def _is_a(instance: object, module: str, name: str) -> bool:
+    """``isinstance`` for a class of a module that takes a second to import, and is there if the
+    class has an instance.
+    """
+    return isinstance(instance, getattr(sys.modules.get(module), name, ()))
 
 
 def named_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -190,12 +209,7 @@ def place_of(tensor: Tensor) -> tuple[object, ...] | None:
     """Where the values of a tensor lie in memory, and in which shape; None for what has none, or
     none of its own.
     """
-    if (
-        tensor.is_meta
-        or isinstance(tensor, DTensor | FakeTensor)
-        or tensor.layout != torch.strided
-        or not tensor.numel()
-    ):
+    if is_fake(tensor) or is_split(tensor) or tensor.layout != torch.strided or not tensor.numel():
         return None
     return (
         tensor.device,
@@ -216,7 +230,7 @@ def whole(tensor: Tensor) -> Tensor:
     """All of a tensor of which ranks hold parts (a DTensor, for which all ranks must ask), or the
     tensor itself.
     """
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_split(tensor) else tensor
 
 
 def unit_view(tensor: Tensor, axis: int | None) -> Tensor:

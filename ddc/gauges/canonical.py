@@ -39,6 +39,7 @@ def balance_(
     Raises:
         RuntimeError: not balanced after ``sweeps``.
     """
+    # shifts and chains have their balanced point in closed form
     gauges = list(gauges)
     for gauge in gauges:
         if isinstance(gauge, Shift):
@@ -46,6 +47,7 @@ def balance_(
                 params[name].sub_(params[name].mean(0))
         elif isinstance(gauge, Chain):
             _balance_chain_(params, gauge)
+    # rescales may overlap: in turn, until none moves
     rescales = [gauge for gauge in gauges if isinstance(gauge, Rescale)]
     if not rescales:
         return

@@ -22,9 +22,8 @@ class Untouched(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if (
-            func._schema.is_mutable or "batch_norm" in func.name()
-        ):  # whose schema does not say that it keeps statistics
+        # of a batch norm the schema does not say that it keeps statistics
+        if func._schema.is_mutable or "batch_norm" in func.name():
             args, kwargs = tree_map_only(Tensor, self._copy, (args, kwargs))
         return func(*args, **kwargs)
 

@@ -16,7 +16,6 @@ from torch import nn
 
 from ddc.gauges.base import unwrapped
 from ddc.gauges.trace import Inputs, traced
-from ddc.models import GPT, DeepMLP
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,8 @@ def hidden_matrices(
 
     Args:
         model: any model that ``torch.export`` traces.
-        per_head: attention matrices head by head, instead of stacked; for the models of this
-            package.
+        per_head: attention matrices head by head, instead of stacked; for the models of
+            :mod:`ddc.models`.
         inputs: as for :func:`ddc.find_gauges`.
 
     Raises:
@@ -73,8 +72,9 @@ def hidden_matrices(
         return hidden_matrices(inner, per_head, inputs)  # wrapped by torch.compile or DDP
     if per_head:
         raise ValueError(
-            f"per_head=True is for {GPT.__name__}. For a {type(model).__name__}, name matrices and"
-            " heads yourself: [HiddenMatrix('layers.0.query.weight', heads=8), ...]"
+            "per_head=True is for the models of ddc.models. For a"
+            f" {type(model).__name__}, name matrices and heads yourself:"
+            " [HiddenMatrix('layers.0.query.weight', heads=8), ...]"
         )
     trace = traced(model, inputs)
     return [
@@ -84,27 +84,3 @@ def hidden_matrices(
         and trace.used_once(linear.weight)
         and trace.depends_on_parameters(linear.input)
     ]
-
-
-@hidden_matrices.register
-def _(model: GPT, per_head: bool = False, inputs: Inputs | None = None) -> Sequence[HiddenMatrix]:
-    heads, kv_heads = (model.config.heads, model.config.kv_heads) if per_head else (1, 1)
-    matrices = []
-    for i in range(len(model.blocks)):
-        attention, mlp = f"blocks.{i}.attention", f"blocks.{i}.mlp"
-        matrices += [
-            HiddenMatrix(f"{attention}.query.weight", heads),
-            HiddenMatrix(f"{attention}.key.weight", kv_heads),
-            HiddenMatrix(f"{attention}.value.weight", kv_heads),
-            HiddenMatrix(f"{attention}.output.weight", heads, axis=1),
-        ]
-        names = ("gate", "up", "down") if model.config.mlp == "swiglu" else ("up", "down")
-        matrices += [HiddenMatrix(f"{mlp}.{name}.weight") for name in names]
-    return matrices
-
-
-@hidden_matrices.register
-def _(
-    model: DeepMLP, per_head: bool = False, inputs: Inputs | None = None
-) -> Sequence[HiddenMatrix]:
-    return [HiddenMatrix(f"layers.{i}.weight") for i in range(len(model.layers))]

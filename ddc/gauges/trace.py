@@ -22,11 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves, tree_map_only, tree_unflatten
 
-from ddc.gauges.base import first_line, place_of, plain_name
+from ddc.gauges.base import first_line, is_split, place_of, plain_name
 from ddc.gauges.double import InDouble, Untouched
 
 #: Operations that put entries elsewhere, or leave them where they are.
@@ -318,9 +317,11 @@ class Trace:
             raise ValueError(
                 f"{type(model).__name__} cannot be traced by torch.export: {first_line(error)}"
             ) from error
+        # the graph, and where each operation stands in it
         self.model = model
         self.graph = program.graph
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
+        # parameters by the placeholder that stands for them; shared ones by their first name
         signature = program.graph_signature
         first_name: dict[object, str] = {}
         named = dict(model.named_parameters(remove_duplicate=False))
@@ -334,6 +335,7 @@ class Trace:
         self.tensors: dict[str, Tensor] = {
             plain_name(name): parameter for name, parameter in named.items()
         }
+        # outputs, constants, and which parameters other tensors share their memory with
         self.outputs = list(_output_nodes(self.graph))
         self._output_names = _output_names(program)
         self._constants = self._constant_values(program, placeholders, args, kwargs or {})
@@ -436,9 +438,11 @@ class Trace:
                     bias, rows = None, 1
                 case _:
                     continue
+            # the weight must be a whole matrix that is a parameter, transposed or not
             view = self.parameter(w)
             if view is None or self.tensors[view[0]].ndim != 2:
                 continue
+            # a bias, of the operation itself or added after it; one number a row
             name, transposed = view
             output = node
             if bias is None and (added := self._added_bias(node)) is not None:
@@ -487,6 +491,7 @@ class Trace:
             The operations at which the flow ends: linear maps, attention, the output, and all that
                 is not homogeneous.
         """
+        # labels and degree of each node reached; operations wait in the order in which they run
         state: dict[Node, tuple[Any, float]] = {
             node: (labels, 1.0) for node, labels in sources.items()
         }
@@ -519,6 +524,7 @@ class Trace:
         scaled = [each for each in inputs(node) if each in state]
         if not has_fixed_shape(node):
             return None
+        # of several values
         if name in ("mul", "div", "add", "sub") and len(args) == 2 and not node.kwargs:
             return self._combine(node, state, flow)
         if name in ("cat", "stack") and set(scaled) == set(args[0]):
@@ -528,6 +534,7 @@ class Trace:
                 if len(degrees) == 1
                 else None
             )
+        # of one value, as the first argument
         if scaled != [args[0]]:
             return None
         labels, degree = state[args[0]]
@@ -535,6 +542,7 @@ class Trace:
             return None  # rounded to integers
         if name == "getitem":
             return labels[args[1]], degree
+        # moved, kept, or taken to a power
         if name in MOVES:
             return apply(node, labels), degree
         if name in KEEPS or name == "neg":
@@ -546,6 +554,7 @@ class Trace:
         if name == "square" or (name == "pow" and isinstance(args[1], int | float) and args[1] > 0):
             flow.activations.add("pow")
             return labels, degree * (2 if name == "square" else args[1])
+        # reduced over what has one label
         if name in ("mean", "sum") and len(args) > 1:
             keep = len(args) > 2 and bool(args[2])
             lows, highs = (
@@ -560,6 +569,7 @@ class Trace:
         """Labels and degree of a product, quotient, sum or difference of two values."""
         name, (a, b) = operation(node), arguments(node)
         shape = value_of(node).shape
+        # both are scaled: a product adds degrees, a sum needs equal ones
         if a in state and b in state:
             (labels, p), (others, q) = state[a], state[b]
             if name == "div" or (name != "mul" and p != q) or not torch.equal(labels, others):
@@ -567,6 +577,7 @@ class Trace:
             if name == "mul":
                 flow.activations.add("mul")
             return labels, p + q if name == "mul" else p
+        # one is scaled, and the other must not be a scale that is a parameter
         scaled, other = (a, b) if a in state else (b, a)
         if name in ("add", "sub") or (name == "div" and scaled is b):
             return None
@@ -595,6 +606,7 @@ class Trace:
         Where outputs go is told by changing them: what is only moved, and does not change, does not
         hold them.
         """
+        # outputs of the linear map at random, and the same but for these rows
         start = source if isinstance(source, Node) else source.output
         on_the_way = self.ancestors(arguments(target)[argument], [start])
         generator = torch.Generator().manual_seed(0)
@@ -612,6 +624,7 @@ class Trace:
                 values = (tree_leaves(self.value(node, each)) for each in (before, after))
                 return not all(torch.equal(a, b) for a, b in zip(*values, strict=True))
 
+        # along what differs; whatever reads that, and is not on the way to the target, is a leak
         waiting = [start]
         while waiting:
             node = waiting.pop()
@@ -706,6 +719,7 @@ class Trace:
         Raises:
             NoValue: a constant on the way is on the meta device.
         """
+        # operations on the way must be linear; what they take from elsewhere is computed once
         start = source if isinstance(source, Node) else source.output
         between = self.ancestors(target, [start])
         on_the_way = self.descendants(start) & between
@@ -720,6 +734,7 @@ class Trace:
                         if self.depends_on_parameters(argument):
                             return None
                         self.value(argument, fixed)
+            # the passage of each unit vector, at some positions
             shape, length = value_of(start).shape, value_of(target).shape[-2]
             positions = torch.arange(min(POSITIONS, length)) * length // min(POSITIONS, length)
 
@@ -749,11 +764,13 @@ def overlapping(named: Mapping[str, Tensor], others: Sequence[Tensor]) -> set[st
         start, size = int(tensor.storage_offset()), tensor.element_size()
         return tensor.untyped_storage().data_ptr(), start * size, (start + extent) * size
 
+    # the stretches of each storage, and whose they are
     parameters = {id(parameter) for parameter in named.values()}
     for tensor in [*named.values(), *others]:
         if (where := span(tensor)) is not None:
             owner: object = place_of(tensor) if id(tensor) in parameters else id(tensor)
             spans.setdefault(where[0], []).append((where[1], where[2], owner))
+    # parameters that meet a stretch of another owner
     found = set()
     for name, parameter in named.items():
         if (where := span(parameter)) is None:
@@ -913,7 +930,7 @@ def example(
     name, parameters = type(model).__name__, dict(model.named_parameters())
     if not parameters:
         raise ValueError(f"{name} has no parameters: there is nothing to condition")
-    if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
+    if any(map(is_split, parameters.values())):
         raise ValueError(
             "a model whose parameters are DTensors cannot be traced: find its gauges before"
             " fully_shard"
@@ -959,6 +976,7 @@ def example_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight)
 
+    # transformers
     config, main_input = getattr(model, "config", None), getattr(model, "main_input_name", None)
     if main_input == "pixel_values":
         size, channels = getattr(config, "image_size", 224), getattr(config, "num_channels", 3)
@@ -969,10 +987,12 @@ def example_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
             "input_ids": torch.arange(6, device=weight.device).view(2, 3),
             **_without_cache(model),
         }
+    # timm
     if (patches := getattr(model, "patch_embed", None)) is not None and getattr(
         patches, "img_size", None
     ):
         return (random(2, weight_channels(patches), *patches.img_size),), {}
+    # torch
     layers = [
         module
         for module in model.modules()

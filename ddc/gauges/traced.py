@@ -144,6 +144,7 @@ class Finding:
         """A scale gamma (and beta) after a norm, against the columns of all linear maps that read
         it.
         """
+        # operations that scale the last axis by parameters, and what reads their outputs
         scales: set[str] = set()
         for node in self.trace.graph.nodes:
             if (scale := self.scale(node)) is not None:
@@ -156,6 +157,7 @@ class Finding:
                     self.found.append(self.norm_scale(source, plus, where))
                 except NotProved as reason:
                     self.refused.append(Refusal("norm_scale", where, str(reason)))
+        # norms by name that none of these operations belongs to, so that their refusal is listed
         for name, module in self.modules.items():
             if "norm" in type(module).__name__.lower() and not any(
                 owner(scale) == name for scale in scales
@@ -190,6 +192,7 @@ class Finding:
                     affine.append(arguments(node)[1])
             case _:
                 return None
+        # scale and shift must be parameters as they stand
         views = [self.trace.parameter(each) for each in affine]
         if not (names := tuple(view[0] for view in views if view is not None)):
             return None
@@ -277,6 +280,7 @@ class Finding:
             flow = self.trace.flow(sources)
             if not flow.arrivals or not self._is_between(flow):
                 continue
+            # which of the two kinds the flow suggests
             units = self.trace.tensors[name].shape[plus[0].axis]
             ends = [arrival.node in self.trace.linear_maps for arrival in flow.arrivals]
             parts = [len(arrival.labels.unique()) < units for arrival in flow.arrivals]
@@ -286,6 +290,7 @@ class Finding:
                 all(ends) or any(end and part for end, part in zip(ends, parts, strict=True))
             )
             kind = "gated_rescale" if gated else "relu_rescale"
+            # proved, or refused with the reason
             try:
                 gauge = self._rescale(kind, name, flow, plus)
                 if (
@@ -303,6 +308,7 @@ class Finding:
         and the side.
         """
         sources = []
+        # outputs of linear maps: rows, with the bias
         for linear in self.trace.linear_maps.values():
             if not has_fixed_shape(linear.output):  # experts that are chosen by their index
                 continue
@@ -310,6 +316,7 @@ class Finding:
             if linear.bias is not None:
                 plus.append(Axis(linear.bias))
             sources.append((linear.weight, {linear.output: labels_of(linear.output)}, tuple(plus)))
+        # outputs of embeddings: columns of a table, wherever it is looked up
         tables: dict[str, list[Node]] = defaultdict(list)
         for node in self.trace.graph.nodes:
             if (
@@ -352,6 +359,7 @@ class Finding:
             "bmm",
             "",
         )
+        # an activation: a module of several operations, or an operation that is none of those known
         if (module := self._activation(node)) is not None:  # of several operations
             node = [each for each in self.trace.graph.nodes if module_path(each) == module][-1]
         elif operation(node) in known:
@@ -359,6 +367,7 @@ class Finding:
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or value.ndim < 2:
             return None
+        # its values must reach linear maps alone
         flow = self.trace.flow({node: labels_of(node)})
         return (
             flow
@@ -367,6 +376,7 @@ class Finding:
         )
 
     def _rescale(self, kind: str, name: str, flow: Flow, plus: tuple[Axis, ...]) -> Rescale:
+        # all that the flow reaches must be a linear map, at one degree
         other = [
             arrival.node for arrival in flow.arrivals if arrival.node not in self.trace.linear_maps
         ]
@@ -380,6 +390,7 @@ class Finding:
         degrees = {arrival.degree for arrival in flow.arrivals}
         if len(degrees) > 1:
             raise NotProved("its readers read it at different degrees")
+        # every parameter on both sides must be whole, and used here alone
         if not self._bias_is_whole(name):
             raise NotProved("its bias is not a parameter of its own")
         tables = {
@@ -461,11 +472,14 @@ class Finding:
             raise NotProved(f"its {what} are read by {self.describe(user)} as well")
         return linear, heads
 
+        # values as they are, head by head
+
     def value_rotation(self, node: Node, where: str, single: bool = False) -> list[Rotation]:
         """What turns values; ``single`` entries too, which have nothing to turn."""
         value, heads = self._heads(node, 2, "values")
         if any(heads.planes):
             raise NotProved("its values are turned by position")
+        # what attention gives must go, unchanged, to one linear map of all heads
         query_heads, width = value_of(node).shape[-3], value_of(node).shape[-1]
         labels = torch.arange(query_heads)[:, None, None] * width + torch.arange(width)
         flow = self.trace.flow({node: labels.expand(value_of(node).shape)})
@@ -479,6 +493,7 @@ class Finding:
             raise NotProved(
                 f"what it gives goes to {self.describe(arrival.node)}, no linear map of all heads"
             )
+        # query heads that share a value head turn its rows and their own columns together
         self.require_single([], [Axis(output.weight)])
         position = np.empty(len(columns), dtype=np.int64)
         position[columns.numpy()] = np.arange(len(columns))
@@ -507,16 +522,19 @@ class Finding:
                 "the example has too few positions to see how they turn its heads: pass a"
                 " longer one"
             )
+        # queries and keys, turned in the same planes
         (query, q), (key_map, k) = self._heads(node, 0, "queries"), self._heads(node, 1, "keys")
         kinds = {frozenset(planes) for planes in (*q.planes, *k.planes)}
         if len(kinds) != 1:
             raise NotProved("its queries and keys are turned in different planes")
+        # query heads by the key head that they meet
         signatures = [
             (*sorted(a.items()), *sorted(b.items())) for a, b in zip(k.planes, k.rest, strict=True)
         ]
         groups = list(grouped(signatures, len(q.rest)).values())
         # query heads on a key head, where attention itself repeats these
         repeated = len(q.rest) // len(k.rest)
+        # turns of planes, and of what no position turns
         rotations = []
         keys = [group[0] // repeated for group in groups]
         if planes := sorted(q.planes[0]):
@@ -722,20 +740,19 @@ def heads_of(matrix: Tensor, what: str) -> Heads:
     met_by = (matrix != 0).any(2)
     for head in range(matrix.shape[1]):
         # (outputs, positions, entries), (outputs, entries)
-        block, met = (
-            matrix[:, head],
-            met_by[:, head],
-        )
+        block, met = matrix[:, head], met_by[:, head]
         outputs = met.any(1).nonzero().flatten().tolist()
         planes, rest, scales = {}, {}, []
         for rows, entries in components(met[outputs], outputs):
             at = block[rows][:, :, entries].permute(1, 2, 0)  # (positions, entries, outputs)
+            # one entry: left alone, at one scale
             if len(rows) == len(entries) == 1:
                 scales.append(at[0, 0, 0])
                 if (at - at[0]).abs().max() > CLOSE * at.abs().max():
                     raise NotProved(f"its {what} are scaled by position")
                 rest[entries[0]] = rows[0]
                 continue
+            # two entries: a rotation times one number at every position
             if not len(rows) == len(entries) == 2:
                 raise NotProved(f"its {what} are mixed within a head in more than planes")
             size = at.square().sum((1, 2)) / 2
@@ -750,6 +767,7 @@ def heads_of(matrix: Tensor, what: str) -> Heads:
             if determinant[0] < 0:
                 rows = rows[::-1]
             planes[entries[0], entries[1]] = (rows[0], rows[1])
+        # every entry accounted for, at one scale for the whole head
         if len(planes) * 2 + len(rest) != matrix.shape[-1]:
             raise NotProved(f"entries of its {what} do not come from the linear map")
         if scales and (torch.stack(scales) - scales[0]).abs().max() > CLOSE * scales[0].abs():

@@ -165,9 +165,8 @@ class _Narrowing:
             for i in range(self.depth or 0)
         ]
         sources = len(kinds) - (_size(self.config, "num_kv_shared_layers") or 0)
-        if (
-            0 < sources < len(kinds)
-        ):  # the last layers share the keys and values of earlier ones of their type
+        # the last layers share the keys and values of earlier ones of their type
+        if 0 < sources < len(kinds):
             types = self.config.layer_types
             kept = first_of_each(types[:sources], count - count // 2)
             return kept + [sources + types[sources:].index(types[i]) for i in kept][: count // 2]

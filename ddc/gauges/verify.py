@@ -19,11 +19,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from ddc.gauges.base import Gauge, Refusal, first_line, named_parameters, place_of
+from ddc.gauges.base import (
+    Gauge,
+    Refusal,
+    first_line,
+    is_fake,
+    is_split,
+    named_parameters,
+    place_of,
+)
 from ddc.gauges.double import InDouble, double
 from ddc.gauges.gauge_set import GaugeSet
 from ddc.gauges.trace import fill_caches, reachable, running
@@ -129,32 +135,36 @@ class Subject:
         """What the model computes: its outputs, logits first, and all tensors that it keeps, in
         float64.
         """
+        # weights in float64; those that the model writes to are copied first
         held = dict(self.weights if weights is None else weights)
         if self.writes:
             held = {place: weight.clone() for place, weight in held.items()}
         versions = {place: w._version for place, w in held.items()}
         with running(self.model, training, seed), torch.no_grad():
+            # what else the model holds (buffers, lists, plain objects), in float64 too
             for tensor in tensors(reachable(self.model)):
                 if (place := place_of(tensor)) is not None and place not in held:
                     held[place] = double(tensor.detach().clone())
             kept = [stand_in for place, stand_in in held.items() if place not in versions]
-            for module in (
-                self.model.modules()
-            ):  # which tells the model its type; what else holds them, InDouble sees
+            # on the modules, which tells the model its type; what else holds them, InDouble sees
+            for module in self.model.modules():
                 for own in (module._parameters, module._buffers):
                     stand_ins: dict[str, Any] = {
                         k: held.get(place_of(x), x) for k, x in own.items() if x is not None
                     }
                     own.update(stand_ins)
+            # the forward pass, and what it leaves on the model
             before = {id(tensor) for tensor in tensors(reachable(self.model))}
             with InDouble(held):
                 given = self.model(*tree_map(double, inputs[0]), **tree_map(double, inputs[1]))
             left = [tensor for tensor in tensors(reachable(self.model)) if id(tensor) not in before]
+        # it wrote to its weights: once more, on copies
         if not self.writes and any(
             held[place]._version != version for place, version in versions.items()
         ):
             self.writes = True
             return self.outputs(inputs, training, seed, weights)
+        # logits first
         logits = (
             [given["logits"]]
             if isinstance(given, Mapping) and isinstance(given.get("logits"), Tensor)
@@ -418,9 +428,9 @@ def unchecked(gauges: GaugeSet, reason: str) -> GaugeSet:
 def unfit(model: nn.Module) -> str:
     """Why a model cannot be run by itself; empty if it can."""
     tensors = [*model.parameters(), *model.buffers()]
-    if any(isinstance(x, DTensor) for x in tensors):
+    if any(map(is_split, tensors)):
         return "its parameters are split over processes"
-    if any(x.is_meta or isinstance(x, FakeTensor) for x in tensors):
+    if any(map(is_fake, tensors)):
         return "its weights have no values"
     count = sum(p.numel() for p in model.parameters())
     return f"it has {count:.1e} parameters" if count > LARGEST else ""

@@ -1,5 +1,6 @@
 """Models in which the choices that make or break a gauge are configuration."""
 
+from ddc.models import structure  # registers what gauges and layers the models have
 from ddc.models.config import ModelConfig
 from ddc.models.deep_mlp import DeepMLP, DeepMLPConfig
 from ddc.models.gpt import GPT, GPTConfig
@@ -20,5 +21,6 @@ __all__ = [
     "cross_entropy",
     "load_model",
     "save_model",
+    "structure",
     "vision_transformer",
 ]

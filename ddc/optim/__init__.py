@@ -1,7 +1,11 @@
-"""How a step respects a gauge: orbit decomposition, DDCAdam, DDCMuon."""
+"""How a step respects a gauge: the orbit decomposition, and base optimizers lifted to it."""
 
 from ddc.optim.clipping import grad_norm
 from ddc.optim.ddcadam import DDCAdam
 from ddc.optim.ddcmuon import DDCMuon
+from ddc.optim.lift import Lift
+from ddc.optim.rules.lion import DDCLion
+from ddc.optim.rules.sgd import DDCSGD
+from ddc.optim.rules.shampoo import DDCShampoo
 
-__all__ = ["DDCAdam", "DDCMuon", "grad_norm"]
+__all__ = ["DDCSGD", "DDCAdam", "DDCLion", "DDCMuon", "DDCShampoo", "Lift", "grad_norm"]

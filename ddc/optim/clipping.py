@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ddc.optim.ddcadam import DDCAdam
+from ddc.optim.lift import Lift
 
 
 def grad_norm(optimizer: Any) -> Tensor:
@@ -21,7 +21,7 @@ def grad_norm(optimizer: Any) -> Tensor:
         TypeError: it is, and holds, no :class:`ddc.DDCAdam` or :class:`ddc.DDCMuon`.
     """
     inner, seen = optimizer, [optimizer]
-    while not isinstance(inner, DDCAdam):
+    while not isinstance(inner, Lift):
         inner = getattr(inner, "optimizer", None)
         if inner is None or any(inner is each for each in seen):
             raise TypeError(

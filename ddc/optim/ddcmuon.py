@@ -8,17 +8,17 @@ from typing import Any
 from torch import Tensor
 
 from ddc.gauges import Gauge, HiddenMatrix, plain_names
-from ddc.optim.ddcadam import Builder, DDCAdam, Stack, check_not_zero
-from ddc.optim.hidden import Factor, FrameStack, HiddenMatrices, HiddenStack, Member, MuonHyper
-from ddc.optim.orthogonal import ORTHOGONALIZERS
+from ddc.optim.build import Builder, check_hidden
+from ddc.optim.hidden import HiddenStack
+from ddc.optim.lift import Lift
 from ddc.optim.parameters import listed, names_under
-from ddc.optim.plan import Dressing, InnerPlan, Plan, make_plan
+from ddc.optim.plan import make_plan
+from ddc.optim.rules import Adam, Orthogonaliser
 from ddc.optim.saved import listing
-from ddc.optim.sharding import check_split_alike, shards_of
-from ddc.optim.stacks import PolarStack
+from ddc.optim.stack import Stack
 
 
-class DDCMuon(DDCAdam):
+class DDCMuon(Lift):
     r"""Muon lifted to the orbits of a model's gauges: hidden matrices turn by orthogonalised
     momentum.
 
@@ -72,7 +72,8 @@ class DDCMuon(DDCAdam):
             zero); and as :class:`DDCAdam`.
     """
 
-    settings = DDCAdam.settings | (frozenset(MuonHyper._fields) - {"lr", "decay"})
+    rule, matrix_rule = Adam(), Orthogonaliser()
+    kept = (*Lift.kept, "_gauges", "_hidden")
 
     def __init__(
         self,
@@ -95,25 +96,16 @@ class DDCMuon(DDCAdam):
         additive: bool = False,
         compiled: bool = False,
     ) -> None:
-        if not 0 <= momentum < 1:
-            raise ValueError(f"Invalid momentum={momentum}: expected a number in [0, 1)")
-        if orthogonalizer not in ORTHOGONALIZERS:
-            raise ValueError(
-                f"Invalid orthogonalizer={orthogonalizer!r}: expected one of"
-                f" {', '.join(ORTHOGONALIZERS)}"
-            )
         self._hidden = {matrix.parameter: matrix for matrix in hidden}
         gauges = list(gauges)
         muon = {"momentum": momentum, "nesterov": nesterov, "orthogonalizer": orthogonalizer}
+        self.matrix_rule.check(muon)
         super().__init__(
             split_groups(
                 params, self._hidden, names_under(gauges), {"lr": lr, **muon}, {"lr": adam_lr}
             ),
             gauges,
-            lr=adam_lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
+            {"lr": adam_lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
             radial_rate=radial_rate,
             vertical=vertical,
             step_scale=step_scale,
@@ -121,6 +113,10 @@ class DDCMuon(DDCAdam):
             additive=additive,
             compiled=compiled,
         )
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        return (*super().settings, *self.matrix_rule.settings)
 
     def state_dict(self) -> dict[str, Any]:
         """As in ``torch.optim``, with the order of the hidden matrices, in which there is a state
@@ -145,8 +141,8 @@ class DDCMuon(DDCAdam):
         super().load_state_dict(state_dict)
 
     def _order(self) -> list[str]:
-        hidden = [stack for stack in self._stacks if isinstance(stack, HiddenMatrices)]
-        return [name for matrices in hidden for stack in matrices.stacks for name in stack.names]
+        hidden = [stack for stack in self._stacks if isinstance(stack, HiddenStack)]
+        return [name for stack in hidden for p in stack.parameters for name in p.names]
 
     def routing(self) -> str:
         """A table: which parameter takes which step, and what conditions it."""
@@ -176,7 +172,8 @@ class DDCMuon(DDCAdam):
         self._gauges = gauges
         check_hidden(self._hidden, params)
         plan = make_plan(params, gauges, self._hidden)
-        return MuonBuilder(params, group_of, self.param_groups, self._hidden).stacks(plan)
+        groups, rules = self.param_groups, (self.rule, self.matrix_rule)
+        return Builder(params, group_of, groups, *rules, self._hidden).stacks(plan)
 
 
 def split_groups(
@@ -218,123 +215,3 @@ def split_groups(
                     {**defaults, **own, "lr": group.get(key, defaults["lr"]), "params": mine}
                 )
     return split
-
-
-def check_hidden(hidden: Mapping[str, HiddenMatrix], params: Mapping[str, Tensor]) -> None:
-    """Raise ValueError for a hidden matrix that cannot be one."""
-    for name, matrix in hidden.items():
-        if name not in params:
-            raise ValueError(
-                f"hidden matrix {name!r} is not among the optimizer's parameters, or quantised."
-                " Pass named_parameters() of the model that it was found in, or leave it out of"
-                " hidden"
-            )
-        param = params[name]
-        if param.ndim != 2:
-            raise ValueError(
-                f"hidden matrix {name!r} has shape {tuple(param.shape)}: expected a matrix. Leave"
-                " it out of hidden"
-            )
-        if param.is_complex():
-            raise ValueError(
-                f"hidden matrix {name!r} is complex, and orthogonalised are real ones. Leave it out"
-                " of hidden: it takes AdamW's step then"
-            )
-        if param.shape[matrix.axis] % matrix.heads:
-            raise ValueError(
-                f"hidden matrix {name!r}: {matrix.heads} heads do not divide"
-                f" {param.shape[matrix.axis]}. Give it the heads that it has, or heads=1"
-            )
-        check_not_zero({name: param}, "its norm moves by multiplication", "leave it out of hidden")
-
-
-def gauges_of(plan: Plan, name: str) -> str:
-    """The gauges that link a hidden matrix to others, for messages."""
-    linking = [*(inner.gauge for inner in plan.inner), *(chain.gauge for chain in plan.chains)]
-    return " and ".join(str(gauge) for gauge in linking if name in gauge.parameters)
-
-
-class MuonBuilder(Builder):
-    """Makes the stacks of a plan with hidden matrices."""
-
-    def __init__(
-        self,
-        params: dict[str, Tensor],
-        group_of: dict[str, int],
-        groups: list[dict[str, Any]],
-        hidden: Mapping[str, HiddenMatrix],
-    ) -> None:
-        super().__init__(params, group_of, groups)
-        self.matrices = hidden
-
-    def stacks(self, plan: Plan) -> list[Stack]:
-        polar, chains = self.polar(plan.polar), self.chains(plan.chains)
-        hidden = [self.hidden(plan)] if plan.hidden else []
-        return [*polar, *chains, *hidden, *self.free(plan.free)]
-
-    def hidden(self, plan: Plan) -> HiddenMatrices:
-        """Frames and stacks of all hidden matrices."""
-        frames = self.frames(plan)
-        alike: dict[object, list[str]] = {}
-        for name in plan.hidden:
-            matrix = self.matrices[name]
-            alike.setdefault((self._kind(name), matrix.heads, matrix.axis), []).append(name)
-        stacks = [
-            HiddenStack(
-                [self.matrices[name] for name in names],
-                [self.params[name] for name in names],
-                self.group_of[names[0]],
-                [tuple(self.factor(dressing) for dressing in plan.hidden[name]) for name in names],
-            )
-            for names in alike.values()
-        ]
-        for p, m, _ in plan.linked:
-            for name in (p, m):
-                if self.matrices[name].heads > 1:
-                    raise ValueError(
-                        f"hidden matrix {name!r}: under {gauges_of(plan, name)} it cannot be taken"
-                        f" by heads. Make it one matrix, HiddenMatrix({name!r}), or leave the"
-                        " gauge out"
-                    )
-        group = self.groups[stacks[0].groups[0]]
-        return HiddenMatrices(frames, stacks, plan.linked, vertical=group["vertical"] == "adam")
-
-    def frames(self, plan: Plan) -> list[FrameStack]:
-        """Frames of inner gauges, in the order of their levels."""
-        frames = []
-        for level in sorted({inner.level for inner in plan.inner}):
-            alike: dict[object, list[InnerPlan]] = {}
-            for inner in plan.inner:
-                if inner.level == level:
-                    params = {
-                        axis.parameter: self.params[axis.parameter]
-                        for axis in inner.plus + inner.minus
-                    }
-                    check_split_alike(params.items())
-                    shapes = tuple(
-                        (tuple(param.shape), shards_of(param).group) for param in params.values()
-                    )
-                    alike.setdefault((inner.gauge.degree, shapes, len(inner.plus)), []).append(
-                        inner
-                    )
-            for members in alike.values():
-                scaled = [self.params[name] for inner in members for name in inner.gauge.parameters]
-                frame = FrameStack(members[0].gauge.degree, [], [], scaled)
-                self.place.update({inner.gauge: (frame, i) for i, inner in enumerate(members)})
-                frames.append((frame, members))
-        for frame, members in frames:  # only now is every gauge in its place
-            for inner in members:
-                for side, axes in ((frame.plus, inner.plus), (frame.minus, inner.minus)):
-                    side.append([self.member(name, axis, plan.hidden[name]) for name, axis in axes])
-        return [frame for frame, _ in frames]
-
-    def member(self, name: str, axis: int, dressings: Sequence[Dressing]) -> Member:
-        """A matrix on one side of an inner gauge, with what dresses its other axis."""
-        other = [self.factor(dressing) for dressing in dressings if dressing.axis != axis]
-        return Member(self.params[name], axis, other[0] if other else None)
-
-    def factor(self, dressing: Dressing) -> Factor:
-        """A dressing, with the stack where its norms are found."""
-        source, layer = self.place[dressing.gauge]
-        assert isinstance(source, PolarStack | FrameStack)
-        return Factor(source, layer, dressing.axis, dressing.degree)

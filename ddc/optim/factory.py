@@ -5,27 +5,41 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from ddc.gauges import GaugeSet, HiddenMatrix, plain_name
+from ddc.gauges import GaugeSet, HiddenMatrix, is_split, plain_name
 from ddc.optim.combined import CombinedOptimizer
 from ddc.optim.ddcadam import DDCAdam
 from ddc.optim.ddcmuon import DDCMuon
+from ddc.optim.lift import Lift
 from ddc.optim.muon import Muon
 from ddc.optim.parameters import listed
 from ddc.optim.relative_step import RelativeAdamW
+from ddc.optim.rules.lion import DDCLion
+from ddc.optim.rules.sgd import DDCSGD
+from ddc.optim.rules.shampoo import DDCShampoo
 from ddc.optim.saved import check_shapes, in_own_order, parameter_names, saved_ids
 from ddc.optim.sharding import split_like
 
 #: A step takes long to compile; what that saves in a smaller model does not make up for that in a
 #: run.
 COMPILED_FROM = 5_000_000
+
+
+#: Lifts by the name that configurations have: a new one is a line here and a file in
+#: configs/optimizer.
+LIFTS: dict[str, type[Lift]] = {
+    "ddcadam": DDCAdam,
+    "ddcadam_paper": DDCAdam,
+    "ddclion": DDCLion,
+    "ddcsgd": DDCSGD,
+    "ddcshampoo": DDCShampoo,
+}
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -176,25 +190,26 @@ def make_optimizer(
     groups = decay_groups(model, weight_decay)
     if "compiled" in options:
         options["compiled"] = compiled_step(options["compiled"], model)
+    if name in LIFTS:
+        lift: Callable[..., Lift] = LIFTS[name]
+        return lift(groups, gauges, **options)
     match name:
         case "adamw":
             return make_adamw(groups, **options)
         case "adamw_relative":
             return make_relative_adamw(model, weight_decay, **options)
-        case "ddcadam" | "ddcadam_paper":
-            return DDCAdam(groups, gauges, **options)
         case "muon":
             return make_muon(model, hidden, weight_decay, **options)
         case "ddcmuon":
             return DDCMuon(groups, gauges, hidden, **options)
-    names = "adamw, adamw_relative, ddcadam, ddcadam_paper, muon or ddcmuon"
-    raise ValueError(f"Invalid optimizer.name={name!r}: expected {names}")
+    names = ", ".join(("adamw", "adamw_relative", "muon", "ddcmuon", *LIFTS))
+    raise ValueError(f"Invalid optimizer.name={name!r}: expected one of {names}")
 
 
 def compiled_step(wanted: bool | None, model: nn.Module) -> bool:
     """Whether to compile the step: see :func:`make_optimizer`."""
     parameters = listed(model.parameters(), "an optimizer")
-    if any(isinstance(p, DTensor) for p in parameters):
+    if any(map(is_split, parameters)):
         if wanted:
             raise ValueError(
                 "Invalid optimizer.compiled=true: a step on parameters that are split over"

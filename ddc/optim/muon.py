@@ -11,8 +11,14 @@ from torch.optim import Optimizer
 
 from ddc.optim.closure import loss_of
 from ddc.optim.orthogonal import ORTHOGONALIZERS
-from ddc.optim.parameters import check_has_values, is_plain, listed, names_of, prepared
-from ddc.optim.plan import compute_dtype
+from ddc.optim.parameters import (
+    check_has_values,
+    compute_dtype,
+    is_plain,
+    listed,
+    names_of,
+    prepared,
+)
 from ddc.optim.saved import (
     as_it_was_if_refused,
     check_shapes,

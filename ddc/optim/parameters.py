@@ -7,11 +7,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ddc.gauges import plain_name
+from ddc.gauges import is_split, plain_name
 from ddc.optim.sharding import shards_of
 
 
@@ -118,8 +118,8 @@ def check_parameter(name: str, param: Tensor) -> None:
             " (quantised, say): steps move plain tensors. Leave it to the optimizer of that"
             " library, and pass the others alone"
         )
-    if param.is_complex() and (isinstance(param, DTensor) or param.is_conj()):
-        how = "split over ranks" if isinstance(param, DTensor) else "a conjugated view"
+    if param.is_complex() and (is_split(param) or param.is_conj()):
+        how = "split over ranks" if is_split(param) else "a conjugated view"
         raise ValueError(
             f"{name!r} is complex and {how}: only whole complex tensors are stepped. Hold its real"
             " and imaginary part as a real parameter (torch.view_as_real)"
@@ -135,9 +135,7 @@ def is_plain(param: Tensor) -> bool:
     ones are not.
     """
     wrapped: bool = is_traceable_wrapper_subclass(param)
-    return (isinstance(param, DTensor) or not wrapped) and (
-        param.is_floating_point() or param.is_complex()
-    )
+    return (is_split(param) or not wrapped) and (param.is_floating_point() or param.is_complex())
 
 
 def check_has_values(name: str, param: Tensor) -> None:
@@ -147,3 +145,10 @@ def check_has_values(name: str, param: Tensor) -> None:
             f"{name!r} is on the meta device, without values and without a gradient: the model got"
             " its own values (to_empty, say) in other tensors. Make the optimizer after that"
         )
+
+
+def compute_dtype(param: Tensor) -> torch.dtype:
+    """State and arithmetic are in float32 for lower precisions, else in the parameter's own dtype
+    (or its parts').
+    """
+    return torch.float64 if param.dtype in (torch.float64, torch.complex128) else torch.float32

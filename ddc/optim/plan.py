@@ -27,9 +27,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise, product
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ddc.gauges import Axis, Chain, Gauge, Rescale, Rotation, Shift
@@ -51,7 +51,8 @@ class Dressing:
 class Role:
     """How one parameter takes part in the step. Axes are those of the parameter itself.
 
-    An ``axis`` of None makes the whole parameter one unit.
+    An ``axis`` of None makes the whole parameter one unit; with ``heads``, each of these is a unit,
+    as many indices of the axis.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Role:
     averaging: Averaging | None = None
     centred: bool = False
     dressing: Dressing | None = None
+    heads: int = 0
 
 
 @dataclass(frozen=True)
@@ -134,43 +136,70 @@ def make_plan(
     chains = [gauge for gauge in gauges if isinstance(gauge, Chain)]
     rescales = [gauge for gauge in gauges if isinstance(gauge, Rescale)]
     _check_chains(chains, rescales)
-    blocks, inner, sided = [], [], []
+    sorted_ = _sort_rescales(rescales, hidden)
+    dressings = _hidden_dressings(sorted_, hidden)
+    roles = _Roles(params, gauges, sorted_.sided, dressings)
+    inner = _inner_plans(sorted_.inner, hidden)
+    decomposed = {*roles.plus_of, *roles.minus_of, *hidden}
+    decomposed.update(name for chain in chains for name in chain.weights)
+    return Plan(
+        polar=_polar_plans(sorted_.sided, roles),
+        chains=_chain_plans(chains, roles, hidden),
+        inner=inner,
+        free=[roles.of(name, 0) for name in params if name not in decomposed],
+        hidden={name: tuple(dressings[name]) for name in hidden},
+        linked=_linked(chains, [*sorted_.blocks, *(each.gauge for each in inner)], hidden),
+    )
+
+
+# ---- which rescales decompose, and which only dress
+
+
+class _Rescales(NamedTuple):
+    """Rescales by what they do: ``sided`` ones decompose a side or two, ``inner`` ones dress hidden
+    matrices on both sides, ``blocks`` of hidden matrices dress nothing.
+    """
+
+    sided: list[Rescale]
+    inner: list[Rescale]
+    blocks: list[Rescale]
+
+
+def _sort_rescales(rescales: list[Rescale], hidden: Collection[str]) -> _Rescales:
+    found = _Rescales([], [], [])
     for gauge in rescales:
         plus_hidden, minus_hidden = (
             any(a.parameter in hidden for a in side) for side in (gauge.plus, gauge.minus)
         )
         if gauge.block and (plus_hidden or minus_hidden):
             _check_block(gauge, hidden)
-            blocks.append(gauge)
+            found.blocks.append(gauge)
         elif plus_hidden and minus_hidden:
-            inner.append(gauge)
+            found.inner.append(gauge)
         elif plus_hidden:  # the side that dresses comes first
-            sided.append(
+            found.sided.append(
                 Rescale(gauge.kind, gauge.where, gauge.minus, gauge.plus, 1 / gauge.degree)
             )
         else:
-            sided.append(gauge)
+            found.sided.append(gauge)
+    return found
 
+
+def _hidden_dressings(rescales: _Rescales, hidden: Collection[str]) -> dict[str, list[Dressing]]:
+    """What dresses each hidden matrix, and what shares a side with one."""
     dressings: dict[str, list[Dressing]] = {name: [] for name in hidden}
-    for gauge in sided:
+    # by the norms of the other side
+    for gauge in rescales.sided:
         if any(axis.parameter in hidden for axis in gauge.minus):
             for name, axis in gauge.minus:
                 dressings.setdefault(name, []).append(Dressing(gauge, axis, gauge.degree))
-    for gauge in inner:
+    # by frames
+    for gauge in rescales.inner:
         for side, degree in ((gauge.plus, -1.0), (gauge.minus, gauge.degree)):
             for name, axis in side:
                 dressings.setdefault(name, []).append(Dressing(gauge, axis, degree))
-        for name, _ in gauge.plus:
-            if name in hidden and any(
-                name == other for g in inner if g is not gauge for other, _ in g.plus
-            ):
-                others = [
-                    g for g in inner if g is gauge or any(name == other for other, _ in g.plus)
-                ]
-                raise ValueError(
-                    f"{name!r}: a hidden matrix cannot be on the plus side of two rescales,"
-                    f" {named(*others)}. Leave it out of hidden, or {without(*others)}"
-                )
+        _check_inner(gauge, rescales.inner, hidden)
+    # one for each axis
     for name, several in dressings.items():
         axes = [dressing.axis for dressing in several]
         if len(set(axes)) != len(axes):
@@ -178,89 +207,134 @@ def make_plan(
             raise ValueError(
                 f"{name!r}: {named(*both)} rescale the same axis. Of these, {without(*both)}"
             )
+    return dressings
 
-    plus_of = _sides(sided, plus=True)
-    minus_of = _sides(sided, plus=False, but=dressings)
-    chained = {name: chain for chain in chains for name in chain.weights}
-    centred = _centred(gauges)
-    averagings = _averagings(params, gauges)
 
-    def over(name: str, *kinds: type[Gauge]) -> list[Gauge]:
-        return [gauge for gauge in gauges if isinstance(gauge, kinds) and name in gauge.parameters]
+# ---- roles
 
-    def role(name: str, axis: int | None) -> Role:
-        averaging = averagings.get(name)
-        if (
-            averaging is not None
-            and averaging.dim - 1 == axis
-            and (name in plus_of or name in minus_of)
-        ):
-            both = over(name, Rotation, Rescale)
+
+class _Roles:
+    """The role of each parameter, given all that acts on it.
+
+    ``plus_of`` and ``minus_of`` are, of each parameter on a side that is decomposed, the gauge and
+    the axis; ``dressings``, of those that hidden matrices bring with them, what dresses them.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Tensor],
+        gauges: list[Gauge],
+        sided: list[Rescale],
+        dressings: Mapping[str, list[Dressing]],
+    ) -> None:
+        self.gauges, self.dressings = gauges, dressings
+        self.plus_of = _sides(sided, plus=True)
+        self.minus_of = _sides(sided, plus=False, but=dressings)
+        self.centred = _centred(gauges)
+        self.averagings = _averagings(params, gauges)
+
+    def of(self, name: str, axis: int | None) -> Role:
+        """The role of a parameter whose units are along this axis."""
+        self._check_axis(name, axis)
+        dressing = self._dressing(name, axis)
+        return Role(name, axis, self.averagings.get(name), name in self.centred, dressing)
+
+    def _over(self, name: str, *kinds: type[Gauge]) -> list[Gauge]:
+        """The gauges of these kinds that act on a parameter."""
+        return [g for g in self.gauges if isinstance(g, kinds) and name in g.parameters]
+
+    def _check_axis(self, name: str, axis: int | None) -> None:
+        """Raise ValueError where something else acts on the axis that a rescale scales."""
+        if name not in self.plus_of and name not in self.minus_of:
+            return
+        averaging = self.averagings.get(name)
+        if averaging is not None and averaging.dim - 1 == axis:
+            both = self._over(name, Rotation, Rescale)
             raise ValueError(
                 f"{name!r}: {named(*both)} turn and rescale the same axis, which do not commute. Of"
                 f" these, {without(*both)}"
             )
-        if name in centred and (name in plus_of or name in minus_of) and axis == 0:
-            both = over(name, Shift, Rescale)
+        if name in self.centred and axis == 0:
+            both = self._over(name, Shift, Rescale)
             raise ValueError(
                 f"{name!r}: {named(*both)} do not combine: a logit shift goes with a rescale of the"
                 f" columns only. Of these, {without(*both)}"
             )
-        dressing = None
-        if name in plus_of and name in minus_of:
-            gauge, minus_axis = minus_of[name]
+
+    def _dressing(self, name: str, axis: int | None) -> Dressing | None:
+        """What dresses a parameter that is no hidden matrix."""
+        if name in self.plus_of and name in self.minus_of:
+            gauge, minus_axis = self.minus_of[name]
             if minus_axis is None or minus_axis == axis:
-                both = [gauge, plus_of[name][0]]
+                both = [gauge, self.plus_of[name][0]]
                 raise ValueError(
                     f"{name!r}: {named(*both)} rescale the same axis. Of these, {without(*both)}"
                 )
-            dressing = Dressing(gauge, minus_axis, gauge.degree)
-        elif name in dressings:
-            dressing, *others = dressings[name]
-            if others or name in plus_of or name in centred or averaging is not None:
-                both = over(name, Rescale, Rotation, Shift)
-                raise ValueError(
-                    f"{name!r} shares a side of {dressing.gauge} with a hidden matrix and is under"
-                    f" another gauge as well ({named(*both)}): make it hidden too, or"
-                    f" {without(*both)}"
-                )
-        return Role(name, axis, averaging, name in centred, dressing)
+            return Dressing(gauge, minus_axis, gauge.degree)
+        if name not in self.dressings:
+            return None
+        dressing, *others = self.dressings[name]
+        if others or name in self.plus_of or name in self.centred or name in self.averagings:
+            acting = self._over(name, Rescale, Rotation, Shift)
+            raise ValueError(
+                f"{name!r} shares a side of {dressing.gauge} with a hidden matrix and is under"
+                f" another gauge as well ({named(*acting)}): make it hidden too, or"
+                f" {without(*acting)}"
+            )
+        return dressing
 
-    plan = Plan()
-    for gauge, level in _levels(sided, plus_of, minus_of).items():
-        plan.polar.append(
+
+# ---- what is decomposed, by what
+
+
+def _polar_plans(sided: list[Rescale], roles: _Roles) -> list[PolarPlan]:
+    """Each rescale with its sides; a reader that another one decomposes is only dressed."""
+    plans = []
+    for gauge, level in _levels(sided, roles.plus_of, roles.minus_of).items():
+        readers = [axis for axis in gauge.minus if axis.parameter in roles.minus_of]
+        plans.append(
             PolarPlan(
                 gauge,
-                plus=tuple(role(name, gauge.unit_axis(axis)) for name, axis in gauge.plus),
+                plus=tuple(roles.of(name, gauge.unit_axis(axis)) for name, axis in gauge.plus),
                 minus=tuple(
-                    role(name, gauge.unit_axis(axis))
-                    for name, axis in gauge.minus
-                    if name in minus_of and name not in plus_of
+                    roles.of(name, gauge.unit_axis(axis))
+                    for name, axis in readers
+                    if name not in roles.plus_of
                 ),
-                dressed=tuple(
-                    Role(*axis)
-                    for axis in gauge.minus
-                    if axis.parameter in minus_of and axis.parameter in plus_of
-                ),
+                dressed=tuple(Role(*axis) for axis in readers if axis.parameter in roles.plus_of),
                 level=level,
             )
         )
+    return plans
+
+
+def _chain_plans(chains: list[Chain], roles: _Roles, hidden: Collection[str]) -> list[ChainPlan]:
+    """Each chain with its layers, but for the hidden ones."""
+    plans = []
     for chain in chains:
-        layers = tuple(role(name, None) for name in chain.weights if name not in hidden)
-        plan.chains.append(ChainPlan(chain, layers, still=len(layers) < len(chain.weights)))
+        layers = tuple(roles.of(name, None) for name in chain.weights if name not in hidden)
+        plans.append(ChainPlan(chain, layers, still=len(layers) < len(chain.weights)))
+    return plans
+
+
+def _linked(
+    chains: list[Chain], rescales: list[Rescale], hidden: Collection[str]
+) -> list[tuple[str, str, float]]:
+    """Pairs of hidden matrices whose norms a gauge moves against each other."""
+    linked = []
+    for chain in chains:
         among = [name for name in chain.weights if name in hidden]
-        plan.linked.extend((a, b, 1.0) for a, b in pairwise(among))
-    plan.inner.extend(_inner_plans(inner, hidden))
-    for gauge in (*blocks, *(each.gauge for each in plan.inner)):
+        linked += [(a, b, 1.0) for a, b in pairwise(among)]
+    for gauge in rescales:
         sides = (
             [a.parameter for a in side if a.parameter in hidden]
             for side in (gauge.plus, gauge.minus)
         )
-        plan.linked.extend((p, m, gauge.degree) for p, m in product(*sides))
-    plan.hidden.update({name: tuple(dressings[name]) for name in hidden})
-    decomposed = {*plus_of, *minus_of, *chained, *hidden}
-    plan.free.extend(role(name, 0) for name in params if name not in decomposed)
-    return plan
+        linked += [(p, m, gauge.degree) for p, m in product(*sides)]
+    return linked
+
+
+# ---- what gauges must fulfil
 
 
 def _check_gauges(params: Mapping[str, Tensor], gauges: list[Gauge]) -> None:
@@ -350,6 +424,22 @@ def _check_block(gauge: Rescale, hidden: Collection[str]) -> None:
             " optimizer of hidden matrices takes a block of them without biases; take scales of"
             " single units (gauges.granularity=unit)"
         )
+
+
+def _check_inner(gauge: Rescale, inner: list[Rescale], hidden: Collection[str]) -> None:
+    """Raise ValueError for a hidden matrix on the plus side of this inner rescale and of
+    another.
+    """
+    for name, _ in gauge.plus:
+        others = [g for g in inner if g is gauge or any(name == other for other, _ in g.plus)]
+        if name in hidden and len(others) > 1:
+            raise ValueError(
+                f"{name!r}: a hidden matrix cannot be on the plus side of two rescales,"
+                f" {named(*others)}. Leave it out of hidden, or {without(*others)}"
+            )
+
+
+# ---- sides, averages, orders
 
 
 def _sides(
@@ -473,10 +563,3 @@ def _in_order(before: dict[Rescale, list[Rescale]]) -> dict[Rescale, int]:
     for gauge in order:
         levels[gauge] = 1 + max((levels[each] for each in before[gauge]), default=-1)
     return levels
-
-
-def compute_dtype(param: Tensor) -> torch.dtype:
-    """State and arithmetic are in float32 for lower precisions, else in the parameter's own dtype
-    (or its parts').
-    """
-    return torch.float64 if param.dtype in (torch.float64, torch.complex128) else torch.float32

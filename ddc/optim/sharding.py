@@ -10,21 +10,18 @@ gradients, modes) is whole on every rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import (
-    DTensor,
-    Partial,
-    Placement,
-    Replicate,
-    Shard,
-    distribute_tensor,
-)
 
-from ddc.gauges import whole
+from ddc.gauges import is_split, whole
 from ddc.optim.averaging import Averaging
+
+# takes two seconds to import, so each function that needs it imports it: whoever calls them has
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor, Placement
 
 
 class Whole:
@@ -61,6 +58,12 @@ class Whole:
     def on_whole(self, function: Callable[[Tensor], Tensor], stacked: Tensor) -> Tensor:
         return function(stacked)
 
+    def all_of(self, stacked: Tensor) -> Tensor:
+        return stacked
+
+    def mine_of(self, stacked: Tensor) -> Tensor:
+        return stacked
+
 
 class Pairs(Whole):
     """A complex parameter that is whole on this rank: pairs of real numbers, as to
@@ -87,6 +90,8 @@ class Shards(Whole):
     """
 
     def __init__(self, param: DTensor) -> None:
+        from torch.distributed.tensor import Shard
+
         self.mesh, self.placements, self.shape = param.device_mesh, param.placements, param.shape
         split = [
             (i, placement)
@@ -176,13 +181,25 @@ class Shards(Whole):
         done = function(mine) if len(mine) else mine
         return self._assembled(done, layers, shape).redistribute(placements=parts).to_local()
 
+    def all_of(self, stacked: Tensor) -> Tensor:
+        """Whole stacked tensors, on every rank."""
+        return self.gathered(stacked, 1 + self.axis, self.shape[self.axis])
+
+    def mine_of(self, stacked: Tensor) -> Tensor:
+        """The inverse of :meth:`all_of`."""
+        return self.part(stacked, 1 + self.axis, self.axis)
+
     def scattered(self, partial: Tensor, dim: int) -> Tensor:
         """The sum over all ranks, split along ``dim``: this rank's part."""
+        from torch.distributed.tensor import Partial
+
         summed = self._assembled(partial, self._placed(Partial()), partial.shape)
         return summed.redistribute(placements=self._sharded(dim)).to_local()
 
     def gathered(self, local: Tensor, dim: int, size: int) -> Tensor:
         """The whole of a tensor that is split along ``dim``, where it has ``size`` entries."""
+        from torch.distributed.tensor import Replicate
+
         shape = (*local.shape[:dim], size, *local.shape[dim + 1 :])
         split = self._assembled(local, self._sharded(dim), shape)
         return split.redistribute(placements=self._placed(Replicate())).to_local()
@@ -190,15 +207,21 @@ class Shards(Whole):
     def _assembled(
         self, local: Tensor, placements: Sequence[Placement], shape: Sequence[int]
     ) -> DTensor:
+        from torch.distributed.tensor import DTensor
+
         strides = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(
             local, self.mesh, placements, shape=torch.Size(shape), stride=strides
         )
 
     def _sharded(self, dim: int) -> list[Placement]:
+        from torch.distributed.tensor import Shard
+
         return self._placed(Shard(dim))
 
     def _placed(self, placement: Placement) -> list[Placement]:
+        from torch.distributed.tensor import Replicate
+
         return [
             placement if i == self.mesh_dim else Replicate() for i in range(len(self.placements))
         ]
@@ -245,7 +268,7 @@ def shards_of(param: Tensor) -> Whole:
     Raises:
         ValueError: in a way that is not supported.
     """
-    if isinstance(param, DTensor):
+    if is_split(param):
         return Shards(param)
     return PAIRS if param.is_complex() else WHOLE
 
@@ -273,14 +296,16 @@ def chunk(size: int, ranks: int, rank: int) -> tuple[int, int]:
 
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank has of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_split(tensor) else tensor
 
 
 def split_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A tensor, whole on all ranks or split in any way, split as another is."""
-    if not isinstance(like, DTensor):
+    if not is_split(like):
         return whole(tensor)
-    if not isinstance(tensor, DTensor):
+    if not is_split(tensor):
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(
             tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None
         )

@@ -18,6 +18,9 @@ TITLES = {
     "ddcadam": "DDCAdam",
     "muon": "Muon",
     "ddcmuon": "DDCMuon",
+    "ddclion": "DDCLion",
+    "ddcsgd": "DDCSGD",
+    "ddcshampoo": "DDCShampoo",
     "ddcadam_paper": "DDCAdam, the paper's step",
     "adamw_relative": "AdamW, relative steps",
 }

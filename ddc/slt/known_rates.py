@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddc.models.gpt import Attention, GPTConfig
 from ddc.slt.observables import (
     Layer,
     Reading,
@@ -288,6 +287,25 @@ def chain_rows() -> Iterator[KnownRate]:
 # --------------------------------------------------------------------------------------
 
 
+class Attention(nn.Module):
+    """Causal self-attention without biases, (batch, time, width) to the same."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.output = (
+            nn.Linear(width, width, bias=False) for _ in range(4)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for linear in (self.query, self.key, self.value)
+        )
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.output(y.transpose(1, 2).flatten(-2))
+
+
 def dead_value_output(blocks: int, t: float) -> nn.Sequential:
     """Attention blocks whose value and output maps are diag(1, 1, 1, t), with random queries and
     keys.
@@ -295,7 +313,7 @@ def dead_value_output(blocks: int, t: float) -> nn.Sequential:
     generator = torch.Generator().manual_seed(0)
     chain = nn.Sequential()
     for _ in range(blocks):
-        attention = Attention(GPTConfig(width=4, heads=2, kv_heads=2, positions="learned")).double()
+        attention = Attention(width=4, heads=2).double()
         with torch.no_grad():
             for module in (attention.query, attention.key):
                 module.weight.copy_(torch.randn(4, 4, generator=generator, dtype=FLOAT))

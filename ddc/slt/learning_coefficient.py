@@ -46,7 +46,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -180,10 +179,9 @@ def estimate(
         RuntimeError: no step of the grid passes the rule; a chain leaves the finite numbers or
             never moves.
     """
-    # takes a second to import, which every run of the trainer would wait for
-    from arviz_stats.base import (
-        array_stats,
-    )
+    # these two take a second to import, which every run of the trainer would wait for
+    from arviz_stats.base import array_stats
+    from scipy import stats
 
     settings = Settings() if settings is None else settings
     if not 1 <= n < math.inf:
@@ -194,10 +192,12 @@ def estimate(
         beta = 1 / math.log(n)
     if not 0 < beta < math.inf:
         raise ValueError(f"Invalid {beta=}: expected a positive number")
+    # w*, at the point of least norm on its orbit
     center = {name: p.detach().clone() for name, p in params.items()}
     _check(center)
     balance_(center, gauges)
 
+    # sample
     start = time.perf_counter()
     sampler = (_HMC if batches is None else _SGLD)(loss, center, n * beta, batches, settings)
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no batching rule
@@ -213,6 +213,7 @@ def estimate(
     trace = drawn.excess.double().cpu()
     seconds = time.perf_counter() - start
 
+    # the mean energy, with the error of independent chains
     draws = n * beta * trace.numpy()
     means = draws.mean(1)
     value, error = float(means.mean()), float(means.std(ddof=1) / math.sqrt(settings.chains))
@@ -408,12 +409,14 @@ class _HMC(_Sampler):
             h = (step_size**0.5 * self.uniform()).unsqueeze(1)
             momentum = self.noise()
             total = energy + momentum.square().sum(1) / 2
+            # leapfrog steps
             w, new_grad = self.w, grad
             for _ in range(self.settings.steps):
                 momentum = momentum - h / 2 * new_grad
                 w = w + h * momentum
                 new_grad, new_energy, new_loss = self.potential(w)
                 momentum = momentum - h / 2 * new_grad
+            # Metropolis' acceptance
             # a proposal that is not finite is not accepted
             change = (total - new_energy - momentum.square().sum(1) / 2).nan_to_num(
                 -torch.inf, -torch.inf
@@ -460,7 +463,7 @@ def module_loss(model: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor])
     Args:
         model: without dropout; its own parameters are not used. Take w* from
             :func:`ddc.gauges.named_parameters`.
-        criterion: mean loss per sample, such as :func:`ddc.models.cross_entropy`.
+        criterion: mean loss per sample, such as ``torch.nn.functional.cross_entropy``.
     """
 
     def loss(params: Params, *batch: Tensor) -> Tensor:
@@ -556,6 +559,7 @@ def fit_temperatures(
         raise ValueError(f"Invalid temperatures={list(temperatures)}: expected at least four")
     settings = Settings() if settings is None else settings
     gauges = list(gauges)
+    # an estimate at each temperature
     estimates = tuple(
         estimate(
             loss,
@@ -568,6 +572,7 @@ def fit_temperatures(
         )
         for i, tau in enumerate(temperatures)
     )
+    # the fit, and its error from fits to estimates with noise of their own size
     values = np.array([each.value for each in estimates])
     errors = np.array([each.standard_error for each in estimates])
     random = np.random.default_rng(settings.seed)

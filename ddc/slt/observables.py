@@ -24,9 +24,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ddc.models import GPT
-from ddc.models.deep_mlp import DeepMLP
-
 #: Observables of a layer, in the order of tables: what is read, and whether it is a second moment
 #: of a single direction (so that its slope is 2(k - 1)), the root of one, or a log-volume.
 OBSERVABLES = (
@@ -102,18 +99,6 @@ def layers_of(model: nn.Module) -> list[Layer]:
     )
 
 
-@layers_of.register
-def _(model: GPT) -> list[Layer]:
-    ones = (
-        "read by LayerNorms only, which subtract the mean" if model.config.norm == "layer" else None
-    )
-    names = [
-        ("embedding", "embedding"),
-        *((f"block {i + 1}", f"blocks.{i}") for i in range(len(model.blocks))),
-    ]
-    return [Layer(name, module, gradient_ones=ones) for name, module in names]
-
-
 def layers_of_vision_transformer(model: Any) -> list[Layer]:
     """Embedding (patches and positions) and blocks of timm's vision transformer, read at the
     residual stream.
@@ -131,18 +116,6 @@ def layers_of_vision_transformer(model: Any) -> list[Layer]:
     # a linear map of pixels, and a vector a position
     layers[0] = replace(layers[0], activation_rank=pixels + tokens)
     layers[-1] = replace(layers[-1], pooled=True)
-    return layers
-
-
-@layers_of.register
-def _(model: DeepMLP) -> list[Layer]:
-    names = [(f"layer {i + 1}", f"layers.{i}") for i in range(len(model.layers))]
-    layers = [Layer(name, module, "input") for name, module in (*names, ("head", "head"))]
-    if (
-        model.config.residual
-    ):  # the stream is a sum of two tables at first, and the head reads it as it is at last
-        layers[0] = replace(layers[0], activation_rank=2 * model.tokens - 1)
-        layers[-2] = replace(layers[-2], gradient_rank=model.head.out_features - 1)
     return layers
 
 
@@ -385,10 +358,12 @@ def accumulate(
                         f"layer {layer.name}: module {layer.module!r} does not run in a forward"
                         " pass"
                     )
+            # gradients of the score with respect to all that was observed
             check_untouched(layers, calls)
             flat = [call.output for made in calls for call in made]
             output_gradient = score(outputs.detach(), targets, index)
             gradients = iter(torch.autograd.grad(outputs, flat, output_gradient, allow_unused=True))
+        # their second moments
         for i, (layer, made) in enumerate(zip(layers, calls, strict=True)):
             for call in made:
                 gradient = next(gradients)
@@ -453,6 +428,7 @@ def observed(model: nn.Module, layers: Sequence[Layer]) -> Iterator[list[list[Ca
         assert isinstance(module, nn.LayerNorm)
         normed[id(result)] = result, module  # kept alive, so that the id stays its own
 
+    # hooks, and the model without gradients of its own, as long as the context is open
     handles = [
         m.register_forward_hook(remember) for m in modules.values() if isinstance(m, nn.LayerNorm)
     ]
@@ -490,9 +466,11 @@ def add(
     moments: Moments | None, layer: Layer, call: Call, gradient: Tensor, softmax: bool
 ) -> Moments:
     """Add one call's activations and gradients to the moments."""
+    # rows of X and D; behind a LayerNorm X is taken without the shift
     x, d = (t.flatten(0, -2).double() for t in (call.activation, gradient))
     if call.after is not None and call.after.bias is not None:
         x = x - call.after.bias.detach().double()
+    # the first call says what is zero by construction
     if moments is None:
         ones = layer.gradient_ones or (
             "softmax does not see the mean of the logits" if softmax else None

@@ -33,7 +33,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from ddc.slt.observables import OBSERVABLES
 
@@ -127,6 +126,9 @@ def fit_line(x: Array, y: Array, confidence: float = 0.95) -> Fit:
         y: shape (n,).
         confidence: of the interval.
     """
+    from scipy import stats  # takes half a second to import
+
+    # the line
     n = len(x)
     centred = x - x.mean()
     weights = centred / (centred @ centred)
@@ -137,6 +139,7 @@ def fit_line(x: Array, y: Array, confidence: float = 0.95) -> Fit:
     r2 = 1 - float(residuals @ residuals) / total if total > 0 else 0.0
     if not residuals.any():
         return Fit(slope, intercept, slope, slope, r2)
+    # the residuals' correlation, and the length of blocks that it asks for
     rho = float(residuals[1:] @ residuals[:-1] / (residuals @ residuals))
     rho = min(max(rho + (2 + 4 * rho) / n, 0.0), 0.9)
     length = round((math.sqrt(6) * rho / (1 - rho**2)) ** (2 / 3) * n ** (1 / 3))
@@ -145,6 +148,7 @@ def fit_line(x: Array, y: Array, confidence: float = 0.95) -> Fit:
     blocks = residuals[(np.arange(n)[None, :] + np.arange(length)[:, None]) % n]
     parts = [weights[i : i + length] for i in range(0, n, length)]
     variance = sum(float((part @ blocks[: len(part)]).var()) for part in parts)
+    # what blocks of this length miss of the correlation
     kept = 1 + 2 * sum((1 - lag / length) * rho**lag for lag in range(1, length))
     variance *= (1 + rho) / (1 - rho) / kept
     # residuals are smaller than errors: two parameters are fitted
@@ -165,6 +169,7 @@ def read_rate(
             floor.
         rule: the constants.
     """
+    # checkpoints that have a place on the axis
     rule = rule or RateRule()
     x, y = np.asarray(log_t, dtype=np.float64), np.asarray(log_y, dtype=np.float64)
     x, y = x[np.isfinite(x)], y[np.isfinite(x)]
@@ -172,15 +177,16 @@ def read_rate(
         return Rate("few", len(x))
     if decades(x) < rule.min_decades:
         return Rate("narrow", len(x), decades(x))
+    # those above the rounding floor, and windows of them from the small-t end
     visible = np.isfinite(y)
     x, y = x[visible], y[visible]
     windows = list(anchored_windows(x, rule))
     if not windows:
         return Rate("floor", len(x), decades(x))
+    # the longest that passes; else the shortest, and why it does not
     for window in reversed(windows):
-        if (
-            squared_correlation(x[window], y[window]) < rule.min_r2
-        ):  # spares the interval, which is most of the work
+        # first, for it spares the interval, which is most of the work
+        if squared_correlation(x[window], y[window]) < rule.min_r2:
             continue
         fit = fit_line(x[window], y[window], rule.confidence)
         if steep(fit, rule) and not has_kink(x[window], y[window], fit, rule):
@@ -226,6 +232,8 @@ def has_kink(x: Array, y: Array, fit: Fit, rule: RateRule) -> bool:
     than ``rule.kink`` of the line's slope, and an F-test prefers it to the line. (The test takes
     residuals for white; serial correlation makes it refuse too often rather than too rarely.)
     """
+    from scipy import stats
+
     centred = x - x.mean()
     design = np.stack([np.ones_like(x), centred, centred**2], axis=1)
     coefficients = np.linalg.lstsq(design, y)[0]

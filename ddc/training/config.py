@@ -6,12 +6,13 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -25,7 +26,8 @@ from ddc.data import DataConfig, ImageConfig, ModularConfig, TextConfig
 from ddc.gauges import KINDS
 from ddc.gauges.granularity import GRANULARITIES
 from ddc.models import MODELS, GPTConfig, ModelConfig
-from ddc.optim.ddcadam import STEP_SCALES, VERTICAL_MODES
+from ddc.optim.factory import LIFTS
+from ddc.optim.lift import STEP_SCALES, VERTICAL_MODES, Lift
 from ddc.optim.muon import ADJUSTMENTS
 from ddc.optim.orthogonal import ORTHOGONALIZERS
 from ddc.slt.config import SLTConfig
@@ -50,8 +52,6 @@ class OptimizerConfig:
 
     name: str = MISSING
     lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = 1e-8
     weight_decay: float = 0.1
 
     def __post_init__(self) -> None:
@@ -63,23 +63,34 @@ class OptimizerConfig:
             f"{own}; optimizer=NAME chooses another optimizer",
         )
         require("optimizer.lr", self.lr, self.lr > 0, "a positive number")
-        require("optimizer.eps", self.eps, self.eps >= 0, "a number >= 0")
         require(
             "optimizer.weight_decay", self.weight_decay, self.weight_decay >= 0, "a number >= 0"
         )
+
+
+@dataclass
+class AdamConfig(OptimizerConfig):
+    """Adam's hyperparameters, of all that has Adam in it."""
+
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require("optimizer.eps", self.eps, self.eps >= 0, "a number >= 0")
         valid = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         require("optimizer.betas", self.betas, valid, "two numbers in [0, 1)")
 
 
 @dataclass
-class AdamWConfig(OptimizerConfig):
+class AdamWConfig(AdamConfig):
     """``torch.optim.AdamW``."""
 
     name: str = "adamw"
 
 
 @dataclass
-class RelativeAdamWConfig(OptimizerConfig):
+class RelativeAdamWConfig(AdamConfig):
     """:class:`ddc.optim.relative_step.RelativeAdamW`: AdamW whose steps of matrices have a given
     length.
 
@@ -99,12 +110,11 @@ class RelativeAdamWConfig(OptimizerConfig):
 
 
 @dataclass
-class DDCAdamConfig(OptimizerConfig):
-    """:class:`ddc.DDCAdam`, which documents the keys; ``compiled=null``: on a CPU, from five
-    million parameters on.
+class LiftConfig(OptimizerConfig):
+    """What all lifts share; :class:`ddc.DDCAdam` documents the keys. ``compiled=null``: on a CPU,
+    from five million parameters on.
     """
 
-    name: str = "ddcadam"
     radial_rate: float = 1.0
     vertical: str = "freeze"
     step_scale: str = "init"
@@ -125,6 +135,13 @@ class DDCAdamConfig(OptimizerConfig):
 
 
 @dataclass
+class DDCAdamConfig(AdamConfig, LiftConfig):
+    """:class:`ddc.DDCAdam`, which documents the keys."""
+
+    name: str = "ddcadam"
+
+
+@dataclass
 class DDCAdamPaperConfig(DDCAdamConfig):
     """:class:`ddc.DDCAdam` with the step of the paper's companion, in place of ours.
 
@@ -139,7 +156,7 @@ class DDCAdamPaperConfig(DDCAdamConfig):
 
 
 @dataclass
-class MuonConfig(OptimizerConfig):
+class MuonConfig(AdamConfig):
     """Muon for hidden matrices, ``torch.optim.AdamW`` for the rest.
 
     ``lr`` and ``momentum`` are Muon's, ``adam_lr``, ``betas`` and ``eps`` AdamW's. ``adjust_lr_fn``
@@ -184,13 +201,39 @@ class DDCMuonConfig(DDCAdamConfig):
         require_one_of("optimizer.orthogonalizer", self.orthogonalizer, ORTHOGONALIZERS)
 
 
-OPTIMIZERS = {
+def lift_schema(name: str, lift: type[Lift]) -> type[LiftConfig]:
+    """The schema of a lift, read from its signature: what is its own, with its defaults, is added
+    to what all lifts share; its rule checks what the rule reads.
+    """
+    hints = get_type_hints(lift.__init__) | {"lr": float}
+    own = [
+        (key, hints[key], field(default=parameter.default))
+        for key, parameter in inspect.signature(lift).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and key != "weight_decay"
+    ]
+
+    def check(self: LiftConfig) -> None:
+        LiftConfig.__post_init__(self)
+        try:
+            lift.rule.check(vars(self))
+        except ValueError as error:
+            raise ValueError(str(error).replace("Invalid ", "Invalid optimizer.", 1)) from None
+
+    about = {"__post_init__": check, "__doc__": lift.__doc__, "__module__": __name__}
+    fields: list[Any] = [("name", str, field(default=name)), *own]
+    return make_dataclass(f"{lift.__name__}Config", fields, bases=(LiftConfig,), namespace=about)
+
+
+OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
     "adamw": AdamWConfig,
     "adamw_relative": RelativeAdamWConfig,
     "ddcadam": DDCAdamConfig,
     "ddcadam_paper": DDCAdamPaperConfig,
     "muon": MuonConfig,
     "ddcmuon": DDCMuonConfig,
+}
+OPTIMIZERS |= {
+    name: lift_schema(name, lift) for name, lift in LIFTS.items() if name not in OPTIMIZERS
 }
 #: Which data a model reads.
 DATA = {"gpt": TextConfig, "vit": ImageConfig, "deep_mlp": ModularConfig}

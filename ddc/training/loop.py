@@ -52,12 +52,11 @@ from ddc.models import (
     check_fit,
     cross_entropy,
 )
-from ddc.optim import DDCAdam, DDCMuon
+from ddc.optim import DDCMuon, Lift
 from ddc.optim.drift import gauge_drift
 from ddc.optim.factory import make_optimizer
 from ddc.optim.relative_step import copied_matrices, relative_steps
 from ddc.optim.sharding import local_part
-from ddc.slt.observer import Observer, joined
 from ddc.training.allocator import keep_freed_memory
 from ddc.training.calibration import calibration_error
 from ddc.training.checkpoint import checkpoints, load_checkpoint, read_checkpoint, save_checkpoint
@@ -72,6 +71,7 @@ from ddc.training.config import (
 from ddc.training.display import Display
 from ddc.training.lock import only_process_in
 from ddc.training.mirror import Mirror
+from ddc.training.observer import Observer, joined
 from ddc.training.ranks import ALONE, Ranks
 from ddc.training.records import Records, Row, provenance, summarize, write_json
 
@@ -599,7 +599,7 @@ def train_step(setup: Setup, step: int, scaler: GradScaler, audited: bool) -> fl
 
 def grad_norm(model: nn.Module, optimizer: Optimizer) -> Tensor:
     """The norm that clipping goes by: the gauge-invariant one where the optimizer has gauges."""
-    if isinstance(optimizer, DDCAdam):
+    if isinstance(optimizer, Lift):
         return optimizer.grad_norm()
     return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 

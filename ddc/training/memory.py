@@ -11,7 +11,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from ddc.data import Data
 from ddc.models import build_model, cross_entropy
-from ddc.training.config import Config, DDCAdamConfig
+from ddc.training.config import Config, LiftConfig
 from ddc.training.loop import configured_gauges, configured_hidden, configured_optimizer
 
 
@@ -35,7 +35,7 @@ def estimate_memory(config: Config, data: Data) -> MemoryEstimate:
     on the host.
     """
     fake, training = FakeTensorMode(), config.training
-    if isinstance(config.optimizer, DDCAdamConfig):  # what is fake cannot be compiled for
+    if isinstance(config.optimizer, LiftConfig):  # what is fake cannot be compiled for
         config = dataclasses.replace(
             config, optimizer=dataclasses.replace(config.optimizer, compiled=False)
         )

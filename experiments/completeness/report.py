@@ -20,8 +20,9 @@ NOTE = (
     " parameters, at generic weights in float64: the dimension of all continuous symmetries."
     " *Paper's kinds*, *all kinds*: the rank of the tangents of the gauges that `find_gauges`"
     ' finds, overlaps counted once; all kinds are `kinds="complete"`. *Dead*: single parameters'
-    " that no input reaches. *Unexplained*: the rest of the kernel; 0 is complete. *Gap*: the largest"
-    " singular value that counts as zero and the smallest that does not, relative to the largest."
+    " that no input reaches. *Unexplained*: the rest of the kernel; 0 is complete. *Gap*: the"
+    " largest singular value that counts as zero and the smallest that does not, both relative to"
+    " the largest of all."
 )
 
 

@@ -1,0 +1,191 @@
+"""One rescale gauge: the norms of its sides and their directions step apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddc.optim.compiled import Arithmetic, Hyper, safe_power
+from ddc.optim.sharding import check_split_alike
+from ddc.optim.side import Block, Side
+from ddc.optim.stack import Context, Stack, layers_at_once, mode_step, states_of, zero_modes
+from ddc.optim.stacked import Layers, StackedParameter, unit_sums
+
+
+class Pairs(NamedTuple):
+    """Weights and gradients of some layers, and the factor of decoupled weight decay."""
+
+    weights: list[Tensor]
+    grads: list[Tensor]
+    decay: float | Tensor
+
+
+class PolarStack(Stack):
+    """One rescale gauge in L layers: norms and directions of its sides step apart."""
+
+    def __init__(
+        self,
+        degree: float,
+        plus: list[StackedParameter],
+        minus: list[StackedParameter],
+        dressed: list[StackedParameter],
+        vertical: bool,
+    ) -> None:
+        self.degree, self.dressed = degree, dressed
+        self.plus, self.minus = Side(plus), Side(minus) if minus else None
+        check_split_alike((p.names[0], p.params[0]) for p in (*plus, *minus, *dressed))
+        self.parameters = [*plus, *minus]
+        first, self.rule = plus[0], plus[0].rule
+        self.layers = len(first.params)
+        self.step_count = torch.zeros(self.layers, device=first.params[0].device)
+        modes = (("radial",) + (("vertical",) if vertical else ())) if minus else ()
+        shape = self.layers, first.units
+        self.modes = zero_modes(self.rule, dict.fromkeys(modes, shape), first)
+        layer_size = sum(p.params[0].numel() for p in self.parameters)
+        self.at_once = layers_at_once(self.layers, layer_size, first.params[0].device)
+        self.single_chunk = self.at_once == self.layers
+        functions = PolarStack._move, PolarStack._measure
+        self.move, self.measure = (Arithmetic(f, first.params[0].device) for f in functions)
+
+    def tied(self) -> list[list[tuple[str, Tensor]]]:
+        named = [zip(p.names, p.params, strict=True) for p in self.parameters]
+        return [list(layer) for layer in zip(*named, strict=True)]
+
+    def states(self) -> dict[Tensor, dict[str, Tensor]]:
+        """That of the gauge's modes is with the first parameter of each layer."""
+        states = states_of(self.parameters, self.step_count)
+        for i, param in enumerate(self.plus.parameters[0].params):
+            states[param] |= {key: value[i] for key, value in self.modes.items()}
+        return states
+
+    def grad_norm_squared(self, context: Context) -> Tensor:
+        first, measured = self.plus.parameters[0], []
+        for rows in context.chunks([True] * self.layers, self.at_once):
+            minus = self.minus.gather(rows, context) if self.minus is not None else []
+            layers = self.plus.gather(rows, context), minus
+            measured.append(
+                self.measure(
+                    context.compiles(first), self, *layers, context.hyper(first)["step_scale"]
+                )
+            )
+        norms, squares = zip(*measured, strict=True)
+        context.norms[self] = (torch.cat(norms),) * 2
+        return torch.stack(squares).sum()
+
+    def _measure(
+        self, plus_layers: Sequence[Layers], minus_layers: Sequence[Layers], step_scale: str
+    ) -> tuple[Tensor, Tensor]:
+        """The plus norms, and the squared norm of the gradient."""
+        plus = self.plus.read(plus_layers)
+        squared = plus.grad_norm_squared(step_scale)
+        if self.minus is not None:
+            squared = squared + self.minus.read(minus_layers).grad_norm_squared(step_scale)
+        return plus.norm, squared
+
+    def step(self, context: Context) -> None:
+        has_gradient = [
+            any(p.params[i].grad is not None for p in self.parameters) for i in range(self.layers)
+        ]
+        chunks = context.chunks(has_gradient, self.at_once)
+        if all(has_gradient):
+            compiled = context.compiles(self.plus.parameters[0])
+            norms = [self._step(rows, context, compiled) for rows in chunks]
+            old, new = map(torch.cat, zip(*norms, strict=True))
+        else:  # the layers left alone may still dress others
+            old = self.plus.read(self.plus.gather(slice(None), context)).norm
+            new = old.clone()
+            for rows in chunks:
+                old[rows], new[rows] = self._step(rows, context, compiled=False)
+        context.norms[self] = (old, new)
+
+    def _step(self, rows: slice, context: Context, compiled: bool) -> tuple[Tensor, Tensor]:
+        """One step of the given layers; returns the plus norms before and after, decay apart where
+        it comes last.
+        """
+        self.step_count[rows] += 1
+        plus = self.plus.gather(rows, context)
+        minus = self.minus.gather(rows, context) if self.minus is not None else []
+        dressed = [Pairs(*p.pairs(rows), context.decay(p)) for p in self.dressed]
+        modes = {key: value[rows] for key, value in self.modes.items()}
+        hyper = context.hyper(self.plus.parameters[0])
+        old, new = self.move(
+            compiled, self, plus, minus, dressed, modes, self.step_count[rows], hyper
+        )
+        return old, new
+
+    def _move(
+        self,
+        plus_layers: Sequence[Layers],
+        minus_layers: Sequence[Layers],
+        dressed: Sequence[Pairs],
+        modes: dict[str, Tensor],
+        step_count: Tensor,
+        hyper: Hyper,
+    ) -> tuple[Tensor, Tensor]:
+        """Move both sides; the plus norms before and after."""
+        first = self.plus.parameters[0]
+        clock = self.rule.clock(step_count, hyper, first.dtype)
+        plus = self.plus.read(plus_layers, hyper["additive"])
+        old = plus.norm
+        if self.minus is None:  # the plus norm is the gauge coordinate: it keeps still
+            turn = plus.turn(old, torch.zeros_like(old), clock, hyper)
+        else:
+            minus = self.minus.read(minus_layers, hyper["additive"])
+            plus_change, minus_change, relaxed = self._radial(
+                plus, minus, dressed, modes, clock, hyper
+            )
+            # A dead side (norm 0) has no direction. It steps in the other's covariant scale until
+            # it has one.
+            plus_scale = torch.where(old > 0, old, safe_power(minus.norm, -1 / self.degree))
+            minus_scale = torch.where(minus.norm > 0, minus.norm, safe_power(old, -self.degree))
+            turn = plus.turn(plus_scale, plus_change, clock, hyper, relaxed)
+            along = -self.degree * relaxed
+            minus.write(minus.turn(minus_scale, minus_change, clock, hyper, along))
+        plus.write(turn)
+        rounded = first.params[0].dtype != first.dtype
+        return old, self.plus.rounded_norm(plus_layers, hyper["additive"]) if rounded else turn.norm
+
+    def _radial(
+        self,
+        plus: Block,
+        minus: Block,
+        dressed: Sequence[Pairs],
+        modes: dict[str, Tensor],
+        clock: Any,
+        hyper: Hyper,
+    ) -> tuple[Tensor, Tensor, Tensor | float]:
+        """Changes of log rho_P and log rho_M: the shared radial step and the vertical mode.
+
+        The third is how far ``balance`` moves along the gauge, as log rho_P has it, which is in the
+        first two as well.
+        """
+        k, size = self.degree, math.sqrt(1 + self.degree**2)
+
+        # What the plus side dresses is undressed by its new norms, so it does not feel the plus
+        # side's move.
+        plus_grad = plus.log_norm_grad
+        if self.dressed:
+
+            def log_norm_grad(p: StackedParameter, i: int) -> Tensor:
+                felt = p.unit_sum(p.stack(dressed[i].weights) * p.stack(dressed[i].grads))
+                return felt * dressed[i].decay if hyper["additive"] else felt
+
+            plus_grad = plus_grad - k * unit_sums(self.dressed, log_norm_grad)[0]
+        shared = (k * plus_grad + minus.log_norm_grad) / size
+        radial = mode_step(self.rule, "radial", shared, modes, clock, hyper)
+        if hyper["vertical"] == "freeze":
+            return radial * (k / size), radial / size, 0.0
+        relaxed: Tensor | float = 0.0
+        if hyper["vertical"] == "adam":
+            against = (plus_grad - k * minus.log_norm_grad) / size
+            vertical = mode_step(self.rule, "vertical", against, modes, clock, hyper)
+        else:
+            gap = plus.norm.log() - k * minus.norm.log()
+            rate = -hyper["lr"] * hyper["radial_rate"]
+            vertical = torch.where(gap.isfinite(), rate * gap / size, 0.0)
+            relaxed = vertical / size
+        return (k * radial + vertical) / size, (radial - k * vertical) / size, relaxed

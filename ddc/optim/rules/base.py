@@ -1,0 +1,125 @@
+"""What a base optimizer is to a lift: a rule that turns an invariant input into a direction."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ddc.optim.averaging import Averaging
+from ddc.optim.compiled import Hyper, Number, per_layer
+from ddc.optim.sharding import CutAveraging
+
+Moments = dict[str, Tensor]
+
+
+class Direction(NamedTuple):
+    """A direction like the input, but for a factor: one number, or one a layer, (L,).
+
+    The factor (of Adam, the bias corrections) is apart so that whoever scales the direction anyway
+    needs no pass of its own for it.
+    """
+
+    u: Tensor
+    factor: Number = 1.0
+
+    def times(self, rate: Number) -> Tensor:
+        """The direction times a rate."""
+        return self.u * per_layer(rate * self.factor, self.u)
+
+
+class Subject(Protocol):
+    """What an input belongs to: a stacked parameter, or numbers that stand each for itself."""
+
+    @property
+    def averaging(self) -> Averaging | CutAveraging | None:
+        """Averages over the indices that a rotation gauge turns; None where none does."""
+
+    def on_whole(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """A function of whole matrices, (B, rows, columns), of x, which may be split by heads and
+        over ranks.
+        """
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """All of x, on every rank."""
+
+    def part(self, x: Tensor) -> Tensor:
+        """The inverse of :meth:`gathered`."""
+
+
+class Rule(ABC):
+    """A base optimizer, as a lift needs it: its state, and the direction that it makes of an input.
+
+    The lift decomposes the weights and hands the rule an input x that no scale and no shift
+    changes, and that turns with the weights where a rotation gauge acts. So the step is equivariant
+    if the direction is a function of inputs and state alone that turns with them, u(Rx) = R u(x);
+    ``of.averaging`` says which indices turn together. All tensors are stacked over L layers. A rule
+    has no state of its own: hyperparameters are in param groups, moments with the parameters.
+    """
+
+    #: Hyperparameters that the rule reads, besides the rate, which is not its business.
+    settings: ClassVar[tuple[str, ...]] = ()
+    #: Moments of the shape of the input.
+    moments: ClassVar[tuple[str, ...]] = ()
+    #: Moments of the input's shape with the turned indices averaged.
+    averaged: ClassVar[tuple[str, ...]] = ()
+    #: Whether a compiler takes it.
+    compilable: ClassVar[bool] = True
+
+    def others(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what else is kept of one parameter of this shape: the same on all
+        ranks.
+        """
+        return {}
+
+    def moments_of_numbers(self) -> tuple[str, ...]:
+        """Names of what :meth:`of_numbers` keeps, each of the shape of its input."""
+        return self.moments + self.averaged
+
+    @abstractmethod
+    def check(self, group: Mapping[str, Any]) -> None:
+        """Raise ValueError for one of :attr:`settings` that is out of range."""
+
+    def clock(self, step: Tensor, hyper: Hyper, dtype: torch.dtype) -> Any:
+        """What depends on step counts, (L,), alone: worked out once for all tensors of a stack."""
+        return None
+
+    @abstractmethod
+    def direction(
+        self, x: Tensor, moments: Moments, clock: Any, hyper: Hyper, of: Subject
+    ) -> Direction:
+        """Take x, (L, *shape), into the moments in place, and return the direction; x may be used
+        up.
+        """
+
+    def of_numbers(self, x: Tensor, moments: Moments, clock: Any, hyper: Hyper) -> Direction:
+        """The same for numbers that stand each for itself, (L, U): the coordinates of norms."""
+        return self.direction(x, moments, clock, hyper, NUMBERS)
+
+
+class Numbers:
+    """The :class:`Subject` of numbers: nothing turns them, and they are whole on every rank."""
+
+    averaging = None
+
+    def on_whole(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        raise TypeError("numbers are no matrices")
+
+    def gathered(self, x: Tensor) -> Tensor:
+        return x
+
+    def part(self, x: Tensor) -> Tensor:
+        return x
+
+
+NUMBERS = Numbers()
+
+
+def check_fractions(name: str, values: tuple[Number, ...], shown: object) -> None:
+    """Raise ValueError unless all of a hyperparameter's values are in [0, 1)."""
+    if not all(0 <= value < 1 for value in values):
+        expected = "two numbers" if isinstance(shown, tuple | list) else "a number"
+        raise ValueError(f"Invalid {name}={shown}: expected {expected} in [0, 1)")

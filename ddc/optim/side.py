@@ -1,0 +1,205 @@
+"""One side of a rescale, or one layer of a chain: read, turned and written as one vector a unit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddc.optim.compiled import Hyper, Number, safe_power, scaled
+from ddc.optim.stack import Context
+from ddc.optim.stacked import Layers, StackedParameter, Term, unit_sums
+
+
+@dataclass
+class Side:
+    """One side of a rescale over L layers. All entries of a unit are one vector, one *block*."""
+
+    parameters: list[StackedParameter]
+
+    def __post_init__(self) -> None:
+        self.unit_size = sum(p.unit_size for p in self.parameters)
+        matrices = [p.params[0] for p in self.parameters if p.params[0].ndim == 2]
+        fan_in = matrices[0].shape[1] if matrices else self.unit_size
+        #: step scale over norm: s = √fan_in · rms = √(fan_in / unit_size) · rho; s = rho for
+        #: vectors
+        self.init_scale = math.sqrt(fan_in / self.unit_size)
+        if self.unit_size > 1:
+            for p in self.parameters:
+                p.allocate()
+
+    def sums(self, *terms: Term) -> Sequence[Tensor]:
+        """Sums of per-unit terms over the tensors that hold the side, each (L, U)."""
+        return unit_sums(self.parameters, *terms)
+
+    def gather(self, rows: slice, context: Context) -> list[Layers]:
+        """What a step reads of each parameter, and where it writes."""
+        return [context.gather(p, rows) for p in self.parameters]
+
+    def rounded_norm(self, layers: Sequence[Layers], decayed: bool) -> Tensor:
+        """Norms of the weights as they were rounded to a lower precision, (L, U), with decay or
+        apart from it.
+
+        What this side dresses must follow these: a step too small for the weights' precision moves
+        nothing.
+        """
+
+        def square(p: StackedParameter, i: int) -> Tensor:
+            weight = p.stack(layers[i].weights)
+            if not decayed:
+                weight = weight / layers[i].decay
+            if p.role.centred:
+                weight = p.centre(weight)
+            factor = p.factor(layers[i].after)
+            return p.unit_sum((weight if factor is None else weight * factor).square())
+
+        return self.sums(square)[0].sqrt()
+
+    def read(self, layers: Sequence[Layers], decayed: bool = False) -> Block:
+        """Weights and gradients in the coordinates in which the side is decomposed; ``decayed``:
+        after decay.
+        """
+        originals, weights, grads, means = [], [], [], []
+        for p, (weights_, grads_, _, before, _, _, decay) in zip(
+            self.parameters, layers, strict=True
+        ):
+            weight, grad, mean = p.stack(weights_), p.stack(grads_), None
+            originals.append(weight)
+            if p.role.centred:
+                mean = p.shards.row_mean(weight)
+                weight, grad = weight - mean, p.centre(grad)
+            if decayed:
+                weight = weight * decay
+            if (factor := p.factor(before)) is not None:
+                weight, grad = weight * factor, scaled(grad, safe_power(factor, -1))
+            weights.append(weight)
+            grads.append(grad)
+            means.append(mean)
+        squares, log_norm_grad = self.sums(
+            lambda p, i: p.unit_sum(weights[i].square()),
+            lambda p, i: p.unit_sum(weights[i] * grads[i]),
+        )
+        return Block(
+            self, layers, decayed, originals, weights, grads, means, squares.sqrt(), log_norm_grad
+        )
+
+
+@dataclass
+class Block:
+    """A side at one step: weights and gradients in centred, dressed coordinates, and what they sum
+    to.
+
+    ``decayed`` says whether weights are those after decay. ``originals`` are the weights as they
+    were, and used up where those coordinates are the weights' own.
+    """
+
+    side: Side
+    layers: Sequence[Layers]
+    decayed: bool
+    originals: list[Tensor]
+    weights: list[Tensor]
+    grads: list[Tensor]
+    means: list[Tensor | None]
+    norm: Tensor
+    log_norm_grad: Tensor
+
+    def grad_norm_squared(self, step_scale: str) -> Tensor:
+        """Σ over units of s² |g|², which is |g|² at the 1/√fan_in initialisation and invariant
+        always.
+        """
+        squares = self.side.sums(lambda p, i: p.unit_sum(self.grads[i].square()))[0]
+        return (squares * self.scale(self.norm, step_scale).square()).sum()
+
+    def scale(self, norm: Tensor, step_scale: str) -> Tensor:
+        """The step scale s per unit."""
+        return norm * self.side.init_scale if step_scale == "init" else norm
+
+    def turn(
+        self,
+        norm: Tensor,
+        log_change: Tensor,
+        clock: Any,
+        hyper: Hyper,
+        along_gauge: Tensor | float = 0.0,
+    ) -> Turn:
+        """The step of the side: W becomes keep · W - turn · u, per unit.
+
+        With u the rule's direction of x = rho g_tan and s the step scale, the turned side is
+        W - eta s (u - <u, W> W / rho²), a combination of W and u; so only its two coefficients are
+        worked out, and neither the projection nor the retraction takes a pass of its own.
+
+        Args:
+            norm: rho, or what stands for it.
+            log_change: of the norm.
+            clock: the rule's.
+            hyper: hyperparameters.
+            along_gauge: the part of ``log_change`` that moves all of the side, where the rest
+                scales W alone.
+        """
+        side, growth = self.side, log_change.exp()
+        if side.unit_size == 1:
+            return Turn([], growth, growth, growth * self.norm)
+        # the rule's directions, of the tangential input
+        inverse, alive = safe_power(norm, -1), self.norm > 0
+        directions: list[Tensor] = []
+        ratio: Number = 1.0
+        for p, layers, weight, grad in zip(
+            side.parameters, self.layers, self.weights, self.grads, strict=True
+        ):
+            x = scaled(grad, p.spread(norm)).addcmul_(
+                weight, p.spread(self.log_norm_grad * inverse), value=-1
+            )
+            u, ratio = p.rule.direction(x, layers.moments, clock, hyper, p)
+            directions.append(p.centre(u) if p.role.centred else u)
+        # how much of them is along the weights, and how much across
+        scale = torch.as_tensor(ratio, dtype=norm.dtype, device=norm.device).view(-1, 1)
+        products, squares = side.sums(
+            lambda p, i: p.unit_sum(directions[i] * self.weights[i]),
+            lambda p, i: p.unit_sum(directions[i].square()),
+        )
+        along = scale * inverse * products * alive
+        across_squared = (scale.square() * squares - along.square()).clamp_(min=0)
+        # the two coefficients
+        stride = hyper["lr"] * self.scale(norm, hyper["step_scale"])
+        if hyper["additive"]:
+            stride = stride * torch.as_tensor(along_gauge).exp()
+            keep = growth + stride * inverse * along
+            new_norm = torch.hypot(growth * self.norm, stride * across_squared.sqrt())
+            return Turn(directions, keep, stride * scale, new_norm)
+        angle = stride * inverse
+        stretch = (1 + angle.square() * across_squared).sqrt()
+        if hyper["retract"]:
+            growth = torch.where(alive, growth / stretch, growth)
+        new_norm = growth * torch.where(alive, self.norm * stretch, stride * across_squared.sqrt())
+        return Turn(directions, growth * (1 + angle * along), growth * stride * scale, new_norm)
+
+    def write(self, turn: Turn) -> None:
+        """Write the weights after the step: combined, decayed, undressed by the new factors, with
+        the mean row back.
+        """
+        for i, (p, layers) in enumerate(zip(self.side.parameters, self.layers, strict=True)):
+            decay = 1.0 if self.decayed else layers.decay
+            weight = scaled(self.weights[i], p.spread(turn.keep * decay))
+            if turn.directions:
+                weight.addcmul_(turn.directions[i], p.spread(turn.turn * decay), value=-1)
+            if (factor := p.factor(layers.after)) is not None:
+                # what a dead factor dresses has no effect, and stays as it is
+                undress = safe_power(factor, -1)
+                weight = torch.where(undress > 0, scaled(weight, undress), self.originals[i])
+            mean = self.means[i]
+            layers.write(weight if mean is None else weight + mean)
+
+
+class Turn(NamedTuple):
+    """The step of a side over L layers of U units: u of each parameter, two coefficients, and the
+    norms, (L, U).
+    """
+
+    directions: list[Tensor]
+    keep: Tensor
+    turn: Tensor
+    norm: Tensor
