@@ -21,8 +21,8 @@ provide_torchvision_operators()
 
 import transformers  # noqa: E402
 
-from ddc import DDCAdam, certify, check, find_gauges  # noqa: E402
-from ddc.gauges import COMPLETE, KINDS, GaugeSet, named_parameters  # noqa: E402
+from ddc import DDCAdam, DDCMuon, certify, check, find_gauges, hidden_matrices  # noqa: E402
+from ddc.gauges import COMPLETE, KINDS, Gauge, GaugeSet, Shift, named_parameters  # noqa: E402
 from ddc.gauges.certificate import rank, tangents_of  # noqa: E402
 from ddc.gauges.verify import generic  # noqa: E402
 from ddc.models import GPT, GPTConfig  # noqa: E402
@@ -248,7 +248,7 @@ def test_certify_says_what_it_needs() -> None:
     with pytest.raises(ValueError, match=r"certify takes at most 6,000: pass a narrow model"):
         certify(model, (), inputs)
     small, inputs = gpt()()
-    with pytest.raises(ValueError, match="no parameter .0.weight."):
+    with pytest.raises(ValueError, match=r"no parameter .0\.weight."):
         certify(small, find_gauges(nn.Sequential(nn.Linear(3, 3))), inputs)
     with pytest.raises(ValueError, match="the model does not run"):
         certify(small, (), (torch.zeros(2, 3),))
@@ -267,3 +267,35 @@ def test_optimizers_refuse_what_they_cannot_respect() -> None:
     gauges = find_gauges(model, inputs=inputs, kinds=["stream_rotation"])
     with pytest.raises(TypeError, match=r"stream_rotation at model\.embed_tokens: no optimizer"):
         DDCAdam(model.named_parameters(), gauges)
+
+
+def test_ddcadam_is_equivariant_under_the_mean_of_what_writes_to_a_stream() -> None:
+    """What AdamW has by itself, and DDCAdam only if it knows: unit norms count a row's mean."""
+    model, inputs = gpt(**LAYER_NORM)()
+    paper = find_gauges(model, inputs=inputs)
+    means = [
+        gauge
+        for gauge in find_gauges(model, inputs=inputs, kinds=["stream_mean"])
+        if isinstance(gauge, Shift)
+    ]
+    assert [gauge.weight for gauge in means] == [
+        "blocks.0.mlp.down.weight",
+        "blocks.0.attention.output.weight",
+    ]
+    targets = torch.randint(VOCABULARY, TOKENS.shape).flatten()
+
+    def trained(known: list[Gauge], start: list[Gauge]) -> Tensor:
+        here = moved(model)
+        GaugeSet(tuple(start)).transform_(here, torch.Generator().manual_seed(1), 0.5)
+        optimizer = DDCAdam(here.named_parameters(), known, lr=1e-2)
+        for _ in range(20):
+            optimizer.zero_grad()
+            F.cross_entropy(here(TOKENS).flatten(0, 1), targets).backward()
+            optimizer.step()
+        return F.log_softmax(here(TOKENS), -1).detach()
+
+    known = [*paper, *means]
+    assert (trained(known, []) - trained(known, known)).abs().max() < 1e-8
+    assert (trained([*paper], []) - trained([*paper], means)).abs().max() > 1e-2
+    with pytest.raises(ValueError, match=r"hidden matrix, whose step is not centred"):
+        DDCMuon(model.named_parameters(), known, hidden_matrices(model, inputs=inputs), lr=0.02)
