@@ -503,8 +503,8 @@ class StreamRotation(Gauge):
         for reader in self.readers:
             scale = None if reader.scale is None else params[reader.scale]
             yield reader.weight, rows_of(params[reader.weight], reader.axis), scale
-        for shift, scale in self.shifts:
-            yield shift, rows_of(params[shift], 0), 1 / params[scale]
+        for shift, gamma in self.shifts:
+            yield shift, rows_of(params[shift], 0), 1 / params[gamma]
 
     @torch.no_grad()
     def act_(self, params: Params, element: Tensor) -> None:
@@ -525,9 +525,8 @@ class StreamRotation(Gauge):
         still = {name: value.clone() for name, value in held.items()}
         for i, turn in enumerate(turns):
             fast = {name: each[i] for name, each in moved.items()}
-            for (_, rows, scale), (_, out, _) in zip(
-                self._slices(still), self._slices(_with_scales(fast, still, self)), strict=True
-            ):
+            into = self._slices(_with_scales(fast, still, self))
+            for (_, rows, scale), (_, out, _) in zip(self._slices(still), into, strict=True):
                 matrix = turn if scale is None else turn * scale / scale[:, None]
                 out += matrix @ rows
         return moved

@@ -411,7 +411,7 @@ class Further:
 
     def translation(self, terms: Sequence[Translated]) -> list[Gauge]:
         """A vector added to one of the terms of a sum, and taken from the next."""
-        gauges = []
+        gauges: list[Gauge] = []
         for first, second in pairwise(terms):
             slots = (first, second._replace(rate=-1.0))
             where = owner(first.parameter) or first.parameter
@@ -453,7 +453,7 @@ class Further:
         if not norm.centres:
             raise NotProved("the norm does not centre")
         scale, shift, linears = self._behind(norm)
-        gauges = []
+        gauges: list[Gauge] = []
         for weight, columns in linears:
             bias = self._bias_of(weight)
             if shift is not None and bias is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -189,7 +190,7 @@ def _keeps_last_axis(user: Node, node: Node, width: int) -> bool:
     if value_of(node).shape[-1:] != (width,):
         return False
     if operation(user) in ("cat", "stack"):
-        axis = arguments(user)[1] if len(arguments(user)) > 1 else user.kwargs.get("dim", 0)
+        axis: Any = arguments(user)[1] if len(arguments(user)) > 1 else user.kwargs.get("dim", 0)
         return int(axis) not in (-1, value_of(user).ndim - 1)
     after = apply(user, labels_of(node))
     if not isinstance(after, torch.Tensor):
