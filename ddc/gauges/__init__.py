@@ -2,10 +2,12 @@
 
 from ddc.gauges.actions import Axis, Chain, Rescale, RotatedAxis, Rotation, Shift
 from ddc.gauges.base import (
-    COMPLETE,
+    FURTHER,
     KINDS,
     Gauge,
+    Kind,
     Refusal,
+    add_kind,
     is_fake,
     is_split,
     named_parameters,
@@ -19,21 +21,26 @@ from ddc.gauges.discovery import find_gauges, read_gauges
 from ddc.gauges.gauge_set import GaugeSet, audit, check
 from ddc.gauges.granularity import in_blocks
 from ddc.gauges.roles import HiddenMatrix, hidden_matrices
+from ddc.gauges.traced import Finding, NotProved, rule
 
 __all__ = [
-    "COMPLETE",
+    "FURTHER",
     "KINDS",
     "Axis",
     "Certificate",
     "Chain",
+    "Finding",
     "Gauge",
     "GaugeSet",
     "HiddenMatrix",
+    "Kind",
+    "NotProved",
     "Refusal",
     "Rescale",
     "RotatedAxis",
     "Rotation",
     "Shift",
+    "add_kind",
     "align_",
     "audit",
     "balance_",
@@ -50,5 +57,6 @@ __all__ = [
     "plain_name",
     "plain_names",
     "read_gauges",
+    "rule",
     "whole",
 ]

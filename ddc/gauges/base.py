@@ -19,17 +19,50 @@ if TYPE_CHECKING:
 
 Params = Mapping[str, Tensor]
 
-#: The kinds of the paper, in the order in which tables list them.
-KINDS = (
-    "logit_shift",
-    "relu_rescale",
-    "chained_rescale",
-    "gated_rescale",
-    "norm_scale",
-    "value_rotation",
-    "qk_rotation",
-)
-#: Those beyond the paper's, which with these are all continuous symmetries of a transformer.
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of gauge; configurations, titles and tables follow from its record.
+
+    Attributes:
+        name: in code, configurations and records.
+        title: in figures and text.
+        default: whether it is among those of ``gauges=all``.
+    """
+
+    name: str
+    title: str
+    default: bool = True
+
+
+#: Every kind of gauge the package knows by name, in the order in which tables list them.
+KINDS: dict[str, Kind] = {}
+
+
+def add_kind(kind: Kind) -> None:
+    """Make a kind known, after those that there are.
+
+    Raises:
+        ValueError: its name is taken.
+    """
+    if kind.name in KINDS:
+        raise ValueError(f"Invalid kind={kind.name!r}: there is one of that name already")
+    KINDS[kind.name] = kind
+
+
+for _kind in (
+    Kind("logit_shift", "logit shift"),
+    Kind("relu_rescale", "ReLU rescale"),
+    Kind("chained_rescale", "chained rescale", default=False),
+    Kind("gated_rescale", "gated rescale"),
+    Kind("norm_scale", "norm scale"),
+    Kind("value_rotation", "value rotation"),
+    Kind("qk_rotation", "query-key rotation"),
+):
+    add_kind(_kind)
+
+#: Kinds beyond the paper's, which with these are all continuous symmetries of a transformer. No
+#: configuration names them: most are respected by no optimizer yet.
 FURTHER = (
     "value_map",
     "value_bias",
@@ -44,8 +77,6 @@ FURTHER = (
     "router_shift",
     "layer_scale",
 )
-#: All of them: a map of a head contains its rotations.
-COMPLETE = (*(kind for kind in KINDS if not kind.endswith("_rotation")), *FURTHER)
 
 
 class Gauge(ABC):
@@ -143,8 +174,8 @@ class Refusal:
 
 def check_kind(kind: str) -> None:
     """Raise ValueError unless ``kind`` is one of :data:`KINDS` or :data:`FURTHER`."""
-    if kind not in KINDS + FURTHER:
-        raise ValueError(f"Invalid {kind=}: expected one of {', '.join(KINDS + FURTHER)}")
+    if kind not in (known := (*KINDS, *FURTHER)):
+        raise ValueError(f"Invalid {kind=}: expected one of {', '.join(known)}")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

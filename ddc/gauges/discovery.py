@@ -10,18 +10,16 @@ from functools import singledispatch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ddc.gauges.base import COMPLETE, KINDS, check_kind, unwrapped
+from ddc.gauges.base import FURTHER, KINDS, check_kind, unwrapped
 from ddc.gauges.further import gauges_of_kinds
 from ddc.gauges.gauge_set import GaugeSet
 from ddc.gauges.trace import Inputs, example, traced
-from ddc.gauges.traced import gauges_of_trace
+from ddc.gauges.traced import OF_READERS, RULES, gauges_of_trace
 from ddc.gauges.twin import narrow_twin
 from ddc.gauges.verify import refuse, unchecked, unfit, verified, verified_by_twin
 
 #: What may be said of a loss.
 LOSSES = ("cross_entropy", "other")
-#: Sets of kinds that have a name.
-KIND_SETS = {"paper": KINDS, "complete": COMPLETE}
 
 
 def find_gauges(
@@ -56,8 +54,8 @@ def find_gauges(
             speaks against it (one output, several, ``config.problem_type``).
         verify: whether to try the gauges. It takes copies of the weights in float64, and some
             fifteen forward passes.
-        kinds: ``"paper"``, those of :data:`ddc.gauges.KINDS`; ``"complete"``, all that are known,
-            :data:`ddc.gauges.COMPLETE`; or names of kinds.
+        kinds: ``"paper"``, those of :data:`ddc.gauges.KINDS`; ``"complete"``, these and those of
+            :data:`ddc.gauges.FURTHER`; or names of kinds.
 
     Raises:
         ValueError: the model cannot be traced, ``inputs`` are needed, or an unknown ``loss`` or
@@ -89,12 +87,12 @@ def kinds_named(kinds: str | Collection[str]) -> tuple[str, ...]:
     Raises:
         ValueError: an unknown one.
     """
+    if kinds == "paper":
+        return tuple(KINDS)
+    if kinds == "complete":  # a map of a head contains its rotations
+        return (*(kind for kind in KINDS if not kind.endswith("_rotation")), *FURTHER)
     if isinstance(kinds, str):
-        if kinds not in KIND_SETS:
-            raise ValueError(
-                f"Invalid {kinds=}: expected one of {', '.join(KIND_SETS)}, or a list of kinds"
-            )
-        return KIND_SETS[kinds]
+        raise ValueError(f"Invalid {kinds=}: expected paper, complete, or a list of kinds")
     for kind in kinds:
         check_kind(kind)
     return tuple(kinds)
@@ -113,7 +111,11 @@ def _found(
     """
     if {*kinds} <= {*KINDS}:
         gauges = read_gauges(model, per_layer, inputs, loss)
-        gauges = gauges if kinds == KINDS else gauges.only(kinds)
+        further = [prove for prove in RULES if prove not in OF_READERS]
+        if further and read_gauges.dispatch(type(model)) is not read_gauges.dispatch(nn.Module):
+            more = gauges_of_trace(traced(model, inputs), per_layer, loss, further)
+            gauges = GaugeSet(gauges.found + more.found, gauges.refused + more.refused)
+        gauges = gauges if kinds == tuple(KINDS) else gauges.only(kinds)
     else:
         gauges = gauges_of_kinds(traced(model, inputs), kinds, loss)
     if loss == "other":

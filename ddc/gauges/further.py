@@ -50,8 +50,8 @@ def gauges_of_kinds(trace: Trace, kinds: Collection[str], loss: str | None = Non
         loss: as for :func:`ddc.find_gauges`.
     """
     paper = gauges_of_trace(trace, "chained_rescale" in kinds and "relu_rescale" not in kinds, loss)
-    finding = Finding(trace)
-    Further(finding, loss).find(kinds)
+    finding = Finding(trace, loss)
+    Further(finding).find(kinds)
     kept = paper.only({*kinds} & {*KINDS})
     return GaugeSet((*kept.found, *finding.found), (*kept.refused, *finding.refused))
 
@@ -61,11 +61,10 @@ class Further:
 
     Args:
         finding: of the trace; its rules on linear maps and heads serve here too.
-        loss: as for :func:`ddc.find_gauges`.
     """
 
-    def __init__(self, finding: Finding, loss: str | None) -> None:
-        self.finding, self.trace, self.loss = finding, finding.trace, loss
+    def __init__(self, finding: Finding) -> None:
+        self.finding, self.trace = finding, finding.trace
         self.writer_of = {linear.output: linear for linear in self.trace.linear_maps.values()}
 
     def find(self, kinds: Collection[str]) -> None:
@@ -404,7 +403,7 @@ class Further:
         if head is None or others != [head.node] or head.weight != name:
             return not others and self.trace.used_once(name)
         try:
-            self.finding.require_softmax(head, self.loss)
+            self.finding.require_softmax(head)
         except NotProved:
             return False
         return True

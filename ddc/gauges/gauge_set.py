@@ -88,7 +88,7 @@ class GaugeSet(Sequence[Gauge]):
 
 def _rows(entries: Iterable[Entry], verdict: Callable[[Entry], str]) -> list[tuple[str, str, str]]:
     """Table rows, entries that differ only in the number of their block drawn together."""
-    order = KINDS + FURTHER
+    order = (*KINDS, *FURTHER)
 
     def key(entry: Entry) -> tuple[int, str, str]:
         place = ".".join("*" if part.isdigit() else part for part in entry.where.split("."))

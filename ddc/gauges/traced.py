@@ -7,7 +7,7 @@ for messages alone.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TypeVar
@@ -60,6 +60,9 @@ Key = TypeVar("Key", bound=Hashable)
 Indices = Sequence[Sequence[tuple[int, ...]]]
 
 
+Rule = Callable[["Finding"], None]
+
+
 class NotProved(Exception):
     """Why a gauge is refused."""
 
@@ -86,20 +89,24 @@ class Heads:
         }
 
 
-def gauges_of_trace(trace: Trace, per_layer: bool = False, loss: str | None = None) -> GaugeSet:
-    """All gauges of the paper's kinds that the rules prove, and all that they refuse.
+def gauges_of_trace(
+    trace: Trace,
+    per_layer: bool = False,
+    loss: str | None = None,
+    rules: Sequence[Rule] | None = None,
+) -> GaugeSet:
+    """All gauges that the rules prove, and all that they refuse.
 
     Args:
         trace: of the model.
         per_layer: chains of ReLU layers without biases as one chained rescale each, in place of
             their neurons'.
         loss: as for :func:`ddc.find_gauges`.
+        rules: which; None for all.
     """
-    finding = Finding(trace)
-    finding.norm_scales()
-    finding.rescales()
-    finding.rotations()
-    finding.logit_shift(loss)
+    finding = Finding(trace, loss)
+    for prove in RULES if rules is None else rules:
+        prove(finding)
     finding.drop_overlaps()
     found = chained(finding.found) if per_layer else finding.found
     return GaugeSet(tuple(found), tuple(finding.refused))
@@ -127,10 +134,18 @@ def chained(gauges: Sequence[Gauge]) -> list[Gauge]:
 
 
 class Finding:
-    """Collects what is found and refused in one trace."""
+    """Collects what is found and refused in one trace.
 
-    def __init__(self, trace: Trace) -> None:
+    Attributes:
+        trace: of the model.
+        loss: as for :func:`ddc.find_gauges`.
+        modules: of the model by name.
+        found, refused: what rules append to.
+    """
+
+    def __init__(self, trace: Trace, loss: str | None = None) -> None:
         self.trace = trace
+        self.loss = loss
         self.modules = dict(trace.model.named_modules())
         self.found: list[Gauge] = []
         self.refused: list[Refusal] = []
@@ -600,7 +615,7 @@ class Finding:
     # ------------------------------------------------------------------------------------------
     # logit shift
 
-    def logit_shift(self, loss: str | None) -> None:
+    def logit_shift(self) -> None:
         """The same vector added to all rows of the linear map that gives the logits."""
         linear = self.trace.head
         where = "output" if linear is None else owner(linear.weight)
@@ -610,7 +625,7 @@ class Finding:
                     f"{self.describe(self.trace.logits)}, which gives the output, is not a"
                     " linear map"
                 )
-            self.require_softmax(linear, loss)
+            self.require_softmax(linear)
             if linear.rows != 0 or not self.trace.used_once(linear.weight):
                 embedding = any(
                     operation(use) == "embedding" for use in self.trace.uses[linear.weight]
@@ -630,7 +645,7 @@ class Finding:
             assert linear is not None
             self.found.append(Shift(linear.weight, linear.bias, where=where))
 
-    def require_softmax(self, head: LinearMap, loss: str | None) -> None:
+    def require_softmax(self, head: LinearMap) -> None:
         """The loss is softmax cross-entropy of the logits: the caller says so, or no sign speaks
         against it.
 
@@ -641,7 +656,7 @@ class Finding:
             raise NotProved(
                 "it has one output, which a softmax makes constant: its loss is another one"
             )
-        if loss is not None:  # find_gauges leaves the shift out where it is another
+        if self.loss is not None:  # find_gauges leaves the shift out where it is another
             return
         ask = (
             "; if it is softmax cross-entropy of this output, say so: find_gauges(model,"
@@ -692,6 +707,22 @@ class Finding:
         if not path or isinstance(self.modules.get(path), nn.ModuleList | nn.Sequential):
             return owner(names[0])
         return path
+
+
+#: What proves the kinds, in the order in which they are tried. A rule may prove several; a chained
+#: rescale is made of ReLU rescales.
+RULES: list[Rule] = [Finding.norm_scales, Finding.rescales, Finding.rotations, Finding.logit_shift]
+#: Those of them that a reader of a family of models stands for (:func:`ddc.gauges.read_gauges`).
+OF_READERS = tuple(RULES)
+
+
+def rule(prove: Rule) -> Rule:
+    """Have a rule tried on every trace, after those that there are. It appends to
+    :attr:`Finding.found` what it proves, and to :attr:`Finding.refused` what it looked for and
+    could not prove.
+    """
+    RULES.append(prove)
+    return prove
 
 
 def other_loss(model: nn.Module) -> str:
