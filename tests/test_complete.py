@@ -23,7 +23,7 @@ import transformers  # noqa: E402
 
 from ddc import DDCAdam, DDCMuon, certify, check, find_gauges, hidden_matrices  # noqa: E402
 from ddc.gauges import FURTHER, KINDS, Gauge, GaugeSet, Shift, named_parameters  # noqa: E402
-from ddc.gauges.certificate import rank, tangents_of  # noqa: E402
+from ddc.gauges.certificate import Jacobian, rank, tangents_of  # noqa: E402
 from ddc.gauges.verify import generic  # noqa: E402
 from ddc.models import GPT, GPTConfig  # noqa: E402
 
@@ -103,10 +103,11 @@ def test_every_gauge_is_a_symmetry(found: tuple[nn.Module, Any, GaugeSet]) -> No
 
 def test_the_orbit_is_all_of_the_kernel(found: tuple[nn.Module, Any, GaugeSet]) -> None:
     model, inputs, gauges = found
-    certificate = certify(model, gauges, inputs)
+    jacobian = Jacobian.of(model, inputs)
+    certificate = jacobian.certificate(gauges)
     assert certificate.complete, certificate
     assert certificate.leak < 1e-12
-    of_paper = certify(model, find_gauges(model, inputs=inputs), inputs)
+    of_paper = jacobian.certificate(find_gauges(model, inputs=inputs))
     assert of_paper.kernel == certificate.kernel
     assert 0 < of_paper.orbit < of_paper.kernel - of_paper.dead
 

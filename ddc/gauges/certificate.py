@@ -121,42 +121,75 @@ def certify(
             be run; singular values without a gap, for which more rows, or inputs that use the whole
             vocabulary and all positions, are needed.
     """
-    model = copy.deepcopy(unwrapped(model))
     found = gauges_of(model, gauges)
-    params = named_parameters(model)
-    count = sum(p.numel() for p in params.values())
-    if count > LARGEST:
-        raise ValueError(
-            f"the model has {count:,} parameters, and certify takes at most {LARGEST:,}: pass a"
-            " narrow model of the same architecture (the kinds of its gauges are the same)"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in params.values():
-            p.data = generic(p.detach().clone(), generator)
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):  # its row has a derivative, which torch calls zero
-            module.padding_idx = None
-    triangle = _triangle(model, params, drawn(model, inputs), centred, rows, generator)
+    return Jacobian.of(model, inputs, centred=centred, rows=rows, seed=seed).certificate(found)
 
-    values = torch.linalg.svdvals(triangle)
-    relative = values / values[0]
-    kernel = int((relative <= ZERO).sum())
-    zero = float(relative[relative <= ZERO].max()) if kernel else 0.0
-    smallest = float(relative[relative > ZERO].min())
-    if kernel and smallest < GAP * max(zero, 1e-16):
-        raise ValueError(
-            f"singular values {zero:.0e} and {smallest:.0e} lie too close to tell which are zero:"
-            " pass more rows, or inputs that use all tokens and positions"
-        )
-    tangents = tangents_of(found, params)
-    orbit = rank(tangents)
-    leak = _leak(triangle, tangents) / float(values[0])
-    unreached = triangle.norm(dim=0) <= ZERO * values[0]
-    alone = torch.eye(count, dtype=torch.float64)[unreached]
-    dead = rank(torch.cat([tangents, alone])) - orbit
-    faint = int(((relative > ZERO) & (relative < 1e-6)).sum())
-    return Certificate(count, kernel, orbit, dead, faint, zero, smallest, leak)
+
+@dataclass(frozen=True)
+class Jacobian:
+    """J of a model at a generic point, as far as its kernel goes.
+
+    Attributes:
+        model: a copy at that point.
+        triangle: R of the QR decomposition of J, (parameters, parameters), in float64.
+    """
+
+    model: nn.Module
+    triangle: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        inputs: Inputs | Draw | None = None,
+        *,
+        centred: bool = True,
+        rows: float = ROWS,
+        seed: int = 0,
+    ) -> Jacobian:
+        """That of a model; arguments and errors as for :func:`certify`."""
+        model = copy.deepcopy(unwrapped(model))
+        params = named_parameters(model)
+        count = sum(p.numel() for p in params.values())
+        if count > LARGEST:
+            raise ValueError(
+                f"the model has {count:,} parameters, and certify takes at most {LARGEST:,}: pass a"
+                " narrow model of the same architecture (the kinds of its gauges are the same)"
+            )
+        # a generic point
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in params.values():
+                p.data = generic(p.detach().clone(), generator)
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):  # its row has a derivative, which torch calls zero
+                module.padding_idx = None
+        draw = drawn(model, inputs)
+        return cls(model, _triangle(model, params, draw, centred, rows, generator))
+
+    def certificate(self, gauges: Iterable[Gauge]) -> Certificate:
+        """The kernel beside the orbit of some gauges; errors as for :func:`certify`."""
+        found = gauges_of(self.model, gauges)
+        # the kernel, and the gap above it
+        values = torch.linalg.svdvals(self.triangle)
+        relative = values / values[0]
+        kernel = int((relative <= ZERO).sum())
+        zero = float(relative[relative <= ZERO].max()) if kernel else 0.0
+        smallest = float(relative[relative > ZERO].min())
+        if kernel and smallest < GAP * max(zero, 1e-16):
+            raise ValueError(
+                f"singular values {zero:.0e} and {smallest:.0e} lie too close to tell which are"
+                " zero: pass more rows, or inputs that use all tokens and positions"
+            )
+        # what of it the gauges span, and single parameters that nothing reaches
+        tangents = tangents_of(found, named_parameters(self.model))
+        orbit = rank(tangents)
+        leak = _leak(self.triangle, tangents) / float(values[0])
+        unreached = self.triangle.norm(dim=0) <= ZERO * values[0]
+        alone = torch.eye(len(values), dtype=torch.float64)[unreached]
+        dead = rank(torch.cat([tangents, alone])) - orbit
+        faint = int(((relative > ZERO) & (relative < 1e-6)).sum())
+        return Certificate(len(values), kernel, orbit, dead, faint, zero, smallest, leak)
 
 
 def tangents_of(gauges: Iterable[Gauge], params: Mapping[str, Tensor]) -> Tensor:

@@ -25,7 +25,8 @@ provide_torchvision_operators()
 import timm  # noqa: E402
 import transformers  # noqa: E402
 
-from ddc import certify, find_gauges  # noqa: E402
+from ddc import find_gauges  # noqa: E402
+from ddc.gauges.certificate import Jacobian  # noqa: E402
 from ddc.models import GPT, DeepMLP, DeepMLPConfig, GPTConfig  # noqa: E402
 from ddc.report.runs import read_lines  # noqa: E402
 from ddc.training.records import Records, provenance  # noqa: E402
@@ -170,8 +171,9 @@ def measure(name: str) -> dict[str, Any]:
     record["found"] = Counter(gauge.kind for gauge in complete)
     record["refused"] = [[each.kind, each.where, each.reason] for each in complete.refused]
     record["gauge_seconds"] = time.perf_counter() - start
+    jacobian = Jacobian.of(model, inputs)
     for key, gauges in (("paper", paper), ("complete", complete)):
-        certificate = certify(model, gauges, inputs)
+        certificate = jacobian.certificate(gauges)
         record[key] = {**vars(certificate), "unexplained": certificate.unexplained}
     return record | {"seconds": time.perf_counter() - start}
 
