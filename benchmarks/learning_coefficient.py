@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor, nn
 
+from benchmarks.report import sampling_table
 from ddc.gauges import named_parameters
 from ddc.models import GPT, GPTConfig, cross_entropy
-from ddc.report.cost import sampling_table
 from ddc.slt.known_coefficients import aoyagi_watanabe, reduced_rank_data, reduced_rank_minimum
 from ddc.slt.learning_coefficient import Settings, estimate, minibatches, module_loss
 from ddc.training.records import provenance, write_atomically

@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from ddc.report.cost import memory_table
+from benchmarks.report import memory_table
 from ddc.report.runs import TITLES
 from ddc.training.compose import compose_config
 from ddc.training.memory import estimate_memory

@@ -15,10 +15,11 @@ import resource
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ddc.report.cost import mirror_table
+from benchmarks.report import mirror_table
 from ddc.report.rates import draw_readings
 from ddc.report.runs import Run, plot_curves, read_lines
 from ddc.training.compose import restored
@@ -29,40 +30,47 @@ from ddc.training.schema import WandbConfig
 ROOT = Path(__file__).resolve().parents[1]
 TURNS = 3
 PARTS = ("start", "rows_and_readings", "figures", "end")
+#: Folders of runs, and whether their readings are sent as well.
 RUNS = {
-    "C1, no readings": "results/lm_overtrain/ddcadam-*",
-    "C2, 5 × 5 cells": "results/rates/small/ddcadam-seed0",
-    "C2, 13 × 5 cells": "results/rates/deep/ddcadam-seed0",
+    "C1, no readings": ("results/rates/small/ddcadam-seed0", False),
+    "C2, 5 × 5 cells": ("results/rates/small/ddcadam-seed0", True),
+    "C2, 13 × 5 cells": ("results/rates/deep/ddcadam-seed0", True),
 }
 
 
-def measure(name: str, pattern: str) -> dict[str, Any]:
+def measure(name: str, place: str, with_readings: bool) -> dict[str, Any]:
     """Send a run; seconds of the processor for each part and for W&B's own process, and bytes on
     disk.
     """
-    (folder,) = ROOT.glob(pattern)
+    folder = ROOT / place
     run = Run.read(folder)
     assert run.summary is not None
+    summary, seconds = run.summary, run.summary["seconds"]
+    if not with_readings:
+        seconds -= summary["reading_seconds"]
+        run = replace(run, readings=[])
     timing = read_lines(folder / "timing.jsonl")
     rows = [{**times, **row} for times, row in zip(timing, run.rows, strict=True)]
     config = restored(run.info["config"])
     config.wandb = WandbConfig("offline")
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as temporary:
         clock = [time.process_time()]
-        mirror = Mirror(config, Path(place))
+        mirror = Mirror(config, Path(temporary))
         clock.append(time.process_time())
         mirror.catch_up(rows, run.readings)
         clock.append(time.process_time())
         # as train.py does
         figures = [
-            *plot_curves([run], Path(place) / "curves"),
-            *draw_readings(run, Path(place)),
+            *plot_curves([run], Path(temporary) / "curves"),
+            *draw_readings(run, Path(temporary)),
         ]
         clock.append(time.process_time())
-        mirror.finish(run.summary, run.readings, lambda: figures)
+        mirror.finish(summary, run.readings, lambda: figures)
         clock.append(time.process_time())
         service = resource.getrusage(resource.RUSAGE_CHILDREN)  # it has ended, and was waited for
-        size = sum(path.stat().st_size for path in Path(place).glob("wandb/**/*") if path.is_file())
+        size = sum(
+            path.stat().st_size for path in Path(temporary).glob("wandb/**/*") if path.is_file()
+        )
     parts = dict(
         zip(PARTS, (after - before for before, after in itertools.pairwise(clock)), strict=True)
     )
@@ -74,13 +82,13 @@ def measure(name: str, pattern: str) -> dict[str, Any]:
         **parts,
         "service": service.ru_utime + service.ru_stime,
         "bytes": size,
-        "run_seconds": run.summary["seconds"],
+        "run_seconds": seconds,
     }
 
 
 def main() -> None:
     """Measure, and write the record and the table."""
-    cells = [each for each in RUNS.items() for _ in range(TURNS)]
+    cells = [(name, *run) for name, run in RUNS.items() for _ in range(TURNS)]
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         turns = pool.starmap(measure, cells, chunksize=1)
     rows = []

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.report import reading_table
 from ddc.data import TextConfig, load_text
 from ddc.models import GPT, GPTConfig
-from ddc.report.cost import reading_table
 from ddc.slt.observables import categorical_score, layers_of, observe
 from ddc.training.records import provenance, write_atomically, write_json
 

@@ -28,6 +28,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from benchmarks.report import BASES, speed_table
 from ddc import DDCAdam, DDCMuon, find_gauges, hidden_matrices
 from ddc.gauges import Chain, Rescale, named_parameters
 from ddc.models import GPT, GPTConfig, cross_entropy
@@ -36,7 +37,6 @@ from ddc.models.vit import ViTConfig, vision_transformer
 from ddc.optim import Lift
 from ddc.optim.combined import CombinedOptimizer
 from ddc.optim.muon import Muon
-from ddc.report.cost import BASES, speed_table
 from ddc.training.allocator import keep_freed_memory
 from ddc.training.loop import grad_norm
 from ddc.training.records import provenance, write_atomically, write_json

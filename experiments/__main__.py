@@ -1,48 +1,46 @@
-"""All claims of the paper: how far their runs are, and the report (``make status``, ``make
-report``).
+"""All claims and questions: their runs, and the report.
 
-python -m experiments status   # runs needed, recorded, missing; how long these take
-python -m experiments report   # all tables and figures from records; results/report/index.html
-python -m experiments make PATH# results/overtraining/losses.pdf; or all tables, or all figures
+python -m experiments status            # runs needed, recorded, missing; how long these take
+python -m experiments run NAME          # all stages of a question, its measurements, its report
+python -m experiments plan NAME STAGE   # the runs of a stage, as a sweep file for scripts/sweep.py
+python -m experiments collect NAME      # committed records, of the runs that have ended
+python -m experiments report [NAME]     # all tables and figures from records, and the page
+python -m experiments make PATH         # results/lm_overtrain/losses.pdf; or tables, or figures
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
+from joblib import Parallel, delayed
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ddc.report import cost
+from benchmarks import report as benchmark
 from ddc.report.book import Section, html, page
 from ddc.report.claims import FEW_SEEDS, Claim, Verdict, load_claims, rule, verdict_table
-from ddc.report.figures import Drawing, drawn
-from ddc.report.runs import Run, markdown_table, plot_curves, read_lines
-from ddc.report.stages import Record
+from ddc.report.figures import drawn
+from ddc.report.runs import read_lines
 from ddc.training.display import print_plainly
 from ddc.training.records import write_atomically
-from experiments import coverage, known_rates, learning_coefficients, precision
+from ddc.training.sweep import parse_sweep, run_missing
+from ddc.training.sweep import summary as states
 from experiments.output import Results, save_document
 from experiments.pages import fill
-from experiments.protocols import CLAIMS, ROOT, Stage
+from experiments.protocols import EXPERIMENTS, ROOT, Stage
+from experiments.questions import Planned, Question, questions
 
 RESULTS = ROOT / "results"
 REPORT = RESULTS / "report"
 TITLE = "Dead-Direction Conditioners: the paper's claims, rerun"
-
-
-def modules(claims: Mapping[str, Claim]) -> dict[str, ModuleType]:
-    """The modules that test the claims, by name, in the claims' order."""
-    names = dict.fromkeys(claim.experiment for claim in claims.values())
-    return {name: importlib.import_module(f"experiments.{name}") for name in names}
 
 
 def time_left(stage: Stage) -> str:
@@ -60,7 +58,7 @@ def recorded_seconds() -> float:
     """
     # runs and records
     lines = [line for path in RESULTS.glob("*/r*s.jsonl") for line in read_lines(path)]
-    summaries = [json.loads(path.read_text()) for path in RESULTS.glob("rates/*/*/summary.json")]
+    summaries = [json.loads(path.read_text()) for path in RESULTS.glob("*/*/*/summary.json")]
     return sum(float(record["seconds"]) for record in (*lines, *summaries))
 
 
@@ -68,21 +66,24 @@ def status(runs: str) -> Table:
     """One row a stage: runs needed, recorded, ended but not collected, missing, and the time that
     these take.
     """
-    claims = load_claims(CLAIMS)
+    claims = load_claims(EXPERIMENTS)
     caption = (
         "time: of one core; later: follows from the stages before. What is recorded took "
         f"{recorded_seconds() / 3600:.1f} hours of one core."
     )
-    table = Table(title="runs of the claims", caption=caption)
+    table = Table(title="runs of the claims", caption=caption, box=box.SIMPLE_HEAD, padding=0)
     for name in ("claims", "experiment", "stage", "needed", "recorded", "ended", "missing", "time"):
         table.add_column(
             name,
             justify="left" if name in ("claims", "experiment", "stage") else "right",
             no_wrap=True,
         )
-    for name, module in modules(claims).items():
-        ids = ", ".join(claim.id for claim in claims.values() if claim.experiment == name)
-        for stage in module.status(runs):
+    for question in questions(claims):
+        ids = ", ".join(question.ids(claims))
+        if not ids and question.plan is None:
+            continue
+        name = question.name
+        for stage in question.status(runs):
             needed = "?" if stage.needed is None else str(stage.needed)
             numbers = [
                 needed,
@@ -96,10 +97,9 @@ def status(runs: str) -> Table:
     return table
 
 
-def summary(claims: Mapping[str, Claim], verdicts: list[Verdict]) -> str:
-    """The main table with the rules of the verdicts, as Markdown."""
-    parts = [
-        "# Claims and verdicts",
+def summary(claims: Mapping[str, Claim], verdicts: list[Verdict]) -> tuple[str, str]:
+    """The main table, and what is to be known of it, rules of verdicts included, as Markdown."""
+    notes = [
         (
             "The claims are those of arXiv:2606.29176, as its abstract states them; each was"
             " tested at the scale that the table names, on CPUs, far below the paper's. A verdict"
@@ -109,7 +109,6 @@ def summary(claims: Mapping[str, Claim], verdicts: list[Verdict]) -> str:
             f" t-test of paired differences, Fisher's exact test of counts. {FEW_SEEDS} The verdict"
             " is what the rule says; what the same records hold against it stands beside it."
         ),
-        verdict_table(claims, verdicts),
         (
             "The paper has 28 figures and 9 tables. We know its abstract alone, from which they"
             " cannot be matched one by one: what answers which statement of the abstract stands at"
@@ -117,86 +116,60 @@ def summary(claims: Mapping[str, Claim], verdicts: list[Verdict]) -> str:
         ),
         "\n".join(f"- {rule(claim)}" for claim in claims.values()),
     ]
-    return "\n\n".join(parts) + "\n"
+    return f"# Claims and verdicts\n\n{verdict_table(claims, verdicts)}", "\n\n".join(notes)
 
 
-def benchmarks() -> list[Results]:
-    """Tables and figures of the benchmarks."""
-    folder = ROOT / "results/benchmark"
-    makers: dict[str, Callable[[Record], str]] = {
-        "speed": cost.speed_table,
-        "memory": cost.memory_table,
-        "mirror": cost.mirror_table,
-        "probe": cost.reading_table,
-        "learning_coefficient": cost.sampling_table,
-    }
-    records = {name: json.loads((folder / f"{name}.json").read_text()) for name in makers}
-    tables = {name: partial(make, records[name]) for name, make in makers.items()}
-    return [Results(folder, tables, cost.drawings(records["speed"], records["memory"]))]
-
-
-def main_job() -> list[Results]:
-    """Table and curves of ``make lm_overtrain``."""
-    folder = ROOT / "results/lm_overtrain"
-    runs = [Run.read(path.parent) for path in sorted(folder.glob("*/run.json"))]
-    curves = Drawing(
-        partial(plot_curves, runs),
-        "Loss curves of both optimizers, and the gap against the train loss.",
-    )
-    return [Results(folder, {"comparison": lambda: markdown_table(runs)}, {"comparison": curves})]
+def document(claims: Mapping[str, Claim], verdicts: list[Verdict]) -> str:
+    """Both, as one document."""
+    return "\n\n".join(summary(claims, verdicts)) + "\n"
 
 
 def cost_section() -> Section:
     """What a step costs, from the records of the benchmarks."""
-    (made,) = benchmarks()
+    made = benchmark.results()
     tables = [made.table(name) for name in ("speed", "memory", "mirror")]
     return Section(
         "Cost", (), "make benchmark", "\n".join(tables), drawn(made.figures, made.folder)
     )
 
 
-def ground_truths() -> Section:
-    """What the measurement of singular structure was calibrated on."""
-    parts = {
-        "Analytic rates": known_rates,
-        "Coverage of the intervals of rates": coverage,
-        "Known learning coefficients": learning_coefficients,
-    }
-    tables = [
-        f"## {title}\n\n{module.results()[0].table('table')}" for title, module in parts.items()
-    ]
-    return Section(
-        "Ground truths",
-        (),
-        "make known_rates coverage learning_coefficients",
-        "\n".join(tables),
-        {},
-    )
-
-
 def sources(claims: Mapping[str, Claim]) -> dict[str, Callable[[], list[Results]]]:
     """What gives the tables and figures of each folder in results."""
     return {
-        **{name: partial(module.results, claims) for name, module in modules(claims).items()},
-        "known_rates": known_rates.results,
-        "learning_coefficients": learning_coefficients.results,
-        "coverage": coverage.results,
-        "precision": precision.results,
-        "benchmark": benchmarks,
-        "lm_overtrain": main_job,
+        **{each.name: partial(results_of, each, claims) for each in questions(claims)},
+        "benchmark": lambda: [benchmark.results()],
         "report": lambda: [
-            Results(REPORT, {"claims": lambda: summary(claims, all_verdicts(claims))})
+            Results(REPORT, {"claims": lambda: document(claims, all_verdicts(claims))})
         ],
     }
 
 
-def all_verdicts(claims: Mapping[str, Claim]) -> list[Verdict]:
-    """What the records say on all claims.
+def results_of(question: Question, claims: Mapping[str, Claim]) -> list[Results]:
+    """The tables and figures of a question; none, and a word, where its runs are not complete."""
+    try:
+        return question.results(claims)
+    except ValueError as error:
+        print(f"{question.name}: {error}", file=sys.stderr)
+        return []
 
-    Raises:
-        ValueError: an experiment's runs are not complete.
-    """
-    return [verdict for module in modules(claims).values() for verdict in module.verdicts(claims)]
+
+def all_verdicts(claims: Mapping[str, Claim]) -> list[Verdict]:
+    """What the records say on all claims."""
+    return [v for each in claimed(claims) for v in verdicts_of(each, claims)]
+
+
+def verdicts_of(question: Question, claims: Mapping[str, Claim]) -> list[Verdict]:
+    """What its records say on the claims of a question; *not tested* if they are not complete."""
+    try:
+        return question.verdicts(claims)
+    except ValueError:
+        nothing = ("–", "the runs are not complete", "–", "–", "–", "–", "not tested")
+        return [Verdict(each, *nothing) for each in question.ids(claims)]
+
+
+def claimed(claims: Mapping[str, Claim]) -> list[Question]:
+    """The questions that are claims."""
+    return [each for each in questions(claims) if each.ids(claims)]
 
 
 def make(names: Sequence[str]) -> None:
@@ -206,7 +179,7 @@ def make(names: Sequence[str]) -> None:
     Raises:
         ValueError: no such table or figure; names those that there are.
     """
-    of_folder = sources(load_claims(CLAIMS))
+    of_folder = sources(load_claims(EXPERIMENTS))
     for name in names:
         path = ROOT / name
         if name in ("tables", "figures"):
@@ -234,51 +207,120 @@ def make(names: Sequence[str]) -> None:
 def report(console: Console) -> None:
     """Every table and figure, the main table, and the pages that show them."""
     began = time.perf_counter()
-    claims = load_claims(CLAIMS)
+    claims = load_claims(EXPERIMENTS)
     sections, verdicts = [], []
-    for name, module in modules(claims).items():
-        console.print(f"[bold]{name}")
+    for question in questions(claims):
+        if question.module("report") is None:
+            continue
+        console.print(f"[bold]{question.name}")
+        verdicts += verdicts_of(question, claims)
         try:
-            sections.append(module.section(claims))
-            verdicts += module.verdicts(claims)
+            sections.append(question.section(claims))
         except ValueError as error:  # its runs are not there yet
             console.print(f"[yellow]not reported: {error}")
-            ids = tuple(claim.id for claim in claims.values() if claim.experiment == name)
             reason = f"Not reported: {str(error).removeprefix(f'{ROOT}/')}."
-            sections.append(Section(name.capitalize(), ids, claims[ids[0]].command, reason, {}))
-            nothing = ("–", "the runs are not complete", "–", "–", "–", "–", "not tested")
-            verdicts += [Verdict(each, *nothing) for each in ids]
-    sections += [cost_section(), ground_truths()]
-    main_table = summary(claims, verdicts)
-    save_document(REPORT / "claims.md", main_table)
+            ids = question.ids(claims)
+            sections.append(Section(question.title, ids, f"make {question.name}", reason, {}))
+    sections.append(cost_section())
+    save_document(REPORT / "claims.md", document(claims, verdicts))
     fill(ROOT)
-    text = html(page(sections, main_table, ROOT), TITLE, ROOT, ROOT / "experiments/report.css")
+    whole = page(sections, *summary(claims, verdicts), ROOT)
+    text = html(whole, TITLE, ROOT, ROOT / "experiments/report.css")
     write_atomically(REPORT / "index.html", text.encode())
     console.print(f"{REPORT / 'index.html'}, after {time.perf_counter() - began:.0f} s")
 
 
+def report_of(question: Question) -> None:
+    """The tables and figures of one question."""
+    for made in question.results(load_claims(EXPERIMENTS)):
+        for path in {path.with_suffix("") for path in made.paths}:
+            made.make(next(each for each in made.paths if each.with_suffix("") == path))
+
+
+def run(question: Question, runs: str, jobs: int) -> None:
+    """Its runs, stage by stage, its measurements and its report. What has ended is not run again.
+
+    Raises:
+        ValueError: a run has not ended: its output says why.
+    """
+    if question.plan is not None:
+        for stage in question.plan.stages:
+            run_stage(question.plan, stage, runs, jobs)
+        question.plan.collect(runs)
+    measure = question.module("measure")
+    if measure is not None:
+        measure.main([])
+    report_of(question)
+
+
+def run_stage(plan: Planned, stage: str, runs: str, jobs: int) -> None:
+    """The runs of a stage, and what a script measures of each."""
+    print(f"stage {stage}")
+    sweep = parse_sweep(plan.plan_lines(stage, runs))
+    run_missing(sweep, jobs)
+    if not all(each.ended for each in sweep):
+        raise ValueError(states(sweep))
+    if script := plan.scripts.get(stage):
+        commands = [[sys.executable, str(ROOT / script), str(each.folder)] for each in sweep]
+        call = delayed(subprocess.run)
+        Parallel(n_jobs=jobs, prefer="threads")(call(each, check=True) for each in commands)
+
+
 def main() -> None:
     """Do what the command line says."""
+    names = {each.name: each for each in questions(load_claims(EXPERIMENTS))}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("status").add_argument("--runs", default="runs", help="folder of the runs")
-    commands.add_parser("report")
-    commands.add_parser("make").add_argument(
+    for command in ("status", "run", "plan", "collect", "report", "make"):
+        commands.add_parser(command)
+    for command in ("run", "plan", "collect"):
+        commands.choices[command].add_argument("name", choices=names)
+    commands.choices["plan"].add_argument("stage")
+    commands.choices["report"].add_argument("name", choices=names, nargs="?")
+    for command in ("status", "run", "plan", "collect"):
+        commands.choices[command].add_argument("--runs", default="runs", help="folder of the runs")
+    commands.choices["run"].add_argument("--jobs", type=int, default=2, help="runs at a time")
+    commands.choices["make"].add_argument(
         "names", nargs="+", metavar="PATH", help="or tables, figures"
     )
     arguments = parser.parse_args()
     console = Console()
     try:
-        if arguments.command == "status":
-            console.print(status(arguments.runs))
-        elif arguments.command == "make":
-            make(arguments.names)
-        else:
-            report(console)
+        match arguments.command:
+            case "status":
+                console.print(status(arguments.runs))
+            case "run":
+                run(names[arguments.name], arguments.runs, arguments.jobs)
+            case "plan":
+                print(
+                    *planned(names[arguments.name]).plan_lines(arguments.stage, arguments.runs),
+                    sep="\n",
+                )
+            case "collect":
+                planned(names[arguments.name]).collect(arguments.runs)
+            case "make":
+                make(arguments.names)
+            case _ if arguments.name:
+                report_of(names[arguments.name])
+            case _:
+                report(console)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
+
+
+def planned(question: Question) -> Planned:
+    """The runs of a question.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if question.plan is None:
+        raise ValueError(
+            f"{question.name} has no runs of train.py: make {question.name} measures it"
+        )
+    return question.plan
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 A block of a page says where its tables come from; what stands between its two comments is made::
 
-    <!-- table: results/vit/table.md; under: Matched; columns: AdamW | DDCAdam | seeds -->
+    <!-- table: results/vit_scratch/table.md; under: Matched; columns: AdamW | DDCAdam | seeds -->
     <!-- /table -->
 
 ``under`` is the heading that the tables stand below, up to the next one (default: all of the file),

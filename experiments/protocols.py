@@ -8,28 +8,27 @@ the best of these is reported on seeds of its own (``tuned``).
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from rich.progress import track
 
-from ddc.report.claims import Claim, load_claims
+from ddc.report.claims import load_claims
 from ddc.report.runs import Run, read_lines
 from ddc.report.stages import Record
 from ddc.training.sweep import SweepRun, parse_sweep, shown
+from experiments.output import save_records
 
 ROOT = Path(__file__).resolve().parents[1]
-#: The registry of the claims.
-CLAIMS = ROOT / "experiments/claims.yaml"
+#: Where each claim or question has its folder (:mod:`experiments.questions`).
+EXPERIMENTS = ROOT / "experiments"
 
 #: Runs as overrides and seeds.
 Plan = list[tuple[str, int]]
@@ -71,31 +70,38 @@ class Experiment:
     Args:
         overrides: of every run; the first of them is its ``+experiment=``.
         seeds: on which both protocols report.
-        matched: one setting an optimizer.
-        grid: the settings that the tuning tries, as many for each optimizer.
-        score: what the tuning chooses by, from the records of a setting's runs; larger is better.
         curve: keys of the evaluations that a record keeps, as columns.
         results: folder of the committed records.
+        more: further stages by name; what gives their runs may ask :meth:`tuned`. In a setting
+            ``{runs}`` stands for the folder of the runs.
+        matched: one setting an optimizer.
+        grid: the settings that the tuning tries, as many for each optimizer; without one there are
+            no stages but ``more``.
+        score: what the tuning chooses by, from the records of a setting's runs; larger is better.
         final_seeds: on which the best settings run after the tuning seed; none: the best there is
             taken.
         more: further stages by name; what gives their runs may ask :meth:`tuned`.
+        scripts: by stage, the script that measures each of its ended runs.
+        measured: what a record holds of that, from the folder of its run and its stages.
     """
 
     overrides: str
     seeds: Sequence[int]
-    matched: Sequence[str]
-    grid: Mapping[str, Sequence[str]]
-    score: Callable[[Sequence[Record]], Any]
     curve: Sequence[str]
     results: Path
     more: Mapping[str, Callable[[str | None], Plan]]
+    matched: Sequence[str] = ()
+    grid: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    score: Callable[[Sequence[Record]], Any] = len
     final_seeds: Sequence[int] = FINAL_SEEDS
+    scripts: Mapping[str, str] = field(default_factory=dict)
+    measured: Callable[[Path, Collection[str]], Record] = lambda folder, stages: {}
 
     @property
     def stages(self) -> tuple[str, ...]:
         """Names of all stages, in an order in which they can run."""
-        own = STAGES if self.final_seeds else [stage for stage in STAGES if stage != "finals"]
-        return (*own, *self.more)
+        own = [stage for stage in STAGES if stage != "finals" or self.final_seeds]
+        return (*(own if self.grid else ()), *self.more)
 
     @cached_property
     def records(self) -> list[Record]:
@@ -118,6 +124,20 @@ class Experiment:
                     " them first"
                 )
         return self.records
+
+    def missing(self) -> str:
+        """Which stages lack committed records, in words; empty where none does."""
+        words = []
+        for stage in self.stages:
+            try:
+                planned = self.plan(stage, None)
+            except ValueError:  # follows from runs that are missing
+                words.append(f"{stage} (not planned yet)")
+                continue
+            there = sum(self.recorded(*each) is not None for each in planned)
+            if there < len(planned):
+                words.append(f"{stage} ({there} of {len(planned)})")
+        return f"Stages with missing runs: {', '.join(words)}." if words else ""
 
     def plan(self, stage: str, runs: str | None) -> Plan:
         """The runs of a stage; those of finals and tuned follow from ended runs, or from the
@@ -234,7 +254,10 @@ class Experiment:
 
     def lines(self, planned: Plan, runs: str) -> list[str]:
         """A plan as overrides."""
-        return [f"{self.overrides} runs={runs} seed={seed} {each}" for each, seed in planned]
+        return [
+            f"{self.overrides} runs={runs} seed={seed} {each.replace('{runs}', runs)}"
+            for each, seed in planned
+        ]
 
     def sweep(self, planned: Plan, runs: str) -> list[SweepRun]:
         """A plan as runs, in its order."""
@@ -252,18 +275,23 @@ class Experiment:
             "diverged": run.summary is None,
         }
 
-    def collect(
-        self, runs: str, more: Callable[[Path, Collection[str]], Record] = lambda folder, stages: {}
-    ) -> list[Record]:
+    def collect(self, runs: str) -> None:
+        """Write the records of all runs to :attr:`results`.
+
+        Raises:
+            ValueError: no run has ended.
+        """
+        save_records(self.results / "runs.jsonl", self.collected(runs))
+
+    def collected(self, runs: str) -> list[Record]:
         """One record a run: its setting in each stage that it belongs to, configuration, origin,
-        curve, and ``more``.
+        curve, and what was measured of it.
 
         Of runs that have not ended here, the committed records stay; what has neither is missing,
         and said so. So an experiment can be run on several machines, or in several goes.
 
         Args:
             runs: the folder of the runs.
-            more: what else the record of a run holds, from its folder and stages.
 
         Raises:
             ValueError: no run has ended.
@@ -292,7 +320,10 @@ class Experiment:
         if not here and not kept:
             raise ValueError(f"no run of {self.overrides!r} has ended in {runs}")
         fresh = track(here.items(), "collecting")
-        collected = [{"stages": s, **self.record(Run.read(f)), **more(f, s)} for f, s in fresh]
+        collected = [
+            {"stages": stages, **self.record(Run.read(folder)), **self.measured(folder, stages)}
+            for folder, stages in fresh
+        ]
         return [*collected, *kept.values()]
 
 
@@ -303,7 +334,9 @@ def wandb_names(experiment: str, stage: str, protocol: str | None) -> str:
     They are no part of a run's id. A run that two stages share keeps the names of the one that ran
     it.
     """
-    claims = [claim.id for claim in load_claims(CLAIMS).values() if claim.experiment == experiment]
+    claims = [
+        claim.id for claim in load_claims(EXPERIMENTS).values() if claim.experiment == experiment
+    ]
     tags = ",".join(claims + ([protocol] if protocol else []))
     return f"wandb.group={experiment} wandb.job_type={stage} wandb.tags=[{tags}]"
 
@@ -331,43 +364,3 @@ def ended_run(run: SweepRun) -> Run:
             f"{shown(run.folder)} is {run.state}: run the stages before this one first"
         )
     return Run.read(run.folder)
-
-
-def command_line(
-    doc: str,
-    stages: Sequence[str],
-    plan: Callable[[str, str], Sequence[str]],
-    collect: Callable[[str], object],
-    section: Callable[[Mapping[str, Claim]], object],
-) -> None:
-    """``stages``, ``plan STAGE``, ``collect`` and ``report`` of an experiment.
-
-    Args:
-        doc: help text.
-        stages: names of its stages.
-        plan: from a stage and the folder of the runs, the lines of a sweep file.
-        collect: from the folder of the runs, writes the records that are committed.
-        section: makes tables and figures of the committed records.
-    """
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("stages")
-    commands.add_parser("plan").add_argument("stage", choices=stages)
-    commands.add_parser("collect")
-    commands.add_parser("report")
-    for command in ("plan", "collect"):
-        commands.choices[command].add_argument("--runs", default="runs", help="folder of the runs")
-    arguments = parser.parse_args()
-    try:
-        if arguments.command == "stages":
-            print(*stages)
-        elif arguments.command == "plan":
-            print("\n".join(plan(arguments.stage, arguments.runs)))
-        elif arguments.command == "collect":
-            collect(arguments.runs)
-        else:
-            section(load_claims(CLAIMS))
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")

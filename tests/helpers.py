@@ -7,7 +7,7 @@ from torch import nn
 
 from ddc.gauges import Axis, Rescale
 from ddc.models import GPT, GPTConfig, cross_entropy
-from experiments.equivariance import random_model
+from experiments.equivariance.measure import random_model
 
 VOCABULARY = 20
 

@@ -40,7 +40,7 @@ from ddc.training.loop import train
 from ddc.training.ranks import join_ranks
 from ddc.training.schema import DATA, OPTIMIZERS, Config
 from ddc.training.setup import prepare, restore
-from experiments.refused import REFUSED, page
+from experiments.refused.measure import REFUSED, page
 from tests.test_training import ROOT, composed, run, train_py
 
 #: Values on the command line by type: right ones, and after the bar wrong ones.

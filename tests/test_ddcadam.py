@@ -23,8 +23,8 @@ from ddc.gauges import named_parameters as params_of
 from ddc.models import GPT, DeepMLP, DeepMLPConfig, GPTConfig
 from ddc.optim.drift import gauge_drift
 from ddc.optim.factory import decay_groups
-from experiments.equivariance import MODELS as TABLE_MODELS
-from experiments.equivariance import adamw, ddcadam, ddcmuon, orbit_divergence, random_model
+from experiments.equivariance.measure import MODELS as TABLE_MODELS
+from experiments.equivariance.measure import adamw, ddcadam, ddcmuon, orbit_divergence, random_model
 from tests.conftest import MODELS
 from tests.helpers import VOCABULARY, backward, make_model, relu_mlp, relu_mlp_gauges
 from tests.reference import ReferenceDDCAdam, ReferencePaperStep
@@ -47,7 +47,7 @@ def divergence(
     data: TextData,
     make=ddcadam,
     *,
-    kinds=KINDS,
+    kinds=tuple(KINDS),
     blocks=False,
     dtype=torch.float64,
     **options,

@@ -19,8 +19,8 @@ from ddc.optim.hidden import HiddenStack, modes_of
 from ddc.optim.muon import Muon
 from ddc.optim.orthogonal import newton_schulz, newton_schulz_bfloat16, polar_factor
 from ddc.optim.stack import Context
-from experiments.equivariance import MODELS as TABLE_MODELS
-from experiments.equivariance import orbit_divergence, random_model
+from experiments.equivariance.measure import MODELS as TABLE_MODELS
+from experiments.equivariance.measure import orbit_divergence, random_model
 from tests.conftest import MODELS
 from tests.helpers import VOCABULARY, backward, make_model, relu_mlp, relu_mlp_gauges
 

@@ -21,7 +21,8 @@ from ddc.data import TextData
 from ddc.gauges import KINDS, GaugeSet, HiddenMatrix, Rescale
 from ddc.models import DeepMLP, DeepMLPConfig, cross_entropy
 from ddc.report.runs import read_lines
-from experiments.precision import CONFIGS, OPTIMIZERS, PRECISIONS, RESULTS, compare, document
+from experiments.precision.measure import CONFIGS, OPTIMIZERS, PRECISIONS, RESULTS, compare
+from experiments.precision.report import document
 from tests.conftest import MODELS
 from tests.helpers import backward, batch, make_model, relu_mlp, relu_mlp_gauges
 
@@ -127,7 +128,7 @@ class Case:
     model: str
     zero: tuple[Place, ...]
     wakes: tuple[str, ...] = ()
-    moved: tuple[str, ...] = KINDS
+    moved: tuple[str, ...] = tuple(KINDS)
     only: tuple[str, ...] = tuple(MAKERS)
     options: dict[str, Any] = field(default_factory=dict)
 

@@ -45,7 +45,7 @@ from ddc.training.ranks import Ranks, join_ranks, leave_ranks
 from ddc.training.records import Records
 from ddc.training.schema import LauncherConfig
 from ddc.training.setup import Setup, prepare
-from experiments.equivariance import random_model
+from experiments.equivariance.measure import random_model
 from tests.test_training import TINY, composed
 
 ROOT = Path(__file__).resolve().parents[1]

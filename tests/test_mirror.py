@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 
-from ddc.report import overtraining as c1
-from ddc.report import singular as c2
 from ddc.report.claims import load_claims, verdict_table
 from ddc.report.rates import by_layer, settings
 from ddc.report.runs import Run, read_lines
@@ -22,15 +20,18 @@ from ddc.training.records import summarize
 from ddc.training.run_folder import DivergedError
 from ddc.training.schema import Config
 from ddc.training.sweep import parse_sweep
-from experiments import overtraining, rates
-from experiments.protocols import CLAIMS, ROOT
+from experiments.lm_overtrain import plan as c1_plan
+from experiments.lm_overtrain import report as c1
+from experiments.protocols import EXPERIMENTS, ROOT
+from experiments.rates import plan as c2_plan
+from experiments.rates import report as c2
 from tests.test_readings import LLC, READ
 from tests.test_training import composed, run
 from tests.wandb_files import Sent, sent
 
-CLAIM = load_claims(CLAIMS)
+CLAIM = load_claims(EXPERIMENTS)
 TABLES = ("cells", "grid")
-NAMES = ["wandb.group=overtraining", "wandb.job_type=tuned", "wandb.tags=[C1,tuned]"]
+NAMES = ["wandb.group=lm_overtrain", "wandb.job_type=tuned", "wandb.tags=[C1,tuned]"]
 
 
 def without_time(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -50,7 +51,7 @@ def test_wandb_gets_every_record_and_every_cell(tmp_path: Path) -> None:
     summary = train(setup)
     found, here = sent(setup.folder), Run.read(setup.folder)
     assert (found.id, found.group, found.job_type, found.tags) == (
-        setup.config.run_id, "overtraining", "tuned", ["C1", "tuned"]
+        setup.config.run_id, "lm_overtrain", "tuned", ["C1", "tuned"]
     )  # fmt: skip
     identity = json.loads(json.dumps(setup.config.identity))
     assert found.config == {
@@ -157,12 +158,10 @@ def sweep_of(lines: list[str]) -> dict[str, Config]:
 
 @pytest.mark.slow
 def test_the_table_of_c1_follows_from_wandb(tmp_path: Path) -> None:
-    committed = {record["id"]: record for record in overtraining.EXPERIMENT.records}
+    committed = {record["id"]: record for record in c1_plan.EXPERIMENT.records}
     rebuilt = []
     for stage in ("matched", "tuned"):
-        for name, config in sweep_of(
-            overtraining.EXPERIMENT.plan_lines(stage, str(tmp_path))
-        ).items():
+        for name, config in sweep_of(c1_plan.EXPERIMENT.plan_lines(stage, str(tmp_path))).items():
             record = committed[name]
             curve = record["curve"]
             rows = [
@@ -171,7 +170,7 @@ def test_the_table_of_c1_follows_from_wandb(tmp_path: Path) -> None:
             ]
             rows = [{**row, "gap": row["validation_loss"] - row["train_loss"]} for row in rows]
             found = mirrored(config, tmp_path / name, rows, [], record["summary"])
-            assert found.group == "overtraining"
+            assert found.group == "lm_overtrain"
             assert found.tags == ["C1", stage]
             levels = found.config["training"]["gap_levels"]
             rebuilt.append(
@@ -187,15 +186,15 @@ def test_the_table_of_c1_follows_from_wandb(tmp_path: Path) -> None:
     protocols = [
         record for record in committed.values() if {"matched", "tuned"} & {*record["stages"]}
     ]
-    expected = c1.verdicts(protocols, CLAIM["C1"])
-    assert verdict_table(CLAIM, c1.verdicts(rebuilt, CLAIM["C1"])) == verdict_table(CLAIM, expected)
+    expected = c1.verdicts(protocols, CLAIM)
+    assert verdict_table(CLAIM, c1.verdicts(rebuilt, CLAIM)) == verdict_table(CLAIM, expected)
 
 
 @pytest.mark.slow
 def test_the_table_of_c2_follows_from_wandb(tmp_path: Path) -> None:
-    committed = {each.run.folder: each for each in c2.load(ROOT / "results/rates/small")}
+    committed = {each.run.folder: each for each in c2.read_folder(ROOT / "results/rates/small")}
     rebuilt = []
-    for folder, planned in rates.sweep("small", str(tmp_path)).items():
+    for folder, planned in c2_plan.EXPERIMENT.sweep("small", str(tmp_path)).items():
         run = committed[folder].run
         found = mirrored(
             planned.config, tmp_path / folder.name, run.rows, run.readings, run.summary or {}
@@ -215,7 +214,7 @@ def test_the_table_of_c2_follows_from_wandb(tmp_path: Path) -> None:
         for mine, cell in zip(cells, recorded, strict=True):
             assert mine == pytest.approx({key: cell.get(key) for key in CELL_COLUMNS})
     assert len(rebuilt) == 6
-    expected = c2.verdicts(list(committed.values()), [], CLAIM["C2"])
-    assert verdict_table(CLAIM, c2.verdicts(rebuilt, [], CLAIM["C2"])) == verdict_table(
+    expected = c2.verdicts(c2.Committed([*committed.values()]), CLAIM)
+    assert verdict_table(CLAIM, c2.verdicts(c2.Committed(rebuilt), CLAIM)) == verdict_table(
         CLAIM, expected
     )

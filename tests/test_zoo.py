@@ -17,9 +17,9 @@ from torch import nn
 from ddc import find_gauges
 from ddc.gauges import Axis, GaugeSet, Rescale
 from ddc.training.records import Records, provenance
-from experiments.architectures import Architecture, Made, architectures
-from experiments.zoo import findings, in_processes, run, verdicts
-from experiments.zoo_document import document, general
+from experiments.zoo.architectures import Architecture, Made, architectures
+from experiments.zoo.document import document, general
+from experiments.zoo.measure import findings, in_processes, run, verdicts
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Chosen for what differs: norms, gates, positions, shared maps, state spaces, experts, stages,
@@ -49,7 +49,15 @@ def test_forty_architectures(tmp_path: Path) -> None:
     it.
     """
     assert len(FORTY) == 40
-    command = [sys.executable, "-m", "experiments.zoo", "--output", str(tmp_path), "--only", *FORTY]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.zoo.measure",
+        "--output",
+        str(tmp_path),
+        "--only",
+        *FORTY,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env=environment)
     records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]

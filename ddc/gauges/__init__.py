@@ -2,9 +2,12 @@
 
 from ddc.gauges.actions import Axis, Chain, Rescale, RotatedAxis, Rotation, Shift
 from ddc.gauges.base import (
+    FURTHER,
     KINDS,
     Gauge,
+    Kind,
     Refusal,
+    add_kind,
     is_fake,
     is_split,
     named_parameters,
@@ -13,26 +16,35 @@ from ddc.gauges.base import (
     whole,
 )
 from ddc.gauges.canonical import align_, balance_, nearest_turn, orbit_distance
+from ddc.gauges.certificate import Certificate, certify
 from ddc.gauges.discovery import find_gauges, read_gauges
 from ddc.gauges.gauge_set import GaugeSet, audit, check
 from ddc.gauges.granularity import in_blocks
 from ddc.gauges.roles import HiddenMatrix, hidden_matrices
+from ddc.gauges.traced import Finding, NotProved, rule
 
 __all__ = [
+    "FURTHER",
     "KINDS",
     "Axis",
+    "Certificate",
     "Chain",
+    "Finding",
     "Gauge",
     "GaugeSet",
     "HiddenMatrix",
+    "Kind",
+    "NotProved",
     "Refusal",
     "Rescale",
     "RotatedAxis",
     "Rotation",
     "Shift",
+    "add_kind",
     "align_",
     "audit",
     "balance_",
+    "certify",
     "check",
     "find_gauges",
     "hidden_matrices",
@@ -45,5 +57,6 @@ __all__ = [
     "plain_name",
     "plain_names",
     "read_gauges",
+    "rule",
     "whole",
 ]

@@ -19,15 +19,63 @@ if TYPE_CHECKING:
 
 Params = Mapping[str, Tensor]
 
-#: Every kind of gauge the package knows, in the order in which tables list them.
-KINDS = (
-    "logit_shift",
-    "relu_rescale",
-    "chained_rescale",
-    "gated_rescale",
-    "norm_scale",
-    "value_rotation",
-    "qk_rotation",
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of gauge; configurations, titles and tables follow from its record.
+
+    Attributes:
+        name: in code, configurations and records.
+        title: in figures and text.
+        default: whether it is among those of ``gauges=all``.
+    """
+
+    name: str
+    title: str
+    default: bool = True
+
+
+#: Every kind of gauge the package knows by name, in the order in which tables list them.
+KINDS: dict[str, Kind] = {}
+
+
+def add_kind(kind: Kind) -> None:
+    """Make a kind known, after those that there are.
+
+    Raises:
+        ValueError: its name is taken.
+    """
+    if kind.name in KINDS:
+        raise ValueError(f"Invalid kind={kind.name!r}: there is one of that name already")
+    KINDS[kind.name] = kind
+
+
+for _kind in (
+    Kind("logit_shift", "logit shift"),
+    Kind("relu_rescale", "ReLU rescale"),
+    Kind("chained_rescale", "chained rescale", default=False),
+    Kind("gated_rescale", "gated rescale"),
+    Kind("norm_scale", "norm scale"),
+    Kind("value_rotation", "value rotation"),
+    Kind("qk_rotation", "query-key rotation"),
+):
+    add_kind(_kind)
+
+#: Kinds beyond the paper's, which with these are all continuous symmetries of a transformer. No
+#: configuration names them: most are respected by no optimizer yet.
+FURTHER = (
+    "value_map",
+    "value_bias",
+    "qk_map",
+    "key_bias",
+    "qk_norm_scale",
+    "stream_rotation",
+    "stream_mean",
+    "translation",
+    "reader_shift",
+    "norm_shift",
+    "router_shift",
+    "layer_scale",
 )
 
 
@@ -39,7 +87,7 @@ class Gauge(ABC):
     can be batched over its units.
 
     Attributes:
-        kind: one of :data:`KINDS`.
+        kind: one of :data:`KINDS` or :data:`FURTHER`.
         where: the place in the model, in the model's own names, for tables and messages.
     """
 
@@ -78,6 +126,34 @@ class Gauge(ABC):
         orbit, as a true symmetry makes it; of order 1 for a gauge declared by mistake.
         """
 
+    @abstractmethod
+    def velocities(self, params: Params) -> dict[str, Tensor]:
+        """How fast each parameter moves along a basis of the group, at the identity.
+
+        Returns:
+            By parameter, a tensor in float64: dimension first, then the shape of the parameter.
+        """
+
+    @torch.no_grad()
+    def tangents(self, params: Params) -> Tensor:
+        """The directions along which the group moves the weights.
+
+        Args:
+            params: all parameters of the model by name, in the order of ``named_parameters``.
+
+        Returns:
+            (dimension, entries of all parameters), in float64: a row a one-parameter subgroup.
+        """
+        moved = self.velocities(params)
+        rows = self.dimension(params)
+        parts = [
+            moved[name].reshape(rows, -1).cpu()
+            if name in moved
+            else torch.zeros(rows, p.numel(), dtype=torch.float64)
+            for name, p in params.items()
+        ]
+        return torch.cat(parts, dim=1)
+
     def __str__(self) -> str:
         return f"{self.kind} at {self.where}"
 
@@ -97,9 +173,9 @@ class Refusal:
 
 
 def check_kind(kind: str) -> None:
-    """Raise ValueError unless ``kind`` is one of :data:`KINDS`."""
-    if kind not in KINDS:
-        raise ValueError(f"Invalid {kind=}: expected one of {', '.join(KINDS)}")
+    """Raise ValueError unless ``kind`` is one of :data:`KINDS` or :data:`FURTHER`."""
+    if kind not in (known := (*KINDS, *FURTHER)):
+        raise ValueError(f"Invalid {kind=}: expected one of {', '.join(known)}")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ddc.report.figures import Figures
@@ -21,6 +21,7 @@ class Section:
         command: that makes its records.
         document: its tables as Markdown, with headings from level 2 on.
         figures: PNG files with captions.
+        leading: of each claim, the figure that stands beside the main table, and not here.
     """
 
     title: str
@@ -28,6 +29,7 @@ class Section:
     command: str
     document: str
     figures: Figures
+    leading: Mapping[str, Path] = field(default_factory=dict)
 
 
 #: Characters of our tables that pdflatex's fonts lack.
@@ -56,23 +58,38 @@ def latex(markdown: str) -> str:
     return text
 
 
-def page(sections: Iterable[Section], summary: str, root: Path) -> str:
-    """The report as one Markdown document; figures by their paths from ``root``.
+def page(sections: Sequence[Section], table: str, notes: str, root: Path) -> str:
+    """The report as one Markdown document; figures by their paths from ``root``: the main table and
+    a figure a claim, what is to be known of them, then the sections.
 
     Args:
         sections: in the order of the paper.
-        summary: the main table, with what is said before it.
+        table: the main table, with its heading.
+        notes: what is said of it.
         root: folder that paths of figures are relative to.
     """
-    parts = [summary]
+    leading = {claim: (s, path) for s in sections for claim, path in s.leading.items()}
+    parts = [table]
+    for claim in sorted(leading):
+        section, path = leading[claim]
+        parts.append(picture(path, f"**{claim}.** {section.figures[path]}", root))
+    parts.append(notes)
     for section in sections:
         answers = f" Answers {', '.join(section.claims)}." if section.claims else ""
+        shown = {path: claim for claim, path in section.leading.items()}
+        above = (
+            f" Figure of {' and '.join(shown.values())}: beside the main table." if shown else ""
+        )
         parts.append(f"# {section.title}")
-        parts.append(f"Records made by `{section.command}`.{answers}")
-        for path, caption in section.figures.items():
-            parts.append(f"![{caption}]({path.relative_to(root).as_posix()})")
+        parts.append(f"Records made by `{section.command}`.{answers}{above}")
+        parts += [picture(f, text, root) for f, text in section.figures.items() if f not in shown]
         parts.append(section.document.rstrip("\n"))
     return "\n\n".join(parts) + "\n"
+
+
+def picture(path: Path, caption: str, root: Path) -> str:
+    """A figure in Markdown."""
+    return f"![{caption}]({path.relative_to(root).as_posix()})"
 
 
 def html(markdown: str, title: str, root: Path, style: Path) -> str:

@@ -32,8 +32,7 @@ class Claim:
         paper: the paper's figures, as text.
         values: the same as numbers, by optimizer.
         where: where they stand.
-        experiment: the module of ``experiments`` that tests it.
-        command: that makes its runs, tables and figures.
+        experiment: the folder of ``experiments`` that tests it.
         metric: what is measured.
         comparison: what is compared with what.
         protocols: by name, in words.
@@ -52,7 +51,6 @@ class Claim:
     values: dict[str, float]
     where: str
     experiment: str
-    command: str
     metric: str
     comparison: str
     protocols: dict[str, str]
@@ -104,21 +102,28 @@ class Verdict:
     against: str = "–"
 
 
-def load_claims(path: Path) -> dict[str, Claim]:
-    """The claims by id, in the file's order.
+def load_claims(experiments: Path) -> dict[str, Claim]:
+    """The claims by id, in its order: those of ``claim.yaml`` in each folder of a folder.
 
     Raises:
-        ValueError: a claim that lacks a key, has an unknown one, or a value of another type.
+        ValueError: a claim that lacks a key, has an unknown one, or a value of another type; or two
+            of one id.
     """
-    claims = {}
-    entries: Any = OmegaConf.load(path)
-    for name, entry in entries.items():
-        try:
-            merged = OmegaConf.merge(OmegaConf.structured(Claim), entry, {"id": name})
-            claims[name] = cast(Claim, OmegaConf.to_object(merged))
-        except OmegaConfBaseException as error:
-            raise ValueError(f"{path}, {name}: {str(error).splitlines()[0]}") from error
-    return claims
+    claims: dict[str, Claim] = {}
+    for path in sorted(experiments.glob("*/claim.yaml")):
+        entries: Any = OmegaConf.load(path)
+        for name, entry in entries.items():
+            if name in claims:
+                raise ValueError(
+                    f"{path}, {name}: {claims[name].experiment} has a claim {name} too"
+                )
+            derived = {"id": name, "experiment": path.parent.name}
+            try:
+                merged = OmegaConf.merge(OmegaConf.structured(Claim), entry, derived)
+                claims[name] = cast(Claim, OmegaConf.to_object(merged))
+            except OmegaConfBaseException as error:
+                raise ValueError(f"{path}, {name}: {str(error).splitlines()[0]}") from error
+    return {name: claims[name] for name in sorted(claims)}
 
 
 def effect(

@@ -4,6 +4,7 @@ in grey.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,14 +82,17 @@ def plain_log_ticks(axis: Axis) -> None:
 
 
 def save_figure(figure: Figure, stem: Path) -> list[Path]:
-    """Write a figure as ``stem``.png and ``stem``.pdf: the same bytes for the same figure, whenever
-    it is made.
+    """Write a figure as ``stem``.png, of at most 256 colours, and ``stem``.pdf: the same bytes for
+    the same figure, whenever it is made.
     """
     from matplotlib import rc_context
+    from PIL import Image
 
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".pdf")]
-    with rc_context(STYLE):
-        figure.savefig(paths[0])
+    with rc_context(STYLE), io.BytesIO() as drawn:
+        figure.savefig(drawn, format="png")
+        picture = Image.open(drawn).convert("RGB")
+        picture.quantize(256, dither=Image.Dither.NONE).save(paths[0], optimize=True)
         figure.savefig(paths[1], metadata={"CreationDate": None})
     return paths

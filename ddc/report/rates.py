@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
-from ddc.report.figures import save_figure, subplots
+from ddc.report.figures import plain_log_ticks, save_figure, subplots
 from ddc.report.runs import Run
 from ddc.report.stages import Record
 from ddc.slt.observables import OBSERVABLES
@@ -18,6 +19,7 @@ from ddc.slt.rates import Cell, RateRule, log_approach, noise_share, read_cells,
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
 COLUMNS = {
@@ -27,6 +29,11 @@ COLUMNS = {
     "gradient_log_volume": "log det⁺ G",
     "fisher_min": "λ_min(A)·λ_min(G)",
 }
+#: Layers beside each other in a figure of spectra.
+MOST_COLUMNS = 7
+#: Slopes at the ends of the colour scale. It is logarithmic, so that a single steep one leaves the
+#: others their colours.
+SLOPES = (0.1, 30.0)
 APPROACH_TITLES = {
     "excess_loss": "excess loss",
     "arc_length": "arc length to the end",
@@ -101,20 +108,18 @@ def plot_cells(cells: Sequence[Cell], title: str, stem: Path) -> list[Path]:
     """
     records = [cell.record() for cell in cells]
     figure, panel = subplots(figsize=(9, 1.2 + 0.42 * len(by_layer(cells))))
-    image = heat_map(panel, records, largest_slope(records))
+    image = heat_map(panel, records)
     read = sum(cell.rate.read for cell in cells)
     panel.set_title(f"{title}: {read} of {len(cells)} cells read", fontsize=10)
-    figure.colorbar(image, label="slope, log observable against log approach")
+    slope_bar(figure, image, panel)
     return save_figure(figure, stem)
 
 
-def largest_slope(cells: Sequence[Record]) -> float:
-    """The largest slope of the cells that are read; 1 where none is."""
-    return max((cell["slope"] for cell in cells if cell["verdict"] == "read"), default=1.0)
+def heat_map(panel: Axes, cells: Sequence[Record]) -> AxesImage:
+    """Draw the records of a grid's cells; colours are slopes, on the scale of :data:`SLOPES`."""
+    from matplotlib.colors import LogNorm
 
-
-def heat_map(panel: Axes, cells: Sequence[Record], top: float) -> AxesImage:
-    """Draw the records of a grid's cells; colours go from slope 0 to ``top``."""
+    colour = LogNorm(*SLOPES, clip=True)
     layers = list(dict.fromkeys(cell["layer"] for cell in cells))
     slopes = np.full((len(layers), len(OBSERVABLES)), np.nan)
     panel.set_facecolor("#e4e4e4")
@@ -123,7 +128,7 @@ def heat_map(panel: Axes, cells: Sequence[Record], top: float) -> AxesImage:
         i, j = layers.index(cell["layer"]), list(OBSERVABLES).index(cell["observable"])
         if cell["verdict"] == "read":
             slopes[i, j] = cell["slope"]
-        dark = slopes[i, j] < top / 2  # nan is not
+        dark = np.isfinite(slopes[i, j]) and colour(slopes[i, j]) < 0.5
         panel.text(
             j,
             i,
@@ -135,9 +140,14 @@ def heat_map(panel: Axes, cells: Sequence[Record], top: float) -> AxesImage:
         )
     panel.set_xticks(range(len(OBSERVABLES)), [COLUMNS[o] for o in OBSERVABLES], fontsize=8)
     panel.set_yticks(range(len(layers)), layers, fontsize=8)
-    return panel.imshow(
-        np.ma.masked_invalid(slopes), cmap="cividis", vmin=0, vmax=top, aspect="auto"
-    )
+    return panel.imshow(np.ma.masked_invalid(slopes), cmap="cividis", norm=colour, aspect="auto")
+
+
+def slope_bar(figure: Figure, image: AxesImage, panels: Any) -> None:
+    """The colour scale of heat maps, beside their panels."""
+    label = "slope, log observable\nagainst log approach"
+    bar = figure.colorbar(image, ax=panels, label=label, extend="both", aspect=30)
+    plain_log_ticks(bar.ax.yaxis)
 
 
 def plot_spectra(rows: Sequence[Mapping[str, Any]], title: str, stem: Path) -> list[Path]:
@@ -147,17 +157,22 @@ def plot_spectra(rows: Sequence[Mapping[str, Any]], title: str, stem: Path) -> l
     from matplotlib import colormaps
 
     layers = [layer["layer"] for layer in rows[0]["layers"]]
-    figure, grid = subplots(
-        2,
-        len(layers),
-        figsize=(2.4 * len(layers) + 1, 5),
+    bands = math.ceil(len(layers) / MOST_COLUMNS)
+    columns = math.ceil(len(layers) / bands)
+    figure, panels = subplots(
+        2 * bands,
+        columns,
+        figsize=(min(2.4 * columns + 1, 15), 2.5 * 2 * bands),
         sharex=True,
-        sharey="row",
         squeeze=False,
     )
+    # by layer, the panel of its activations over that of its gradients
+    grid = panels.reshape(bands, 2, columns).transpose(1, 0, 2).reshape(2, -1)
     steps = [row["step"] + 1 for row in rows]
-    for j, layer in enumerate(layers):
-        for i, side in enumerate(("activation", "gradient")):
+    for i, side in enumerate(("activation", "gradient")):
+        for j, layer in enumerate(layers):
+            panel = grid[i, j]
+            panel.sharey(grid[i, 0])
             spectra = [row["layers"][j][side] for row in rows]
             size = max(len(s["spectrum"]) for s in spectra)
             for k in range(size):
@@ -165,17 +180,19 @@ def plot_spectra(rows: Sequence[Mapping[str, Any]], title: str, stem: Path) -> l
                     s["spectrum"][k] if k < len(s["spectrum"]) and s["spectrum"][k] > 0 else np.nan
                     for s in spectra
                 ]
-                grid[i, j].plot(
-                    steps, values, color=colormaps["cividis"](k / max(1, size - 1)), linewidth=0.7
-                )
-            grid[i, j].plot(
-                steps, [s["floor"] for s in spectra], color="black", linestyle=":", linewidth=1
-            )
-            grid[i, j].set(xscale="log", yscale="log")
-        grid[0, j].set_title(layer, fontsize=9)
-        grid[1, j].set_xlabel("step + 1")
-    grid[0, 0].set_ylabel("eigenvalues of A = XᵀX/N")
-    grid[1, 0].set_ylabel("eigenvalues of G = DᵀD/N")
+                colour = colormaps["cividis"](k / max(1, size - 1))
+                panel.plot(steps, values, color=colour, linewidth=0.7)
+            floor = [s["floor"] for s in spectra]
+            panel.plot(steps, floor, color="black", linestyle=":", linewidth=1)
+            panel.set(xscale="log", yscale="log")
+            panel.set_title(layer if i == 0 else "", fontsize=9)
+            panel.tick_params(labelleft=j % columns == 0, labelsize=8)
+        for spare in grid[i, len(layers) :]:
+            spare.set_axis_off()
+    for row, (first, *_) in enumerate(panels):
+        first.set_ylabel("eigenvalues of G = DᵀD/N" if row % 2 else "eigenvalues of A = XᵀX/N")
+    for panel in panels[-1]:
+        panel.set_xlabel("step + 1")
     figure.suptitle(f"{title}: dotted, the rounding floor", fontsize=10)
     return save_figure(figure, stem)
 

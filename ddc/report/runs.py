@@ -145,9 +145,8 @@ def plot_curves(runs: Sequence[Run], stem: Path) -> list[Path]:
         epochs = [row["epoch"] for row in run.rows]
         for split, style in (("train", "--"), ("validation", "-")):
             values = [row[f"{split}_loss"] for row in run.rows]
-            losses.plot(
-                epochs, values, color=colour, linestyle=style, label=f"{run.label}: {split}"
-            )
+            label = None if i else split
+            losses.plot(epochs, values, color=colour, linestyle=style, label=label)
         trained = [row for row in run.rows if row["step"]]
         gaps.plot(
             [row["train_loss"] for row in trained],
@@ -160,6 +159,7 @@ def plot_curves(runs: Sequence[Run], stem: Path) -> list[Path]:
     losses.set(xlabel="epochs", ylabel="loss (nats)", ylim=(0, None))
     gaps.set(xlabel="train loss (nats), falling", ylabel="validation - train loss (nats)")
     gaps.invert_xaxis()
-    for axes in (losses, gaps):
-        axes.legend(frameon=False, fontsize="small")
+    for handle in losses.legend(frameon=False, fontsize="small").legend_handles:
+        handle.set_color("black")  # of all runs
+    gaps.legend(frameon=False, fontsize="small")
     return save_figure(figure, stem)

@@ -24,6 +24,8 @@ from ddc.training.errors import explained, unknown_key
 from ddc.training.schema import DATA, LARGEST_FLOAT, OPTIMIZERS, Config, require
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+#: The group ``experiment`` is ``run.yaml`` of each folder here.
+EXPERIMENTS = CONFIGS.parent / "experiments"
 #: No integer of a configuration is larger: torch's are not.
 LARGEST_INTEGER = 2**31 - 1
 MISFIT = "the run's configuration does not fit this version of the code"
@@ -40,6 +42,28 @@ def register_schemas() -> None:
     ):
         for name, schema in schemas.items():
             store.store(group=group, name=f"schema_{name}", node=schema)
+    for group, choices in made_choices().items():
+        for name, node in choices.items():
+            package = "_global_" if group == "experiment" else None
+            store.store(group=group, name=name, node=node, package=package)
+
+
+@functools.cache
+def made_choices() -> dict[str, dict[str, Any]]:
+    """Groups that are made here, and not of files in ``configs``: ``experiment``, of ``run.yaml``
+    in each folder of experiments, which is global and holds model, data and training only; and
+    ``gauges``, of the kinds.
+    """
+    defaults = {name: None for name, kind in KINDS.items() if kind.default}
+    return {
+        "experiment": {name: OmegaConf.load(path) for name, path in experiments().items()},
+        "gauges": {"all": defaults, "none": {}, **{kind: {kind: True} for kind in KINDS}},
+    }
+
+
+def experiments() -> dict[str, Path]:
+    """``run.yaml`` of experiments by name."""
+    return {path.parent.name: path for path in sorted(EXPERIMENTS.glob("*/run.yaml"))}
 
 
 def compose_config(overrides: Sequence[str]) -> Config:
@@ -67,9 +91,7 @@ def compose_alike(overrides: Sequence[str]) -> Config:
     try:
         parsed = OverridesParser.create().parse_overrides(spelled_out(overrides))
         choices = [
-            each
-            for each in parsed
-            if (CONFIGS / each.key_or_group).is_dir() or not sets_a_value(each)
+            each for each in parsed if choices_of(each.key_or_group) or not sets_a_value(each)
         ]
         config = copy.deepcopy(chosen(tuple(str(each.input_line) for each in choices)))
         for each in parsed:
@@ -106,8 +128,9 @@ def spelled_out(arguments: Sequence[str]) -> list[str]:
 
 
 def choices_of(group: str) -> list[str]:
-    """The choices of a group of configurations; none if there is no such group."""
-    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+    """What may be chosen of a group of configurations; nothing if there is no such group."""
+    files = (path.stem for path in (CONFIGS / group).glob("*.yaml"))
+    return sorted({*files, *made_choices().get(group, ())})
 
 
 def check_choices(arguments: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field, make_dataclass
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from omegaconf import MISSING
 
@@ -239,15 +239,28 @@ OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
 OPTIMIZERS |= {
     name: lift_schema(name, lift) for name, lift in LIFTS.items() if name not in OPTIMIZERS
 }
+#: Kinds of gauge that are in every run's identity, wanted or not: those that there were when runs
+#: got their names. Later ones are where they are wanted.
+FIRST_KINDS = tuple(KINDS)[:7]
 #: Which data a model reads.
 DATA = {"gpt": TextConfig, "vit": ImageConfig, "deep_mlp": ModularConfig}
 
 
+if TYPE_CHECKING:
+
+    class _Wanted:
+        """A field for every kind of gauge, ``bool | None``, in the order of tables."""
+
+else:
+    _Wanted = make_dataclass("_Wanted", [(kind, bool | None, False) for kind in KINDS])
+
+
 @dataclass
-class GaugesConfig:
-    """Which kinds of gauge the optimizer respects.
+class GaugesConfig(_Wanted):
+    """Which kinds of gauge the optimizer respects: a key for each of :data:`ddc.gauges.KINDS`.
 
     ``true``: the model must have the kind; ``null``: if the model has it; ``false``: not.
+    ``gauges=all`` says null for all that are on by default.
 
     Args:
         logit_shift: one vector added to all rows of the head.
@@ -263,13 +276,6 @@ class GaugesConfig:
             (:func:`ddc.gauges.in_blocks`).
     """
 
-    logit_shift: bool | None = False
-    relu_rescale: bool | None = False
-    chained_rescale: bool | None = False
-    gated_rescale: bool | None = False
-    norm_scale: bool | None = False
-    value_rotation: bool | None = False
-    qk_rotation: bool | None = False
     granularity: str = "unit"
 
     def __post_init__(self) -> None:
@@ -288,7 +294,7 @@ class GaugesConfig:
     @property
     def per_layer(self) -> bool:
         """As :func:`ddc.find_gauges` has it."""
-        return self.chained_rescale is not False
+        return "chained_rescale" in self.kinds
 
 
 @dataclass
@@ -523,7 +529,11 @@ class Config:
         values = dataclasses.asdict(self)
         del values["launcher"], values["wandb"], values["runs"], values["training"]["resume"]
         granularity = values["gauges"].pop("granularity")
-        values["gauges"] = {kind: wanted is not False for kind, wanted in values["gauges"].items()}
+        values["gauges"] = {
+            kind: wanted is not False
+            for kind, wanted in values["gauges"].items()
+            if wanted is not False or kind in FIRST_KINDS
+        }
         # keys that came later are left out where they say what had been so before: older runs keep
         # their names
         if granularity != "unit":

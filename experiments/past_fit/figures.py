@@ -8,7 +8,8 @@ from pathlib import Path
 from ddc.report.figures import nth_style, plain_log_ticks, save_figure, subplots
 from ddc.report.runs import TITLES
 from ddc.report.stages import Record
-from experiments.past_fit.records import OPTIMIZERS, median_lengths, tried, without_diverged
+from experiments.past_fit.records import median_lengths, without_diverged
+from experiments.past_fit.settings import OPTIMIZERS, SEARCH
 from experiments.past_fit.specification import CHOICES, PAPERS_RATIO, readings
 
 
@@ -47,12 +48,13 @@ def plot_curves(rows: Mapping[str, Mapping[str, Sequence[Record]]], stem: Path) 
 
 
 def plot_mechanism(rows: Mapping[str, Mapping[str, Sequence[Record]]], stem: Path) -> list[Path]:
-    """Relative length and angle of the steps, train and validation loss along training: a row a
-    rate, a line a seed.
+    """Relative length of the steps, of matrices under a block rescale and of others, train and
+    validation loss along training: a row a rate, a line a seed.
     """
     figure, axes = subplots(
         len(rows), 4, figsize=(15, 3.4 * len(rows)), sharex=True, sharey="col", squeeze=False
     )
+    axes[0][1].sharey(axes[0][0])
     for row, (title, variants) in zip(axes, rows.items(), strict=True):
         for i, (name, all_runs) in enumerate(variants.items()):
             runs = without_diverged(all_runs)
@@ -60,13 +62,13 @@ def plot_mechanism(rows: Mapping[str, Mapping[str, Sequence[Record]]], stem: Pat
                 curve = run["curve"]
                 label = None if j else f"{name} ({len(runs)} seeds)"
                 style = nth_style(i) | {"linewidth": 1, "label": label}
-                for panel, key in zip(row, ("relative", "angle"), strict=False):
-                    lengths = median_lengths(run, key)
+                for panel, in_blocks in zip(row, (True, False), strict=False):
+                    lengths = median_lengths(run, "relative", in_blocks)
                     panel.plot(curve["step"][-len(lengths) :], lengths, **style)
                 row[2].plot(curve["step"], curve["train_loss"], **style)
                 row[3].plot(curve["step"], curve["validation_loss"], **style)
-        row[0].set(ylabel=f"{title}\n|ΔW| / |W|, median of matrices", yscale="log")
-        row[1].set(ylabel="angle of a step (radians)", yscale="log")
+        row[0].set(ylabel=f"{title}\n|ΔW| / |W| of W_up and W_down, median", yscale="log")
+        row[1].set(ylabel="|ΔW| / |W| of other matrices, median", yscale="log")
         row[2].set(ylabel="train loss (nats)", yscale="log")
         row[3].set(ylabel="validation loss (nats)")
     for panel in axes[-1]:
@@ -95,7 +97,7 @@ def plot_frontier(
         "gap": "gap, last",
     }
     for i, name in enumerate(OPTIMIZERS):
-        grid = without_diverged(list(tried(records, name).values()))
+        grid = without_diverged(list(SEARCH.recorded(records, name).values()))
         best = without_diverged(chosen.get(name, []))
         for panel, (key, title) in zip(axes, keys.items(), strict=True):
             for runs, fill, label in ((grid, "none", "tried"), (best, "full", "chosen")):

@@ -1,9 +1,5 @@
 """Claim C1 far past the point of fit: where AdamW's gap is the paper's, with the author's own step
-beside ours, and what carries the effect (``make past_fit``).
-
-python -m experiments.past_fit.plan plan STAGE     # the runs of a stage, for scripts/sweep.py
-python -m experiments.past_fit.plan collect        # committed records, from runs
-python -m experiments.past_fit.plan report         # tables and figures from there
+beside ours, and what carries the effect.
 
 Written before the runs, but for pilots: AdamW at rate 0.001 and decay 0.1, seed 100, did not get
 beyond a gap of 5.76 in 6,000 steps on 8,192 bytes, and reached 5.94 within 4,000 on 4,096; and a
@@ -21,8 +17,8 @@ the end (``last_fit``), the gap where the train loss first falls to 0.5 (``equal
 best validation loss (``best``, for early stopping). A run that diverged is worse than any.
 
 *Widening.* In up to four rounds the untried neighbours of what is chosen are tried (half a decade
-along one axis), at most six an optimizer, as many for each (``settings.widened``), until every
-chosen setting has all its neighbours tried. What is at an edge then is said to be.
+along one axis), at most six an optimizer, as many for each (:class:`experiments.search.Search`),
+until every chosen setting has all its neighbours tried. What is at an edge then is said to be.
 
 *Reported.* What the questions choose after the widening, seeds 0 to 4, paired.
 
@@ -58,32 +54,17 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
 
-from ddc.report.stages import Record
-from experiments.past_fit.records import OPTIMIZERS
-from experiments.past_fit.settings import (
-    QUESTIONS,
-    Point,
-    choices,
-    first_grid,
-    setting,
-    setting_at,
-    widened,
-)
-from experiments.protocols import (
-    ROOT,
-    TUNING_SEED,
-    Experiment,
-    Plan,
-    product,
-)
+from experiments.past_fit.records import step_lengths
+from experiments.past_fit.settings import ADAMW, AUTHOR, DDCADAM, SEARCH
+from experiments.protocols import ROOT, TUNING_SEED, Experiment, Plan, product
 
 RESULTS = ROOT / "results/past_fit"
 CURVE = ("step", "epoch", "train_loss", "validation_loss")
 SEEDS, MORE_SEEDS = range(5), (1, 2)
-#: Rounds of widening, and the points that each adds to an optimizer at most.
-ROUNDS, MOST = 4, 6
 RATE, FAST, DECAY = 1e-3, 3e-3, 0.1
 FORMS = {
     "ours": "optimizer.retract=true optimizer.additive=false",
@@ -92,77 +73,32 @@ FORMS = {
 }
 
 
-@dataclass(frozen=True)
-class Stages(Experiment):
-    """An experiment all of whose stages are its own; ``{runs}`` in a setting stands for the folder
-    of the runs.
-    """
-
-    @property
-    def stages(self) -> tuple[str, ...]:
-        return tuple(self.more)
-
-    def lines(self, planned: Plan, runs: str) -> list[str]:
-        return super().lines([(each.replace("{runs}", runs), seed) for each, seed in planned], runs)
-
-
-def searched(rounds: int, runs: str | None) -> dict[str, dict[Point, Record]]:
-    """What each optimizer has tried on the tuning seed, after so many rounds of widening.
-
-    Raises:
-        ValueError: a run of them has not ended.
-    """
-    found: dict[str, dict[Point, Record]] = {name: {} for name in OPTIMIZERS}
-    points = {name: first_grid(name) for name in OPTIMIZERS}
-    for number in range(rounds + 1):
-        for name, each in points.items():
-            for point in each:
-                overrides = setting_at(name, point)
-                found[name][point] = EXPERIMENT.found(overrides, TUNING_SEED, runs)
-        if number < rounds:
-            points = widened(found, MOST)
-    return found
-
-
 def budget(runs: str | None) -> Plan:
     """The run that sets the number of steps."""
-    return [(setting("adamw", RATE, DECAY), TUNING_SEED)]
-
-
-def grid(runs: str | None) -> Plan:
-    """The first grid."""
-    settings = [setting_at(name, point) for name in OPTIMIZERS for point in first_grid(name)]
-    return product(settings, [TUNING_SEED])
-
-
-def widening(number: int, runs: str | None) -> Plan:
-    """One round of it."""
-    added = widened(searched(number - 1, runs), MOST)
-    settings = [setting_at(name, point) for name in OPTIMIZERS for point in added[name]]
-    return product(settings, [TUNING_SEED])
+    return [(SEARCH.setting(ADAMW, RATE, DECAY), TUNING_SEED)]
 
 
 def reported(runs: str | None) -> Plan:
-    """What the questions choose, each setting once."""
-    chosen = {name: choices(each) for name, each in searched(ROUNDS, runs).items()}
+    """What the questions choose, each setting once, question by question."""
     settings = [
-        setting_at(name, chosen[name][question])
-        for question, name in itertools.product(QUESTIONS, OPTIMIZERS)
-        if question in chosen[name]
+        each
+        for question in SEARCH.questions
+        for settings in SEARCH.chosen(EXPERIMENT, [question], runs).values()
+        for each in settings
     ]
     return product(dict.fromkeys(settings), SEEDS)
 
 
 def author(rate: float) -> str:
     """The author's step at the matched decay and radial rate."""
-    return f"{setting('ddcadam_paper', rate, DECAY)} optimizer.radial_rate=1"
+    return f"{SEARCH.setting(AUTHOR, rate, DECAY)} optimizer.radial_rate=1"
 
 
 def mechanism(rate: float, runs: str | None) -> Plan:
     """AdamW, DDCAdam, the author's step, and his gauges at AdamW's length of step."""
     settings = [
-        setting("adamw", rate, DECAY),
-        setting("ddcadam", rate, DECAY, 1.0),
+        SEARCH.setting(ADAMW, rate, DECAY),
+        SEARCH.setting(DDCADAM, rate, DECAY, 1.0),
         author(rate),
         f"{author(rate)} optimizer.step_scale=init",
     ]
@@ -211,30 +147,31 @@ def readings() -> list[str]:
     ]
 
 
-EXPERIMENT = Stages(
+MECHANISM = {
+    "mechanism": functools.partial(mechanism, RATE),
+    "same_lengths": functools.partial(same_lengths, RATE),
+    "mechanism_fast": functools.partial(mechanism, FAST),
+    "same_lengths_fast": functools.partial(same_lengths, FAST),
+}
+
+
+def measured(folder: Path, stages: Collection[str]) -> dict[str, Any]:
+    """The lengths of the steps of the runs of the mechanism."""
+    return {"steps": step_lengths(folder)} if {*MECHANISM} & {*stages} else {}
+
+
+EXPERIMENT: Experiment = Experiment(
     overrides="+experiment=past_fit",
     seeds=SEEDS,
-    matched=(),
-    grid={},
-    score=len,
     curve=CURVE,
     results=RESULTS,
+    measured=measured,
     more={
         "budget": budget,
-        "grid": grid,
-        "mechanism": functools.partial(mechanism, RATE),
-        "same_lengths": functools.partial(same_lengths, RATE),
-        **{f"widen_{i}": functools.partial(widening, i) for i in range(1, ROUNDS + 1)},
+        **SEARCH.stages(lambda: EXPERIMENT),
+        **MECHANISM,
         "reported": reported,
         "specification": lambda runs: product(readings(), [0]),
-        "mechanism_fast": functools.partial(mechanism, FAST),
-        "same_lengths_fast": functools.partial(same_lengths, FAST),
         "specification_more": lambda runs: product(readings(), MORE_SEEDS),
     },
 )
-
-
-if __name__ == "__main__":
-    import sys
-
-    print("\n".join(EXPERIMENT.plan_lines(sys.argv[2], "runs")))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,11 +9,10 @@ from typing import Any
 
 from ddc.report.stages import Record
 from ddc.training.records import Records
-from experiments.past_fit.settings import AXES, Point, choices, setting_at
+from experiments.past_fit.settings import ADAMW, AUTHOR, DDCADAM, OPTIMIZERS, SEARCH
 
-#: The optimizers that are tuned; the last is the step of the paper's companion.
-OPTIMIZERS = ("adamw", "ddcadam", "ddcadam_paper")
-ADAMW, DDCADAM, AUTHOR = OPTIMIZERS
+#: The matrices under the block rescale of a SwiGLU: what the paper's step moves further.
+IN_BLOCKS = ("mlp.up.weight", "mlp.down.weight")
 #: The variants of the mechanism, and how the optimizer of a run tells that it is one.
 AUTHORS_STEP, GAUGES_ALONE, LENGTH_ALONE = (
     "the paper's step",
@@ -52,11 +49,12 @@ def step_lengths(folder: Path) -> dict[str, dict[str, list[float | None]]]:
     }
 
 
-def median_lengths(record: Record, key: str) -> list[float]:
-    """The median over matrices of :func:`step_lengths`, from the first evaluation after the
-    start on.
+def median_lengths(record: Record, key: str, in_blocks: bool) -> list[float]:
+    """The median over matrices of :func:`step_lengths`, from the first evaluation after the start
+    on: of those under a block rescale (:data:`IN_BLOCKS`), or of the others.
     """
-    columns = zip(*record["steps"][key].values(), strict=True)
+    found = [v for name, v in record["steps"][key].items() if name.endswith(IN_BLOCKS) == in_blocks]
+    columns = zip(*found, strict=True)
     return [statistics.median(each for each in column if each is not None) for column in columns]
 
 
@@ -68,37 +66,13 @@ def by_seed(runs: Sequence[Record]) -> list[Record]:
     return sorted(runs, key=lambda run: run["seed"])
 
 
-@functools.cache
-def points_of(optimizer: str) -> dict[str, Point]:
-    """The points of an optimizer's lattice by their overrides."""
-    indices = itertools.product(*(range(len(axis)) for axis in AXES[optimizer].values()))
-    return {setting_at(optimizer, point): point for point in indices}
-
-
-def searched(record: Record) -> str | None:
-    """The stage of the search (grid or widening) that a record is of."""
-    stages = [stage for stage in record["stages"] if stage == "grid" or stage.startswith("widen_")]
-    return min(stages, default=None)
-
-
-def tried(records: Sequence[Record], optimizer: str) -> dict[Point, Record]:
-    """The runs of the search by point."""
-    known = points_of(optimizer)
-    return {
-        known[record["stages"][stage]]: record
-        for record in records
-        if record["config"]["optimizer"]["name"] == optimizer and (stage := searched(record))
-    }
-
-
 def chosen_runs(records: Sequence[Record], question: str) -> dict[str, list[Record]]:
     """The runs that report what a question chose, by optimizer; those that there are."""
     found = {}
     for name in OPTIMIZERS:
-        cells = tried(records, name)
-        point = choices(cells).get(question) if cells else None
+        point = SEARCH.choices(SEARCH.recorded(records, name)).get(question)
         if point is not None:
-            overrides = setting_at(name, point)
+            overrides = SEARCH.setting_at(name, point)
             runs = [each for each in records if each["stages"].get("reported") == overrides]
             if runs:
                 found[name] = by_seed(runs)

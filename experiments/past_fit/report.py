@@ -30,21 +30,16 @@ from experiments.output import Results
 from experiments.past_fit import figures, specification
 from experiments.past_fit.plan import EXPERIMENT, FAST, RATE, RESULTS
 from experiments.past_fit.records import (
-    ADAMW,
-    AUTHOR,
     AUTHORS_STEP,
-    DDCADAM,
     GAUGES_ALONE,
     LENGTH_ALONE,
-    OPTIMIZERS,
     chosen_runs,
     mechanism_runs,
     median_lengths,
-    searched,
-    tried,
     without_diverged,
 )
-from experiments.past_fit.settings import AXES, FIT, QUESTIONS, Point, choices, untried
+from experiments.past_fit.settings import ADAMW, AUTHOR, DDCADAM, FIT, OPTIMIZERS, SEARCH
+from experiments.search import Point
 
 TRAIN = Quantity("train loss, last", from_summary("train_loss"), 0)
 LAST = Quantity("validation loss, last", from_summary("validation_loss"), -1)
@@ -71,33 +66,14 @@ MECHANISM_STAGES = {
     RATE: ("mechanism", "same_lengths"),
     FAST: ("mechanism_fast", "same_lengths_fast"),
 }
+#: Lengths of steps that the table of the mechanism shows.
+MEASURED = (("relative", True), ("relative", False), ("angle", True), ("angle", False))
 SCALE = "GPT, 0.12M parameters, 4 kB of text"
 
 
 def load() -> list[Record]:
-    """The committed records, complete or not.
-
-    Raises:
-        ValueError: there are none.
-    """
-    if not EXPERIMENT.records:
-        raise ValueError(f"{RESULTS / 'runs.jsonl'} has no records: run and collect them first")
+    """The committed records, complete or not."""
     return EXPERIMENT.records
-
-
-def missing(records: Sequence[Record]) -> list[tuple[str, int, int | None]]:
-    """Stages that are not complete: name, recorded runs, planned runs (None: not planned yet)."""
-    found = []
-    for stage in EXPERIMENT.stages:
-        there = {(r["stages"][stage], r["seed"]) for r in records if stage in r["stages"]}
-        try:
-            planned = EXPERIMENT.plan(stage, None)
-        except ValueError:  # follows from runs that are missing
-            found.append((stage, len(there), None))
-            continue
-        if left := [each for each in planned if each not in there]:
-            found.append((stage, len(planned) - len(left), len(planned)))
-    return found
 
 
 def against_adamw(baseline: Sequence[Record], subject: Sequence[Record]) -> Runs:
@@ -114,7 +90,7 @@ def protocols(records: Sequence[Record]) -> dict[str, dict[str, list[Record]]]:
     variants = mechanism_runs(records, MECHANISM_STAGES[RATE])
     titles = {ADAMW: "AdamW", DDCADAM: "DDCAdam", AUTHOR: AUTHORS_STEP}
     matched = {name: variants[title] for name, title in titles.items() if title in variants}
-    return {"matched": matched, **{each: chosen_runs(records, each) for each in QUESTIONS}}
+    return {"matched": matched, **{each: chosen_runs(records, each) for each in SEARCH.questions}}
 
 
 def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Verdict]:
@@ -126,7 +102,7 @@ def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Ver
         for name in (DDCADAM, AUTHOR)
     }
     pairs = {key: against_adamw(*both) for key, both in compared.items()}
-    left = [stage for stage, *_ in missing(records)]
+    left = EXPERIMENT.missing()
     tests = [(key, quantity) for key in pairs for quantity in (GAP, EQUAL)]
     adjusted = holm([paired_p(differences(pairs[key], quantity)) for key, quantity in tests])
     p_values = dict(zip(tests, adjusted, strict=True))
@@ -141,8 +117,10 @@ def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Ver
             equal = Effect(0, enough=False)
         if seeds < TESTED_FROM:
             ends = Effect(None, enough=False)
-        at_end = [statistics.mean(map(GAP.of, each)) if each else None for each in runs.values()]
-        shown = "–" if None in at_end else f"{at_end[1]:.2f} against {at_end[0]:.2f}"
+        theirs, mine = ([run["summary"]["gap"] for run in each] for each in runs.values())
+        shown = (
+            f"{statistics.mean(mine):.2f} against {statistics.mean(theirs):.2f}" if mine else "–"
+        )
         ours = (
             f"at the end {shown}, {interval(differences(runs, GAP), '.2f')}; at train loss 0.5"
             f" {interval(differences(runs, EQUAL), '.2f')}"
@@ -163,38 +141,36 @@ def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Ver
     return found
 
 
-def against(records: Sequence[Record], protocol: str, runs: Runs, incomplete: Sequence[str]) -> str:
+def against(records: Sequence[Record], protocol: str, runs: Runs, incomplete: str) -> str:
     """What the same records hold against a verdict: runs that do not fit, edges, and a search that
     is not complete.
     """
     notes = []
-    unfit = sum(TRAIN.of(run) > 0.5 for run in runs[DDCADAM])
+    unfit = sum(run["summary"]["train_loss"] > FIT for run in runs[DDCADAM])
     if unfit:
-        notes.append(f"{unfit} of {len(runs[DDCADAM])} runs end above train loss 0.5")
-    if protocol in QUESTIONS:
+        notes.append(f"{unfit} of {len(runs[DDCADAM])} runs end above train loss {FIT:g}")
+    if protocol in SEARCH.questions:
         edges = [
             TITLES[name]
             for name in OPTIMIZERS
-            if protocol in choices(tried(records, name)) and open_sides(records, name, protocol)
+            if protocol in SEARCH.choices(SEARCH.recorded(records, name))
+            and open_sides(records, name, protocol)
         ]
         if edges:
             notes.append(f"not interior: {', '.join(edges)}")
-        if any(stage.startswith(("grid", "widen")) for stage in incomplete):
+        if any(f"{name} (" in incomplete for name in SEARCH.names):
             notes.append("the search is not complete")
     return "; ".join(notes) or "–"
 
 
 def open_sides(records: Sequence[Record], name: str, question: str) -> list[Point]:
-    """Neighbours of the chosen point that were not tried, or that the lattice does not have."""
-    cells = tried(records, name)
-    point = choices(cells)[question]
-    axes = list(AXES[name].values())
-    ends = [
-        point
-        for i, axis in zip(point, axes, strict=True)
-        if (i == 0 and axis[0] != 0) or i == len(axis) - 1
-    ]
-    return [*untried(name, [point], cells), *ends]
+    """Neighbours of the chosen point that were not tried, and itself where the lattice ends."""
+    cells = SEARCH.recorded(records, name)
+    chosen = SEARCH.choices(cells).get(question)
+    if chosen is None:
+        return []
+    beyond = [chosen] if SEARCH.is_at_an_end(name, chosen) else []
+    return [*SEARCH.untried(name, [chosen], cells), *beyond]
 
 
 def cells_of(runs: Sequence[Record], quantities: Sequence[Quantity] = QUANTITIES) -> list[str]:
@@ -213,7 +189,7 @@ def setting_title(record: Record) -> str:
     """What the grids vary, in words."""
     optimizer = record["config"]["optimizer"]
     words = f"rate {optimizer['lr']:g}, decay {optimizer['weight_decay']:g}"
-    has_radial = "radial_rate" in AXES[optimizer["name"]]
+    has_radial = "radial_rate" in SEARCH.axes[optimizer["name"]]
     return f"{words}, radial {optimizer['radial_rate']:g}" if has_radial else words
 
 
@@ -246,6 +222,11 @@ def differences_table(records: Sequence[Record]) -> str:
     return table(header, rows, left=len(header)) if rows else "No pair of runs is recorded yet."
 
 
+def number_by_seed(runs: Sequence[Record], key: str) -> dict[int, float]:
+    """A number of the summary of each run that did not diverge."""
+    return {run["seed"]: run["summary"][key] for run in without_diverged(runs)}
+
+
 def usefulness(records: Sequence[Record]) -> str:
     """Whether a run that nobody stops ends better than AdamW ends, and than AdamW stopped at its
     best: one row an optimizer.
@@ -254,11 +235,11 @@ def usefulness(records: Sequence[Record]) -> str:
     ends, stopped = unstopped.get(ADAMW, []), chosen_runs(records, "best").get(ADAMW, [])
     rows = []
     for name in (DDCADAM, AUTHOR):
-        mine = {run["seed"]: LAST.of(run) for run in without_diverged(unstopped.get(name, []))}
+        mine = number_by_seed(unstopped.get(name, []), "validation_loss")
         cells = []
-        for others, quantity in ((ends, LAST), (stopped, BEST)):
-            theirs = {run["seed"]: quantity.of(run) for run in without_diverged(others)}
-            found = [mine[s] - theirs[s] for s in sorted(mine.keys() & theirs.keys())]
+        for others, key in ((ends, "validation_loss"), (stopped, "best_validation_loss")):
+            theirs = number_by_seed(others, key)
+            found = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
             cells.append(f"{interval(found, '.3f')}, p {p_cell(paired_p(found))}")
         rows.append([TITLES[name], mean_cell(list(mine.values()), ".3f"), *cells])
     header = [
@@ -275,14 +256,14 @@ def mechanism_table(records: Sequence[Record], rate: float) -> str:
     rows = []
     for title, runs in mechanism_runs(records, MECHANISM_STAGES[rate]).items():
         there = without_diverged(runs)
-        steps, turns = (
-            [median_lengths(run, key)[-1] for run in there] for key in ("relative", "angle")
-        )
-        rows.append(
-            [title, str(len(runs)), *cells_of(runs)]
-            + [f"{statistics.mean(each):.4f}" if each else "–" for each in (steps, turns)]
-        )
-    header = ["", "seeds", *(q.title for q in QUANTITIES), "relative step", "angle"]
+        ends = [
+            statistics.mean(median_lengths(run, key, in_blocks)[-1] for run in there)
+            for key, in_blocks in MEASURED
+            if there
+        ]
+        rows.append([title, str(len(runs)), *cells_of(runs), *(f"{each:.4f}" for each in ends)])
+    measured = ["relative step of W_up, W_down", "of others", "angle of W_up, W_down", "of others"]
+    header = ["", "seeds", *(q.title for q in QUANTITIES), *measured]
     return table(header, rows) if rows else "No run of these is recorded yet."
 
 
@@ -317,11 +298,11 @@ def grid_table(records: Sequence[Record]) -> str:
     """One row a setting that was tried; bold where a question chose it."""
     rows = []
     for name in OPTIMIZERS:
-        cells = tried(records, name)
-        chosen = choices(cells) if cells else {}
+        cells = SEARCH.recorded(records, name)
+        chosen = SEARCH.choices(cells) if cells else {}
         for point, run in sorted(cells.items()):
             asked = [each for each, where in chosen.items() if where == point]
-            stage = str(searched(run))
+            stage = str(SEARCH.stage_of(run))
             mark = "**" if asked else ""
             words = f"{mark}{setting_title(run)}{mark}"
             rows.append([TITLES[name], words, stage, ", ".join(asked) or "–", *cells_of([run])])
@@ -333,23 +314,23 @@ def edges(records: Sequence[Record]) -> str:
     """Which chosen settings are interior, in words."""
     parts = []
     for name in OPTIMIZERS:
-        cells = tried(records, name)
+        cells = SEARCH.recorded(records, name)
         if not cells:
             continue
-        for question in QUESTIONS:
-            if question not in choices(cells):
+        for question in SEARCH.questions:
+            if question not in SEARCH.choices(cells):
                 parts.append(f"- {TITLES[name]}, {question}: no setting qualifies.")
             elif open_sides(records, name, question):
                 count = len(open_sides(records, name, question))
                 parts.append(f"- {TITLES[name]}, {question}: not interior, {count} sides are open.")
-    counts = ", ".join(f"{TITLES[n]} {len(tried(records, n))}" for n in OPTIMIZERS)
+    counts = ", ".join(f"{TITLES[n]} {len(SEARCH.recorded(records, n))}" for n in OPTIMIZERS)
     text = "\n".join(parts) or "Every chosen setting is interior."
     return f"Settings tried: {counts}.\n\n{text}"
 
 
 def seeds_rows(records: Sequence[Record]) -> str:
     """Every seed of what is reported and of the mechanism."""
-    rows = []
+    rows: list[list[str]] = []
 
     def add(label: str, title: str, runs: Sequence[Record]) -> None:
         rows.extend([label, title, str(run["seed"]), *cells_of([run])] for run in runs)
@@ -365,25 +346,16 @@ def seeds_rows(records: Sequence[Record]) -> str:
     return table(header, rows, left=3)
 
 
-def progress(records: Sequence[Record]) -> str:
-    """What is missing, in words; or that nothing is."""
-    left = missing(records)
-    if not left:
-        return "All planned runs are recorded."
-    words = [
-        f"{stage} ({there} of {'a number not known yet' if planned is None else planned})"
-        for stage, there, planned in left
-    ]
-    return f"**Not complete.** Stages with missing runs: {', '.join(words)}."
-
-
 def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
     """All tables."""
+    if not records:
+        return "No run is recorded yet.\n"
     claim = claims["C1b"]
     config = records[0]["config"]
     model, data, training = config["model"], config["data"], config["training"]
     hours = sum(record["seconds"] for record in records) / 3600
     diverged = sum(record["diverged"] for record in records)
+    left = EXPERIMENT.missing()
     parts = [
         (
             f"GPT with {model['layers']} layers, width {model['width']}, hidden"
@@ -392,7 +364,7 @@ def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
             f" {training['steps']:,} steps, constant rate after warm-up. Losses in nats a byte;"
             " regret is the last less the best validation loss."
         ),
-        progress(records),
+        f"**Not complete.** {left}" if left else "All planned runs are recorded.",
         "## Claim C1 where AdamW's gap is the paper's",
         verdict_table({claim.id: claim}, verdicts(records, claims)),
         rule(claim),
@@ -411,8 +383,9 @@ def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
         "## The mechanism",
         *(text for rate in (RATE, FAST) for text in mechanism_section(records, rate)),
         (
-            "Decay 0.1. *Relative step* and *angle* (radians): of the last step before the last"
-            " evaluation, median over matrices, mean over seeds."
+            "Decay 0.1. *Relative step* (its length over the matrix's) and *angle* (radians) of the"
+            " step before the last evaluation: median over the matrices under the block rescale"
+            " (W_up and W_down), and over the others; mean over seeds."
         ),
         "## Readings of the abstract",
         specification.summary(records),
@@ -441,7 +414,7 @@ def drawings(records: Sequence[Record]) -> dict[str, Drawing]:
         if (runs := mechanism_runs(records, stages))
     }
     chosen = {
-        name: [run for each in QUESTIONS for run in chosen_runs(records, each).get(name, [])]
+        name: [run for each in SEARCH.questions for run in chosen_runs(records, each).get(name, [])]
         for name in OPTIMIZERS
     }
     found = {
@@ -453,9 +426,10 @@ def drawings(records: Sequence[Record]) -> dict[str, Drawing]:
         ),
         "mechanism": Drawing(
             partial(figures.plot_mechanism, rates),
-            "Far past the point of fit: relative length and angle of the steps (median of the"
-            " matrices) and losses along training, decay 0.1. The paper's step, its gauges at"
-            " AdamW's length of step, and AdamW at the length of the paper's steps without a gauge."
+            "Far past the point of fit: relative length of the steps, of the matrices under the"
+            " block rescale and of the others, and losses along training, decay 0.1. The paper's"
+            " step, its gauges at AdamW's length of step, and AdamW at the length of the paper's"
+            " steps without a gauge."
             " A line a seed.",
         ),
         "frontier": Drawing(
@@ -472,7 +446,7 @@ def drawings(records: Sequence[Record]) -> dict[str, Drawing]:
     there = {
         "losses": curves,
         "mechanism": rates,
-        "frontier": any(map(searched, records)),
+        "frontier": any(map(SEARCH.stage_of, records)),
         "specification": any(True for _ in specification.readings(records)),
     }
     return {name: drawing for name, drawing in found.items() if there[name]}

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ddc.report.stages import Record, table
-from experiments.past_fit.records import ADAMW, chosen_runs, mechanism_runs
-from experiments.past_fit.settings import FIT
+from experiments.past_fit.records import chosen_runs, mechanism_runs
+from experiments.past_fit.settings import ADAMW, FIT
 
 #: The paper's gap of DDCAdam over that of AdamW.
 PAPERS_RATIO = 0.67 / 5.88

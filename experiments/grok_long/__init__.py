@@ -1,0 +1,1 @@
+"""Grokking under longer budgets, Muon tuned to an interior setting."""

@@ -1,0 +1,1 @@
+"""Dead-direction rates and learning coefficients."""

@@ -1,0 +1,1 @@
+"""Every architecture of transformers and timm, and random networks."""
