@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ddc.training.config import compose_alike
 
 from ddc.report.claims import load_claims
+from ddc.training.config import compose_alike
 from experiments.grok_long import report
 from experiments.grok_long.plan import (
     BUDGETS,

@@ -28,7 +28,7 @@ from ddc.report.stages import Record, commits, table
 from ddc.report.statistics import TESTED_FROM, holm, paired_p
 from experiments.output import Results
 from experiments.past_fit import figures, specification
-from experiments.past_fit.plan import EXPERIMENT, FAST, RATE, RESULTS
+from experiments.past_fit.plan import EXPERIMENT, FAST, RATE, RESULTS, SEEDS
 from experiments.past_fit.records import (
     AUTHORS_STEP,
     GAUGES_ALONE,
@@ -270,21 +270,20 @@ def mechanism_table(records: Sequence[Record], rate: float) -> str:
 def carrier(records: Sequence[Record], rate: float) -> str:
     """Which of length and gauges carries the effect on the last gap, by the rule of the plan."""
     runs = mechanism_runs(records, MECHANISM_STAGES[rate])
-    compared = [
-        without_diverged(runs.get(title, []))
+    gaps = [
+        number_by_seed(runs.get(title, []), "gap")
         for title in ("AdamW", AUTHORS_STEP, GAUGES_ALONE, LENGTH_ALONE)
     ]
-    if not all(compared):
-        return f"Rate {rate:g}: runs are missing, or all of them diverged."
-    adamw, author, gauges, length = (
-        statistics.mean(run["summary"]["gap"] for run in each) for each in compared
-    )
+    seeds = set.intersection(*({*each} for each in gaps))
+    if not seeds:
+        return f"Rate {rate:g}: runs are missing, or diverged."
+    adamw, author, gauges, length = (statistics.mean(each[s] for s in seeds) for each in gaps)
     by_length = abs(length - author) < abs(length - adamw)
     not_by_gauges = abs(gauges - adamw) < abs(gauges - author)
     words = {(True, True): "length carries the effect", (False, False): "gauges carry the effect"}
     carried = words.get((by_length, not_by_gauges), "both have a part in the effect")
     return (
-        f"Rate {rate:g}: {carried} (last gap: AdamW {adamw:.2f}, the paper's step {author:.2f}, its"
+        f"Rate {rate:g}, {len(seeds)} of {len(SEEDS)} seeds: {carried} (last gap: AdamW {adamw:.2f}, the paper's step {author:.2f}, its"
         f" lengths without gauges {length:.2f}, its gauges at AdamW's length {gauges:.2f})."
     )
 
