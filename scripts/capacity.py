@@ -34,8 +34,10 @@ from ddc.models import cross_entropy
 from ddc.report.capacity import capacity_table, plot_capacity
 from ddc.report.runs import Run
 from ddc.training.display import print_plainly
-from ddc.training.loop import Setup, evaluation_batches, measure, restore
+from ddc.training.evaluate import evaluation_batches, measure
 from ddc.training.records import provenance, write_json
+from ddc.training.run_folder import CAPACITY
+from ddc.training.setup import Setup, restore
 
 SHARES = (1.0, 0.75, 0.5, 0.25)
 
@@ -52,7 +54,7 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console()
     for folder in arguments.folders:
-        path = folder / "capacity.json"
+        path = folder / CAPACITY
         try:
             run = Run.read(folder)
             if run.summary is None:

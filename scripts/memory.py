@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import sys
 
-from ddc.training.config import compose_config
-from ddc.training.loop import load_data
+from ddc.training.compose import compose_config
 from ddc.training.memory import estimate_memory
+from ddc.training.setup import load_data
 
 
 def main() -> None:

@@ -21,8 +21,9 @@ from ddc.capacity import feed_forward_blocks, pruned_parameters, unit_statistics
 from ddc.gauges import named_parameters
 from ddc.models import GPTConfig, ViTConfig, build_model, load_model, save_model
 from ddc.training.display import print_plainly
-from ddc.training.loop import Setup, evaluation_batches, measure, restore
+from ddc.training.evaluate import evaluation_batches, measure
 from ddc.training.records import provenance
+from ddc.training.setup import Setup, restore
 
 
 def main() -> None:

@@ -33,11 +33,11 @@ from ddc.report.rates import (
 )
 from ddc.report.runs import Run
 from ddc.slt.rates import APPROACHES, read_cells
-from ddc.training.config import restored
+from ddc.training.compose import restored
 from ddc.training.display import print_plainly
-from ddc.training.loop import make_observer, prepare
 from ddc.training.observer import Observer
 from ddc.training.records import provenance, write_atomically, write_json
+from ddc.training.setup import make_observer, prepare
 
 
 def main() -> None:

@@ -25,8 +25,10 @@ from ddc.training.checkpoint import (
     step_of,
     write_checkpoint,
 )
-from ddc.training.loop import restore, train
+from ddc.training.loop import train
 from ddc.training.records import Records
+from ddc.training.run_folder import start_folder
+from ddc.training.setup import restore
 from tests.test_training import assert_same_run, run, run_folder, train_py
 
 
@@ -253,7 +255,7 @@ def test_starting_over_may_be_killed_at_any_moment(
         again = run(tmp_path / str(allowed), "training.resume=never")
         with monkeypatch.context() as patch, contextlib.suppress(Killed):
             patch.setattr(Path, "unlink", unlink_then_die)
-            loop.start_folder(again)
+            start_folder(again)
             break
         deaths += 1
         train(run(tmp_path / str(allowed)))

@@ -8,6 +8,8 @@ import dataclasses
 import itertools
 import json
 import re
+import subprocess
+import sys
 import tempfile
 import typing
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from ddc.data import ImageConfig, ModularConfig, TextConfig
 from ddc.gauges import KINDS, find_gauges
 from ddc.models import (
     MODELS,
@@ -30,12 +33,15 @@ from ddc.models import (
     load_model,
     save_model,
 )
-from ddc.training.config import DATA, OPTIMIZERS, Config, compose_config, restored
-from ddc.training.loop import prepare, restore, train
+from ddc.training.command import STOPS
+from ddc.training.compose import compose_alike, compose_config, restored
+from ddc.training.help import explanations, help_text, keys, shown
+from ddc.training.loop import train
 from ddc.training.ranks import join_ranks
+from ddc.training.schema import DATA, OPTIMIZERS, Config
+from ddc.training.setup import prepare, restore
 from experiments.refused.measure import REFUSED, page
 from tests.test_training import ROOT, composed, run, train_py
-from train import STOPS
 
 #: Values on the command line by type: right ones, and after the bar wrong ones.
 BY_TYPE: dict[Any, str] = {
@@ -481,3 +487,45 @@ def test_a_saved_model_that_was_edited_is_not_read(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-7])
     with pytest.raises(ValueError, match=r"model\.safetensors does not fit"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "schema", [*OPTIMIZERS.values(), *MODELS.values(), TextConfig, ImageConfig, ModularConfig]
+)
+def test_help_explains_every_key(schema: type) -> None:
+    fields = {field.name for field in dataclasses.fields(schema)} - {"name"}
+    assert fields <= explanations(schema).keys(), f"{schema.__name__} says nothing of some keys"
+
+
+def test_help_shows_the_keys_and_values_of_what_is_chosen() -> None:
+    overrides = ["optimizer=ddcmuon", "slt=cells", "gauges.norm_scale=false"]
+    text, found = help_text(overrides), list(keys(compose_config(overrides)))
+    for key, value, words in found:
+        assert f"{key}={shown(value)}" in text
+        assert words, f"{key} is not explained"
+    assert {"optimizer.per_head", "slt.rule.kink", "seed"} <= {key for key, _, _ in found}
+    assert "gauges.norm_scale=false" in text
+    assert "schema" not in text
+    with pytest.raises(ValueError, match=r"Unknown key training\.epochs"):
+        help_text(["training.epochs=3"])
+
+
+def test_an_experiment_needs_no_plus() -> None:
+    for compose in (compose_config, compose_alike):
+        plain, added = (
+            compose([f"{each}=grok_mlp", "seed=3"]) for each in ("experiment", "+experiment")
+        )
+        assert plain == added
+        assert plain.name == "grok_mlp"
+
+
+@pytest.mark.slow
+def test_the_command_line_helps() -> None:
+    command = [sys.executable, "train.py", "experiment=grok_mlp", "optimizer=muon"]
+    help_ = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert help_.returncode == 0, help_.stderr
+    assert "optimizer.adjust_lr_fn=original" in help_.stdout
+    assert "model.depth=24" in help_.stdout
+    wrong = subprocess.run([*command, "seed=x", "-h"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode == 1
+    assert wrong.stderr.startswith("error: Invalid seed")

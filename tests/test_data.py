@@ -1,15 +1,23 @@
 from __future__ import annotations
 
+import os
 import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
 
 from ddc.data import TextConfig, TextData, load_text
 from ddc.data import text as text_module
-from ddc.data.text import DataError
+from ddc.data.text import DataError, LearnedTokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_shakespeare_is_whole(shakespeare: TextData) -> None:
@@ -192,6 +200,31 @@ def test_the_hub_out_of_reach_says_how_to_go_on() -> None:
         load_text(config, 32)
 
 
+def test_an_unreachable_hub_is_asked_once() -> None:
+    """Its client would try again for half a minute; offline it looks into its cache alone."""
+    with socket.socket() as taken:  # bound, and not listening: connections are refused
+        taken.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "PYTHONPATH": str(ROOT)}
+        del environment["HF_HUB_OFFLINE"]
+        code = """
+from ddc.data import TextConfig, load_text
+from ddc.data.text import DataError
+for keys in ({"name": "hub", "hub_path": "a/b"}, {"tokenizer": "gpt2"}):
+    try:
+        load_text(TextConfig(**keys), 8)
+    except DataError as error:
+        print(error)
+"""
+        result = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        )
+    assert result.stderr.count(f"{endpoint} cannot be reached") == 1, result.stderr
+    set_, tokenizer = result.stdout.splitlines()
+    assert re.match(r"data.hub_path=a/b: .*Offline.*data=shakespeare", set_)
+    assert re.match(r"data.tokenizer=gpt2: .*data.tokenizer=bytes", tokenizer)
+
+
 def test_a_hub_data_set_with_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub's code path with real libraries, on files of our own: datasets reads them,
     transformers tokenizes.
@@ -209,13 +242,30 @@ def test_a_hub_data_set_with_a_tokenizer(tmp_path: Path, monkeypatch: pytest.Mon
     folder.mkdir()
     (folder / "train.txt").write_text("\n".join(lines[:150]))
     (folder / "validation.txt").write_text("\n".join(lines[150:]))
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     config = TextConfig(name="hub", hub_path=str(folder), tokenizer=str(tmp_path / "tokenizer"))
     data = load_text(config, 8)
     assert data.vocab_size <= 300
     assert len(data.train) > 2 * len(data.validation) > 100
     decoded = tokenizer.decode(data.validation[:12].tolist())
     assert decoded.startswith("the 150 little pigs")
+    file = folder / "train.txt"
+    of_file = TextConfig(name="file", path=str(file), tokenizer=str(tmp_path / "tokenizer"))
+    once = load_text(of_file, 8)
+    assert file.read_text().startswith(tokenizer.decode(once.train.tolist()))
+
+    def asked(*_: Any) -> None:
+        raise AssertionError("tokenized anew")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LearnedTokenizer, "_ids", asked)
+        for again, before in ((config, data), (of_file, once)):
+            cached = load_text(again, 8)
+            np.testing.assert_array_equal(cached.train, before.train)
+            np.testing.assert_array_equal(cached.validation, before.validation)
+        file.write_text(file.read_text() + "!")
+        with pytest.raises(AssertionError, match="tokenized anew"):
+            load_text(of_file, 8)
     with pytest.raises(DataError, match=r"data.hub_column='body': .* has the columns text"):
         load_text(TextConfig(name="hub", hub_path=str(folder), hub_column="body"), 8)
 

@@ -40,10 +40,11 @@ from ddc.optim.drift import gauge_drift
 from ddc.optim.factory import make_optimizer
 from ddc.training import loop
 from ddc.training.checkpoint import read_checkpoint
-from ddc.training.config import LauncherConfig
-from ddc.training.loop import prepare, train
+from ddc.training.loop import train
 from ddc.training.ranks import Ranks, join_ranks, leave_ranks
 from ddc.training.records import Records
+from ddc.training.schema import LauncherConfig
+from ddc.training.setup import Setup, prepare
 from experiments.equivariance.measure import random_model
 from tests.test_training import TINY, composed
 
@@ -336,7 +337,7 @@ def sigterm_after(step: int, rank: int = 0) -> Iterator[None]:
     """SIGTERM to one rank in the middle of a step."""
     original = loop.train_step
 
-    def train_step(setup: loop.Setup, at: int, *arguments: Any, **options: Any) -> float | None:
+    def train_step(setup: Setup, at: int, *arguments: Any, **options: Any) -> float | None:
         if at == step - 1 and setup.ranks.rank == rank:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(setup, at, *arguments, **options)

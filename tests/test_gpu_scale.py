@@ -8,9 +8,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from ddc.training.config import Config, resolve
-from ddc.training.loop import load_data
+from ddc.training.compose import resolve
 from ddc.training.memory import estimate_memory
+from ddc.training.schema import Config
+from ddc.training.setup import load_data
 from tests.test_training import ROOT
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ddc.report.claims import load_claims
-from ddc.training.config import compose_alike
+from ddc.training.compose import compose_alike
 from experiments.grok_long import report
 from experiments.grok_long.plan import (
     BUDGETS,

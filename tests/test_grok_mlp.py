@@ -10,7 +10,7 @@ import pytest
 from ddc.report.claims import load_claims
 from ddc.report.figures import drawn
 from ddc.report.runs import read_lines
-from ddc.training.config import compose_config
+from ddc.training.compose import compose_config
 from ddc.training.records import provenance
 from ddc.training.sweep import SweepRun
 from experiments.grok_mlp.plan import EXPERIMENT, GRID, grid

@@ -135,7 +135,7 @@ def hub_of(monkeypatch: pytest.MonkeyPatch, found: list[Image.Image]) -> None:
             {"img": datasets.Image(), "fine_label": datasets.Value("int64")}
         ),
     )
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, split: rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, name, split: rows)
 
 
 def test_sets_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,11 @@ from ddc.report.rates import by_layer, settings
 from ddc.report.runs import Run, read_lines
 from ddc.slt.rates import APPROACHES, read_cells
 from ddc.training import loop
-from ddc.training.config import Config
-from ddc.training.loop import DivergedError, train
+from ddc.training.loop import train
 from ddc.training.mirror import CELL_COLUMNS, Mirror
 from ddc.training.records import summarize
+from ddc.training.run_folder import DivergedError
+from ddc.training.schema import Config
 from ddc.training.sweep import parse_sweep
 from experiments.lm_overtrain import plan as c1_plan
 from experiments.lm_overtrain import report as c1

@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-LIBRARY = ("ddc", "ddc/capacity", "ddc/gauges", "ddc/optim", "ddc/slt")
+LIBRARY = ("ddc", "ddc/capacity", "ddc/gauges", "ddc/optim", "ddc/optim/rules", "ddc/slt")
 
 #: All of the library is imported, and its main entries are used.
 ALONE = """

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ddc.report.claims import load_claims
-from ddc.training.config import compose_alike, compose_config
+from ddc.training.compose import compose_alike, compose_config
 from experiments.past_fit import report, specification
 from experiments.past_fit.plan import EXPERIMENT, SEEDS, readings
 from experiments.past_fit.records import chosen_runs

@@ -21,7 +21,7 @@ from ddc.report.runs import Run
 from ddc.slt.config import LearningCoefficientConfig, SLTConfig
 from ddc.slt.observables import OBSERVABLES
 from ddc.training import loop
-from ddc.training.config import restored
+from ddc.training.compose import restored
 from ddc.training.loop import train
 from ddc.training.mirror import Mirror
 from ddc.training.observer import load_snapshot, reading_steps, snapshot_steps

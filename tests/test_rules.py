@@ -11,6 +11,7 @@ import pickle
 from collections.abc import Callable
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from experiments.equivariance.measure import orbit_divergence, random_model
 from tests.conftest import MODELS
 from tests.helpers import backward, make_model, relu_mlp, relu_mlp_gauges
 from tests.test_ddcmuon import mlp_divergence
+from tests.test_docs import python_blocks
 
 RULES: dict[str, Callable[..., Lift]] = {
     "lion": functools.partial(DDCLion, lr=1e-3, weight_decay=0.1),
@@ -352,6 +354,20 @@ def test_compiled_arithmetic_is_the_same_step(rule: str, monkeypatch: pytest.Mon
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def test_the_rule_that_the_documentation_writes(shakespeare: TextData) -> None:
+    """A toy, of one class for the rule and one for the lift, has all that the others have."""
+    page = Path(__file__).parents[1] / "docs/extending.md"
+    (block,) = (each for each in python_blocks(page) if "(Rule)" in each)
+    model = gpt("layer-bias-swiglu-rope-mqa", shakespeare)
+    names: dict[str, Any] = {"__name__": "snippet", "model": model}
+    exec(compile(block, str(page), "exec"), names)
+
+    def make(model: nn.Module, gauges: GaugeSet) -> Lift:
+        return names["DDCRMSProp"](model.named_parameters(), gauges, lr=3e-3)
+
+    assert orbit_divergence(model, find_gauges(model), make, shakespeare, steps=20) < 1e-9
+
+
 # --------------------------------------------------------------------------------- by configuration
 
 
@@ -370,7 +386,8 @@ def test_the_registry_makes_them() -> None:
         ("lion", {"lr": -1.0}, "Invalid lr=-1.0"),
         ("sgd", {"momentum": 1.0}, "Invalid momentum=1.0: expected a number in"),
         ("shampoo", {"eps": 0.0}, "Invalid eps=0.0: expected a number > 0"),
-        ("shampoo", {"betas": (1.0, 1.0)}, "Invalid betas"),
+        ("shampoo", {"betas": (1.0, 1.0)}, r"two numbers in \[0, 1\), or 1 for the second"),
+        ("shampoo", {"betas": (0.9,)}, r"Invalid betas=\(0.9,\): expected two numbers"),
         ("shampoo", {"vertical": "up"}, "Invalid vertical='up'"),
     ],
 )
@@ -382,7 +399,7 @@ def test_bad_hyperparameters(rule: str, options: dict, message: str) -> None:
 
 def test_schemas_have_what_the_signatures_have() -> None:
     """And refuse what the rule refuses, by the name of the key."""
-    from ddc.training.config import OPTIMIZERS
+    from ddc.training.schema import OPTIMIZERS
 
     fields = {field.name: field.default for field in dataclasses.fields(OPTIMIZERS["ddcsgd"])}
     assert fields["name"] == "ddcsgd"

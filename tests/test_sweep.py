@@ -18,10 +18,12 @@ from pathlib import Path
 import pytest
 
 from ddc.training.checkpoint import checkpoints
-from ddc.training.config import Config, compose_alike, compose_config
+from ddc.training.compose import compose_alike, compose_config
 from ddc.training.lock import BusyError, only_process_in
-from ddc.training.loop import prepare, train
+from ddc.training.loop import train
 from ddc.training.records import Records
+from ddc.training.schema import Config
+from ddc.training.setup import prepare
 from ddc.training.sweep import read_sweep, run_missing, summary
 from tests.test_training import ROOT, TINY_GROK, composed
 

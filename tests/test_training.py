@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
@@ -16,17 +17,23 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from rich.console import Console
 from torch import nn
 
 from ddc.models import GPT, GPTConfig
 from ddc.optim.factory import compiled_step
 from ddc.training import loop
 from ddc.training.checkpoint import load_checkpoint, read_checkpoint
-from ddc.training.config import Config, TrainingConfig, experiments, register_schemas, resolve
-from ddc.training.loop import DivergedError, learning_rate_factor, prepare, train
+from ddc.training.compose import experiments, register_schemas, resolve
+from ddc.training.display import Display
+from ddc.training.evaluate import learning_rate_factor
+from ddc.training.loop import train
 from ddc.training.mirror import Mirror
 from ddc.training.ranks import ALONE
 from ddc.training.records import Records, gap_at, summarize
+from ddc.training.run_folder import DivergedError
+from ddc.training.schema import Config, TrainingConfig
+from ddc.training.setup import Setup, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 register_schemas()
@@ -73,7 +80,7 @@ def composed(*overrides: str) -> Config:
         return resolve(compose("config", overrides=[*tiny, *overrides]))
 
 
-def run(tmp_path: Path, *overrides: str) -> loop.Setup:
+def run(tmp_path: Path, *overrides: str) -> Setup:
     return prepare(composed(f"runs={tmp_path}", *overrides))
 
 
@@ -327,7 +334,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert re.search(r"loss .* is (nan|inf)", (setup.folder / "diverged.json").read_text())
 
 
-def spoil_gradients(setup: loop.Setup, index: tuple[int, int], steps: range) -> None:
+def spoil_gradients(setup: Setup, index: tuple[int, int], steps: range) -> None:
     """One entry of the embedding's gradient is nan at these steps, beside a loss that is finite."""
     count = itertools.count()
 
@@ -482,13 +489,14 @@ def test_gap_at_equal_train_loss() -> None:
     assert summary["gap_at_train_loss"] == {"1.5": pytest.approx(1.0), "0.1": None}
 
 
-def test_records_survive_a_cut_line(tmp_path: Path) -> None:
+def test_records_survive_a_cut_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     records = Records(tmp_path / "records.jsonl")
     for step in range(3):
         records.append({"step": step})
     with records.path.open("a") as file:
         file.write('{"step": 3, "tr')
     assert [row["step"] for row in records.read()] == [0, 1, 2]
+    assert "records.jsonl is cut short: it is left out" in caplog.text
     records.truncate(1)
     records.append({"step": 2})
     assert records.path.read_text() == '{"step": 0}\n{"step": 1}\n{"step": 2}\n'
@@ -582,9 +590,30 @@ def test_the_command_line_ends_with_summary_and_plots(tmp_path: Path) -> None:
     assert "complete already" in again.communicate(timeout=300)[0]
 
 
+def test_a_narrow_terminal_shows_step_and_time_left_whole() -> None:
+    steps = 12_000_000
+    display = Display(steps, 0, "")
+    numbers = {"train_loss": 12.3456, "validation_loss": 12.3456, "gap": -10.5}
+    row = {"step": 0, **numbers, "validation_accuracy": 0.5}
+    display.progress.update(display.task, completed=steps // 2)
+    for value, speed in ((0.0, ""), (1234567.8, "1,234,568 tokens/s"), (0.1234, "0.123 tokens/s")):
+        display.evaluated(row, {"tokens_per_second": value})
+        for width in (80, 200):
+            console = Console(width=width, file=io.StringIO(), force_terminal=True)
+            with console.capture() as capture:
+                console.print(display.progress.make_tasks_table(display.progress.tasks))
+            (line,) = re.sub(r"\x1b\[[0-9;]*m", "", capture.get()).splitlines()
+            assert re.search(
+                r" 6000000/12000000 +(\d+:\d\d|-):(\d\d|--):(\d\d|--) train 12.346 ", line
+            )
+            assert "\u2026" not in line
+        assert line.rstrip().endswith(f"acc 0.500 {speed}".rstrip())
+
+
 @pytest.mark.slow
-def test_a_terminal_in_ascii_gets_a_table_in_ascii(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "40"}
+@pytest.mark.parametrize("locale", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C"}])
+def test_a_terminal_in_ascii_gets_a_table_in_ascii(tmp_path: Path, locale: dict[str, str]) -> None:
+    environment = os.environ | locale | {"COLUMNS": "40"}
     process = train_py("model.context=8", f"runs={tmp_path}", env=environment)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output

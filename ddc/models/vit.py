@@ -20,7 +20,9 @@ class ViTConfig(ModelConfig):
 
     Args:
         patch: pixels along the side of a patch; must divide the sides of the images.
-        layers, width, heads: as everywhere.
+        layers: blocks of attention and feed-forward.
+        width: of the residual stream.
+        heads: of a layer.
         hidden: units of a feed-forward block.
         mlp: ``relu`` and ``swiglu`` have a rescale gauge; ``gelu``, the usual one, has none.
         class_token: the head reads a token of its own, instead of the mean over patches.

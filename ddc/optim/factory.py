@@ -175,7 +175,7 @@ def make_optimizer(
     """The optimizer of this name over the model's parameters.
 
     Args:
-        name: one of ``ddc.training.config.OPTIMIZERS``.
+        name: one of ``ddc.training.schema.OPTIMIZERS``.
         model: whole or split over ranks; gauges and hidden matrices are found before it is split.
         gauges: for the optimizers that respect any.
         weight_decay: on matrices.

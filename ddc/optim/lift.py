@@ -17,6 +17,7 @@ from ddc.optim.closure import loss_of
 from ddc.optim.compiled import Arithmetic, Hyper, as_tensors
 from ddc.optim.parameters import check_has_values, is_plain, listed, names_of, names_under, prepared
 from ddc.optim.plan import make_plan
+from ddc.optim.ranges import check_ranges
 from ddc.optim.rules import Rule
 from ddc.optim.saved import (
     as_it_was_if_refused,
@@ -28,8 +29,6 @@ from ddc.optim.saved import (
 from ddc.optim.sharding import restore_
 from ddc.optim.stack import LIFT, Context, Stack
 
-VERTICAL_MODES = ("freeze", "adam", "balance")
-STEP_SCALES = ("init", "norm")
 Params = Iterable[tuple[str, Tensor]] | Iterable[Tensor] | Iterable[dict[str, Any]]
 
 
@@ -109,14 +108,8 @@ class Lift(Optimizer):
 
     def check(self, group: Mapping[str, Any]) -> None:
         """Raise ValueError for a hyperparameter out of range."""
-        for key in ("lr", "weight_decay", "radial_rate"):
-            if not float(group[key]) >= 0:
-                raise ValueError(f"Invalid {key}={group[key]}: expected a number >= 0")
+        check_ranges(group)
         self.rule.check(group)
-        for key, choices in (("vertical", VERTICAL_MODES), ("step_scale", STEP_SCALES)):
-            if group[key] not in choices:
-                expected = ", ".join(choices)
-                raise ValueError(f"Invalid {key}={group[key]!r}: expected one of {expected}")
         if group["additive"] and group["retract"]:
             raise ValueError(
                 "Invalid retract=True with additive=True: what is added is not retracted; set"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ddc.optim.parameters import (
     names_of,
     prepared,
 )
+from ddc.optim.ranges import ADJUSTMENTS, check_ranges
 from ddc.optim.saved import (
     as_it_was_if_refused,
     check_shapes,
@@ -27,26 +28,6 @@ from ddc.optim.saved import (
     saved_ids,
 )
 from ddc.optim.sharding import restore_, shards_of
-
-ADJUSTMENTS: dict[str, Callable[[int, int], float]] = {
-    "original": lambda rows, columns: max(1.0, rows / columns) ** 0.5,
-    "match_rms_adamw": lambda rows, columns: 0.2 * max(rows, columns) ** 0.5,
-}
-
-
-def check_hyperparameters(group: Mapping[str, Any]) -> None:
-    """Raise ValueError for a hyperparameter out of range."""
-    for name, high in (("lr", None), ("weight_decay", None), ("momentum", 1)):
-        value = group[name]
-        if not value >= 0 or (high is not None and value >= high):
-            raise ValueError(
-                f"Invalid {name}={value}: expected a number >= 0" + (" and < 1" if high else "")
-            )
-    for name, choices in (("adjust_lr_fn", ADJUSTMENTS), ("orthogonalizer", ORTHOGONALIZERS)):
-        if group[name] not in choices:
-            raise ValueError(
-                f"Invalid {name}={group[name]!r}: expected one of {', '.join(choices)}"
-            )
 
 
 def check_matrix(name: str, param: Tensor) -> None:
@@ -102,7 +83,7 @@ class Muon(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in ``torch.optim``; state is made at once."""
-        check_hyperparameters({**self.defaults, **param_group})
+        check_ranges({**self.defaults, **param_group})
         group = prepared(param_group, self.param_groups)
         for name, param in zip(
             names_of(group, len(self.param_groups)), group["params"], strict=True
@@ -126,7 +107,7 @@ class Muon(Optimizer):
         with as_it_was_if_refused(self):
             super().load_state_dict({**saved, "state": {}})
             for group in self.param_groups:
-                check_hyperparameters(group)
+                check_ranges(group)
             self.state.update({param: zero_state(param) for param in params})
             for param, state in zip(params, states, strict=True):
                 restore_(self.state[param]["momentum_buffer"], state["momentum_buffer"])

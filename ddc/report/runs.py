@@ -11,6 +11,9 @@ from typing import Any
 from rich.table import Table
 
 from ddc.report.figures import COLOURS, save_figure, subplots
+from ddc.training.records import read_lines as read_lines
+from ddc.training.run_folder import INFO, READINGS, RECORDS, complete_summary
+from ddc.training.run_folder import RECORD_FILES as RECORD_FILES
 
 #: How optimizers are called in tables and figures; their order is that of columns and colours.
 TITLES = {
@@ -24,15 +27,6 @@ TITLES = {
     "ddcadam_paper": "DDCAdam, the paper's step",
     "adamw_relative": "AdamW, relative steps",
 }
-#: What a run folder holds besides checkpoints and mirrors.
-RECORD_FILES = (
-    "run.json",
-    "records.jsonl",
-    "timing.jsonl",
-    "readings.jsonl",
-    "summary.json",
-    "diverged.json",
-)
 
 
 @dataclass(frozen=True)
@@ -52,15 +46,14 @@ class Run:
         Raises:
             FileNotFoundError: the folder holds no run.
         """
-        if not (folder / "run.json").exists():
-            raise FileNotFoundError(f"{folder} holds no run (no run.json)")
-        summary = folder / "summary.json"
+        if not (folder / INFO).exists():
+            raise FileNotFoundError(f"{folder} holds no run (no {INFO})")
         return cls(
             folder,
-            json.loads((folder / "run.json").read_text()),
-            read_lines(folder / "records.jsonl"),
-            read_lines(folder / "readings.jsonl"),
-            json.loads(summary.read_text()) if summary.exists() else None,
+            json.loads((folder / INFO).read_text()),
+            read_lines(folder / RECORDS),
+            read_lines(folder / READINGS),
+            complete_summary(folder),
         )
 
     @property
@@ -69,11 +62,6 @@ class Run:
         config = self.info["config"]
         name = config["optimizer"]["name"]
         return f"{TITLES.get(name, name)}, seed {config['seed']}"
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; none if there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def summary_table(runs: Sequence[Run]) -> Table:

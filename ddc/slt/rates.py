@@ -52,7 +52,8 @@ class RateRule:
     """The constants by which every cell is read or refused.
 
     Args:
-        min_checkpoints, min_decades: least size of a window, in checkpoints and in decades of t.
+        min_checkpoints: least size of a window.
+        min_decades: least size of a window, in decades of t.
         min_r2: least R² of the fit.
         min_slope: least slope; less is flat.
         kink: largest difference of the slopes of a window's halves, relative to its slope.

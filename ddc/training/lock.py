@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+
+from filelock import FileLock, Timeout
 
 #: Seconds for which a folder is asked for again: who asks whether it is held holds it for a moment.
 PATIENCE = 1.0
@@ -25,27 +24,25 @@ def only_process_in(folder: Path) -> Iterator[None]:
         BusyError: another process is in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + PATIENCE
-    with (folder / "lock").open("w") as file:
-        while not taken(file):
-            if time.monotonic() > end:
-                raise BusyError(f"another process is at work in {folder}; wait for it, or end it")
-            time.sleep(0.02)
+    lock = FileLock(folder / "lock", timeout=PATIENCE, poll_interval=0.02)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise BusyError(
+            f"another process is at work in {folder}; wait for it, or end it"
+        ) from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def is_held(folder: Path) -> bool:
     """Whether a process is at work in a folder."""
     if not (folder / "lock").exists():
         return False
-    with (folder / "lock").open("w") as file:
-        return not taken(file)
-
-
-def taken(file: TextIO) -> bool:
-    """Take the lock on a file, and hold it until the file is closed; False if another has it."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+        with FileLock(folder / "lock", timeout=0):
+            return False
+    except Timeout:
+        return True

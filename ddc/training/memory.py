@@ -11,8 +11,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from ddc.data import Data
 from ddc.models import build_model, cross_entropy
-from ddc.training.config import Config, LiftConfig
-from ddc.training.loop import configured_gauges, configured_hidden, configured_optimizer
+from ddc.training.schema import Config, LiftConfig
+from ddc.training.setup import configured_gauges, configured_hidden, configured_optimizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 from ddc.report.rates import by_layer, counts, describe
 from ddc.slt.observables import OBSERVABLES
 from ddc.slt.rates import APPROACHES, Cell, read_cells
-from ddc.training.config import Config
 from ddc.training.records import commit
+from ddc.training.schema import Config
 
 log = logging.getLogger(__name__)
 #: Columns of the table of cells: keys of :meth:`ddc.slt.rates.Cell.record`.

@@ -16,11 +16,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from ddc.training.config import LauncherConfig
+from ddc.training.schema import LauncherConfig
 
 T = TypeVar("T")
 
@@ -98,6 +96,10 @@ class Ranks:
             case "ddp":
                 return DistributedDataParallel(model)
             case "fsdp":
+                # takes a second to import, which a run by one process would wait for
+                from torch.distributed.device_mesh import init_device_mesh
+                from torch.distributed.fsdp import fully_shard
+
                 mesh = init_device_mesh(device.type, (self.size,))
                 for layers in model.children():
                     if isinstance(layers, nn.ModuleList | nn.Sequential):

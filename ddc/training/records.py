@@ -1,21 +1,5 @@
-"""What a run leaves on disk. The local records are the truth; everything else mirrors or reads
-them.
-
-A run folder holds
-
-- ``run.json``: configuration, seed, commit, versions, machine, data source, gauges found and
-  refused;
-- ``records.jsonl``: one row an evaluation, nothing in it that depends on the machine's speed, so
-  that an interrupted and resumed run ends with the same bytes as an unbroken one. ``gauge_audit``
-  and ``matrix_step`` (of each matrix, :func:`ddc.optim.relative_step.relative_steps`) are those of
-  the step before;
-- ``timing.jsonl``: seconds and tokens per second at the same steps, and the seconds that readings
-  took of them;
-- ``readings.jsonl``: one row a reading of singular structure (:mod:`ddc.slt`), where there are any;
-- ``snapshots/``: the weights at each reading;
-- ``checkpoint-STEP-SHA256.pt``: the last checkpoint, and the one before;
-- ``summary.json``: written when the run is complete, and the mark that it is;
-- ``diverged.json``: instead of a summary, where the loss became infinite or undefined.
+"""What a run leaves on disk: rows, provenance, summary. The local records are the truth; everything
+else mirrors or reads them (:mod:`ddc.training.run_folder`).
 """
 
 from __future__ import annotations
@@ -23,6 +7,7 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -30,8 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+log = logging.getLogger(__name__)
 PACKAGES = (
     *(
         "torch",
@@ -67,6 +51,20 @@ def write_json(path: Path, value: object) -> None:
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
+def read_lines(path: Path) -> list[Row]:
+    """The rows of a file of JSON lines; none if there is no such file.
+
+    A last line that was cut short, by a kill or a full disk, is left out with a warning.
+    """
+    if not path.exists():
+        return []
+    *lines, last = path.read_text().split("\n")
+    rows = [json.loads(line) for line in lines]
+    if last:  # what is whole ends with a line break
+        log.warning("the last line of %s is cut short: it is left out", path)
+    return rows
+
+
 class Records:
     """Append-only JSON lines, one row a step number."""
 
@@ -74,11 +72,8 @@ class Records:
         self.path = path
 
     def read(self) -> list[Row]:
-        """All rows; a last line that a kill cut short is left out."""
-        if not self.path.exists():
-            return []
-        lines = self.path.read_text().split("\n")
-        return [json.loads(line) for line in lines[:-1]]
+        """All rows, as :func:`read_lines` has them."""
+        return read_lines(self.path)
 
     def append(self, row: Row) -> None:
         with self.path.open("a") as file:
@@ -102,6 +97,8 @@ def provenance() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    import torch  # tables are read without
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "commit": commit(),

@@ -22,17 +22,17 @@ from pathlib import Path
 from joblib import Parallel, delayed
 from rich.progress import Progress
 
-from ddc.training.checkpoint import checkpoints
-from ddc.training.config import Config, compose_alike
-from ddc.training.lock import is_held
+from ddc.training.command import draw, run_config
+from ddc.training.compose import compose_alike
+from ddc.training.run_folder import OUTPUT, STATES, state_of
+from ddc.training.schema import Config
 
 ROOT = Path(__file__).resolve().parents[2]
-#: What a run may be. A failed one has ended without a checkpoint; its output says why.
-STATES = ("complete", "diverged", "running", "unfinished", "failed", "missing")
 #: What ``train.py`` needs and torch imports late: seconds, once a sweep instead of once a run.
 IMPORTS = [
     "ddc.report.rates",
     "ddc.report.runs",
+    "ddc.training.command",
     "ddc.training.loop",
     "ddc.training.sweep",
     "torch._dynamo",
@@ -49,15 +49,8 @@ class SweepRun:
 
     @property
     def state(self) -> str:
-        """One of :data:`STATES`, by what is in the folder."""
-        for state, mark in (("complete", "summary.json"), ("diverged", "diverged.json")):
-            if (self.folder / mark).exists():
-                return state
-        if is_held(self.folder):
-            return "running"
-        if checkpoints(self.folder):
-            return "unfinished"
-        return "failed" if (self.folder / "output.log").exists() else "missing"
+        """One of :data:`ddc.training.run_folder.STATES`."""
+        return state_of(self.folder)
 
     @property
     def ended(self) -> bool:
@@ -154,13 +147,10 @@ def in_own_process(run: SweepRun) -> None:
     """What ``train.py`` does, but for the table and the figures that it shows."""
     os.chdir(ROOT)
     run.folder.mkdir(parents=True, exist_ok=True)
-    with (run.folder / "output.log").open("a") as log:
+    with (run.folder / OUTPUT).open("a") as log:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(log.fileno(), stream.fileno())
-    sys.path.insert(0, str(ROOT))
-    import train
-
-    train.run(run.config, train.draw)
+    run_config(run.config, draw)
 
 
 def summary(runs: list[SweepRun]) -> str:

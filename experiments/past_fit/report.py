@@ -283,8 +283,9 @@ def carrier(records: Sequence[Record], rate: float) -> str:
     words = {(True, True): "length carries the effect", (False, False): "gauges carry the effect"}
     carried = words.get((by_length, not_by_gauges), "both have a part in the effect")
     return (
-        f"Rate {rate:g}, {len(seeds)} of {len(SEEDS)} seeds: {carried} (last gap: AdamW {adamw:.2f}, the paper's step {author:.2f}, its"
-        f" lengths without gauges {length:.2f}, its gauges at AdamW's length {gauges:.2f})."
+        f"Rate {rate:g}, {len(seeds)} of {len(SEEDS)} seeds: {carried} (last gap: AdamW"
+        f" {adamw:.2f}, the paper's step {author:.2f}, its lengths without gauges {length:.2f}, its"
+        f" gauges at AdamW's length {gauges:.2f})."
     )
 
 

@@ -6,9 +6,9 @@ import argparse
 import shlex
 from collections.abc import Sequence
 
-from ddc.training.config import compose_config
-from ddc.training.loop import prepare
+from ddc.training.compose import compose_config
 from ddc.training.records import write_atomically
+from ddc.training.setup import prepare
 from experiments.protocols import ROOT
 
 GPT, VIT, MLP = "model=gpt", "model=vit data=mnist_5k", "model=deep_mlp data=modular"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddc.optim.compiled import Hyper, Number, approach_, per_layer
-from ddc.optim.rules.base import Direction, Moments, Rule, Subject, check_fractions
+from ddc.optim.rules.base import Direction, Moments, Rule, Subject, check_betas
 
 
 class Bias(NamedTuple):
@@ -74,10 +74,3 @@ class Adam(Rule):
         if averaging is None:
             return Direction(torch.div(exp_avg, denominator, out=denominator), ratio)
         return Direction(averaging.divide(exp_avg, denominator), ratio)
-
-
-def check_betas(betas: Any) -> None:
-    """Raise ValueError unless these are two numbers in [0, 1)."""
-    if len(betas) != 2:
-        raise ValueError(f"Invalid betas={betas}: expected two numbers in [0, 1)")
-    check_fractions("betas", betas, betas)

@@ -91,8 +91,8 @@ class Rule(ABC):
     def direction(
         self, x: Tensor, moments: Moments, clock: Any, hyper: Hyper, of: Subject
     ) -> Direction:
-        """Take x, (L, *shape), into the moments in place, and return the direction; x may be used
-        up.
+        """Take x, of shape ``(L, *shape)``, into the moments in place, and return the direction; x
+        may be used up.
         """
 
     def of_numbers(self, x: Tensor, moments: Moments, clock: Any, hyper: Hyper) -> Direction:
@@ -118,8 +118,11 @@ class Numbers:
 NUMBERS = Numbers()
 
 
-def check_fractions(name: str, values: tuple[Number, ...], shown: object) -> None:
-    """Raise ValueError unless all of a hyperparameter's values are in [0, 1)."""
-    if not all(0 <= value < 1 for value in values):
-        expected = "two numbers" if isinstance(shown, tuple | list) else "a number"
-        raise ValueError(f"Invalid {name}={shown}: expected {expected} in [0, 1)")
+def check_betas(betas: Any, sums: bool = False) -> None:
+    """Raise ValueError unless these are two numbers in [0, 1); with ``sums`` the second may be
+    1.
+    """
+    valid = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+    if not valid and not (sums and len(betas) == 2 and 0 <= betas[0] < 1 == betas[1]):
+        but = ", or 1 for the second" if sums else ""
+        raise ValueError(f"Invalid betas={betas}: expected two numbers in [0, 1){but}")

@@ -11,8 +11,7 @@ from torch import Tensor
 from ddc.gauges import Gauge
 from ddc.optim.compiled import Hyper, approach_
 from ddc.optim.lift import Lift, LiftOptions, Params
-from ddc.optim.rules.adam import check_betas
-from ddc.optim.rules.base import Direction, Moments, Rule, Subject
+from ddc.optim.rules.base import Direction, Moments, Rule, Subject, check_betas
 
 
 class Lion(Rule):

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ddc.optim.compiled import Hyper, approach_, safe_power
 from ddc.optim.orthogonal import ORTHOGONALIZERS
-from ddc.optim.rules.base import Direction, Moments, Rule, Subject, check_fractions
+from ddc.optim.ranges import check_ranges
+from ddc.optim.rules.base import Direction, Moments, Rule, Subject
 
 
 class Orthogonaliser(Rule):
@@ -27,12 +28,7 @@ class Orthogonaliser(Rule):
     moments = ("momentum_buffer",)
 
     def check(self, group: Mapping[str, Any]) -> None:
-        check_fractions("momentum", (group["momentum"],), group["momentum"])
-        if group["orthogonalizer"] not in ORTHOGONALIZERS:
-            raise ValueError(
-                f"Invalid orthogonalizer={group['orthogonalizer']!r}: expected one of"
-                f" {', '.join(ORTHOGONALIZERS)}"
-            )
+        check_ranges(group)
 
     def direction(
         self, x: Tensor, moments: Moments, clock: None, hyper: Hyper, of: Subject

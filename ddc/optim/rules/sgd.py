@@ -10,7 +10,8 @@ from torch import Tensor
 from ddc.gauges import Gauge
 from ddc.optim.compiled import Hyper
 from ddc.optim.lift import Lift, LiftOptions, Params
-from ddc.optim.rules.base import Direction, Moments, Rule, Subject, check_fractions
+from ddc.optim.ranges import check_ranges
+from ddc.optim.rules.base import Direction, Moments, Rule, Subject
 
 
 class SGD(Rule):
@@ -25,7 +26,7 @@ class SGD(Rule):
     moments = ("momentum_buffer",)
 
     def check(self, group: Mapping[str, Any]) -> None:
-        check_fractions("momentum", (group["momentum"],), group["momentum"])
+        check_ranges(group)
 
     def direction(
         self, x: Tensor, moments: Moments, clock: None, hyper: Hyper, of: Subject

@@ -11,7 +11,7 @@ from torch import Tensor
 from ddc.gauges import Gauge
 from ddc.optim.compiled import Hyper, approach_, per_layer
 from ddc.optim.lift import Lift, LiftOptions, Params
-from ddc.optim.rules.base import Direction, Moments, Rule, Subject, check_fractions
+from ddc.optim.rules.base import Direction, Moments, Rule, Subject, check_betas
 
 #: An axis of more indices is preconditioned by a multiple of the identity.
 LARGEST = 2048
@@ -36,8 +36,7 @@ class Shampoo(Rule):
     compilable = False  # eigenvalues are not
 
     def check(self, group: Mapping[str, Any]) -> None:
-        first, second = group["betas"]
-        check_fractions("betas", (first, *([] if second == 1 else [second])), group["betas"])
+        check_betas(group["betas"], sums=True)
         if not group["eps"] > 0:
             raise ValueError(f"Invalid eps={group['eps']}: expected a number > 0")
 

@@ -2,44 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import functools
 import hashlib
 import inspect
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field, make_dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
-from hydra.errors import ConfigCompositionException, HydraException
-from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
 
 from ddc.data import DataConfig, ImageConfig, ModularConfig, TextConfig
 from ddc.gauges import KINDS
 from ddc.gauges.granularity import GRANULARITIES
-from ddc.models import MODELS, GPTConfig, ModelConfig
+from ddc.models import GPTConfig, ModelConfig
 from ddc.optim.factory import LIFTS
-from ddc.optim.lift import STEP_SCALES, VERTICAL_MODES, Lift
-from ddc.optim.muon import ADJUSTMENTS
-from ddc.optim.orthogonal import ORTHOGONALIZERS
+from ddc.optim.lift import Lift
+from ddc.optim.ranges import expected
+from ddc.optim.rules import Adam, Rule
 from ddc.slt.config import SLTConfig
-from ddc.training.errors import WHO_READS_WHAT, explained, unknown_key
+from ddc.training.errors import WHO_READS_WHAT
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-#: The group ``experiment`` is ``run.yaml`` of each folder here.
-EXPERIMENTS = CONFIGS.parent / "experiments"
-#: No number of a configuration is larger: products of two of them are finite in float32, integers
-#: are torch's.
-LARGEST_FLOAT, LARGEST_INTEGER = 1e15, 2**31 - 1
-MISFIT = "the run's configuration does not fit this version of the code"
+#: No number of a configuration is larger: products of two of them are finite in float32.
+LARGEST_FLOAT = 1e15
 SCHEDULES = ("constant", "cosine", "wsd")
 PRECISIONS = ("float32", "bfloat16", "float16")
 PARALLEL = ("ddp", "fsdp")
@@ -48,8 +34,11 @@ WANDB_MODES = ("auto", "offline", "online", "disabled")
 
 @dataclass
 class OptimizerConfig:
-    """What all optimizers share. Weight decay is decoupled and applies to matrices, not to
-    vectors.
+    """What all optimizers share.
+
+    Args:
+        lr: learning rate, at its peak.
+        weight_decay: decoupled; of matrices, not of vectors.
     """
 
     name: str = MISSING
@@ -64,24 +53,35 @@ class OptimizerConfig:
             self.name == own,
             f"{own}; optimizer=NAME chooses another optimizer",
         )
-        require("optimizer.lr", self.lr, self.lr > 0, "a positive number")
-        require(
-            "optimizer.weight_decay", self.weight_decay, self.weight_decay >= 0, "a number >= 0"
-        )
+        for key, value in vars(self).items():
+            if key in ("lr", "adam_lr"):  # a schedule may bring them to 0, but none begins there
+                require(f"optimizer.{key}", value, value > 0, "a positive number")
+            wanted = expected(key, value)
+            require(f"optimizer.{key}", value, wanted is None, wanted or "")
+
+    def check_by(self, rule: Rule) -> None:
+        """Raise ValueError, with the key, for what a rule does not take."""
+        try:
+            rule.check(vars(self))
+        except ValueError as error:
+            raise ValueError(str(error).replace("Invalid ", "Invalid optimizer.", 1)) from None
 
 
 @dataclass
 class AdamConfig(OptimizerConfig):
-    """Adam's hyperparameters, of all that has Adam in it."""
+    """Adam's hyperparameters, of all that has Adam in it.
+
+    Args:
+        betas: Adam's.
+        eps: Adam's.
+    """
 
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require("optimizer.eps", self.eps, self.eps >= 0, "a number >= 0")
-        valid = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
-        require("optimizer.betas", self.betas, valid, "two numbers in [0, 1)")
+        self.check_by(Adam())
 
 
 @dataclass
@@ -96,9 +96,11 @@ class RelativeAdamWConfig(AdamConfig):
     """:class:`ddc.optim.relative_step.RelativeAdamW`: AdamW whose steps of matrices have a given
     length.
 
-    ``lr`` is ``|ΔW| / |W|`` of every matrix, ``adam_lr`` AdamW's rate for vectors. With
-    ``steps_of``, the folder of a run, a matrix takes ``lr`` times the length that its steps have in
-    the records of that run: their median.
+    Args:
+        lr: ``|ΔW| / |W|`` of every matrix.
+        adam_lr: AdamW's rate, for vectors.
+        steps_of: the folder of a run; a matrix then takes ``lr`` times the length that its steps
+            have in the records of that run: their median.
     """
 
     name: str = "adamw_relative"
@@ -106,15 +108,19 @@ class RelativeAdamWConfig(AdamConfig):
     adam_lr: float = 1e-3
     steps_of: str | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require("optimizer.adam_lr", self.adam_lr, self.adam_lr > 0, "a positive number")
-
 
 @dataclass
 class LiftConfig(OptimizerConfig):
-    """What all lifts share; :class:`ddc.DDCAdam` documents the keys. ``compiled=null``: on a CPU,
-    from five million parameters on.
+    """What all lifts share; :class:`ddc.DDCAdam` says more of the keys.
+
+    Args:
+        radial_rate: the rate of norms, relative to that of directions; 0 freezes norms.
+        vertical: the gauge coordinate: ``freeze`` leaves it, ``adam`` steps on its gradient,
+            ``balance`` relaxes it to 0.
+        step_scale: of directions: ``init``, √fan_in · rms(W), or ``norm``, the paper's.
+        retract: keep norms under the step of directions.
+        additive: the order of the paper's companion: decay, then the exponential on W alone.
+        compiled: compile the step; null: on a CPU, from five million parameters on.
     """
 
     radial_rate: float = 1.0
@@ -126,9 +132,6 @@ class LiftConfig(OptimizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require("optimizer.radial_rate", self.radial_rate, self.radial_rate >= 0, "a number >= 0")
-        require_one_of("optimizer.vertical", self.vertical, VERTICAL_MODES)
-        require_one_of("optimizer.step_scale", self.step_scale, STEP_SCALES)
         if self.additive and self.retract:
             raise ValueError(
                 "Invalid optimizer.retract=true with optimizer.additive=true: set one of them to"
@@ -161,9 +164,17 @@ class DDCAdamPaperConfig(DDCAdamConfig):
 class MuonConfig(AdamConfig):
     """Muon for hidden matrices, ``torch.optim.AdamW`` for the rest.
 
-    ``lr`` and ``momentum`` are Muon's, ``adam_lr``, ``betas`` and ``eps`` AdamW's. ``adjust_lr_fn``
-    is the scale of an update: ``original`` (√max(1, rows/columns)) or ``match_rms_adamw`` (0.2
-    √max(rows, columns), Moonlight's). :class:`ddc.optim.muon.Muon` documents all keys.
+    :class:`ddc.optim.muon.Muon` says more of the keys.
+
+    Args:
+        lr: Muon's.
+        adam_lr: AdamW's.
+        betas, eps: AdamW's.
+        momentum: Muon's.
+        nesterov: look ahead by the momentum.
+        adjust_lr_fn: the scale of an update: ``original`` (√max(1, rows/columns)) or
+            ``match_rms_adamw`` (0.2 √max(rows, columns), Moonlight's).
+        orthogonalizer: ``newton_schulz``, ``newton_schulz_bfloat16`` or ``polar`` (exact).
     """
 
     name: str = "muon"
@@ -174,18 +185,18 @@ class MuonConfig(AdamConfig):
     adjust_lr_fn: str = "original"
     orthogonalizer: str = "newton_schulz"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require("optimizer.adam_lr", self.adam_lr, self.adam_lr > 0, "a positive number")
-        require("optimizer.momentum", self.momentum, 0 <= self.momentum < 1, "a number in [0, 1)")
-        require_one_of("optimizer.adjust_lr_fn", self.adjust_lr_fn, ADJUSTMENTS)
-        require_one_of("optimizer.orthogonalizer", self.orthogonalizer, ORTHOGONALIZERS)
-
 
 @dataclass
 class DDCMuonConfig(DDCAdamConfig):
-    """:class:`ddc.DDCMuon`, which documents the keys; ``per_head`` is of
-    :func:`ddc.hidden_matrices`.
+    """:class:`ddc.DDCMuon`, which says more of the keys.
+
+    Args:
+        lr: the angle in radians by which a hidden matrix turns in a step.
+        adam_lr: DDCAdam's, for all else.
+        momentum: of hidden matrices.
+        nesterov: look ahead by the momentum.
+        orthogonalizer: ``newton_schulz``, ``newton_schulz_bfloat16`` or ``polar`` (exact).
+        per_head: attention matrices head by head, as :func:`ddc.hidden_matrices` has them.
     """
 
     name: str = "ddcmuon"
@@ -195,12 +206,6 @@ class DDCMuonConfig(DDCAdamConfig):
     nesterov: bool = True
     orthogonalizer: str = "newton_schulz"
     per_head: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require("optimizer.adam_lr", self.adam_lr, self.adam_lr > 0, "a positive number")
-        require("optimizer.momentum", self.momentum, 0 <= self.momentum < 1, "a number in [0, 1)")
-        require_one_of("optimizer.orthogonalizer", self.orthogonalizer, ORTHOGONALIZERS)
 
 
 def lift_schema(name: str, lift: type[Lift]) -> type[LiftConfig]:
@@ -216,10 +221,7 @@ def lift_schema(name: str, lift: type[Lift]) -> type[LiftConfig]:
 
     def check(self: LiftConfig) -> None:
         LiftConfig.__post_init__(self)
-        try:
-            lift.rule.check(vars(self))
-        except ValueError as error:
-            raise ValueError(str(error).replace("Invalid ", "Invalid optimizer.", 1)) from None
+        self.check_by(lift.rule)
 
     about = {"__post_init__": check, "__doc__": lift.__doc__, "__module__": __name__}
     fields: list[Any] = [("name", str, field(default=name)), *own]
@@ -258,11 +260,20 @@ class GaugesConfig(_Wanted):
     """Which kinds of gauge the optimizer respects: a key for each of :data:`ddc.gauges.KINDS`.
 
     ``true``: the model must have the kind; ``null``: if the model has it; ``false``: not.
-    ``gauges=all`` says null for all that are on by default. ``chained_rescale`` is ``relu_rescale``
-    layer by layer instead of neuron by neuron: one of the two.
+    ``gauges=all`` says null for all that are on by default.
 
-    ``granularity`` is that of ReLU and gated rescales: ``unit``, a scale for each hidden unit, or
-    ``block``, one for a pair of matrices, or for a layer of a chain (:func:`ddc.gauges.in_blocks`).
+    Args:
+        logit_shift: one vector added to all rows of the head.
+        relu_rescale: of each ReLU unit, in against out.
+        chained_rescale: ``relu_rescale`` layer by layer instead of neuron by neuron: one of the
+            two.
+        gated_rescale: of each unit of a gated block, value against out.
+        norm_scale: the scale of a norm against the matrices that read it.
+        value_rotation: of the values of a head, against its output.
+        qk_rotation: of queries and keys of a head alike.
+        granularity: of ReLU and gated rescales: ``unit``, a scale for each hidden unit, or
+            ``block``, one for a pair of matrices, or for a layer of a chain
+            (:func:`ddc.gauges.in_blocks`).
     """
 
     granularity: str = "unit"
@@ -292,11 +303,13 @@ class TrainingConfig:
 
     Args:
         steps: optimizer steps.
-        batch_size: sequences, images or pairs a step, null for all training pairs; with
-            ``accumulation`` > 1, taken in so many equal parts.
-        schedule: of the learning rate, after a linear warm-up over ``warmup`` of the steps:
-            ``constant``, ``cosine``, or ``wsd`` (constant, then linear over the last ``decay`` of
-            the steps). Both of the latter end at ``final_lr`` times the peak.
+        batch_size: sequences, images or pairs a step, null for all training pairs.
+        accumulation: equal parts in which a batch is taken.
+        schedule: of the learning rate, after a linear warm-up: ``constant``, ``cosine``, or ``wsd``
+            (constant, then linear).
+        warmup: share of the steps.
+        decay: share of the steps, the last, in which ``wsd`` falls.
+        final_lr: at which ``cosine`` and ``wsd`` end, relative to the peak.
         max_grad_norm: clip to this norm (for DDCAdam the gauge-invariant one); null for none.
         evaluations: how many, evenly spread over the steps, besides the one before the first step.
             Each is followed by a checkpoint.
@@ -430,8 +443,9 @@ class WandbConfig:
     Args:
         mode: ``offline`` writes to the run's folder, for ``wandb sync``; ``auto`` is online where a
             key is configured and offline where none is.
-        project, entity: where the runs go.
-        group: of runs: the experiment; null: ``name``.
+        project: where the runs go.
+        entity: whose project it is; null for one's own.
+        group: of runs: the experiment; null for ``name``.
         job_type: what the run is for: the stage of the experiment.
         tags: claims and protocol.
     """
@@ -460,8 +474,12 @@ class WandbConfig:
 
 @dataclass
 class Config:
-    """One run. ``name`` groups the runs of an experiment, ``runs`` is the folder for all of
-    them.
+    """One run.
+
+    Args:
+        name: of the experiment, for the folder of its runs.
+        seed: of weights, of the order of the data, and of what is drawn in training.
+        runs: folder of all runs; a run's own is RUNS/NAME/OPTIMIZER-seedSEED-HASH.
     """
 
     model: ModelConfig = MISSING
@@ -546,192 +564,3 @@ def require_one_of(key: str, value: str, choices: Collection[str]) -> None:
     them.
     """
     require(key, value, value in choices, f"one of {', '.join(choices)}")
-
-
-def register_schemas() -> None:
-    """Make the typed schemas known to Hydra, so that unknown keys and wrong types are errors."""
-    store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
-    for group, schemas in (
-        ("optimizer", OPTIMIZERS),
-        ("model", MODELS),
-        ("data", {"text": TextConfig, "images": ImageConfig, "modular": ModularConfig}),
-    ):
-        for name, schema in schemas.items():
-            store.store(group=group, name=f"schema_{name}", node=schema)
-    for group, choices in made_choices().items():
-        for name, node in choices.items():
-            package = "_global_" if group == "experiment" else None
-            store.store(group=group, name=name, node=node, package=package)
-
-
-@functools.cache
-def made_choices() -> dict[str, dict[str, Any]]:
-    """Groups that are made here, and not of files in ``configs``: ``experiment``, of ``run.yaml``
-    in each folder of experiments, which is global and holds model, data and training only; and
-    ``gauges``, of the kinds.
-    """
-    defaults = {name: None for name, kind in KINDS.items() if kind.default}
-    return {
-        "experiment": {name: OmegaConf.load(path) for name, path in experiments().items()},
-        "gauges": {"all": defaults, "none": {}, **{kind: {kind: True} for kind in KINDS}},
-    }
-
-
-def experiments() -> dict[str, Path]:
-    """``run.yaml`` of experiments by name."""
-    return {path.parent.name: path for path in sorted(EXPERIMENTS.glob("*/run.yaml"))}
-
-
-def choices_of(group: str) -> list[str]:
-    """What may be chosen of a group of configurations; nothing if there is no such group."""
-    files = (path.stem for path in (CONFIGS / group).glob("*.yaml"))
-    return sorted({*files, *made_choices().get(group, ())})
-
-
-def compose_config(overrides: Sequence[str]) -> Config:
-    """The configuration that ``train.py`` makes of these overrides.
-
-    Raises:
-        ValueError: an override that cannot be, in itself or beside the others; the message names
-            the key.
-    """
-    register_schemas()
-    try:
-        check_choices(overrides)
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            composed = compose("config", overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(explained(error)) from error
-    return resolve(composed)
-
-
-def compose_alike(overrides: Sequence[str]) -> Config:
-    """As :func:`compose_config`, faster for many that differ in values: equal choices of groups are
-    composed once.
-    """
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-        choices = [
-            each for each in parsed if choices_of(each.key_or_group) or not sets_a_value(each)
-        ]
-        config = copy.deepcopy(chosen(tuple(str(each.input_line) for each in choices)))
-        for each in parsed:
-            if each not in choices:
-                OmegaConf.update(config, each.key_or_group, each.value())
-        return resolve(config)
-    except (HydraException, OmegaConfBaseException, ValueError):
-        return compose_config(overrides)  # which says what is wrong
-
-
-def sets_a_value(override: Override) -> bool:
-    """Whether an override is KEY=VALUE, and neither adds, deletes, sweeps nor moves anything."""
-    return (
-        override.type is OverrideType.CHANGE
-        and override.package is None
-        and not override.is_sweep_override()
-    )
-
-
-@functools.cache
-def chosen(choices: tuple[str, ...]) -> DictConfig:
-    """What Hydra composes of these choices."""
-    register_schemas()
-    check_choices(choices)
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("config", overrides=list(choices))
-
-
-def check_choices(arguments: Sequence[str]) -> None:
-    """What Hydra does not say in its own words: that ``slt=false`` is no choice of the group slt.
-
-    Args:
-        arguments: of the command line; flags are left out.
-
-    Raises:
-        HydraException: an override that cannot be read, or a group that is given a number, a
-            boolean or null.
-    """
-    overrides = [each for each in arguments if "=" in each and not each.startswith("-")]
-    for override in OverridesParser.create().parse_overrides(overrides):
-        group, value = override.key_or_group, override.value()
-        choices = choices_of(group)
-        if choices and (value is None or isinstance(value, int | float)):
-            written = override.get_value_string()
-            raise ConfigCompositionException(
-                f"Invalid {group}={written}: expected one of {', '.join(choices)}"
-            )
-
-
-def resolve(config: DictConfig) -> Config:
-    """The typed, validated configuration of a composed one.
-
-    Raises:
-        ValueError: a key that does not exist, or a value out of range; the message names the key.
-    """
-    try:
-        check_entries(config)
-        resolved = OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
-        raise ValueError(explained(error)) from error
-    assert isinstance(resolved, Config)
-    return resolved
-
-
-def check_entries(config: DictConfig, place: str = "") -> None:
-    """What no schema says for itself: keys that were appended (``+training.epochs=3``), and numbers
-    of any key.
-
-    Raises:
-        ValueError: an unknown key, a number that is not finite or larger than any use.
-    """
-    schema = OmegaConf.get_type(config)
-    assert schema is not None
-    known = {each.name for each in dataclasses.fields(schema)}
-    for name, value in config.items():
-        key = f"{place}{name!s}"
-        if name not in known:
-            raise ValueError(unknown_key(key, schema))
-        if isinstance(value, DictConfig):
-            check_entries(value, f"{key}.")
-        for number in value if isinstance(value, ListConfig) else [value]:
-            if isinstance(number, float):
-                require(
-                    key,
-                    value,
-                    abs(number) <= LARGEST_FLOAT,
-                    f"finite, and at most {LARGEST_FLOAT:g} in size",
-                )
-            elif isinstance(number, int):
-                require(
-                    key, value, abs(number) <= LARGEST_INTEGER, f"at most {LARGEST_INTEGER} in size"
-                )
-
-
-def restored(values: dict[str, Any]) -> Config:
-    """The configuration that a run's ``run.json`` holds, for one process.
-
-    A gauge that was on is one if the model has it: in older files that is all that ``true`` says.
-
-    Raises:
-        ValueError: the run was made by a version of the code with other keys, or the file was
-            edited since.
-    """
-    schema, model = OmegaConf.structured(Config), values["model"].get("name", "gpt")
-    try:
-        schema.optimizer = OmegaConf.structured(OPTIMIZERS[values["optimizer"]["name"]])
-        schema.model, schema.data = (
-            OmegaConf.structured(MODELS[model]),
-            OmegaConf.structured(DATA[model]),
-        )
-        merged = OmegaConf.merge(
-            schema, {key: value for key, value in values.items() if key != "launcher"}
-        )
-        for kind in KINDS:
-            merged.gauges[kind] = None if merged.gauges[kind] else merged.gauges[kind]
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{MISFIT}: {explained(error)}") from error
-    except KeyError as error:
-        raise ValueError(f"{MISFIT}: there is no {error}") from error
-    assert isinstance(merged, DictConfig)
-    return resolve(merged)
