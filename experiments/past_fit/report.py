@@ -8,7 +8,17 @@ import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from ddc.report.claims import Claim, Effect, Verdict, effect, rule, tested, verdict, verdict_table
+from ddc.report.claims import (
+    Claim,
+    Effect,
+    Verdict,
+    effect,
+    not_complete,
+    rule,
+    tested,
+    verdict,
+    verdict_table,
+)
 from ddc.report.figures import Drawing
 from ddc.report.paired import (
     Quantity,
@@ -101,7 +111,7 @@ def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Ver
         for protocol, runs in protocols(records).items()
         for name in (DDCADAM, AUTHOR)
     }
-    pairs = {key: against_adamw(*both) for key, both in compared.items()}
+    pairs = {key: against_adamw(*both) for key, both in compared.items() if all(both)}
     left = EXPERIMENT.missing()
     tests = [(key, quantity) for key in pairs for quantity in (GAP, EQUAL)]
     adjusted = holm([paired_p(differences(pairs[key], quantity)) for key, quantity in tests])
@@ -138,7 +148,8 @@ def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Ver
                 against(records, protocol, runs, left),
             )
         )
-    return found
+    waiting = [each for each in protocols(records) if not any(each == key for key, _ in pairs)]
+    return [*found, *not_complete(claim, waiting, SCALE)]
 
 
 def against(records: Sequence[Record], protocol: str, runs: Runs, incomplete: str) -> str:
@@ -262,7 +273,9 @@ def mechanism_table(records: Sequence[Record], rate: float) -> str:
             if there
         ]
         rows.append([title, str(len(runs)), *cells_of(runs), *(f"{each:.4f}" for each in ends)])
-    measured = ["relative step of W_up, W_down", "of others", "angle of W_up, W_down", "of others"]
+    measured = [
+        f"{what} of {which}" for what in ("step", "angle") for which in ("W_up, W_down", "others")
+    ]
     header = ["", "seeds", *(q.title for q in QUANTITIES), *measured]
     return table(header, rows) if rows else "No run of these is recorded yet."
 
@@ -383,7 +396,7 @@ def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
         "## The mechanism",
         *(text for rate in (RATE, FAST) for text in mechanism_section(records, rate)),
         (
-            "Decay 0.1. *Relative step* (its length over the matrix's) and *angle* (radians) of the"
+            "Decay 0.1. *Step* (its length over the matrix's) and *angle* (radians), of the"
             " step before the last evaluation: median over the matrices under the block rescale"
             " (W_up and W_down), and over the others; mean over seeds."
         ),
