@@ -2,6 +2,7 @@
 
 from ddc.gauges.actions import Axis, Chain, Rescale, RotatedAxis, Rotation, Shift
 from ddc.gauges.base import (
+    FURTHER,
     KINDS,
     Gauge,
     Kind,
@@ -15,6 +16,7 @@ from ddc.gauges.base import (
     whole,
 )
 from ddc.gauges.canonical import align_, balance_, nearest_turn, orbit_distance
+from ddc.gauges.certificate import Certificate, certify
 from ddc.gauges.discovery import find_gauges, read_gauges
 from ddc.gauges.gauge_set import GaugeSet, audit, check
 from ddc.gauges.granularity import in_blocks
@@ -22,8 +24,10 @@ from ddc.gauges.roles import HiddenMatrix, hidden_matrices
 from ddc.gauges.traced import Finding, NotProved, rule
 
 __all__ = [
+    "FURTHER",
     "KINDS",
     "Axis",
+    "Certificate",
     "Chain",
     "Finding",
     "Gauge",
@@ -40,6 +44,7 @@ __all__ = [
     "align_",
     "audit",
     "balance_",
+    "certify",
     "check",
     "find_gauges",
     "hidden_matrices",

@@ -32,7 +32,8 @@ class Shift(Gauge):
     """Logit shift: the same vector added to every row of the head (and the same number to its
     bias).
 
-    Softmax cross-entropy does not see it. The group is (R^d, +), and R for a bias.
+    Softmax cross-entropy does not see it, nor does a norm that centres, of what writes to a
+    residual stream. The group is (R^d, +), and R for a bias.
     """
 
     weight: str
@@ -61,6 +62,16 @@ class Shift(Gauge):
         params[self.weight].add_(element[:width])
         if self.bias is not None:
             params[self.bias].add_(element[width])
+
+    def velocities(self, params: Params) -> dict[str, Tensor]:
+        weight = params[self.weight]
+        moved = {self.weight: torch.zeros(self.dimension(params), *weight.shape).double()}
+        columns = torch.arange(weight.shape[1])
+        moved[self.weight][columns, :, columns] = 1
+        if self.bias is not None:
+            moved[self.bias] = torch.zeros(self.dimension(params), len(weight)).double()
+            moved[self.bias][-1] = 1
+        return moved
 
     @torch.no_grad()
     def audit(self, params: Params, grads: Params) -> float:
@@ -135,6 +146,22 @@ class Rescale(Gauge):
         return torch.atleast_2d(tensor) if self.block else unit_view(tensor, axis)
 
     @torch.no_grad()
+    def velocities(self, params: Params) -> dict[str, Tensor]:
+        units = self.units(params)
+        moved: dict[str, Tensor] = {}
+        for side, rate in ((self.plus, 1.0), (self.minus, -self.degree)):
+            for name, axis in side:
+                weight = params[name].double()
+                each = weight.new_zeros(units, *weight.shape)
+                unit = torch.arange(units, device=weight.device)
+                if self.block:
+                    each[0] = weight
+                else:  # a unit's entries lie at its index on the axis
+                    each.movedim(1 + axis, 1)[unit, unit] = weight.movedim(axis, 0)
+                moved[name] = moved.get(name, 0) + rate * each
+        return moved
+
+    @torch.no_grad()
     def log_norms(self, params: Params) -> tuple[Tensor, Tensor]:
         """(log rho_P, log rho_M): logarithms of the two sides' norms, per unit, in float64."""
 
@@ -203,6 +230,18 @@ class Chain(Gauge):
         for (before, after), c in zip(pairwise(self.weights), element, strict=True):
             params[before].mul_(c)
             params[after].div_(c)
+
+    @torch.no_grad()
+    def velocities(self, params: Params) -> dict[str, Tensor]:
+        moved = {}
+        for layer, name in enumerate(self.weights):
+            weight = params[name].double()
+            moved[name] = weight.new_zeros(self.dimension(params), *weight.shape)
+            if layer < len(self.weights) - 1:
+                moved[name][layer] = weight
+            if layer:
+                moved[name][layer - 1] = -weight
+        return moved
 
     @torch.no_grad()
     def audit(self, params: Params, grads: Params) -> float:
@@ -280,6 +319,26 @@ class Rotation(Gauge):
             rows = unit_view(params[name], axis)
             index = torch.from_numpy(indices).to(rows.device)
             rows[index] = torch.einsum("uij,ucjd->ucid", element, rows[index])
+
+    @torch.no_grad()
+    def velocities(self, params: Params) -> dict[str, Tensor]:
+        units, k = self.shape
+        first, second = torch.triu_indices(k, k, 1)
+        moved: dict[str, Tensor] = {}
+        for name, axis, indices in self.slots:
+            rows = unit_view(params[name].double(), axis)
+            each = rows.new_zeros(units, len(first), *rows.shape)
+            index = torch.from_numpy(indices).to(rows.device)
+            for unit in range(units):
+                for copy in index[unit]:  # the plane of entries i < j turns i towards j
+                    plane = torch.arange(len(first), device=rows.device)
+                    each[unit, plane, copy[first]] = -rows[copy[second]]
+                    each[unit, plane, copy[second]] = rows[copy[first]]
+            shape = params[name].shape
+            each = each.flatten(0, 1)
+            each = each.reshape(-1, *shape) if axis == 0 else each.mT
+            moved[name] = moved.get(name, 0) + each
+        return moved
 
     @torch.no_grad()
     def audit(self, params: Params, grads: Params) -> float:

@@ -61,6 +61,23 @@ for _kind in (
 ):
     add_kind(_kind)
 
+#: Kinds beyond the paper's, which with these are all continuous symmetries of a transformer. No
+#: configuration names them: most are respected by no optimizer yet.
+FURTHER = (
+    "value_map",
+    "value_bias",
+    "qk_map",
+    "key_bias",
+    "qk_norm_scale",
+    "stream_rotation",
+    "stream_mean",
+    "translation",
+    "reader_shift",
+    "norm_shift",
+    "router_shift",
+    "layer_scale",
+)
+
 
 class Gauge(ABC):
     """A continuous symmetry of the loss, acting on a few named parameters.
@@ -70,7 +87,7 @@ class Gauge(ABC):
     can be batched over its units.
 
     Attributes:
-        kind: one of :data:`KINDS`.
+        kind: one of :data:`KINDS` or :data:`FURTHER`.
         where: the place in the model, in the model's own names, for tables and messages.
     """
 
@@ -109,6 +126,34 @@ class Gauge(ABC):
         orbit, as a true symmetry makes it; of order 1 for a gauge declared by mistake.
         """
 
+    @abstractmethod
+    def velocities(self, params: Params) -> dict[str, Tensor]:
+        """How fast each parameter moves along a basis of the group, at the identity.
+
+        Returns:
+            By parameter, a tensor in float64: dimension first, then the shape of the parameter.
+        """
+
+    @torch.no_grad()
+    def tangents(self, params: Params) -> Tensor:
+        """The directions along which the group moves the weights.
+
+        Args:
+            params: all parameters of the model by name, in the order of ``named_parameters``.
+
+        Returns:
+            (dimension, entries of all parameters), in float64: a row a one-parameter subgroup.
+        """
+        moved = self.velocities(params)
+        rows = self.dimension(params)
+        parts = [
+            moved[name].reshape(rows, -1).cpu()
+            if name in moved
+            else torch.zeros(rows, p.numel(), dtype=torch.float64)
+            for name, p in params.items()
+        ]
+        return torch.cat(parts, dim=1)
+
     def __str__(self) -> str:
         return f"{self.kind} at {self.where}"
 
@@ -128,9 +173,9 @@ class Refusal:
 
 
 def check_kind(kind: str) -> None:
-    """Raise ValueError unless ``kind`` is one of :data:`KINDS`."""
-    if kind not in KINDS:
-        raise ValueError(f"Invalid {kind=}: expected one of {', '.join(KINDS)}")
+    """Raise ValueError unless ``kind`` is one of :data:`KINDS` or :data:`FURTHER`."""
+    if kind not in (known := (*KINDS, *FURTHER)):
+        raise ValueError(f"Invalid {kind=}: expected one of {', '.join(known)}")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Collection
 from functools import singledispatch
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ddc.gauges.base import unwrapped
+from ddc.gauges.base import FURTHER, KINDS, check_kind, unwrapped
+from ddc.gauges.further import gauges_of_kinds
 from ddc.gauges.gauge_set import GaugeSet
 from ddc.gauges.trace import Inputs, example, traced
 from ddc.gauges.traced import OF_READERS, RULES, gauges_of_trace
@@ -27,6 +29,7 @@ def find_gauges(
     *,
     loss: str | None = None,
     verify: bool = True,
+    kinds: str | Collection[str] = "paper",
 ) -> GaugeSet:
     """Read the gauges of a model: what was found, and what was refused with the reason. Never
     guesses.
@@ -51,13 +54,17 @@ def find_gauges(
             speaks against it (one output, several, ``config.problem_type``).
         verify: whether to try the gauges. It takes copies of the weights in float64, and some
             fifteen forward passes.
+        kinds: ``"paper"``, those of :data:`ddc.gauges.KINDS`; ``"complete"``, these and those of
+            :data:`ddc.gauges.FURTHER`; or names of kinds.
 
     Raises:
-        ValueError: the model cannot be traced, ``inputs`` are needed, or an unknown ``loss``.
+        ValueError: the model cannot be traced, ``inputs`` are needed, or an unknown ``loss`` or
+            kind.
     """
     if loss is not None and loss not in LOSSES:
         raise ValueError(f"Invalid {loss=}: expected None or one of {', '.join(LOSSES)}")
-    gauges, checked = _found(unwrapped(model), per_layer, inputs, loss, verify)
+    wanted = kinds_named(kinds)
+    gauges, checked = _found(unwrapped(model), per_layer, inputs, loss, verify, wanted)
     reason_of = {(refusal.kind, refusal.where): refusal.reason for refusal in checked.refused}
     for gauge in gauges:
         if gauge not in checked.found:
@@ -74,25 +81,58 @@ def find_gauges(
     return checked
 
 
+def kinds_named(kinds: str | Collection[str]) -> tuple[str, ...]:
+    """Kinds of gauges by name, or by the name of a set of them.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    if kinds == "paper":
+        return tuple(KINDS)
+    if kinds == "complete":  # a map of a head contains its rotations
+        return (*(kind for kind in KINDS if not kind.endswith("_rotation")), *FURTHER)
+    if isinstance(kinds, str):
+        raise ValueError(f"Invalid {kinds=}: expected paper, complete, or a list of kinds")
+    for kind in kinds:
+        check_kind(kind)
+    return tuple(kinds)
+
+
 def _found(
-    model: nn.Module, per_layer: bool, inputs: Inputs | None, loss: str | None, verify: bool
+    model: nn.Module,
+    per_layer: bool,
+    inputs: Inputs | None,
+    loss: str | None,
+    verify: bool,
+    kinds: tuple[str, ...],
 ) -> tuple[GaugeSet, GaugeSet]:
     """The gauges that rules find, and what is left of them after they were tried, if they are to
     be.
     """
-    gauges = read_gauges(model, per_layer, inputs, loss)
-    further = [prove for prove in RULES if prove not in OF_READERS]
-    if further and read_gauges.dispatch(type(model)) is not read_gauges.dispatch(nn.Module):
-        more = gauges_of_trace(traced(model, inputs), per_layer, loss, further)
-        gauges = GaugeSet(gauges.found + more.found, gauges.refused + more.refused)
+    if {*kinds} <= {*KINDS}:
+        gauges = read_gauges(model, per_layer, inputs, loss)
+        further = [prove for prove in RULES if prove not in OF_READERS]
+        if further and read_gauges.dispatch(type(model)) is not read_gauges.dispatch(nn.Module):
+            more = gauges_of_trace(traced(model, inputs), per_layer, loss, further)
+            gauges = GaugeSet(gauges.found + more.found, gauges.refused + more.refused)
+        gauges = gauges if kinds == tuple(KINDS) else gauges.only(kinds)
+    else:
+        gauges = gauges_of_kinds(traced(model, inputs), kinds, loss)
     if loss == "other":
         shifts = [gauge for gauge in gauges if gauge.kind == "logit_shift"]
         gauges = refuse(gauges, dict.fromkeys(shifts, "the loss is not softmax cross-entropy"))
-    return gauges, _checked(model, gauges, per_layer, inputs, loss) if verify else gauges
+    if not verify:
+        return gauges, gauges
+    return gauges, _checked(model, gauges, per_layer, inputs, loss, kinds)
 
 
 def _checked(
-    model: nn.Module, gauges: GaugeSet, per_layer: bool, inputs: Inputs | None, loss: str | None
+    model: nn.Module,
+    gauges: GaugeSet,
+    per_layer: bool,
+    inputs: Inputs | None,
+    loss: str | None,
+    kinds: tuple[str, ...],
 ) -> GaugeSet:
     """The gauges that a random element leaves without effect, on the model or, where it cannot be
     run, on a twin.
@@ -104,7 +144,7 @@ def _checked(
         if still := unfit(twin):
             return unchecked(gauges, f"{reason}, and of its narrow twin: {still}")
         _, of_twin = _found(
-            twin, per_layer, tree_map_only(Tensor, Tensor.cpu, inputs), loss, verify=True
+            twin, per_layer, tree_map_only(Tensor, Tensor.cpu, inputs), loss, True, kinds
         )
     except ValueError as error:
         return unchecked(gauges, f"{reason}, and {error}" if reason else str(error))

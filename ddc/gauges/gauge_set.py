@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ddc.gauges.base import KINDS, Gauge, Refusal, check_kind, named_parameters, whole
+from ddc.gauges.base import FURTHER, KINDS, Gauge, Refusal, check_kind, named_parameters, whole
 from ddc.gauges.double import InDouble
 
 Entry = TypeVar("Entry", Gauge, Refusal)
@@ -88,15 +88,16 @@ class GaugeSet(Sequence[Gauge]):
 
 def _rows(entries: Iterable[Entry], verdict: Callable[[Entry], str]) -> list[tuple[str, str, str]]:
     """Table rows, entries that differ only in the number of their block drawn together."""
+    order = (*KINDS, *FURTHER)
 
     def key(entry: Entry) -> tuple[int, str, str]:
         place = ".".join("*" if part.isdigit() else part for part in entry.where.split("."))
-        return [*KINDS].index(entry.kind), place, verdict(entry)
+        return order.index(entry.kind), place, verdict(entry)
 
     rows = []
     for (kind, place, text), members in groupby(sorted(entries, key=key), key=key):
         count = len(list(members))
-        rows.append(([*KINDS][kind], place + (f" ({count}×)" if "*" in place else ""), text))
+        rows.append((order[kind], place + (f" ({count}×)" if "*" in place else ""), text))
     return rows
 
 
@@ -133,7 +134,7 @@ def check(
         ValueError: a gauge of parameters that the model does not have or that have no values, or
             ``log_probs`` that gives something else than a tensor.
     """
-    gauges = _gauges_of(model, gauges)
+    gauges = gauges_of(model, gauges)
     if nowhere := [name for name, p in named_parameters(model).items() if p.is_meta]:
         raise ValueError(
             f"{nowhere[0]!r} is on the meta device and has no values: give the model weights first"
@@ -174,7 +175,7 @@ def audit(model: nn.Module, gauges: Iterable[Gauge]) -> dict[Gauge, float]:
         TypeError: something that is no gauge.
         ValueError: a parameter under a gauge is none of the model's, or has no gradient.
     """
-    gauges = _gauges_of(model, gauges)
+    gauges = gauges_of(model, gauges)
     split = named_parameters(model)
     grads = {name: whole(p.grad) for name, p in split.items() if p.grad is not None}
     params = {name: whole(p.detach()) for name, p in split.items()}
@@ -189,7 +190,7 @@ def audit(model: nn.Module, gauges: Iterable[Gauge]) -> dict[Gauge, float]:
     return ratios
 
 
-def _gauges_of(model: nn.Module, gauges: Iterable[Gauge]) -> list[Gauge]:
+def gauges_of(model: nn.Module, gauges: Iterable[Gauge]) -> list[Gauge]:
     """The gauges as a list, all of them of parameters of the model."""
     if isinstance(gauges, Gauge):
         raise TypeError(f"expected several gauges, got one: pass [gauge] for {gauges}")

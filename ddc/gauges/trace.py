@@ -588,13 +588,17 @@ class Trace:
         flow.uneven |= isinstance(other, Node) and _varies_with(other, labels)
         return labels, state[scaled][1]
 
-    def device_of(self, linear: LinearMap) -> torch.device:
-        """Where to compute with the outputs of a linear map; the CPU for what has no values."""
-        return computing_device(self.tensors[linear.weight].device)
+    def device_of(self, source: LinearMap | Node) -> torch.device:
+        """Where to compute with the outputs of a linear map, or of another node; the CPU for what
+        has no values.
+        """
+        if isinstance(source, Node):
+            return computing_device(value_of(source).device)
+        return computing_device(self.tensors[source.weight].device)
 
     @torch.no_grad()
     def leak(
-        self, source: LinearMap, rows: Sequence[int], target: Node, argument: int
+        self, source: LinearMap | Node, rows: Sequence[int], target: Node, argument: int
     ) -> Node | None:
         """An operation other than ``target``, at this argument alone, that reads these outputs of a
         linear map, if any.
@@ -603,16 +607,17 @@ class Trace:
         hold them.
         """
         # outputs of the linear map at random, and the same but for these rows
-        on_the_way = self.ancestors(arguments(target)[argument], [source.output])
+        start = source if isinstance(source, Node) else source.output
+        on_the_way = self.ancestors(arguments(target)[argument], [start])
         generator = torch.Generator().manual_seed(0)
-        shape = value_of(source.output).shape
+        shape = value_of(start).shape
         outputs = torch.randn(shape, generator=generator, dtype=torch.float64).to(
             self.device_of(source)
         )
         moved = outputs.clone()
         moved[..., list(rows)] += 1
-        before: dict[Node, Any] = {source.output: outputs}
-        after: dict[Node, Any] = {source.output: moved}
+        before: dict[Node, Any] = {start: outputs}
+        after: dict[Node, Any] = {start: moved}
 
         def changes(node: Node) -> bool:
             with InDouble():
@@ -620,7 +625,7 @@ class Trace:
                 return not all(torch.equal(a, b) for a, b in zip(*values, strict=True))
 
         # along what differs; whatever reads that, and is not on the way to the target, is a leak
-        waiting = [source.output]
+        waiting = [start]
         while waiting:
             node = waiting.pop()
             for user in readers(node):
@@ -702,7 +707,7 @@ class Trace:
         return given[node]
 
     @torch.no_grad()
-    def matrix(self, source: LinearMap, target: Node, at_once: int = 256) -> Tensor | None:
+    def matrix(self, source: LinearMap | Node, target: Node, at_once: int = 256) -> Tensor | None:
         """How the outputs of a linear map, the same at every position, enter attention.
 
         Returns:
@@ -715,9 +720,10 @@ class Trace:
             NoValue: a constant on the way is on the meta device.
         """
         # operations on the way must be linear; what they take from elsewhere is computed once
-        between = self.ancestors(target, [source.output])
-        on_the_way = self.descendants(source.output) & between
-        moving = {source.output, *on_the_way}
+        start = source if isinstance(source, Node) else source.output
+        between = self.ancestors(target, [start])
+        on_the_way = self.descendants(start) & between
+        moving = {start, *on_the_way}
         fixed: dict[Node, Any] = {}
         with InDouble():
             for node in on_the_way:
@@ -729,12 +735,12 @@ class Trace:
                             return None
                         self.value(argument, fixed)
             # the passage of each unit vector, at some positions
-            shape, length = value_of(source.output).shape, value_of(target).shape[-2]
+            shape, length = value_of(start).shape, value_of(target).shape[-2]
             positions = torch.arange(min(POSITIONS, length)) * length // min(POSITIONS, length)
 
             def enter(outputs: Tensor) -> Tensor:
                 value = torch.as_tensor(
-                    self.value(target, {**fixed, source.output: outputs.broadcast_to(shape)})
+                    self.value(target, {**fixed, start: outputs.broadcast_to(shape)})
                 )
                 return value.reshape(-1, *value.shape[-3:])[0]
 

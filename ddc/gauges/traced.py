@@ -149,6 +149,8 @@ class Finding:
         self.modules = dict(trace.model.named_modules())
         self.found: list[Gauge] = []
         self.refused: list[Refusal] = []
+        #: Of the slots of a query-key rotation, those of the keys.
+        self.key_slots: dict[Rotation, tuple[RotatedAxis, ...]] = {}
 
     # ------------------------------------------------------------------------------------------
     # norm scale
@@ -160,14 +162,14 @@ class Finding:
         # operations that scale the last axis by parameters, and what reads their outputs
         scales: set[str] = set()
         for node in self.trace.graph.nodes:
-            if (scale := self._scale(node)) is not None:
+            if (scale := self.scale(node)) is not None:
                 source, plus, reason = scale
                 scales.update(plus)
                 where = owner(plus[0])
                 try:
                     if reason:
                         raise NotProved(reason)
-                    self.found.append(self._norm_scale(source, plus, where))
+                    self.found.append(self.norm_scale(source, plus, where))
                 except NotProved as reason:
                     self.refused.append(Refusal("norm_scale", where, str(reason)))
         # norms by name that none of these operations belongs to, so that their refusal is listed
@@ -183,7 +185,7 @@ class Finding:
                 )
                 self.refused.append(Refusal("norm_scale", name, why))
 
-    def _scale(self, node: Node) -> tuple[Node, tuple[str, ...], str] | None:
+    def scale(self, node: Node) -> tuple[Node, tuple[str, ...], str] | None:
         """A node whose entries along the last axis are scaled (and shifted), the parameters that
         do, and why not.
         """
@@ -192,14 +194,14 @@ class Finding:
                 affine = [each for each in rest[:2] if isinstance(each, Node)]
                 scaled = bool(rest) and rest[0] is not None
             case "mul", (a, b):
-                gamma = a if self._is_vector(a, node) else b
-                if not self._is_vector(gamma, node) or (a is gamma and self._is_vector(b, node)):
+                gamma = a if self.is_vector(a, node) else b
+                if not self.is_vector(gamma, node) or (a is gamma and self.is_vector(b, node)):
                     return None
                 affine, users, scaled = [gamma], list(node.users), True
                 if (
                     len(users) == 1
                     and operation(users[0]) == "add"
-                    and self._is_vector(arguments(users[0])[1], node)
+                    and self.is_vector(arguments(users[0])[1], node)
                 ):
                     node = users[0]
                     affine.append(arguments(node)[1])
@@ -214,23 +216,29 @@ class Finding:
         reason = "its scale and shift are not both parameters as they stand (computed, or a buffer)"
         return node, names, "" if len(names) == len(affine) else reason
 
-    def _is_vector(self, argument: object, node: Node) -> bool:
+    def is_vector(self, argument: object, node: Node) -> bool:
         view = self.trace.parameter(argument)
         return view is not None and self.trace.tensors[view[0]].shape == value_of(node).shape[-1:]
 
-    def _norm_scale(self, source: Node, plus: Sequence[str], where: str) -> Rescale:
+    def norm_scale(self, source: Node, plus: Sequence[str], where: str) -> Rescale:
         if not has_fixed_shape(source):
             raise NotProved("how many positions it has depends on values")
+        readers = self.readers_of(source)
+        if len({*plus}) < len(plus):
+            raise NotProved("its scale and shift are one parameter")
+        self.require_single(plus)
+        return Rescale("norm_scale", where, tuple(Axis(name) for name in plus), tuple(readers))
+
+    def readers_of(self, source: Node) -> list[Axis]:
+        """The columns of the linear maps that alone read what a norm gives."""
         flow = self.trace.flow({source: labels_of(source)})
         readers = [self._reader(arrival) for arrival in flow.arrivals]
         if not readers:
             raise NotProved("nothing reads it")
-        if len({*plus}) < len(plus):
-            raise NotProved("its scale and shift are one parameter")
         if flow.activations or any(arrival.degree != 1 for arrival in flow.arrivals):
             raise NotProved("what reads it is not a linear map")
-        self._require_single(plus, readers)
-        return Rescale("norm_scale", where, tuple(Axis(name) for name in plus), tuple(readers))
+        self.require_single([], readers)
+        return readers
 
     def _reader(self, arrival: Arrival) -> Axis:
         """The columns of the linear map at which a flow ends."""
@@ -246,7 +254,7 @@ class Finding:
             )
         return Axis(linear.weight, 1 - linear.rows)
 
-    def _require_single(self, names: Sequence[str], axes: Sequence[Axis] = ()) -> None:
+    def require_single(self, names: Sequence[str], axes: Sequence[Axis] = ()) -> None:
         """Each parameter computes in one place alone."""
         for name in [*names, *(axis.parameter for axis in axes)]:
             if not self.trace.used_once(name):
@@ -403,7 +411,7 @@ class Finding:
         tables = {
             axis.parameter for axis in plus if axis.axis == 1 and self._is_table(axis.parameter)
         }
-        self._require_single(
+        self.require_single(
             [axis.parameter for axis in plus if axis.parameter not in tables], readers
         )
         return Rescale(
@@ -430,8 +438,8 @@ class Finding:
             if operation(node) == ATTENTION:
                 where = module_path(node) or "attention"
                 for kind, rule in (
-                    ("value_rotation", self._value_rotation),
-                    ("qk_rotation", self._qk_rotation),
+                    ("value_rotation", self.value_rotation),
+                    ("qk_rotation", self.qk_rotation),
                 ):
                     try:
                         self.found += rule(node, where)
@@ -464,7 +472,7 @@ class Finding:
         linear = self._origin(arguments(node)[argument])
         if linear is None:
             raise NotProved(f"its {what} do not come from one linear map")
-        self._require_single([linear.weight])
+        self.require_single([linear.weight])
         try:
             matrix = self.trace.matrix(linear, arguments(node)[argument])
         except NoValue as error:
@@ -479,8 +487,10 @@ class Finding:
             raise NotProved(f"its {what} are read by {self.describe(user)} as well")
         return linear, heads
 
-    def _value_rotation(self, node: Node, where: str) -> list[Rotation]:
         # values as they are, head by head
+
+    def value_rotation(self, node: Node, where: str, single: bool = False) -> list[Rotation]:
+        """What turns values; ``single`` entries too, which have nothing to turn."""
         value, heads = self._heads(node, 2, "values")
         if any(heads.planes):
             raise NotProved("its values are turned by position")
@@ -498,8 +508,8 @@ class Finding:
             raise NotProved(
                 f"what it gives goes to {self.describe(arrival.node)}, no linear map of all heads"
             )
-        self._require_single([], [Axis(output.weight)])
         # query heads that share a value head turn its rows and their own columns together
+        self.require_single([], [Axis(output.weight)])
         position = np.empty(len(columns), dtype=np.int64)
         position[columns.numpy()] = np.arange(len(columns))
         groups = grouped([tuple(rest[i] for i in sorted(rest)) for rest in heads.rest], query_heads)
@@ -515,10 +525,13 @@ class Finding:
             RotatedAxis(output.weight, 1 - output.rows, reading),
         ]
         return (
-            [Rotation("value_rotation", where, tuple(slots), reflections=True)] if width > 1 else []
+            [Rotation("value_rotation", where, tuple(slots), reflections=True)]
+            if width > 1 or single
+            else []
         )
 
-    def _qk_rotation(self, node: Node, where: str) -> list[Rotation]:
+    def qk_rotation(self, node: Node, where: str, single: bool = False) -> list[Rotation]:
+        """What turns queries and keys alike; ``single`` entries too, which have nothing to turn."""
         if min(value_of(arguments(node)[i]).shape[-2] for i in (0, 1)) < 3:
             raise NotProved(
                 "the example has too few positions to see how they turn its heads: pass a"
@@ -545,7 +558,7 @@ class Finding:
             ]
             of_key: Indices = [[k.planes[key][plane]] for key in keys for plane in planes]
             rotations.append(self._qk(where, query, of_query, key_map, of_key, reflections=False))
-        if len(rest := sorted(q.rest[0])) > 1:
+        if len(rest := sorted(q.rest[0])) > (0 if single else 1):
             of_query = [
                 [tuple(q.rest[head][i] for i in rest) for head in group] for group in groups
             ]
@@ -562,8 +575,12 @@ class Finding:
         k: Indices,
         reflections: bool,
     ) -> Rotation:
-        slots = (*self._row_slots(query, np.array(q)), *self._row_slots(key, np.array(k)))
-        return Rotation("qk_rotation", where, slots, reflections)
+        keys = tuple(self._row_slots(key, np.array(k)))
+        rotation = Rotation(
+            "qk_rotation", where, (*self._row_slots(query, np.array(q)), *keys), reflections
+        )
+        self.key_slots[rotation] = keys
+        return rotation
 
     def _row_slots(self, linear: LinearMap, rows: np.ndarray) -> list[RotatedAxis]:
         """Rows of a weight, and the same entries of its bias."""
@@ -571,7 +588,7 @@ class Finding:
         for name, start, size in self._bias_parts(linear):
             inside = (rows >= start) & (rows < start + size)
             if inside.all():
-                self._require_single([name])
+                self.require_single([name])
                 slots.append(RotatedAxis(name, 0, rows - start))
             elif inside.any():
                 raise NotProved("its heads lie across the parts of a bias")
@@ -608,7 +625,7 @@ class Finding:
                     f"{self.describe(self.trace.logits)}, which gives the output, is not a"
                     " linear map"
                 )
-            self._require_softmax(linear)
+            self.require_softmax(linear)
             if linear.rows != 0 or not self.trace.used_once(linear.weight):
                 embedding = any(
                     operation(use) == "embedding" for use in self.trace.uses[linear.weight]
@@ -621,14 +638,14 @@ class Finding:
             if linear.bias_node is not None and linear.bias is None:
                 raise NotProved("its bias is not a parameter of its own")
             if linear.bias is not None:
-                self._require_single([linear.bias])
+                self.require_single([linear.bias])
         except NotProved as reason:
             self.refused.append(Refusal("logit_shift", where, str(reason)))
         else:
             assert linear is not None
             self.found.append(Shift(linear.weight, linear.bias, where=where))
 
-    def _require_softmax(self, head: LinearMap) -> None:
+    def require_softmax(self, head: LinearMap) -> None:
         """The loss is softmax cross-entropy of the logits: the caller says so, or no sign speaks
         against it.
 

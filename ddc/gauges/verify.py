@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from ddc.gauges.actions import Shift
 from ddc.gauges.base import (
     Gauge,
     Refusal,
@@ -195,7 +194,13 @@ class Subject:
             size = (moved[place] - weight).abs().square().mean().sqrt()
             moved[place].copy_(noise_like(weight, generator).mul_(size).add_(weight))
         control = self._run(moved)
-        shifted = {len(self.params[gauge.weight]) for gauge in gauges if isinstance(gauge, Shift)}
+        # softmax does not see what is added to all logits alike; a tied table adds it too
+        shifted = {
+            len(self.params[name])
+            for gauge in gauges
+            if gauge.kind in ("logit_shift", "translation")
+            for name in gauge.parameters
+        }
         changes = [
             Change(difference(case.outputs, ours, others, shifted), case.training)
             for case, ours, others in zip(self.cases, after, control, strict=True)

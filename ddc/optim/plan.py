@@ -132,7 +132,7 @@ def make_plan(
         TypeError: an object that is no gauge.
     """
     gauges = list(gauges)
-    _check_gauges(params, gauges)
+    _check_gauges(params, gauges, hidden)
     chains = [gauge for gauge in gauges if isinstance(gauge, Chain)]
     rescales = [gauge for gauge in gauges if isinstance(gauge, Rescale)]
     _check_chains(chains, rescales)
@@ -337,11 +337,20 @@ def _linked(
 # ---- what gauges must fulfil
 
 
-def _check_gauges(params: Mapping[str, Tensor], gauges: list[Gauge]) -> None:
+def _check_gauges(
+    params: Mapping[str, Tensor], gauges: list[Gauge], hidden: Collection[str]
+) -> None:
     for gauge in gauges:
         if not isinstance(gauge, Rescale | Chain | Rotation | Shift):
+            if isinstance(gauge, Gauge):
+                raise TypeError(f"{gauge}: no optimizer respects this kind; {without(gauge)}")
             raise TypeError(
                 f"expected gauges as find_gauges returns them, got {type(gauge).__name__}"
+            )
+        if isinstance(gauge, Shift) and gauge.weight in hidden:
+            raise ValueError(
+                f"{gauge}: {gauge.weight!r} is a hidden matrix, whose step is not centred over its"
+                f" rows; {without(gauge)}"
             )
         for name in gauge.parameters:
             if name not in params:
@@ -467,8 +476,7 @@ def _centred(gauges: list[Gauge]) -> set[str]:
             if name in found:
                 both = [found[name], gauge]
                 raise ValueError(
-                    f"{name!r}: two logit shifts act on it, {named(*both)}. Of these,"
-                    f" {without(*both)}"
+                    f"{name!r}: two shifts act on it, {named(*both)}. Of these, {without(*both)}"
                 )
             found[name] = gauge
     return set(found)

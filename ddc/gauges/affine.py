@@ -1,0 +1,560 @@
+"""The ways in which the further gauges act: general linear maps of heads, translations, and shears
+of biases.
+
+The kinds of the paper (:mod:`ddc.gauges.actions`) are 18 to 62% of what a transformer's loss cannot
+see; with these, and residual rotations, they are all of it (:mod:`ddc.gauges.certificate`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddc.gauges.actions import RotatedAxis
+from ddc.gauges.base import Gauge, Params, check_kind, unit_view
+
+
+@dataclass(frozen=True, eq=False)
+class General(Gauge):
+    """Per unit, slices x of k entries become G x, and slices of the other side G⁻ᵀ x.
+
+    So products between the sides stay: queries by keys, values by the output projection. The group
+    is GL(k) per unit, or what of it commutes with all that lies between the sides.
+
+    Args:
+        plus: slots that G multiplies.
+        minus: slots that G⁻ᵀ multiplies; all must agree in the number of units and in k.
+        group: ``"all"`` of GL(k); ``"complex"``, for k = 2: aI + bJ, which commute with turns of a
+            plane, as rotary embeddings make them; ``"scale"``: aI with a > 0.
+
+    Raises:
+        ValueError: an unknown kind or group, a side without slots, slots that disagree, or complex
+            numbers of another k than 2.
+    """
+
+    kind: str
+    where: str
+    plus: tuple[RotatedAxis, ...]
+    minus: tuple[RotatedAxis, ...]
+    group: str = "all"
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind)
+        shapes = {(s.indices.shape[0], s.indices.shape[2]) for s in self.plus + self.minus}
+        if not self.plus or not self.minus or len(shapes) != 1:
+            raise ValueError(f"{self}: both sides need slots of the same (units, k), got {shapes}")
+        if self.group not in ("all", "complex", "scale"):
+            raise ValueError(f"{self}: Invalid group={self.group!r}: all, complex or scale")
+        if self.group == "complex" and self.shape[1] != 2:
+            raise ValueError(f"{self}: complex numbers have two entries, got {self.shape[1]}")
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(slot.parameter for slot in self.plus + self.minus))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(units, k)."""
+        units, _, k = self.plus[0].indices.shape
+        return units, k
+
+    def dimension(self, params: Params) -> int:
+        return self.shape[0] * len(self._algebra())
+
+    def _algebra(self) -> Tensor:
+        """A basis of the group's Lie algebra, (dimension of a unit, k, k)."""
+        k = self.shape[1]
+        one = torch.eye(k, dtype=torch.float64)
+        if self.group == "scale":
+            return one[None]
+        if self.group == "complex":
+            return torch.stack([one, torch.tensor([[0.0, -1.0], [1.0, 0.0]]).double()])
+        return torch.eye(k * k, dtype=torch.float64).reshape(k * k, k, k)
+
+    def sample(self, params: Params, generator: torch.Generator, spread: float = 1.0) -> Tensor:
+        """Matrices G, (units, k, k), whose singular values lie in e^±spread."""
+        units, k = self.shape
+        turns = torch.randn(2, units, k, k, generator=generator, dtype=torch.float64)
+        uniform = 2 * torch.rand(units, k, generator=generator, dtype=torch.float64) - 1
+        scales = (spread * uniform).exp()
+        if self.group == "all":
+            u, v = torch.linalg.qr(turns).Q
+            element = (u * scales[:, None, :]) @ v.mT
+        else:
+            element = scales[:, :1, None] * torch.eye(k, dtype=torch.float64)
+        if self.group == "complex":
+            angle = math.pi * uniform[:, 1, None, None]
+            one, turn = self._algebra()
+            element = element @ (angle.cos() * one + angle.sin() * turn)
+        return element.to(params[self.parameters[0]])
+
+    @torch.no_grad()
+    def act_(self, params: Params, element: Tensor) -> None:
+        for side, matrix in ((self.plus, element), (self.minus, torch.linalg.inv(element).mT)):
+            for name, axis, indices in side:
+                rows = unit_view(params[name], axis)
+                index = torch.from_numpy(indices).to(rows.device)
+                rows[index] = torch.einsum("uij,ucjd->ucid", matrix.to(rows), rows[index])
+
+    @torch.no_grad()
+    def velocities(self, params: Params) -> dict[str, Tensor]:
+        algebra = self._algebra()
+        moved: dict[str, Tensor] = {}
+        units = self.shape[0]
+        for side, matrices in ((self.plus, algebra), (self.minus, -algebra.mT)):
+            for name, axis, indices in side:
+                rows = unit_view(params[name].detach().double().cpu(), axis)
+                each = rows.new_zeros(units, len(algebra), *rows.shape)
+                for unit, copies in enumerate(torch.from_numpy(indices)):
+                    for copy in copies:
+                        each[unit, :, copy] = matrices @ rows[copy]
+                flat = each.flatten(0, 1)
+                flat = flat.mT if axis else flat
+                moved[name] = moved.get(name, 0) + flat.reshape(-1, *params[name].shape)
+        return moved
+
+    @torch.no_grad()
+    def audit(self, params: Params, grads: Params) -> float:
+        units, k = self.shape
+        moment = torch.zeros(units, k, k, dtype=torch.float64)
+        size = torch.zeros(units, dtype=torch.float64)
+        for side, sign in ((self.plus, 1), (self.minus, -1)):
+            for name, axis, indices in side:
+                index = torch.from_numpy(indices)
+                rows, grad = (
+                    unit_view(t[name], axis).double().cpu()[index] for t in (params, grads)
+                )
+                part = torch.einsum("ucid,ucjd->uij", grad, rows)
+                moment += part if sign > 0 else -part.mT
+                size += part.square().sum((1, 2))
+        along = torch.einsum("nij,uij->un", self._algebra(), moment)
+        return ratio(float(along.square().sum()), float(size.sum()))
+
+
+class Translated(NamedTuple):
+    """A parameter to which a vector is added, times ``rate``, at all places of its other axis.
+
+    ``axis`` is the one along which the vector lies: 1 adds it to every row of a matrix, 0 to every
+    column. ``indices`` are those that it is added to, None for all; of a vector, ``axis`` None adds
+    the same number to all entries.
+    """
+
+    parameter: str
+    axis: int | None
+    rate: float = 1.0
+    indices: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Translation(Gauge):
+    """The same vector added to several parameters, times a rate of each. The group is (R^n, +).
+
+    Args:
+        slots: what it is added to; all must agree in n.
+
+    Raises:
+        ValueError: an unknown kind, or no slots.
+    """
+
+    kind: str
+    where: str
+    slots: tuple[Translated, ...]
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind)
+        if not self.slots:
+            raise ValueError(f"{self}: a translation needs parameters")
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(slot.parameter for slot in self.slots))
+
+    def dimension(self, params: Params) -> int:
+        name, axis, _, indices = self.slots[0]
+        if axis is None:
+            return 1
+        return params[name].shape[axis] if indices is None else len(indices)
+
+    def sample(self, params: Params, generator: torch.Generator, spread: float = 1.0) -> Tensor:
+        drawn = torch.randn(self.dimension(params), generator=generator, dtype=torch.float64)
+        return (spread * drawn).to(params[self.slots[0].parameter])
+
+    @torch.no_grad()
+    def act_(self, params: Params, element: Tensor) -> None:
+        for slot in self.slots:
+            rows, index = _coordinates(params[slot.parameter], slot)
+            rows[index] += slot.rate * element.to(rows)[:, None]
+
+    @torch.no_grad()
+    def velocities(self, params: Params) -> dict[str, Tensor]:
+        count = self.dimension(params)
+        moved: dict[str, Tensor] = {}
+        for slot in self.slots:
+            shape = params[slot.parameter].shape
+            each = torch.zeros(count, *shape, dtype=torch.float64)
+            for i in range(count):
+                rows, index = _coordinates(each[i], slot)
+                rows[index[i]] += slot.rate
+            moved[slot.parameter] = moved.get(slot.parameter, 0) + each
+        return moved
+
+    @torch.no_grad()
+    def audit(self, params: Params, grads: Params) -> float:
+        total = torch.zeros(self.dimension(params), dtype=torch.float64)
+        length, size = 0.0, 0.0
+        for slot in self.slots:
+            rows, index = _coordinates(grads[slot.parameter].double().cpu(), slot)
+            total += slot.rate * rows[index].sum(1)
+            length += slot.rate**2 * rows.shape[1]
+            size += float(rows[index].square().sum())
+        size += typical(grads) * len(total)  # all that a bias is may lie along the orbit
+        return ratio(float(total.square().sum()) / length, size)
+
+
+def typical(grads: Params) -> float:
+    """Mean square of an entry of the model's gradient."""
+    squares = sum(float(grad.double().square().sum()) for grad in grads.values())
+    return squares / sum(grad.numel() for grad in grads.values())
+
+
+def _coordinates(tensor: Tensor, slot: Translated) -> tuple[Tensor, Tensor]:
+    """A view (coordinates, entries that move alike), and the coordinates that a translation
+    moves.
+    """
+    rows = rows_of(tensor, slot.axis)
+    if slot.indices is None:
+        return rows, torch.arange(len(rows), device=rows.device)
+    return rows, torch.tensor(slot.indices, device=rows.device)
+
+
+def rows_of(tensor: Tensor, axis: int | None) -> Tensor:
+    """A view of a parameter as (entries along an axis, all others); of None, one row."""
+    if axis is None:
+        return tensor.view(1, -1)
+    moved = tensor.movedim(axis, 0)
+    return moved.unsqueeze(1) if tensor.ndim == 1 else moved.flatten(1)
+
+
+class Sheared(NamedTuple):
+    """A linear map that takes back what a bias before it adds: bias -= W v.
+
+    ``columns`` are the indices along ``axis`` of the weight that read the vector, (copies, n). One
+    without a bias takes it back by its rows (:class:`Shear`).
+    """
+
+    weight: str
+    axis: int
+    columns: np.ndarray
+    bias: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class Shear(Gauge):
+    """A vector added to biases, and taken back by the biases of the linear maps that read it. The
+    group is (R^n, +).
+
+    Behind a norm that centres, a reader without a bias has another way: its rows move by multiples
+    of 1/γ, whose product with γ x + β is a constant.
+
+    Args:
+        slots: the biases that it is added to.
+        readers: the linear maps, none of which may have a bias that it is added to.
+        scale: γ, where a reader has no bias; the one slot is then β.
+
+    Raises:
+        ValueError: an unknown kind, or no slots or readers.
+    """
+
+    kind: str
+    where: str
+    slots: tuple[Translated, ...]
+    readers: tuple[Sheared, ...]
+    scale: str | None = None
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind)
+        if not self.slots or not self.readers:
+            raise ValueError(f"{self}: a shear needs biases and their readers")
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        names = [slot.parameter for slot in self.slots]
+        names += [name for reader in self.readers for name in (reader.weight, reader.bias) if name]
+        return tuple(dict.fromkeys([*names, *([self.scale] if self.scale else [])]))
+
+    @property
+    def _shift(self) -> Translation:
+        return Translation(self.kind, self.where, self.slots)
+
+    def dimension(self, params: Params) -> int:
+        return self._shift.dimension(params)
+
+    def sample(self, params: Params, generator: torch.Generator, spread: float = 1.0) -> Tensor:
+        return self._shift.sample(params, generator, spread)
+
+    def _responses(self, params: Params) -> Iterator[tuple[Sheared, Tensor]]:
+        """Reader by reader, how much its output changes with the vector: (outputs, n)."""
+        for reader in self.readers:
+            rows = unit_view(params[reader.weight], reader.axis)
+            yield reader, rows[torch.from_numpy(reader.columns).to(rows.device)].sum(0).mT
+
+    def _inverse(self, params: Params) -> Tensor:
+        """1/γ over Σ β/γ: what the output of a row changes by 1 with."""
+        assert self.scale is not None
+        scale, shift = params[self.scale], params[self.slots[0].parameter]
+        return 1 / scale / (shift / scale).sum()
+
+    @torch.no_grad()
+    def act_(self, params: Params, element: Tensor) -> None:
+        changes = [(each, matrix @ element.to(matrix)) for each, matrix in self._responses(params)]
+        self._shift.act_(params, element)
+        for reader, change in changes:
+            if reader.bias is not None:
+                params[reader.bias].sub_(change)
+            else:
+                columns = unit_view(params[reader.weight], reader.axis)
+                columns.sub_(self._inverse(params)[:, None] * change)
+
+    @torch.no_grad()
+    def velocities(self, params: Params) -> dict[str, Tensor]:
+        held = {name: params[name].detach().double().cpu() for name in self.parameters}
+        moved = self._shift.velocities(held)
+        for reader, matrix in self._responses(held):
+            if reader.bias is not None:
+                moved[reader.bias] = moved.get(reader.bias, 0) - matrix.mT
+            else:
+                each = -matrix.mT[:, None, :] * self._inverse(held)[:, None]
+                moved[reader.weight] = each if reader.axis == 0 else each.mT
+        return moved
+
+    @torch.no_grad()
+    def audit(self, params: Params, grads: Params) -> float:
+        along, size = torch.zeros(self.dimension(params), dtype=torch.float64), 0.0
+        for name, moved in self.velocities(params).items():
+            part = moved.flatten(1) @ grads[name].double().cpu().flatten()
+            along += part
+            size += float(part.square().sum())
+        return ratio(float(along.square().sum()), size)
+
+
+@dataclass(frozen=True)
+class ScaledShift(Gauge):
+    """Behind a norm that centres: row i of what reads it moves by a_i / γ, its bias by what the
+    norm's shift β makes of that. The group is (R^outputs, +) of each reader.
+
+    Since the entries of a centred vector x sum to zero, a · (1/γ) (γ x + β) = a Σ β/γ.
+
+    Args:
+        weight, axis: the reader, and the axis along which its outputs lie.
+        bias: of the reader; None where there is no β.
+        scale, shift: γ and β; None for 1 and 0.
+
+    Raises:
+        ValueError: an unknown kind, or a shift without a bias.
+    """
+
+    kind: str
+    where: str
+    weight: str
+    axis: int
+    bias: str | None = None
+    scale: str | None = None
+    shift: str | None = None
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind)
+        if self.shift is not None and self.bias is None:
+            raise ValueError(f"{self}: behind a shift the reader needs a bias")
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        names = (self.weight, self.bias, self.scale, self.shift)
+        return tuple(name for name in names if name is not None)
+
+    def dimension(self, params: Params) -> int:
+        return params[self.weight].shape[self.axis]
+
+    def sample(self, params: Params, generator: torch.Generator, spread: float = 1.0) -> Tensor:
+        drawn = torch.randn(self.dimension(params), generator=generator, dtype=torch.float64)
+        return (spread * drawn).to(params[self.weight])
+
+    def _directions(self, params: Params) -> tuple[Tensor, Tensor]:
+        """1/γ, (inputs,), and Σ β/γ."""
+        weight = params[self.weight]
+        inverse = weight.new_ones(weight.shape[1 - self.axis])
+        if self.scale is not None:
+            inverse = 1 / params[self.scale]
+        shift = torch.zeros_like(inverse) if self.shift is None else params[self.shift]
+        return inverse, (inverse * shift).sum()
+
+    @torch.no_grad()
+    def act_(self, params: Params, element: Tensor) -> None:
+        inverse, sum_ = self._directions(params)
+        unit_view(params[self.weight], self.axis).add_(element[:, None] * inverse)
+        if self.bias is not None and self.shift is not None:
+            params[self.bias].sub_(element * sum_)
+
+    @torch.no_grad()
+    def velocities(self, params: Params) -> dict[str, Tensor]:
+        held = {name: params[name].detach().double().cpu() for name in self.parameters}
+        inverse, sum_ = self._directions(held)
+        each = torch.arange(count := self.dimension(params))
+        moved = {self.weight: torch.zeros(count, *params[self.weight].shape, dtype=torch.float64)}
+        moved[self.weight].movedim(1 + self.axis, 1)[each, each] = inverse
+        if self.bias is not None and self.shift is not None:
+            moved[self.bias] = -sum_ * torch.eye(count, dtype=torch.float64)
+        return moved
+
+    @torch.no_grad()
+    def audit(self, params: Params, grads: Params) -> float:
+        inverse, sum_ = self._directions(params)
+        parts = unit_view(grads[self.weight], self.axis) * inverse
+        along, size = parts.sum(1), float(parts.double().square().sum())
+        if self.bias is not None and self.shift is not None:
+            along = along - sum_ * grads[self.bias]
+            size += float((sum_ * grads[self.bias]).double().square().sum())
+        return ratio(float(along.double().square().sum()), size)
+
+
+@dataclass(frozen=True)
+class Behind:
+    """A linear map that reads a stream through a norm: its weight, the axis of its inputs, and the
+    norm's scale (None for 1).
+    """
+
+    weight: str
+    axis: int
+    scale: str | None
+
+
+@dataclass(frozen=True)
+class StreamRotation(Gauge):
+    """A rotation R of a residual stream: all that writes to it is turned, all that reads it turned
+    back.
+
+    A reader W behind a scale γ becomes W diag(γ) Rᵀ diag(γ)⁻¹, a shift β diag(γ) R diag(γ)⁻¹ β. The
+    group is O(width); of a stream that a centring norm reads, what of it leaves the vector of ones
+    as it is.
+
+    Args:
+        writers: parameters whose vectors along an axis are turned.
+        readers: the linear maps behind the norms.
+        shifts: (β, γ) of the norms that have both.
+        width: entries of the stream.
+        centred: whether the vector of ones stays.
+
+    Raises:
+        ValueError: an unknown kind, or no writers or readers.
+    """
+
+    kind: str
+    where: str
+    writers: tuple[tuple[str, int], ...]
+    readers: tuple[Behind, ...]
+    shifts: tuple[tuple[str, str], ...]
+    width: int
+    centred: bool
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind)
+        if not self.writers or not self.readers:
+            raise ValueError(f"{self}: a stream needs writers and readers")
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        names = [name for name, _ in self.writers]
+        names += [reader.weight for reader in self.readers]
+        names += [name for pair in self.shifts for name in pair]
+        names += [reader.scale for reader in self.readers if reader.scale is not None]
+        return tuple(dict.fromkeys(names))
+
+    def dimension(self, params: Params) -> int:
+        k = self.width - self.centred
+        return k * (k - 1) // 2
+
+    def _basis(self) -> Tensor:
+        """Columns that span what is turned, (width, width or one less)."""
+        if not self.centred:
+            return torch.eye(self.width, dtype=torch.float64)
+        ones = torch.ones(self.width, 1, dtype=torch.float64)
+        others = torch.eye(self.width, dtype=torch.float64)[:, 1:]
+        return torch.linalg.qr(torch.cat([ones, others], dim=1)).Q[:, 1:]
+
+    def sample(self, params: Params, generator: torch.Generator, spread: float = 1.0) -> Tensor:
+        basis = self._basis()
+        k = basis.shape[1]
+        q, r = torch.linalg.qr(torch.randn(k, k, generator=generator, dtype=torch.float64))
+        turn = q * r.diagonal().sign()
+        rest = torch.eye(self.width, dtype=torch.float64) - basis @ basis.T
+        return (basis @ turn @ basis.T + rest).to(params[self.writers[0][0]])
+
+    def _slices(self, params: Params) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        """What is turned: its parameter, a view (width, others), and the scale that it is behind,
+        of which vectors along the first axis are x in x -> γ⁻¹ R γ x.
+        """
+        for name, axis in self.writers:
+            yield name, rows_of(params[name], axis), None
+        for reader in self.readers:
+            scale = None if reader.scale is None else params[reader.scale]
+            yield reader.weight, rows_of(params[reader.weight], reader.axis), scale
+        for shift, gamma in self.shifts:
+            yield shift, rows_of(params[shift], 0), 1 / params[gamma]
+
+    @torch.no_grad()
+    def act_(self, params: Params, element: Tensor) -> None:
+        for _, rows, scale in self._slices(params):
+            turn = element.to(rows)
+            if scale is not None:
+                turn = turn * scale / scale[:, None]
+            rows.copy_(turn @ rows)
+
+    @torch.no_grad()
+    def velocities(self, params: Params) -> dict[str, Tensor]:
+        held = {name: params[name].detach().double().cpu() for name in self.parameters}
+        basis = self._basis()
+        first, second = torch.triu_indices(basis.shape[1], basis.shape[1], 1)
+        turns = torch.einsum("in,jn->nij", basis[:, second], basis[:, first])
+        turns = turns - turns.mT
+        moved = {name: torch.zeros(len(turns), *held[name].shape).double() for name in held}
+        still = {name: value.clone() for name, value in held.items()}
+        for i, turn in enumerate(turns):
+            fast = {name: each[i] for name, each in moved.items()}
+            into = self._slices(_with_scales(fast, still, self))
+            for (_, rows, scale), (_, out, _) in zip(self._slices(still), into, strict=True):
+                matrix = turn if scale is None else turn * scale / scale[:, None]
+                out += matrix @ rows
+        return moved
+
+    @torch.no_grad()
+    def audit(self, params: Params, grads: Params) -> float:
+        basis = self._basis()
+        moment, size = torch.zeros(self.width, self.width, dtype=torch.float64), 0.0
+        slices = self._slices(params), self._slices(_with_scales(grads, params, self))
+        for (_, rows, scale), (_, grad, _) in zip(*slices, strict=True):
+            rows, grad = rows.double().cpu(), grad.double().cpu()
+            part = grad @ rows.T  # dL/dM of x -> M x
+            if scale is not None:  # M = γ⁻¹ R γ
+                scale = scale.double().cpu()
+                part = part * scale / scale[:, None]
+            part = basis.T @ part @ basis
+            moment[: len(part), : len(part)] += part
+            size += float(part.square().sum())
+        return ratio(float((moment - moment.T).square().sum()) / 4, size)
+
+
+def _with_scales(moved: Params, params: Params, gauge: StreamRotation) -> dict[str, Tensor]:
+    """Tensors by parameter, with the model's own scales, which are read and do not move."""
+    scales = {reader.scale for reader in gauge.readers if reader.scale is not None}
+    scales |= {scale for _, scale in gauge.shifts}
+    return {**moved, **{name: params[name] for name in scales}}
+
+
+def ratio(vertical_squared: float, total_squared: float) -> float:
+    """Ratio of two norms given their squares; 0 / 0 (no gradient at all) is 0."""
+    return math.sqrt(vertical_squared / total_squared) if vertical_squared else 0.0

@@ -1,0 +1,334 @@
+"""Whether a set of gauges is all that a model's loss cannot see, told by rank.
+
+The directions in which no weight change moves a log-probability, to first order and on any input,
+are the kernel of J, the Jacobian of the centred log-probabilities in all parameters. At a generic
+point, over enough inputs, the dimension of this kernel is that of all continuous symmetries of the
+model. Gauges are complete if the tangents of their orbit span it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ddc.gauges.base import Gauge, first_line, named_parameters, unwrapped
+from ddc.gauges.double import InDouble
+from ddc.gauges.gauge_set import gauges_of
+from ddc.gauges.trace import Inputs, example, running
+from ddc.gauges.verify import generic, tensors
+
+#: Models of more parameters are refused: the triangle of J would take gigabytes.
+LARGEST = 6_000
+#: Singular values of J below this, relative to the largest, are zero; rounding leaves about 1e-14.
+ZERO = 1e-11
+#: The smallest singular value that counts must be this much larger than the largest that does not.
+GAP = 1e2
+#: Rows of J for each parameter. With fewer, directions that few inputs see are taken for zeros.
+ROWS = 8
+#: Rows from one forward pass: random combinations of all its log-probabilities.
+AT_ONCE = 32
+#: Rows that are folded into the triangle at a time.
+FOLDED = 2048
+
+#: Draws an example of what a model takes.
+Draw = Callable[[torch.Generator], Inputs]
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How much of what a model's loss cannot see is the orbit of its gauges.
+
+    Attributes:
+        parameters: how many the model has, tied ones once.
+        kernel: dimension of the kernel of J.
+        orbit: rank of the gauges' tangents, overlaps counted once.
+        dead: further dimensions of single parameters that no input reaches (rows of unused tokens,
+            units that never fire): zeros of the inputs, no symmetry.
+        faint: singular values above zero but below 1e-6 of the largest: symmetries that hold but
+            for the eps of a norm, say.
+        zero, smallest: the largest singular value that counts as zero and the smallest that does
+            not, relative to the largest of all.
+        leak: the largest |J t| of a gauge's unit tangent t, relative to the largest singular
+            value: rounding, if all of them are symmetries.
+    """
+
+    parameters: int
+    kernel: int
+    orbit: int
+    dead: int
+    faint: int
+    zero: float
+    smallest: float
+    leak: float
+
+    @property
+    def unexplained(self) -> int:
+        """Dimensions of the kernel that are neither in the orbit nor dead."""
+        return self.kernel - self.orbit - self.dead
+
+    @property
+    def complete(self) -> bool:
+        """Whether the gauges are all continuous symmetries of the model."""
+        return self.unexplained == 0
+
+    def __str__(self) -> str:
+        verdict = "complete" if self.complete else f"{self.unexplained} unexplained"
+        dead = f", {self.dead} dead on these inputs" if self.dead else ""
+        return (
+            f"{self.parameters:,} parameters, kernel {self.kernel}, orbit {self.orbit}{dead}:"
+            f" {verdict} (singular values {self.zero:.0e} | {self.smallest:.0e})"
+        )
+
+
+def certify(
+    model: nn.Module,
+    gauges: Iterable[Gauge],
+    inputs: Inputs | Draw | None = None,
+    *,
+    centred: bool = True,
+    rows: float = ROWS,
+    seed: int = 0,
+) -> Certificate:
+    """Compare the orbit of some gauges with all that a small model's loss cannot see.
+
+    The weights are moved to a generic point, since a symmetry is one at every point, and zeros of
+    an initialisation would look like more. J is formed in float64 from random combinations of
+    log-probabilities on many inputs, and kept as the triangle of its QR decomposition.
+
+    Args:
+        model: of at most :data:`LARGEST` parameters, in the mode (training or evaluation) whose
+            symmetries are asked for; left as it is.
+        gauges: what :func:`ddc.find_gauges` returns.
+        inputs: a function that draws an example from a generator, or one example, as for
+            :func:`ddc.find_gauges`: numbers are then drawn anew from a normal distribution, and
+            integers evenly from the smallest to the largest of the example, or from all rows of the
+            embedding that they index.
+        centred: whether a constant added to all logits is unseen, as by softmax cross-entropy.
+        rows: of J for each parameter, at least 1; ReLU networks may need more.
+        seed: of weights, inputs and combinations.
+
+    Raises:
+        TypeError, ValueError: gauges that are not the model's; a model that is too large or cannot
+            be run; singular values without a gap, for which more rows, or inputs that use the whole
+            vocabulary and all positions, are needed.
+    """
+    found = gauges_of(model, gauges)
+    return Jacobian.of(model, inputs, centred=centred, rows=rows, seed=seed).certificate(found)
+
+
+@dataclass(frozen=True)
+class Jacobian:
+    """J of a model at a generic point, as far as its kernel goes.
+
+    Attributes:
+        model: a copy at that point.
+        triangle: R of the QR decomposition of J, (parameters, parameters), in float64.
+    """
+
+    model: nn.Module
+    triangle: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        inputs: Inputs | Draw | None = None,
+        *,
+        centred: bool = True,
+        rows: float = ROWS,
+        seed: int = 0,
+    ) -> Jacobian:
+        """That of a model; arguments and errors as for :func:`certify`."""
+        model = copy.deepcopy(unwrapped(model))
+        params = named_parameters(model)
+        count = sum(p.numel() for p in params.values())
+        if count > LARGEST:
+            raise ValueError(
+                f"the model has {count:,} parameters, and certify takes at most {LARGEST:,}: pass a"
+                " narrow model of the same architecture (the kinds of its gauges are the same)"
+            )
+        # a generic point
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in params.values():
+                p.data = generic(p.detach().clone(), generator)
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):  # its row has a derivative, which torch calls zero
+                module.padding_idx = None
+        draw = drawn(model, inputs)
+        return cls(model, _triangle(model, params, draw, centred, rows, generator))
+
+    def certificate(self, gauges: Iterable[Gauge]) -> Certificate:
+        """The kernel beside the orbit of some gauges; errors as for :func:`certify`."""
+        found = gauges_of(self.model, gauges)
+        # the kernel, and the gap above it
+        values = torch.linalg.svdvals(self.triangle)
+        relative = values / values[0]
+        kernel = int((relative <= ZERO).sum())
+        zero = float(relative[relative <= ZERO].max()) if kernel else 0.0
+        smallest = float(relative[relative > ZERO].min())
+        if kernel and smallest < GAP * max(zero, 1e-16):
+            raise ValueError(
+                f"singular values {zero:.0e} and {smallest:.0e} lie too close to tell which are"
+                " zero: pass more rows, or inputs that use all tokens and positions"
+            )
+        # what of it the gauges span, and single parameters that nothing reaches
+        tangents = tangents_of(found, named_parameters(self.model))
+        orbit = rank(tangents)
+        leak = _leak(self.triangle, tangents) / float(values[0])
+        unreached = self.triangle.norm(dim=0) <= ZERO * values[0]
+        alone = torch.eye(len(values), dtype=torch.float64)[unreached]
+        dead = rank(torch.cat([tangents, alone])) - orbit
+        faint = int(((relative > ZERO) & (relative < 1e-6)).sum())
+        return Certificate(len(values), kernel, orbit, dead, faint, zero, smallest, leak)
+
+
+def tangents_of(gauges: Iterable[Gauge], params: Mapping[str, Tensor]) -> Tensor:
+    """Tangents of all gauges, (dimensions, entries of all parameters in their order), in
+    float64.
+    """
+    entries = sum(p.numel() for p in params.values())
+    rows = [gauge.tangents(params).cpu() for gauge in gauges]
+    return torch.cat([torch.zeros(0, entries, dtype=torch.float64), *rows])
+
+
+def rank(vectors: Tensor) -> int:
+    """Rank of some vectors, each taken at unit length; zero vectors do not count."""
+    lengths = vectors.norm(dim=1, keepdim=True)
+    unit = vectors[lengths[:, 0] > 0] / lengths[lengths[:, 0] > 0]
+    if not len(unit):
+        return 0
+    values = torch.linalg.svdvals(unit)
+    return int((values > 1e-9 * values[0]).sum())
+
+
+def _leak(triangle: Tensor, tangents: Tensor) -> float:
+    """The largest |J t| of unit tangents t."""
+    lengths = tangents.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    moved = triangle @ (tangents / lengths).T
+    return float(moved.norm(dim=0).max()) if len(tangents) else 0.0
+
+
+def _triangle(
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    draw: Callable[[torch.Generator], tuple[tuple[Any, ...], dict[str, Any]]],
+    centred: bool,
+    rows: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """R of the QR decomposition of J, (entries, entries): J itself is never whole."""
+    entries = sum(p.numel() for p in params.values())
+    needed = math.ceil(max(rows, 1) * entries) + 16
+    triangle = torch.zeros(0, entries, dtype=torch.float64)
+    fresh: list[Tensor] = []
+    for p in params.values():
+        p.requires_grad_()
+    with Progress(transient=True) as progress:
+        task = progress.add_task("rows of the Jacobian", total=needed)
+        for _ in range(0, needed, AT_ONCE):
+            fresh.append(_rows(model, list(params.values()), draw(generator), centred, generator))
+            progress.advance(task, AT_ONCE)
+            if len(fresh) * AT_ONCE >= FOLDED:
+                triangle = torch.linalg.qr(torch.cat([triangle, *fresh]), mode="r").R
+                fresh = []
+    return torch.linalg.qr(torch.cat([triangle, *fresh]), mode="r").R
+
+
+def _rows(
+    model: nn.Module,
+    params: Sequence[Tensor],
+    inputs: tuple[tuple[Any, ...], dict[str, Any]],
+    centred: bool,
+    generator: torch.Generator,
+) -> Tensor:
+    """Random combinations of rows of J on one input, (combinations, entries)."""
+    args, kwargs = inputs
+    with running(model, model.training, seed=0), InDouble():
+        try:
+            given = model(*args, **kwargs)
+        except Exception as error:  # whatever a model of others may raise
+            raise ValueError(f"the model does not run: {first_line(error)}") from error
+        logits = given.get("logits") if isinstance(given, Mapping) else None
+        if logits is None:
+            logits = next(each for each in tensors([given]) if each.is_floating_point())
+        weights = torch.randn(AT_ONCE, *logits.shape, generator=generator, dtype=torch.float64)
+        if centred:
+            weights = weights - weights.mean(-1, keepdim=True)
+        grads = _gradients(logits, params, weights.to(logits))
+        return torch.cat([grad.detach().double().flatten(1).cpu() for grad in grads], dim=1)
+
+
+def _gradients(logits: Tensor, params: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
+    """Gradients of some combinations of the logits, (combinations, *shape) of each parameter."""
+    try:
+        batched = partial(torch.autograd.grad, retain_graph=True, materialize_grads=True)
+        return list(batched(logits, params, weights, is_grads_batched=True))
+    except RuntimeError:  # an operation whose derivative torch cannot batch
+        each = [batched(logits, params, row) for row in weights]
+        return [torch.stack(grads) for grads in zip(*each, strict=True)]
+
+
+def drawn(
+    model: nn.Module, inputs: Inputs | Draw | None
+) -> Callable[[torch.Generator], tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What draws positional and keyword arguments: the function given, or one that draws an example
+    anew.
+    """
+    if callable(inputs):
+        draw = inputs
+        return lambda generator: example(model, draw(generator))
+    args, kwargs = example(model, inputs)
+    ranges = _indexed(model, args, kwargs)
+
+    def redrawn(x: Tensor, generator: torch.Generator) -> Tensor:
+        if x.dtype == torch.bool:
+            return x
+        if x.is_floating_point():
+            return torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        high = ranges.get(id(x), int(x.max()) + 1)
+        low = 0 if id(x) in ranges else int(x.min())
+        return torch.randint(low, high, x.shape, generator=generator, dtype=x.dtype)
+
+    def draw_anew(generator: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        again: tuple[tuple[Any, ...], dict[str, Any]] = tree_map_only(
+            Tensor, lambda x: redrawn(x, generator), (args, kwargs)
+        )
+        return again
+
+    return draw_anew
+
+
+def _indexed(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[int, int]:
+    """By identity of an input of integers, how many rows the embedding has that it indexes."""
+    given = {id(x): x for x in tensors([args, kwargs]) if not x.is_floating_point()}
+    found: dict[int, int] = {}
+
+    def see(module: nn.Module, read: tuple[Any, ...]) -> None:
+        for key, x in given.items():
+            if isinstance(read[0], Tensor) and read[0].shape == x.shape and read[0].equal(x):
+                found[key] = module.num_embeddings  # type: ignore[assignment]
+
+    hooks = [
+        module.register_forward_pre_hook(see)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+    ]
+    try:
+        with running(model, model.training, seed=0), torch.no_grad(), InDouble():
+            model(*args, **kwargs)
+    except Exception as error:  # whatever a model of others may raise
+        raise ValueError(f"the model does not run: {first_line(error)}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found

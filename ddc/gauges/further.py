@@ -1,0 +1,487 @@
+"""The gauges of a traced model beyond the paper's: rules on its graph, one for each kind.
+
+Together with those of :mod:`ddc.gauges.traced` they are meant to be all continuous symmetries of a
+transformer; :mod:`ddc.gauges.certificate` tells by rank whether they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+from torch.fx import Node
+
+from ddc.gauges.actions import Axis, Rescale, RotatedAxis, Shift
+from ddc.gauges.affine import (
+    Behind,
+    General,
+    ScaledShift,
+    Shear,
+    Sheared,
+    StreamRotation,
+    Translated,
+    Translation,
+)
+from ddc.gauges.base import KINDS, Gauge, Refusal
+from ddc.gauges.gauge_set import GaugeSet
+from ddc.gauges.stream import Norm, Stream, streams
+from ddc.gauges.trace import (
+    KEEPS,
+    MOVES,
+    LinearMap,
+    Trace,
+    arguments,
+    has_fixed_shape,
+    module_path,
+    operation,
+    readers,
+    value_of,
+)
+from ddc.gauges.traced import ATTENTION, Finding, NotProved, gauges_of_trace, heads_of, owner
+
+
+def gauges_of_kinds(trace: Trace, kinds: Collection[str], loss: str | None = None) -> GaugeSet:
+    """All gauges of these kinds that the rules prove, and all of them that they refuse.
+
+    Args:
+        trace: of the model.
+        kinds: of :data:`ddc.gauges.base.KINDS` and :data:`ddc.gauges.base.FURTHER`.
+        loss: as for :func:`ddc.find_gauges`.
+    """
+    paper = gauges_of_trace(trace, "chained_rescale" in kinds and "relu_rescale" not in kinds, loss)
+    finding = Finding(trace, loss)
+    Further(finding).find(kinds)
+    kept = paper.only({*kinds} & {*KINDS})
+    return GaugeSet((*kept.found, *finding.found), (*kept.refused, *finding.refused))
+
+
+class Further:
+    """Collects what is found and refused of the further kinds in one trace.
+
+    Args:
+        finding: of the trace; its rules on linear maps and heads serve here too.
+    """
+
+    def __init__(self, finding: Finding) -> None:
+        self.finding, self.trace = finding, finding.trace
+        self.writer_of = {linear.output: linear for linear in self.trace.linear_maps.values()}
+
+    def find(self, kinds: Collection[str]) -> None:
+        """Add the gauges of these kinds, and what of them is refused, to the finding's."""
+        for kind, rule in self._attempts():
+            if kind not in kinds:
+                continue
+            where, prove = rule
+            try:
+                self.finding.found += prove()
+            except NotProved as reason:
+                self.finding.refused.append(Refusal(kind, where, str(reason)))
+
+    def _attempts(self) -> Iterator[tuple[str, tuple[str, Callable[[], Sequence[Gauge]]]]]:
+        """Kind, place and proof of each gauge that is looked for."""
+        for node in self.trace.graph.nodes:
+            if operation(node) == ATTENTION:
+                where = module_path(node) or "attention"
+                for kind, rule in (
+                    ("value_map", self.value_map),
+                    ("value_bias", self.value_bias),
+                    ("qk_map", self.qk_map),
+                    ("key_bias", self.key_bias),
+                    ("qk_norm_scale", self.qk_norm_scale),
+                ):
+                    yield kind, (where, lambda rule=rule, n=node, w=where: rule(n, w))  # type: ignore[misc]
+        for linear in self.trace.linear_maps.values():
+            if self._is_router(linear):
+                where = owner(linear.weight)
+                yield "router_shift", (where, lambda each=linear: self.router_shift(each))  # type: ignore[misc]
+            if (scale := self._layer_scale(linear)) is not None:
+                where = owner(scale)
+                yield (
+                    "layer_scale",
+                    (where, lambda each=linear, s=scale: self.layer_scale(each, s)),  # type: ignore[misc]
+                )
+        for stream in streams(self.trace):
+            where = self._place(stream)
+            yield "stream_rotation", (where, lambda s=stream: [self.stream_rotation(s)])  # type: ignore[misc]
+            yield "stream_mean", (where, lambda s=stream: self.stream_mean(s))  # type: ignore[misc]
+            for node in stream.nodes:
+                if len(terms := self._terms(stream, node)) > 1:
+                    yield "translation", (where, lambda t=terms: self.translation(t))  # type: ignore[misc]
+            for norm in stream.norms:
+                where = module_path(norm.output) or "norm"
+                yield "reader_shift", (where, lambda n=norm: self.reader_shift(n))  # type: ignore[misc]
+                yield "norm_shift", (where, lambda n=norm: self.norm_shift(n))  # type: ignore[misc]
+
+    # ------------------------------------------------------------------------------------------
+    # attention
+
+    def value_map(self, node: Node, where: str) -> list[Gauge]:
+        """Values by G, the output projection by its inverse: attention is linear in them."""
+        (rotation,) = self.finding.value_rotation(node, where, single=True)
+        *rows, columns = rotation.slots
+        return [General("value_map", where, tuple(rows), (columns,))]
+
+    def value_bias(self, node: Node, where: str) -> list[Gauge]:
+        """A constant added to all values arrives at the output projection as it is, for the weights
+        of attention sum to one.
+        """
+        for gauge in self.value_map(node, where):
+            assert isinstance(gauge, General)
+            biases = [s for s in gauge.plus if self.trace.tensors[s.parameter].ndim == 1]
+            (columns,) = gauge.minus
+            bias = self._bias_of(columns.parameter)
+            if not biases:
+                return []
+            if bias is None:
+                raise NotProved("the output projection has no bias of its own")
+            copies = columns.indices.swapaxes(0, 1).reshape(columns.indices.shape[1], -1)
+            (moved,) = biases
+            slot = Translated(moved.parameter, 0, 1.0, tuple(moved.indices.flatten().tolist()))
+            reader = Sheared(columns.parameter, columns.axis, copies, bias)
+            return [Shear("value_bias", where, (slot,), (reader,))]
+        return []
+
+    def qk_map(self, node: Node, where: str) -> list[Gauge]:
+        """Keys by G, queries by its inverse transpose; under a rotary embedding what commutes with
+        it.
+        """
+        gauges: list[Gauge] = []
+        for rotation in self.finding.qk_rotation(node, where, single=True):
+            keys = self.finding.key_slots[rotation]
+            queries = rotation.slots[: -len(keys)]
+            group = "all" if rotation.reflections else "complex"
+            gauges.append(General("qk_map", where, keys, queries, group))
+        return gauges
+
+    def key_bias(self, node: Node, where: str) -> list[Gauge]:
+        """A constant added to all keys adds the same to all scores of a query, if no position turns
+        it.
+        """
+        for gauge in self.qk_map(node, where):
+            assert isinstance(gauge, General)
+            for slot in gauge.plus if gauge.group == "all" else ():
+                if self.trace.tensors[slot.parameter].ndim == 1:
+                    indices = tuple(slot.indices.flatten().tolist())
+                    moved = Translated(slot.parameter, 0, 1.0, indices)
+                    return [Translation("key_bias", where, (moved,))]
+        return []
+
+    def qk_norm_scale(self, node: Node, where: str) -> list[Gauge]:
+        """Scales of normed queries against those of normed keys, entry by entry or plane by
+        plane.
+        """
+        sides = [self._scale_before(arguments(node)[i]) for i in (0, 1)]
+        if None in sides:
+            return []
+        turned = []
+        for (name, scaled), argument, what in zip(sides, (0, 1), ("queries", "keys"), strict=True):  # type: ignore[misc]
+            self.finding.require_single([name])
+            target = arguments(node)[argument]
+            if self.trace.leak(scaled, range(value_of(scaled).shape[-1]), node, argument):
+                raise NotProved(f"its {what} are read elsewhere as well")
+            matrix = self.trace.matrix(scaled, target)
+            if matrix is None:
+                raise NotProved(f"its {what} pass through what is not linear behind their norm")
+            turned.append((name, heads_of(matrix, what)))
+        (query, q), (key, k) = turned
+        first = (q.planes[0], q.rest[0]), (k.planes[0], k.rest[0])
+        for heads, (planes, rest) in zip((q, k), first, strict=True):
+            same = all(each == planes for each in heads.planes)
+            if not same or any(each != rest for each in heads.rest):
+                raise NotProved("its heads take different entries of the scale")
+        (q_planes, q_rest), (k_planes, k_rest) = first
+        if q_planes.keys() != k_planes.keys() or q_rest.keys() != k_rest.keys():
+            raise NotProved("its queries and keys are turned in different planes")
+        gauges: list[Gauge] = []
+        for of_query, of_key in (
+            (
+                [q_planes[each] for each in sorted(q_planes)],
+                [k_planes[e] for e in sorted(k_planes)],
+            ),
+            ([(q_rest[e],) for e in sorted(q_rest)], [(k_rest[e],) for e in sorted(k_rest)]),
+        ):
+            if of_query:
+                plus = RotatedAxis(query, 0, np.array(of_query)[:, None])
+                minus = RotatedAxis(key, 0, np.array(of_key)[:, None])
+                gauges.append(General("qk_norm_scale", where, (plus,), (minus,), "scale"))
+        return gauges
+
+    def _scale_before(self, node: Node) -> tuple[str, Node] | None:
+        """The scale that entries of heads were last multiplied by, and the node that it gives."""
+        between = sorted(self.trace.ancestors(node), key=self.trace.order.__getitem__, reverse=True)
+        for each in between:
+            if each in self.trace.linear_maps:
+                return None
+            name, args = operation(each), arguments(each)
+            if name == "rms_norm" and len(args) > 2 and isinstance(args[2], Node):
+                view = self.trace.parameter(args[2])
+                return None if view is None else (view[0], each)
+            if name == "mul":
+                for argument in args:
+                    if self.finding.is_vector(argument, each):
+                        view = self.trace.parameter(argument)
+                        assert view is not None
+                        return view[0], each
+        return None
+
+    # ------------------------------------------------------------------------------------------
+    # routers and layer scales
+
+    def _is_router(self, linear: LinearMap) -> bool:
+        return bool(found := self._onward(linear.output)) and all(
+            operation(each) in ("softmax", "_softmax")
+            and int(arguments(each)[1]) in (-1, value_of(each).ndim - 1)
+            for each in found
+        )
+
+    def _onward(self, node: Node) -> list[Node]:
+        """What reads a node, seen through what only moves or keeps its values."""
+        found = []
+        for user in readers(node):
+            if operation(user) in (MOVES | KEEPS) - {"dropout"}:
+                found += self._onward(user)
+            else:
+                found.append(user)
+        return found
+
+    def router_shift(self, linear: LinearMap) -> list[Gauge]:
+        """The same row added to all rows of what a softmax alone reads."""
+        self.finding.require_single([linear.weight])
+        if linear.rows != 0 or (linear.bias_node is not None and linear.bias is None):
+            raise NotProved("its weight lies the other way round, or its bias is no parameter")
+        if linear.bias is not None:
+            self.finding.require_single([linear.bias])
+        return [Shift(linear.weight, linear.bias, owner(linear.weight), "router_shift")]
+
+    def _layer_scale(self, linear: LinearMap) -> str | None:
+        """The vector by which the outputs of a linear map are multiplied, if that is all that is
+        done to them.
+        """
+        users = self._onward(linear.output)
+        if len(users) != 1 or operation(users[0]) != "mul":
+            return None
+        for argument in arguments(users[0]):
+            if isinstance(argument, Node) and self.finding.is_vector(argument, users[0]):
+                view = self.trace.parameter(argument)
+                return view[0] if view is not None else None
+        return None
+
+    def layer_scale(self, linear: LinearMap, scale: str) -> list[Gauge]:
+        """Rows of a linear map, and its bias, against the vector that multiplies them."""
+        if linear.bias_node is not None and linear.bias is None:
+            raise NotProved("its bias is not a parameter of its own")
+        names = [linear.weight, *([linear.bias] if linear.bias else [])]
+        self.finding.require_single([*names, scale])
+        plus = (Axis(linear.weight, linear.rows), *(Axis(name) for name in names[1:]))
+        return [Rescale("layer_scale", owner(scale), plus, (Axis(scale),))]
+
+    # ------------------------------------------------------------------------------------------
+    # residual streams
+
+    def _place(self, stream: Stream) -> str:
+        return module_path(min(stream.nodes, key=self.trace.order.__getitem__)) or "stream"
+
+    def stream_rotation(self, stream: Stream) -> Gauge:
+        """All that writes to a stream turned, all that reads it turned back."""
+        self._require_sound(stream)
+        writers = [each for node in stream.writers for each in self._writer(stream, node)]
+        behind: list[Behind] = []
+        shifts: list[tuple[str, str]] = []
+        for norm in stream.norms:
+            scale, shift, linears = self._behind(norm)
+            if shift is not None and scale is not None:
+                shifts.append((shift, scale))
+            elif shift is not None:
+                raise NotProved("a norm has a shift, but no scale")
+            behind += [Behind(each.parameter, each.axis, scale) for each in linears]
+        centred = any(norm.centres for norm in stream.norms)
+        where = self._place(stream)
+        width = stream.width
+        return StreamRotation(
+            "stream_rotation", where, tuple(writers), tuple(behind), tuple(shifts), width, centred
+        )
+
+    def stream_mean(self, stream: Stream) -> list[Gauge]:
+        """The same number added to all entries of what is written: a norm that centres takes it
+        off again.
+        """
+        self._require_sound(stream)
+        if not all(norm.centres for norm in stream.norms):
+            raise NotProved("a norm that does not centre reads the stream")
+        gauges: list[Gauge] = []
+        for node in stream.writers:
+            try:
+                written = self._writer(stream, node)
+            except NotProved as reason:  # the others' means are gauges all the same
+                place = module_path(node) or self._place(stream)
+                self.finding.refused.append(Refusal("stream_mean", place, str(reason)))
+                continue
+            if (linear := self.writer_of.get(node)) is not None and linear.rows == 0:
+                place = owner(linear.weight)
+                gauges.append(Shift(linear.weight, linear.bias, place, "stream_mean"))
+                continue
+            for name, axis in written:
+                ndim = self.trace.tensors[name].ndim
+                if ndim == 1:
+                    slot = Translated(name, None)
+                else:
+                    (other,) = [a for a in range(ndim) if a != axis and self._is_long(name, a)]
+                    slot = Translated(name, other)
+                gauges.append(Translation("stream_mean", owner(name) or name, (slot,)))
+        return gauges
+
+    def _is_long(self, name: str, axis: int) -> bool:
+        tensor = self.trace.tensors[name]
+        return tensor.ndim == 2 or tensor.shape[axis] > 1
+
+    def _require_sound(self, stream: Stream) -> None:
+        if stream.faults:
+            raise NotProved(stream.faults[0])
+        if not stream.writers:
+            raise NotProved("nothing that has weights writes to it")
+
+    def _writer(self, stream: Stream, node: Node) -> list[tuple[str, int]]:
+        """The parameters whose vectors a writer adds to the stream, and the axis along which these
+        lie.
+        """
+        if (linear := self.writer_of.get(node)) is not None:
+            if linear.bias_node is not None and linear.bias is None:
+                raise NotProved(f"the bias of {owner(linear.weight)} is no parameter of its own")
+            names = [linear.weight, *([linear.bias] if linear.bias is not None else [])]
+            self.finding.require_single(names)
+            return [(linear.weight, linear.rows), *((name, 0) for name in names[1:])]
+        table = operation(node) == "embedding"
+        view = self.trace.parameter(arguments(node)[0] if table else node)
+        assert view is not None
+        name = view[0]
+        if table and any(
+            operation(use) != "embedding" or use not in stream.nodes
+            for use in self.trace.uses[name]
+        ):
+            raise NotProved(f"{owner(name)} is tied to another parameter, or used more than once")
+        if not table:
+            self.finding.require_single([name])
+        return [(name, self.trace.tensors[name].ndim - 1)]
+
+    def _terms(self, stream: Stream, node: Node) -> list[Translated]:
+        """Tables and biases that are added up to a node of a stream before anything reads it."""
+        if operation(node) not in ("add", "add_"):
+            return []
+        if len(users := readers(node)) == 1 and operation(users[0]) in ("add", "add_"):
+            return []  # a part of a larger sum
+        terms, waiting = [], [node]
+        while waiting:
+            each = waiting.pop()
+            if len(readers(each)) > 1 and each is not node:
+                continue
+            if each in stream.writers:
+                linear = self.writer_of.get(each)
+                if linear is not None:
+                    if linear.bias is not None and self.trace.used_once(linear.bias):
+                        terms.append(Translated(linear.bias, 0))
+                    continue
+                view = self.trace.parameter(
+                    arguments(each)[0] if operation(each) == "embedding" else each
+                )
+                if view is not None and self._may_move(view[0], each):
+                    terms.append(Translated(view[0], self.trace.tensors[view[0]].ndim - 1))
+            elif operation(each) in ("add", "add_"):
+                waiting += arguments(each)[:2]
+            elif operation(each) in MOVES | KEEPS:
+                waiting.append(arguments(each)[0])
+        return terms
+
+    def _may_move(self, name: str, node: Node) -> bool:
+        """Whether all rows of a table may move alike: nothing else reads it but, at most, the head,
+        whose softmax does not see it.
+        """
+        others = [use for use in self.trace.uses.get(name, ()) if use is not node]
+        if operation(node) != "embedding":
+            return self.trace.used_once(name)
+        head = self.trace.head
+        if head is None or others != [head.node] or head.weight != name:
+            return not others and self.trace.used_once(name)
+        try:
+            self.finding.require_softmax(head)
+        except NotProved:
+            return False
+        return True
+
+    def translation(self, terms: Sequence[Translated]) -> list[Gauge]:
+        """A vector added to one of the terms of a sum, and taken from the next."""
+        gauges: list[Gauge] = []
+        for first, second in pairwise(terms):
+            slots = (first, second._replace(rate=-1.0))
+            where = owner(first.parameter) or first.parameter
+            gauges.append(Translation("translation", where, slots))
+        return gauges
+
+    # ------------------------------------------------------------------------------------------
+    # behind norms
+
+    def _behind(self, norm: Norm) -> tuple[str | None, str | None, list[Axis]]:
+        """Scale and shift of a norm, and the columns of all linear maps that read it.
+
+        Raises:
+            NotProved: it is read by anything else.
+        """
+        node = norm.output
+        scale = self.finding.scale(node)
+        while (
+            scale is None
+            and len(users := readers(node)) == 1
+            and operation(users[0]) in (KEEPS - {"dropout"} | {"mul"})
+        ):
+            node = users[0]
+            scale = self.finding.scale(node)
+            if operation(node) == "mul":
+                break
+        if scale is None:
+            if not has_fixed_shape(norm.output):
+                raise NotProved("how many positions it has depends on values")
+            return None, None, self.finding.readers_of(norm.output)
+        source, names, reason = scale
+        if reason:
+            raise NotProved(reason)
+        gauge = self.finding.norm_scale(source, names, owner(names[0]))
+        return names[0], names[1] if len(names) > 1 else None, list(gauge.minus)
+
+    def reader_shift(self, norm: Norm) -> list[Gauge]:
+        """Rows of what reads a norm that centres move by 1/γ, which its output does not see."""
+        if not norm.centres:
+            raise NotProved("the norm does not centre")
+        scale, shift, linears = self._behind(norm)
+        gauges: list[Gauge] = []
+        for weight, columns in linears:
+            bias = self._bias_of(weight)
+            if shift is not None and bias is None:
+                raise NotProved(f"{owner(weight)} has no bias of its own")
+            where = owner(weight)
+            gauges.append(
+                ScaledShift("reader_shift", where, weight, 1 - columns, bias, scale, shift)
+            )
+        return gauges
+
+    def norm_shift(self, norm: Norm) -> list[Gauge]:
+        """A vector added to the shift of a norm, and taken back by the biases of its readers."""
+        scale, shift, linears = self._behind(norm)
+        if shift is None:
+            return []
+        found = []
+        for weight, axis in linears:
+            bias = self._bias_of(weight)
+            if bias is None and (scale is None or not norm.centres):
+                raise NotProved(f"{owner(weight)} has no bias of its own")
+            columns = np.arange(self.trace.tensors[weight].shape[axis])[None]
+            found.append(Sheared(weight, axis, columns, bias))
+        slot = Translated(shift, 0)
+        scale = scale if any(reader.bias is None for reader in found) else None
+        return [Shear("norm_shift", owner(shift), (slot,), tuple(found), scale)]
+
+    def _bias_of(self, weight: str) -> str | None:
+        """The bias of the one linear map with this weight, if nothing else uses it."""
+        for linear in self.trace.linear_maps.values():
+            if linear.weight == weight and linear.bias is not None:
+                return linear.bias if self.trace.used_once(linear.bias) else None
+        return None

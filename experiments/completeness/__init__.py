@@ -1,0 +1,1 @@
+"""What of a network's symmetries is found."""
