@@ -74,7 +74,11 @@ TINY_VIT = [
 
 
 def composed(*overrides: str) -> Config:
-    small = {"+experiment=grok_mlp": TINY_GROK, "+experiment=vit_scratch": TINY_VIT}
+    small = {
+        "+experiment=grok_mlp": TINY_GROK,
+        "+experiment=grok_long": TINY_GROK,
+        "+experiment=vit_scratch": TINY_VIT,
+    }
     tiny = next((small[each] for each in overrides if each in small), TINY)
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         return resolve(compose("config", overrides=[*tiny, *overrides]))

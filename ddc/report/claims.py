@@ -174,6 +174,14 @@ def tested(p: float | None) -> str:
     return "yes" if p is not None else f"no: fewer than {TESTED_FROM} seeds"
 
 
+def not_complete(claim: Claim, protocols: Sequence[str], scale: str) -> list[Verdict]:
+    """One row for all protocols whose runs are missing; none where there is no such protocol."""
+    if not protocols:
+        return []
+    cells = (", ".join(protocols), "the runs are not complete", "–", "–", "–")
+    return [Verdict(claim.id, *cells, scale, "not tested")]
+
+
 def verdict_table(claims: Mapping[str, Claim], verdicts: Iterable[Verdict]) -> str:
     """The paper's figures beside ours, in the order of the claims."""
     verdicts = list(verdicts)

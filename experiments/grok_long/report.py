@@ -12,7 +12,7 @@ from pathlib import Path
 
 from scipy import stats
 
-from ddc.report.claims import Claim, Effect, Verdict, rule, verdict, verdict_table
+from ddc.report.claims import Claim, Effect, Verdict, not_complete, rule, verdict, verdict_table
 from ddc.report.figures import Drawing, nth_style, save_figure, subplots
 from ddc.report.paired import p_cell
 from ddc.report.runs import TITLES
@@ -113,9 +113,6 @@ def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Ver
     for i, (key, (ours, theirs)) in enumerate(rows.items()):
         p, p_time = adjusted[i], adjusted[i + len(rows)]
         if p is None:
-            missing = 2 * len(SEEDS) - len(ours) - len(theirs)
-            cells = (f"{missing} of {2 * len(SEEDS)} runs are missing", "–", "–")
-            found.append(Verdict(claim.id, key, *cells, "no: incomplete", SCALE, "not tested"))
             continue
         a, b = grokked(ours) / len(ours), grokked(theirs) / len(theirs)
         low, high = share_difference_interval(
@@ -139,7 +136,7 @@ def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Ver
                 edges(records, key),
             )
         )
-    return found
+    return [*found, *not_complete(claim, [each for each in rows if each not in complete], SCALE)]
 
 
 def median(runs: Sequence[Record]) -> float:

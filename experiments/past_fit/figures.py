@@ -67,13 +67,14 @@ def plot_mechanism(rows: Mapping[str, Mapping[str, Sequence[Record]]], stem: Pat
                     panel.plot(curve["step"][-len(lengths) :], lengths, **style)
                 row[2].plot(curve["step"], curve["train_loss"], **style)
                 row[3].plot(curve["step"], curve["validation_loss"], **style)
-        row[0].set(ylabel=f"{title}\n|ΔW| / |W| of W_up and W_down, median", yscale="log")
-        row[1].set(ylabel="|ΔW| / |W| of other matrices, median", yscale="log")
+        row[0].set(ylabel=f"{title}\n|ΔW| / |W|: W_up, W_down", yscale="log")
+        row[1].set(ylabel="|ΔW| / |W|: other matrices", yscale="log")
         row[2].set(ylabel="train loss (nats)", yscale="log")
         row[3].set(ylabel="validation loss (nats)")
     for panel in axes[-1]:
         panel.set_xlabel("step")
-    plain_log_ticks(axes[0][2].yaxis)
+    for panel in axes[0][:3]:
+        plain_log_ticks(panel.yaxis)
     handles = axes[0][0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=5, frameon=False)
     return save_figure(figure, stem)

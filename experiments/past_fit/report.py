@@ -8,7 +8,17 @@ import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from ddc.report.claims import Claim, Effect, Verdict, effect, rule, tested, verdict, verdict_table
+from ddc.report.claims import (
+    Claim,
+    Effect,
+    Verdict,
+    effect,
+    not_complete,
+    rule,
+    tested,
+    verdict,
+    verdict_table,
+)
 from ddc.report.figures import Drawing
 from ddc.report.paired import (
     Quantity,
@@ -28,7 +38,7 @@ from ddc.report.stages import Record, commits, table
 from ddc.report.statistics import TESTED_FROM, holm, paired_p
 from experiments.output import Results
 from experiments.past_fit import figures, specification
-from experiments.past_fit.plan import EXPERIMENT, FAST, RATE, RESULTS
+from experiments.past_fit.plan import EXPERIMENT, FAST, RATE, RESULTS, SEEDS
 from experiments.past_fit.records import (
     AUTHORS_STEP,
     GAUGES_ALONE,
@@ -101,7 +111,7 @@ def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Ver
         for protocol, runs in protocols(records).items()
         for name in (DDCADAM, AUTHOR)
     }
-    pairs = {key: against_adamw(*both) for key, both in compared.items()}
+    pairs = {key: against_adamw(*both) for key, both in compared.items() if all(both)}
     left = EXPERIMENT.missing()
     tests = [(key, quantity) for key in pairs for quantity in (GAP, EQUAL)]
     adjusted = holm([paired_p(differences(pairs[key], quantity)) for key, quantity in tests])
@@ -138,7 +148,8 @@ def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Ver
                 against(records, protocol, runs, left),
             )
         )
-    return found
+    waiting = [each for each in protocols(records) if not any(each == key for key, _ in pairs)]
+    return [*found, *not_complete(claim, waiting, SCALE)]
 
 
 def against(records: Sequence[Record], protocol: str, runs: Runs, incomplete: str) -> str:
@@ -262,7 +273,9 @@ def mechanism_table(records: Sequence[Record], rate: float) -> str:
             if there
         ]
         rows.append([title, str(len(runs)), *cells_of(runs), *(f"{each:.4f}" for each in ends)])
-    measured = ["relative step of W_up, W_down", "of others", "angle of W_up, W_down", "of others"]
+    measured = [
+        f"{what} of {which}" for what in ("step", "angle") for which in ("W_up, W_down", "others")
+    ]
     header = ["", "seeds", *(q.title for q in QUANTITIES), *measured]
     return table(header, rows) if rows else "No run of these is recorded yet."
 
@@ -270,22 +283,22 @@ def mechanism_table(records: Sequence[Record], rate: float) -> str:
 def carrier(records: Sequence[Record], rate: float) -> str:
     """Which of length and gauges carries the effect on the last gap, by the rule of the plan."""
     runs = mechanism_runs(records, MECHANISM_STAGES[rate])
-    compared = [
-        without_diverged(runs.get(title, []))
+    gaps = [
+        number_by_seed(runs.get(title, []), "gap")
         for title in ("AdamW", AUTHORS_STEP, GAUGES_ALONE, LENGTH_ALONE)
     ]
-    if not all(compared):
-        return f"Rate {rate:g}: runs are missing, or all of them diverged."
-    adamw, author, gauges, length = (
-        statistics.mean(run["summary"]["gap"] for run in each) for each in compared
-    )
+    seeds = set.intersection(*({*each} for each in gaps))
+    if not seeds:
+        return f"Rate {rate:g}: runs are missing, or diverged."
+    adamw, author, gauges, length = (statistics.mean(each[s] for s in seeds) for each in gaps)
     by_length = abs(length - author) < abs(length - adamw)
     not_by_gauges = abs(gauges - adamw) < abs(gauges - author)
     words = {(True, True): "length carries the effect", (False, False): "gauges carry the effect"}
     carried = words.get((by_length, not_by_gauges), "both have a part in the effect")
     return (
-        f"Rate {rate:g}: {carried} (last gap: AdamW {adamw:.2f}, the paper's step {author:.2f}, its"
-        f" lengths without gauges {length:.2f}, its gauges at AdamW's length {gauges:.2f})."
+        f"Rate {rate:g}, {len(seeds)} of {len(SEEDS)} seeds: {carried} (last gap: AdamW"
+        f" {adamw:.2f}, the paper's step {author:.2f}, its lengths without gauges {length:.2f}, its"
+        f" gauges at AdamW's length {gauges:.2f})."
     )
 
 
@@ -383,7 +396,7 @@ def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
         "## The mechanism",
         *(text for rate in (RATE, FAST) for text in mechanism_section(records, rate)),
         (
-            "Decay 0.1. *Relative step* (its length over the matrix's) and *angle* (radians) of the"
+            "Decay 0.1. *Step* (its length over the matrix's) and *angle* (radians), of the"
             " step before the last evaluation: median over the matrices under the block rescale"
             " (W_up and W_down), and over the others; mean over seeds."
         ),
