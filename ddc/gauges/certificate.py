@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 
 from ddc.gauges.base import Gauge, first_line, named_parameters, unwrapped
-from ddc.gauges.double import InDouble
+from ddc.gauges.double import InDouble, double
 from ddc.gauges.gauge_set import gauges_of
 from ddc.gauges.trace import Inputs, example, running
 from ddc.gauges.verify import generic, tensors
@@ -265,17 +265,20 @@ def _rows(
         if centred:
             weights = weights - weights.mean(-1, keepdim=True)
         grads = _gradients(logits, params, weights.to(logits))
-        return torch.cat([grad.detach().double().flatten(1).cpu() for grad in grads], dim=1)
+        return torch.cat([grad.double().flatten(1).cpu() for grad in grads], dim=1)
 
 
 def _gradients(logits: Tensor, params: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
     """Gradients of some combinations of the logits, (combinations, *shape) of each parameter."""
+    gradients = partial(torch.autograd.grad, logits, params, retain_graph=True, allow_unused=True)
     try:
-        batched = partial(torch.autograd.grad, retain_graph=True, materialize_grads=True)
-        return list(batched(logits, params, weights, is_grads_batched=True))
+        rows = [gradients(weights, is_grads_batched=True)]
     except RuntimeError:  # an operation whose derivative torch cannot batch
-        each = [batched(logits, params, row) for row in weights]
-        return [torch.stack(grads) for grads in zip(*each, strict=True)]
+        rows = [[g if g is None else g[None] for g in gradients(each)] for each in weights]
+    return [
+        p.new_zeros(len(weights), *p.shape) if of_param[0] is None else torch.cat(of_param).detach()
+        for p, of_param in zip(params, zip(*rows, strict=True), strict=True)
+    ]
 
 
 def drawn(
@@ -286,8 +289,8 @@ def drawn(
     """
     if callable(inputs):
         draw = inputs
-        return lambda generator: example(model, draw(generator))
-    args, kwargs = example(model, inputs)
+        return lambda generator: tree_map(double, example(model, draw(generator)))
+    args, kwargs = tree_map(double, example(model, inputs))
     ranges = _indexed(model, args, kwargs)
 
     def redrawn(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -25,7 +25,7 @@ from ddc.gauges.affine import (
 )
 from ddc.gauges.base import KINDS, Gauge, Refusal
 from ddc.gauges.gauge_set import GaugeSet
-from ddc.gauges.stream import Norm, Stream, streams
+from ddc.gauges.stream import Norm, Stream, patches_of, streams
 from ddc.gauges.trace import (
     KEEPS,
     MOVES,
@@ -325,6 +325,8 @@ class Further:
                 ndim = self.trace.tensors[name].ndim
                 if ndim == 1:
                     slot = Translated(name, None)
+                elif axis == 0:  # of a convolution
+                    raise NotProved("means of patches are not looked for")
                 else:
                     (other,) = [a for a in range(ndim) if a != axis and self._is_long(name, a)]
                     slot = Translated(name, other)
@@ -351,6 +353,13 @@ class Further:
             names = [linear.weight, *([linear.bias] if linear.bias is not None else [])]
             self.finding.require_single(names)
             return [(linear.weight, linear.rows), *((name, 0) for name in names[1:])]
+        if (convolution := patches_of(node, stream.width)) is not None:
+            views = [self.trace.parameter(each) for each in arguments(convolution)[1:3] if each]
+            names = [view[0] for view in views if view is not None]
+            if len(names) < len(views):
+                raise NotProved("the weights of its patches are no parameters of their own")
+            self.finding.require_single(names)
+            return [(name, 0) for name in names]
         table = operation(node) == "embedding"
         view = self.trace.parameter(arguments(node)[0] if table else node)
         assert view is not None
@@ -380,6 +389,11 @@ class Further:
                 if linear is not None:
                     if linear.bias is not None and self.trace.used_once(linear.bias):
                         terms.append(Translated(linear.bias, 0))
+                    continue
+                if (patches := patches_of(each, stream.width)) is not None:
+                    bias = self.trace.parameter(arguments(patches)[2])
+                    if bias is not None and self.trace.used_once(bias[0]):
+                        terms.append(Translated(bias[0], 0))
                     continue
                 view = self.trace.parameter(
                     arguments(each)[0] if operation(each) == "embedding" else each

@@ -155,11 +155,33 @@ def _sources(
     if name in ("add", "add_", "sub") and all(isinstance(each, Node) for each in args[:2]):
         whole = all(value_of(each).shape[-1:] == (width,) for each in args)
         return list(args) if whole and len(args) == 2 and not node.kwargs else None
+    if patches_of(node, width) is not None:
+        return []
     if name in ("cat", "stack"):
         return list(args[0]) if _keeps_last_axis(node, args[0][0], width) else None
     if args and isinstance(args[0], Node) and _carries(node, args[0], width):
         return [args[0]]
     return None
+
+
+def patches_of(node: Node, width: int) -> Node | None:
+    """The convolution whose channels are the entries of a node's vectors, as those of patches
+    are; None if there is none.
+    """
+    moved = [node]
+    while operation(moved[-1]) in MOVES:
+        moved.append(arguments(moved[-1])[0])
+    *moves, convolution = moved
+    if not moves or operation(convolution) not in ("conv1d", "conv2d", "conv3d"):
+        return None
+    shape = value_of(convolution).shape
+    labels: Any = torch.arange(shape[1]).view(-1, *[1] * (len(shape) - 2)).expand(shape)
+    for each in reversed(moves):
+        labels = apply(each, labels)
+    at_last = last_axis(labels) if isinstance(labels, torch.Tensor) else None
+    alone = all(len(readers(each)) == 1 for each in [convolution, *moves[1:]])
+    whole = at_last is not None and torch.equal(at_last, torch.arange(width))
+    return convolution if alone and whole else None
 
 
 def _carries(user: Node, node: Node, width: int) -> bool:

@@ -8,6 +8,8 @@ wider than the model, since a finite domain has kernels that are no symmetry.
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import time
 import warnings
 from collections import Counter
@@ -29,13 +31,13 @@ from ddc import find_gauges  # noqa: E402
 from ddc.gauges.certificate import Jacobian  # noqa: E402
 from ddc.models import GPT, DeepMLP, DeepMLPConfig, GPTConfig  # noqa: E402
 from ddc.report.runs import read_lines  # noqa: E402
-from ddc.training.records import Records, provenance  # noqa: E402
+from ddc.training.records import Records, provenance, write_atomically  # noqa: E402
 from experiments.protocols import ROOT  # noqa: E402
 
 RESULTS = ROOT / "results/completeness"
 VOCABULARY, POSITIONS, WIDTH = 29, 6, 8
 TOKENS = torch.arange(8 * POSITIONS).reshape(8, POSITIONS) % VOCABULARY
-IMAGES = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(16, 1, 32, 32, generator=torch.Generator().manual_seed(0))
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": WIDTH,
@@ -82,7 +84,7 @@ SEQUENCES = {
     "dropout_rate": 0.0,
 }
 LAYER_NORM = {"norm": "layer", "bias": True, "mlp": "relu", "positions": "learned", "kv_heads": 2}
-VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 1, "num_heads": 2}
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 8, "depth": 1, "num_heads": 2}
 Made = tuple[nn.Module, Any]
 
 
@@ -95,7 +97,7 @@ def gpt(**options: Any) -> Callable[[], Made]:
 
 def text(model: str, sizes: Mapping[str, Any], **options: Any) -> Callable[[], Made]:
     """A language model of transformers."""
-    family = model.partition("For")[0]
+    family = re.split("For|LMHead", model)[0].replace("Gemma3", "Gemma3Text")
 
     def make() -> Made:
         config = getattr(transformers, f"{family}Config")(**{**sizes, **options})
@@ -108,8 +110,8 @@ def text(model: str, sizes: Mapping[str, Any], **options: Any) -> Callable[[], M
 
 
 def image(name: str, **options: Any) -> Callable[[], Made]:
-    """A vision model of timm, on images of 16 by 16."""
-    return lambda: (timm.create_model(name, num_classes=11, **options), (IMAGES,))
+    """A vision model of timm, on grey images of 32 by 32."""
+    return lambda: (timm.create_model(name, num_classes=11, in_chans=1, **options), (IMAGES,))
 
 
 def deep_mlp() -> Made:
@@ -179,7 +181,7 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] = ()) -> None:
-    """Measure the architectures that have no record of this commit."""
+    """Measure the architectures that have no record, or one of an error."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -189,7 +191,10 @@ def main(arguments: Sequence[str] = ()) -> None:
     transformers.logging.set_verbosity_error()
     RESULTS.mkdir(parents=True, exist_ok=True)
     records, about = Records(RESULTS / "records.jsonl"), provenance()
-    done = {each["model"] for each in read_lines(records.path)} if records.path.exists() else set()
+    kept = read_lines(records.path) if records.path.exists() else []
+    done = {each["model"] for each in kept if "error" not in each}
+    kept = [each for each in kept if each["model"] in done]
+    write_atomically(records.path, "".join(json.dumps(each) + "\n" for each in kept).encode())
     for name in track([each for each in chosen if each not in done], "architectures"):
         try:
             record = measure(name)
