@@ -282,6 +282,7 @@ class Experiment:
             ValueError: no run has ended.
         """
         save_records(self.results / "runs.jsonl", self.collected(runs))
+        self.__dict__.pop("records", None)  # the next to ask reads these
 
     def collected(self, runs: str) -> list[Record]:
         """One record a run: its setting in each stage that it belongs to, configuration, origin,

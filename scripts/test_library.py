@@ -14,7 +14,7 @@ import torch
 import ddc
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-FILES = ("gauges", "canonical", "parameters", "ddcadam", "ddcmuon", "degenerate", "observables")
+FILES = ("gauges", "canonical", "parameters", "ddcadam", "ddcmuon", "degenerate", "rules")
 
 
 def main() -> int:

@@ -364,6 +364,13 @@ def test_modes_are_orthonormal_and_perpendicular_to_the_gauges() -> None:
     torch.testing.assert_close(chain, torch.full((4, 1), 0.5, dtype=chain.dtype))
 
 
+#: torch has it from 2.9 on.
+needs_torchs_muon = pytest.mark.skipif(
+    not hasattr(torch.optim, "Muon"), reason="this torch has no Muon to compare with"
+)
+
+
+@needs_torchs_muon
 def test_newton_schulz_is_torchs() -> None:
     from torch.optim._muon import _zeropower_via_newtonschulz
 
@@ -381,6 +388,7 @@ def test_newton_schulz_is_torchs() -> None:
     assert not newton_schulz(torch.zeros(3, 3)).any()
 
 
+@needs_torchs_muon
 @pytest.mark.parametrize("scale", [1e-3, 1e-6, 1e-9, 1e-12, 1e-20, 1e-24, 1e-30])
 def test_newton_schulz_of_small_matrices_is_torchs(scale: float) -> None:
     from torch.optim._muon import _zeropower_via_newtonschulz
@@ -404,6 +412,7 @@ def test_polar_factor_of_a_singular_matrix() -> None:
 @pytest.mark.parametrize("adjust_lr_fn", ["original", "match_rms_adamw"])
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("orthogonalizer", ["polar", "newton_schulz_bfloat16"])
+@needs_torchs_muon
 def test_the_baseline_is_torchs_muon_and_adamw(
     orthogonalizer: str, nesterov: bool, adjust_lr_fn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,7 @@ from ddc.models import GPT, GPTConfig
 from ddc.optim.factory import compiled_step
 from ddc.training import loop
 from ddc.training.checkpoint import load_checkpoint, read_checkpoint
-from ddc.training.compose import experiments, register_schemas, resolve
+from ddc.training.compose import choices_of, experiments, register_schemas, resolve
 from ddc.training.display import Display
 from ddc.training.evaluate import learning_rate_factor
 from ddc.training.loop import train
@@ -91,7 +91,7 @@ def run(tmp_path: Path, *overrides: str) -> Setup:
 EXPERIMENTS = sorted(experiments())
 
 
-OPTIMIZERS = sorted(path.stem for path in (ROOT / "configs/optimizer").glob("*.yaml"))
+OPTIMIZERS = choices_of("optimizer")
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -15,18 +15,28 @@ from ddc.training.records import read_lines as read_lines
 from ddc.training.run_folder import INFO, READINGS, RECORDS, complete_summary
 from ddc.training.run_folder import RECORD_FILES as RECORD_FILES
 
+
+class Titles(dict[str, str]):
+    """By name; what has no other title is called by its name."""
+
+    def __missing__(self, name: str) -> str:
+        return name
+
+
 #: How optimizers are called in tables and figures; their order is that of columns and colours.
-TITLES = {
-    "adamw": "AdamW",
-    "ddcadam": "DDCAdam",
-    "muon": "Muon",
-    "ddcmuon": "DDCMuon",
-    "ddclion": "DDCLion",
-    "ddcsgd": "DDCSGD",
-    "ddcshampoo": "DDCShampoo",
-    "ddcadam_paper": "DDCAdam, the paper's step",
-    "adamw_relative": "AdamW, relative steps",
-}
+TITLES = Titles(
+    {
+        "adamw": "AdamW",
+        "ddcadam": "DDCAdam",
+        "muon": "Muon",
+        "ddcmuon": "DDCMuon",
+        "ddclion": "DDCLion",
+        "ddcsgd": "DDCSGD",
+        "ddcshampoo": "DDCShampoo",
+        "ddcadam_paper": "DDCAdam, the paper's step",
+        "adamw_relative": "AdamW, relative steps",
+    }
+)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def of_stage(records: Iterable[Record], stage: str) -> dict[str, dict[str, list[
         if stage in record["stages"]:
             settings = groups.setdefault(record["config"]["optimizer"]["name"], {})
             settings.setdefault(record["stages"][stage], []).append(record)
-    return {name: groups[name] for name in TITLES if name in groups}
+    return {name: groups[name] for name in (*TITLES, *groups) if name in groups}
 
 
 def only_setting(settings: dict[str, list[Record]]) -> list[Record]:

@@ -50,14 +50,19 @@ def register_schemas() -> None:
 
 @functools.cache
 def made_choices() -> dict[str, dict[str, Any]]:
-    """Groups that are made here, and not of files in ``configs``: ``experiment``, of ``run.yaml``
-    in each folder of experiments, which is global and holds model, data and training only; and
-    ``gauges``, of the kinds.
+    """Choices that are made here, and not of files in ``configs``: ``experiment``, of ``run.yaml``
+    in each folder of experiments, which is global and holds model, data and training only;
+    ``gauges``, of the kinds; and ``optimizer``, of the schemas, where there is no file.
     """
+    optimizers = [name for name in OPTIMIZERS if not (CONFIGS / f"optimizer/{name}.yaml").exists()]
     defaults = {name: None for name, kind in KINDS.items() if kind.default}
     return {
         "experiment": {name: OmegaConf.load(path) for name, path in experiments().items()},
         "gauges": {"all": defaults, "none": {}, **{kind: {kind: True} for kind in KINDS}},
+        "optimizer": {
+            name: OmegaConf.create({"defaults": [f"schema_{name}", "_self_"]})
+            for name in optimizers
+        },
     }
 
 

@@ -239,6 +239,8 @@ OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
 OPTIMIZERS |= {
     name: lift_schema(name, lift) for name, lift in LIFTS.items() if name not in OPTIMIZERS
 }
+# runs of a sweep are pickled, and a class is found by its name
+globals().update({schema.__name__: schema for schema in OPTIMIZERS.values()})
 #: Kinds of gauge that are in every run's identity, wanted or not: those that there were when runs
 #: got their names. Later ones are where they are wanted.
 FIRST_KINDS = tuple(KINDS)[:7]

@@ -67,9 +67,12 @@ class Shampoo(Rule):
             full = matrix.shape[1] == shape[1]
             now = lines @ lines.mT if full else lines.square().mean(1).sum(1).view(-1, 1, 1)
             matrix.mul_(second).add_(now, alpha=1 - second or 1.0)
-            values, vectors = torch.linalg.eigh(matrix / clock[1].view(-1, 1, 1))
+            # what is not finite has no eigenvalues, and would raise: its direction is nan
+            finite = matrix.isfinite().all(2, keepdim=True).all(1, keepdim=True)
+            average = torch.where(finite, matrix / clock[1].view(-1, 1, 1), 0.0)
+            values, vectors = torch.linalg.eigh(average)
             values = (values.clamp_min(0) + eps).pow(-0.5 / (x.ndim - 1))
-            root = (vectors * values.unsqueeze(1)) @ vectors.mT
+            root = torch.where(finite, (vectors * values.unsqueeze(1)) @ vectors.mT, torch.nan)
             u = (root @ turned if full else root * turned).view(shape).movedim(1, axis)
         return Direction(of.part(u).contiguous(), 1 / clock[0])
 
@@ -96,7 +99,6 @@ class DDCShampoo(Lift):
 
     Raises:
         ValueError: as :class:`ddc.DDCAdam`.
-        torch.linalg.LinAlgError: in ``step``, a gradient that is not finite.
     """
 
     rule = Shampoo()
