@@ -278,6 +278,9 @@ def main() -> None:
     for command in ("run", "plan", "collect"):
         commands.choices[command].add_argument("name", choices=names)
     commands.choices["plan"].add_argument("stage")
+    commands.choices["plan"].add_argument(
+        "--missing", action="store_true", help="those alone that have no committed record"
+    )
     commands.choices["report"].add_argument("name", choices=names, nargs="?")
     for command in ("status", "run", "plan", "collect"):
         commands.choices[command].add_argument("--runs", default="runs", help="folder of the runs")
@@ -294,9 +297,9 @@ def main() -> None:
             case "run":
                 run(names[arguments.name], arguments.runs, arguments.jobs)
             case "plan":
+                plan = planned(names[arguments.name])
                 print(
-                    *planned(names[arguments.name]).plan_lines(arguments.stage, arguments.runs),
-                    sep="\n",
+                    *plan.plan_lines(arguments.stage, arguments.runs, arguments.missing), sep="\n"
                 )
             case "collect":
                 planned(names[arguments.name]).collect(arguments.runs)

@@ -247,10 +247,15 @@ class Experiment:
         """The setting that the tuning chose."""
         return self.best(self.finalists(optimizer, runs), [TUNING_SEED, *self.final_seeds], runs)[0]
 
-    def plan_lines(self, stage: str, runs: str) -> list[str]:
-        """The runs of a stage as the lines of a sweep file, with their names in W&B."""
+    def plan_lines(self, stage: str, runs: str, missing: bool = False) -> list[str]:
+        """The runs of a stage as the lines of a sweep file, with their names in W&B; with
+        ``missing`` those alone that have no committed record.
+        """
         names = wandb_names(self.results.name, stage, PROTOCOL_OF.get(stage))
-        return [f"{line} {names}" for line in self.lines(self.plan(stage, runs), runs)]
+        planned = [
+            each for each in self.plan(stage, runs) if not missing or self.recorded(*each) is None
+        ]
+        return [f"{line} {names}" for line in self.lines(planned, runs)]
 
     def lines(self, planned: Plan, runs: str) -> list[str]:
         """A plan as overrides."""

@@ -45,8 +45,10 @@ class Planned(Protocol):
     def scripts(self) -> Mapping[str, str]:
         """By stage, the script that measures each of its ended runs, where there is one."""
 
-    def plan_lines(self, stage: str, runs: str) -> list[str]:
-        """The runs of a stage as the lines of a sweep file."""
+    def plan_lines(self, stage: str, runs: str, missing: bool = False) -> list[str]:
+        """The runs of a stage as the lines of a sweep file; with ``missing`` those alone that have
+        no committed record.
+        """
 
     def status(self, runs: str) -> list[Stage]:
         """How far each stage is."""

@@ -234,6 +234,15 @@ def test_stages_follow_from_records_and_are_complete(complete: list[Record]) -> 
     assert of[1] in {r["id"] for r in complete if r["seed"] == 0}
 
 
+def test_what_is_recorded_need_not_run_again(complete: list[Record]) -> None:
+    gone = [each for each in complete if each["seed"] != 3 or "mechanism" not in each["stages"]]
+    vars(EXPERIMENT)["records"] = gone
+    lines = EXPERIMENT.plan_lines("mechanism", "runs", missing=True)
+    assert len(lines) == 4
+    assert all(" seed=3 " in line for line in lines)
+    assert len(EXPERIMENT.plan_lines("mechanism", "runs")) == 4 * len(SEEDS)
+
+
 def test_a_later_stage_needs_those_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, [])
     with pytest.raises(ValueError, match="run and collect"):

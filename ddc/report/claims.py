@@ -178,8 +178,8 @@ def not_complete(claim: Claim, protocols: Sequence[str], scale: str) -> list[Ver
     """One row for all protocols whose runs are missing; none where there is no such protocol."""
     if not protocols:
         return []
-    cells = (", ".join(protocols), "the runs are not complete", "–", "–", "–")
-    return [Verdict(claim.id, *cells, scale, "not tested")]
+    ours = f"the runs are not complete: {'; '.join(protocols)}"
+    return [Verdict(claim.id, "–", ours, "–", "–", "–", scale, "not tested")]
 
 
 def verdict_table(claims: Mapping[str, Claim], verdicts: Iterable[Verdict]) -> str:

@@ -48,14 +48,17 @@ class Experiment:
         """By stage, the script that reads each of its ended runs."""
         return dict.fromkeys(self.read, READ_RATES)
 
-    def plan_lines(self, stage: str, runs: str) -> list[str]:
-        """The runs of a stage as the lines of a sweep file."""
+    def plan_lines(self, stage: str, runs: str, missing: bool = False) -> list[str]:
+        """The runs of a stage as the lines of a sweep file; with ``missing`` those alone that have
+        no committed records.
+        """
         overrides, seeds = self.settings[stage]
         names = wandb_names("rates", stage, "matched")
         return [
             f"+experiment=lm_overtrain runs={runs} seed={seed} optimizer={optimizer} {overrides}"
             f" {names}"
             for seed, optimizer in itertools.product(seeds, OPTIMIZERS)
+            if not missing or not (self.results / stage / f"{optimizer}-seed{seed}").exists()
         ]
 
     def sweep(self, stage: str, runs: str) -> dict[Path, SweepRun]:
