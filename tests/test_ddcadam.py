@@ -915,7 +915,7 @@ def rescale(plus: str, minus: str, plus_axis: int = 0, minus_axis: int = 1) -> R
             [rescale("0.weight", "2.weight"), rescale("2.weight", "0.weight")],
             "dress each other in a circle",
         ),
-        ([Shift("0.weight"), Shift("0.weight")], "two logit shifts"),
+        ([Shift("0.weight"), Shift("0.weight")], "two shifts act on it"),
         ([Shift("0.weight"), rescale("0.weight", "2.weight")], "rescale of the columns only"),
         (
             [
