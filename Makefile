@@ -19,7 +19,7 @@ help:  ## this list
 $(QUESTIONS): $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN) -m experiments run $@
 
-# where it cannot, the hub is asked
+# Its images come out of a Debian package; where they cannot, the hub is asked.
 vit_scratch: images
 images:
 	-@$(MAKE) --no-print-directory fashion-mnist

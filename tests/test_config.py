@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ddc.data import ImageConfig, ModularConfig, TextConfig
@@ -250,16 +250,6 @@ def test_all_keys_are_tried() -> None:
     }
     assert all(values_of(key) for key in set(ALL_KEYS) - set(SCHEMAS))
     assert not set(OF_KEY) - set(ALL_KEYS)
-
-
-def refused_combinations(test: Any) -> Any:
-    """The combinations that must be refused, as examples of a test."""
-    for case in (
-        *REFUSED["Sizes that do not fit together"],
-        *REFUSED["Gauges that the model does not have"],
-    ):
-        test = example(overrides=case)(test)
-    return test
 
 
 @pytest.mark.slow

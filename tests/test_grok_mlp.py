@@ -13,14 +13,12 @@ from ddc.report.runs import read_lines
 from ddc.training.compose import compose_config
 from ddc.training.records import provenance
 from ddc.training.sweep import SweepRun
-from experiments.grok_mlp.plan import EXPERIMENT, GRID, grid
+from experiments.grok_mlp.plan import EXPERIMENT, GRID, grid, grokked, step_of
 from experiments.grok_mlp.report import (
     delay,
     drawings,
     fit_step,
-    grokked,
     markdown,
-    step_of,
     verdicts,
 )
 from experiments.protocols import EXPERIMENTS, FINALISTS, Experiment

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import os
 import re
@@ -106,6 +107,32 @@ def test_the_wheel_holds_the_library_alone(wheel: Path) -> None:
     ]
     assert sorted(plain) == ["arviz-stats", "numpy", "scipy", "torch"]
     assert metadata["Requires-Python"] == ">=3.11"
+
+
+def imported(path: Path) -> set[str]:
+    """Modules that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.Import(names=names):
+                found |= {each.name for each in names}
+            case ast.ImportFrom(module=str(module)):
+                found.add(module)
+    return found
+
+
+def test_the_library_imports_its_requirements_alone() -> None:
+    allowed = {"torch", "numpy", "scipy", "arviz_stats", *sys.stdlib_module_names}
+    own = re.compile(r"ddc(\.(capacity|compatibility|gauges|optim|slt)\b.*)?")
+    files = [path for some in LIBRARY for path in (ROOT / "ddc").glob(some)]
+    assert len(files) > 50
+    foreign = {
+        (str(path.relative_to(ROOT)), name)
+        for path in files
+        for name in imported(path)
+        if name.partition(".")[0] not in allowed and not own.fullmatch(name)
+    }
+    assert not foreign
 
 
 @pytest.mark.slow

@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only
 
@@ -233,14 +232,11 @@ def _triangle(
     fresh: list[Tensor] = []
     for p in params.values():
         p.requires_grad_()
-    with Progress(transient=True) as progress:
-        task = progress.add_task("rows of the Jacobian", total=needed)
-        for _ in range(0, needed, AT_ONCE):
-            fresh.append(_rows(model, list(params.values()), draw(generator), centred, generator))
-            progress.advance(task, AT_ONCE)
-            if len(fresh) * AT_ONCE >= FOLDED:
-                triangle = torch.linalg.qr(torch.cat([triangle, *fresh]), mode="r").R
-                fresh = []
+    for _ in range(0, needed, AT_ONCE):
+        fresh.append(_rows(model, list(params.values()), draw(generator), centred, generator))
+        if len(fresh) * AT_ONCE >= FOLDED:
+            triangle = torch.linalg.qr(torch.cat([triangle, *fresh]), mode="r").R
+            fresh = []
     return torch.linalg.qr(torch.cat([triangle, *fresh]), mode="r").R
 
 
@@ -274,7 +270,7 @@ def _gradients(logits: Tensor, params: Sequence[Tensor], weights: Tensor) -> lis
     try:
         rows = [gradients(weights, is_grads_batched=True)]
     except RuntimeError:  # an operation whose derivative torch cannot batch
-        rows = [[g if g is None else g[None] for g in gradients(each)] for each in weights]
+        rows = [tuple(g if g is None else g[None] for g in gradients(each)) for each in weights]
     return [
         p.new_zeros(len(weights), *p.shape) if of_param[0] is None else torch.cat(of_param).detach()
         for p, of_param in zip(params, zip(*rows, strict=True), strict=True)

@@ -32,7 +32,7 @@ COMPILED_FROM = 5_000_000
 
 
 #: Lifts by the name that configurations have: a new one is a line here and a file in
-#: a configuration.
+#: ``ddc/optim/rules``; the schema of its configuration is read from its class.
 LIFTS: dict[str, type[Lift]] = {
     "ddcadam": DDCAdam,
     "ddcadam_paper": DDCAdam,

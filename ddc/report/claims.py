@@ -175,10 +175,13 @@ def tested(p: float | None) -> str:
 
 
 def not_complete(claim: Claim, protocols: Sequence[str], scale: str) -> list[Verdict]:
-    """One row for all protocols whose runs are missing; none where there is no such protocol."""
+    """One row for all protocols whose runs are missing, by name where others have runs; none where
+    there is no such protocol.
+    """
     if not protocols:
         return []
-    ours = f"the runs are not complete: {'; '.join(protocols)}"
+    of_some = {*protocols} < {*claim.fixed}
+    ours = "the runs are not complete" + (f": {'; '.join(protocols)}" if of_some else "")
     return [Verdict(claim.id, "–", ours, "–", "–", "–", scale, "not tested")]
 
 

@@ -38,8 +38,6 @@ from ddc.slt.observables import OBSERVABLES
 
 Array = NDArray[np.float64]
 
-#: Why a cell is not read.
-REFUSALS = ("few", "narrow", "floor", "plateau", "rising", "kink", "noise")
 #: What may stand for the nearness of the minimum.
 APPROACHES = ("excess_loss", "arc_length", "step")
 #: Power of each observable in units of a second moment of one direction; a volume has no order of

@@ -26,7 +26,7 @@ def explained(error: HydraException | OmegaConfBaseException) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         options = [each for each in error.options or () if not each.startswith("schema_")]
-        expected = f"one of {', '.join(options)}" if options else f"a file of configs/{group}"
+        expected = f"one of {', '.join(options)}" if options else "one that train.py --help lists"
         return f"Invalid {group}={choice}: expected {expected}"
     if isinstance(error, OverrideParseException):
         return (

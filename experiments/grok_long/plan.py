@@ -29,16 +29,14 @@ import functools
 from collections.abc import Callable
 
 from ddc.report.stages import Record
+from experiments.grok_mlp.plan import CURVE, best_accuracy, step_of
 from experiments.protocols import ROOT, Experiment, Plan, product
 from experiments.search import Search
 
 RESULTS = ROOT / "results/grok_long"
-CURVE = ("step", "train_loss", "validation_loss", "train_accuracy", "validation_accuracy")
 SEEDS = range(11)
 BUDGETS = (2000, 4000, 8000)
 MUON, DDCMUON = "muon", "ddcmuon"
-#: A run groks if its validation accuracy is at least this at some evaluation.
-GROKS = 0.95
 FROZEN = "optimizer.adam_lr=1e-12"
 
 _AXES = {
@@ -46,18 +44,6 @@ _AXES = {
     "adam_lr": (0.001, 0.003, 0.01, 0.02, 0.04),
     "weight_decay": (0.0, 0.1, 0.3, 0.5, 0.7, 1.0, 1.5),
 }
-
-
-def step_of(record: Record) -> int | None:
-    """The first evaluation at which a run groks."""
-    curve = record["curve"]
-    pairs = zip(curve["step"], curve["validation_accuracy"], strict=True)
-    return next((step for step, accuracy in pairs if accuracy >= GROKS), None)
-
-
-def best_accuracy(record: Record) -> float:
-    """The largest validation accuracy; 0 for a run that diverged before it was evaluated."""
-    return float(max(record["curve"]["validation_accuracy"], default=0.0))
 
 
 def time_to_grok(record: Record) -> float:

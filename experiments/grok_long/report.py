@@ -22,14 +22,12 @@ from experiments.grok_long.plan import (
     BUDGETS,
     DDCMUON,
     EXPERIMENT,
-    GROKS,
     MUON,
     RESULTS,
     SEARCHES,
     SEEDS,
-    best_accuracy,
-    step_of,
 )
+from experiments.grok_mlp.plan import GROKS, best_accuracy, grokked, step_of
 from experiments.output import Results
 
 SCALE = "ReLU network, depth 24, width 96, addition modulo 53"
@@ -92,11 +90,6 @@ def compared(records: Sequence[Record]) -> dict[str, tuple[list[Record], list[Re
         if "DDCMuon, without gauges" in runs:
             found[f"{name}, without gauges"] = (runs["DDCMuon"], runs["DDCMuon, without gauges"])
     return found
-
-
-def grokked(runs: Sequence[Record]) -> int:
-    """How many runs grok."""
-    return sum(step_of(run) is not None for run in runs)
 
 
 def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Verdict]:

@@ -18,7 +18,7 @@ chosen at depth 24, to the other depths.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ddc.report.stages import Record
 from experiments.protocols import ROOT, Experiment, Plan, product
@@ -87,6 +87,18 @@ def grid(optimizer: str) -> list[str]:
 def best_accuracy(record: Record) -> float:
     """The largest validation accuracy of a run; 0 for one that diverged before it was evaluated."""
     return float(max(record["curve"]["validation_accuracy"], default=0.0))
+
+
+def step_of(record: Record, level: float = GROKS) -> int | None:
+    """The first evaluation with at least this validation accuracy."""
+    curve = record["curve"]
+    pairs = zip(curve["step"], curve["validation_accuracy"], strict=True)
+    return next((step for step, accuracy in pairs if accuracy >= level), None)
+
+
+def grokked(records: Iterable[Record], level: float = GROKS) -> int:
+    """How many of the runs reach a validation accuracy."""
+    return sum(step_of(record, level) is not None for record in records)
 
 
 def score(records: Sequence[Record]) -> tuple[int, float]:

@@ -22,7 +22,7 @@ from ddc.report.statistics import (
     share_difference_interval,
     share_interval,
 )
-from experiments.grok_mlp.plan import EXPERIMENT, GROKS, best_accuracy
+from experiments.grok_mlp.plan import EXPERIMENT, GROKS, best_accuracy, grokked, step_of
 from experiments.output import Results
 
 #: By claim, the figure beside the main table.
@@ -46,18 +46,6 @@ def results(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Resu
     """Tables and figures."""
     tables = {"table": partial(markdown, records, claims)}
     return [Results(EXPERIMENT.results, tables, drawings(records))]
-
-
-def step_of(record: Record, level: float = GROKS) -> int | None:
-    """The first evaluation with at least this validation accuracy."""
-    curve = record["curve"]
-    pairs = zip(curve["step"], curve["validation_accuracy"], strict=True)
-    return next((step for step, accuracy in pairs if accuracy >= level), None)
-
-
-def grokked(records: Iterable[Record], level: float = GROKS) -> int:
-    """How many of the runs reach a validation accuracy."""
-    return sum(step_of(record, level) is not None for record in records)
 
 
 def setting_title(record: Record) -> str:
