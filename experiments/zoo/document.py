@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ are on random targets in float32, learning rate 1e-3 (and 0.01 for hidden matric
 
 Made by `make zoo` ({hours:.1f} hours of a core; `experiments/zoo`) from
 `results/zoo/records.jsonl`:
-{versions}, commits {commits}.
+{versions}
 Of the {known} architectures that are known, {without} have no record yet; `make zoo` run again
 makes these.
 """
@@ -80,12 +81,11 @@ def document(records: Sequence[Record], names: Sequence[str], seconds: str, memo
         f"{name} {about['versions'][name]}" for name in ("torch", "transformers", "timm")
     )
     hours = sum(each.get("seconds", 0.0) for each in records) / 3600
+    commits = ", ".join(
+        f"{commit[:7]} ({count})" for commit, count in Counter(r["commit"] for r in records).items()
+    )
     head = TEXT.format(
-        versions=versions,
-        commits=", ".join(
-            f"{commit[:7]} ({count})"
-            for commit, count in Counter(r["commit"] for r in records).items()
-        ),
+        versions=textwrap.fill(f"{versions}, commits {commits}.", width=100),
         hours=hours,
         seconds=seconds,
         memory=memory,
