@@ -340,10 +340,14 @@ def of_gpt(name: str) -> tuple[nn.Module, list[tuple[torch.Tensor, torch.Tensor]
     return make_model(MODELS[name]), probe(MODELS[name])
 
 
-def changes(model: nn.Module, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> list[float]:
+def changes(
+    model: nn.Module,
+    batches: list[tuple[torch.Tensor, torch.Tensor]],
+    kinds: str | tuple[str, ...] = "paper",
+) -> list[float]:
     """Largest relative change of each layer's observables under a random element of all gauges."""
     turned = copy.deepcopy(model)
-    gauges = find_gauges(model, inputs=(batches[0][0],))
+    gauges = find_gauges(model, inputs=(batches[0][0],), kinds=kinds)
     gauges.transform_(turned, torch.Generator().manual_seed(3))
     assert len(gauges) > 1
     readings = [
@@ -373,6 +377,12 @@ def test_every_cell_of_a_residual_stream_is_gauge_invariant(
 ) -> None:
     """So drift along an orbit cannot blur one, whatever the optimizer."""
     assert max(changes(*make())) < 1e-9
+
+
+def test_cells_and_the_complete_group() -> None:
+    """No gauge changes a cell of a model with RMSNorms; the mean of a LayerNorm's stream does."""
+    assert max(changes(*of_gpt("rms-swiglu-rope-gqa"), "complete")) < 1e-9
+    assert min(changes(*of_gpt("layer-bias-relu-learned"), ("stream_mean",))) > 0.01
 
 
 def test_cells_of_a_deep_mlp_are_read_at_hidden_units_which_rescale() -> None:

@@ -97,6 +97,9 @@ class Fit(NamedTuple):
 class Rate:
     """The verdict on one cell, with the fit that it rests on (of the shortest window, if
     refused).
+
+    ``verdict`` is ``read``, or why it is refused: ``few``, ``narrow``, ``floor``, ``plateau``,
+    ``rising``, ``kink`` or ``noise``.
     """
 
     verdict: str
