@@ -300,3 +300,24 @@ def test_ddcadam_is_equivariant_under_the_mean_of_what_writes_to_a_stream() -> N
     assert (trained([*paper], []) - trained([*paper], means)).abs().max() > 1e-2
     with pytest.raises(ValueError, match=r"hidden matrix, whose step is not centred"):
         DDCMuon(model.named_parameters(), known, hidden_matrices(model, inputs=inputs), lr=0.02)
+
+
+def test_patches_write_to_a_stream() -> None:
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cut, self.position = nn.Conv2d(2, 6, 2, 2), nn.Parameter(torch.randn(1, 4, 6))
+            self.up, self.down = nn.Linear(6, 5), nn.Linear(5, 6)
+            self.norm, self.last, self.head = nn.LayerNorm(6), nn.LayerNorm(6), nn.Linear(6, 7)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.cut(x).flatten(2).transpose(1, 2) + self.position
+            return self.head(self.last(h + self.down(F.gelu(self.up(self.norm(h))))))
+
+    torch.manual_seed(0)
+    model, inputs = Patches(), (torch.randn(8, 2, 4, 4),)
+    gauges = find_gauges(model, inputs=inputs, kinds="complete")
+    assert {"stream_rotation", "stream_mean", "translation"} <= {gauge.kind for gauge in gauges}
+    changes = check(moved(model), gauges, lambda m: m(inputs[0].double()).log_softmax(-1))
+    assert all(change < 1e-9 for change in changes.values())
+    assert certify(model, gauges, inputs).complete

@@ -141,8 +141,8 @@ class Translated(NamedTuple):
     """A parameter to which a vector is added, times ``rate``, at all places of its other axis.
 
     ``axis`` is the one along which the vector lies: 1 adds it to every row of a matrix, 0 to every
-    column. ``indices`` are those that it is added to, None for all; of a vector, ``axis`` None adds
-    the same number to all entries.
+    column, -1 to every filter of a convolution, which it is as long as. ``indices`` are those that
+    it is added to, None for all; of a vector, ``axis`` None adds the same number to all entries.
     """
 
     parameter: str
@@ -177,9 +177,7 @@ class Translation(Gauge):
 
     def dimension(self, params: Params) -> int:
         name, axis, _, indices = self.slots[0]
-        if axis is None:
-            return 1
-        return params[name].shape[axis] if indices is None else len(indices)
+        return len(rows_of(params[name], axis)) if indices is None else len(indices)
 
     def sample(self, params: Params, generator: torch.Generator, spread: float = 1.0) -> Tensor:
         drawn = torch.randn(self.dimension(params), generator=generator, dtype=torch.float64)
@@ -234,9 +232,13 @@ def _coordinates(tensor: Tensor, slot: Translated) -> tuple[Tensor, Tensor]:
 
 
 def rows_of(tensor: Tensor, axis: int | None) -> Tensor:
-    """A view of a parameter as (entries along an axis, all others); of None, one row."""
+    """A view of a parameter as (entries along an axis, all others); of None, one row; of -1, all
+    axes but the first as one, and the first.
+    """
     if axis is None:
         return tensor.view(1, -1)
+    if axis == -1:
+        return tensor.flatten(1).mT
     moved = tensor.movedim(axis, 0)
     return moved.unsqueeze(1) if tensor.ndim == 1 else moved.flatten(1)
 

@@ -270,7 +270,8 @@ def _gradients(logits: Tensor, params: Sequence[Tensor], weights: Tensor) -> lis
     try:
         rows = [gradients(weights, is_grads_batched=True)]
     except RuntimeError:  # an operation whose derivative torch cannot batch
-        rows = [tuple(g if g is None else g[None] for g in gradients(each)) for each in weights]
+        each_row = (gradients(row) for row in weights)
+        rows = [tuple(g if g is None else g[None] for g in found) for found in each_row]
     return [
         p.new_zeros(len(weights), *p.shape) if of_param[0] is None else torch.cat(of_param).detach()
         for p, of_param in zip(params, zip(*rows, strict=True), strict=True)

@@ -325,8 +325,8 @@ class Further:
                 ndim = self.trace.tensors[name].ndim
                 if ndim == 1:
                     slot = Translated(name, None)
-                elif axis == 0:  # of a convolution
-                    raise NotProved("means of patches are not looked for")
+                elif axis == 0:  # filters of a convolution
+                    slot = Translated(name, -1)
                 else:
                     (other,) = [a for a in range(ndim) if a != axis and self._is_long(name, a)]
                     slot = Translated(name, other)

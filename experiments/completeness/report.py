@@ -8,7 +8,7 @@ from functools import partial
 from ddc.report.claims import Claim
 from ddc.report.runs import read_lines
 from ddc.report.stages import Record, commits
-from experiments.completeness.measure import RESULTS
+from experiments.completeness.measure import ARCHITECTURES, RESULTS
 from experiments.output import Results
 
 HEAD = (
@@ -27,8 +27,10 @@ NOTE = (
 
 
 def load() -> list[Record]:
-    """The committed records."""
-    return read_lines(RESULTS / "records.jsonl")
+    """The committed records, in the order of the architectures."""
+    order = [*ARCHITECTURES]
+    records = read_lines(RESULTS / "records.jsonl")
+    return sorted(records, key=lambda record: order.index(record["model"]))
 
 
 def results(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Results]:
