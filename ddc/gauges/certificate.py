@@ -56,7 +56,7 @@ class Certificate:
             for the eps of a norm, say.
         zero, smallest: the largest singular value that counts as zero and the smallest that does
             not, relative to the largest of all.
-        leak: the largest |J t| of a gauge's unit tangent t, relative to the largest singular
+        leak: the largest norm of J t, t a gauge's unit tangent, relative to the largest singular
             value: rounding, if all of them are symmetries.
     """
 
