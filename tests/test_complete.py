@@ -307,12 +307,15 @@ def test_patches_write_to_a_stream() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.cut, self.position = nn.Conv2d(2, 6, 2, 2), nn.Parameter(torch.randn(1, 4, 6))
+            self.token = nn.Parameter(torch.randn(1, 1, 6))
             self.up, self.down = nn.Linear(6, 5), nn.Linear(5, 6)
             self.norm, self.last, self.head = nn.LayerNorm(6), nn.LayerNorm(6), nn.Linear(6, 7)
 
         def forward(self, x: Tensor) -> Tensor:
             h = self.cut(x).flatten(2).transpose(1, 2) + self.position
-            return self.head(self.last(h + self.down(F.gelu(self.up(self.norm(h))))))
+            h = torch.cat([self.token.expand(len(x), -1, -1), h], 1)
+            h = h + self.down(F.gelu(self.up(self.norm(h))))
+            return self.head(self.last(h[:, :3]))
 
     torch.manual_seed(0)
     model, inputs = Patches(), (torch.randn(8, 2, 4, 4),)

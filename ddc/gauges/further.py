@@ -328,14 +328,11 @@ class Further:
                 elif axis == 0:  # filters of a convolution
                     slot = Translated(name, -1)
                 else:
-                    (other,) = [a for a in range(ndim) if a != axis and self._is_long(name, a)]
-                    slot = Translated(name, other)
+                    others = [a for a in range(ndim) if a != axis]
+                    shape = self.trace.tensors[name].shape
+                    slot = Translated(name, max(others, key=shape.__getitem__))
                 gauges.append(Translation("stream_mean", owner(name) or name, (slot,)))
         return gauges
-
-    def _is_long(self, name: str, axis: int) -> bool:
-        tensor = self.trace.tensors[name]
-        return tensor.ndim == 2 or tensor.shape[axis] > 1
 
     def _require_sound(self, stream: Stream) -> None:
         if stream.faults:

@@ -84,7 +84,7 @@ SEQUENCES = {
     "dropout_rate": 0.0,
 }
 LAYER_NORM = {"norm": "layer", "bias": True, "mlp": "relu", "positions": "learned", "kv_heads": 2}
-VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 8, "depth": 1, "num_heads": 2}
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 8, "depth": 2, "num_heads": 2}
 Made = tuple[nn.Module, Any]
 
 
