@@ -15,7 +15,7 @@ from ddc.optim.parameters import listed, names_under
 from ddc.optim.plan import make_plan
 from ddc.optim.rules import Adam, Orthogonaliser
 from ddc.optim.saved import listing
-from ddc.optim.stack import Stack
+from ddc.optim.stack import LIFT, Stack
 
 
 class DDCMuon(Lift):
@@ -116,7 +116,8 @@ class DDCMuon(Lift):
 
     @property
     def settings(self) -> tuple[str, ...]:
-        return (*super().settings, *self.matrix_rule.settings)
+        # not by super(), whose properties torch.compile does not trace
+        return (*LIFT, *self.rule.settings, *self.matrix_rule.settings)
 
     def state_dict(self) -> dict[str, Any]:
         """As in ``torch.optim``, with the order of the hidden matrices, in which there is a state
