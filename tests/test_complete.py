@@ -21,8 +21,17 @@ provide_torchvision_operators()
 
 import transformers  # noqa: E402
 
-from ddc import DDCAdam, DDCMuon, certify, check, find_gauges, hidden_matrices  # noqa: E402
+from ddc import (  # noqa: E402
+    DDCAdam,
+    DDCMuon,
+    audit,
+    certify,
+    check,
+    find_gauges,
+    hidden_matrices,
+)
 from ddc.gauges import FURTHER, KINDS, Gauge, GaugeSet, Shift, named_parameters  # noqa: E402
+from ddc.gauges.affine import Translated, Translation  # noqa: E402
 from ddc.gauges.certificate import Jacobian, rank, tangents_of  # noqa: E402
 from ddc.gauges.verify import generic  # noqa: E402
 from ddc.models import GPT, GPTConfig  # noqa: E402
@@ -324,3 +333,263 @@ def test_patches_write_to_a_stream() -> None:
     changes = check(moved(model), gauges, lambda m: m(inputs[0].double()).log_softmax(-1))
     assert all(change < 1e-9 for change in changes.values())
     assert certify(model, gauges, inputs).complete
+
+
+class Behind(nn.Module):
+    """A stream, a norm, and a reader, with one thing done to what the norm gives or is."""
+
+    def __init__(self, between: Callable[..., Tensor], norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.first, self.head, self.between = nn.Linear(9, 8), nn.Linear(8, 9), between
+        self.norm = nn.LayerNorm(8) if norm is None else norm
+        self.gate = nn.Parameter(torch.rand(8) + 0.5)
+        self.register_buffer("fixed", torch.rand(8) + 0.5)
+
+    def forward(self, x: Tensor, *mask: Tensor) -> Tensor:
+        return self.head(self.between(self, self.norm(self.first(x)), *mask))
+
+
+class Gemma(nn.Module):
+    """RMSNorm whose scale is 1 + weight, as one operation or spelt out."""
+
+    def __init__(self, one: bool) -> None:
+        super().__init__()
+        self.one, self.weight = one, nn.Parameter(torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.one:
+            return F.rms_norm(x, (8,), 1 + self.weight, 1e-6)
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
+
+
+BETWEEN: dict[str, Callable[..., Tensor]] = {
+    "number": lambda m, x: 2 * x,
+    "sign": lambda m, x: -x,
+    "buffer": lambda m, x: x * m.fixed,
+    "gate": lambda m, x: x * m.gate.sigmoid(),
+    "sum": lambda m, x: x.sum(1),
+    "dropout": lambda m, x: F.dropout(x, 0.5, m.training),
+}
+X = torch.randn(4, 5, 9, generator=torch.Generator().manual_seed(0))
+
+
+def by_rules(model: nn.Module, inputs: Any, **options: Any) -> set[str]:
+    """Kinds that the rules grant; none of them may wait for the trial to be refused."""
+    gauges = find_gauges(model, inputs=inputs, kinds="complete", verify=False, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(find_gauges(model, inputs=inputs, kinds="complete", **options)) == len(gauges)
+    return {gauge.kind for gauge in gauges}
+
+
+@pytest.mark.parametrize("what", BETWEEN)
+def test_what_changes_the_output_of_a_norm_is_refused_by_rule(what: str) -> None:
+    found = find_gauges(Behind(BETWEEN[what]), inputs=(X,), kinds="complete", verify=False)
+    assert not {gauge.kind for gauge in found if gauge.where != "first"} & {
+        "norm_shift",
+        "reader_shift",
+        "stream_rotation",
+    }
+    assert not found.only(["stream_rotation"]).found
+
+
+def test_a_mean_over_positions_leaves_shifts() -> None:
+    assert by_rules(Behind(lambda m, x: x.mean(1)), (X,)) >= {
+        "norm_shift",
+        "reader_shift",
+        "stream_rotation",
+    }
+
+
+def test_a_mask_of_ones_proves_nothing() -> None:
+    """The trial cannot see it: the mask of the example has no zeros."""
+    masked = Behind(lambda m, x, mask: x * mask[..., None])
+    assert by_rules(masked, (X, torch.ones(4, 5))) == {"logit_shift", "norm_scale", "stream_mean"}
+
+
+@pytest.mark.parametrize("one", [True, False])
+def test_a_scale_of_one_plus_weight_is_no_scale(one: bool) -> None:
+    assert "stream_rotation" not in by_rules(Behind(lambda m, x: x, Gemma(one)), (X,))
+
+
+class Attention(nn.Module):
+    """Two heads of four, with one thing done to keys, values, or what attention gives."""
+
+    def __init__(self, where: str, change: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.where, self.change = where, change
+        self.query, self.key, self.value = (nn.Linear(9, 8) for _ in range(3))
+        self.output, self.head = nn.Linear(8, 8), nn.Linear(8, 9)
+
+    def forward(self, x: Tensor, *mask: Tensor) -> Tensor:
+        def at(where: str, y: Tensor) -> Tensor:
+            return self.change(y, *mask) if self.where == where else y
+
+        q, k, v = self.query(x), at("key", self.key(x)), at("value", self.value(x))
+        q, k, v = (each.unflatten(-1, (2, 4)).transpose(1, 2) for each in (q, k, v))
+        given = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.head(F.gelu(self.output(at("output", given))))
+
+
+@pytest.mark.parametrize(
+    ("where", "lost"), [("key", "key_bias"), ("value", "value_bias"), ("output", "value_bias")]
+)
+def test_biases_of_heads_are_not_shifted_under_a_mask(where: str, lost: str) -> None:
+    kinds = {"key_bias", "value_bias", "value_map", "qk_map"}
+    assert by_rules(Attention("", lambda y: y), (X,)) >= kinds
+    masked = Attention(where, lambda y, mask: y * mask[..., None])
+    assert by_rules(masked, (X, torch.ones(4, 5))) & kinds == kinds - {lost}
+    halved = Attention("output", lambda y: y / 2)
+    assert "value_bias" not in by_rules(halved, (X,))
+
+
+class Tables(nn.Module):
+    """Tokens and positions, and a head, tied or not."""
+
+    def __init__(self, tied: bool, twice: bool = False) -> None:
+        super().__init__()
+        self.embedding, self.positions = nn.Embedding(9, 8), nn.Parameter(torch.randn(5, 8))
+        self.norm, self.head, self.twice = nn.LayerNorm(8), nn.Linear(8, 9, bias=False), twice
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.embedding(tokens) + self.positions
+        return self.head(self.norm(h + self.embedding(tokens.flip(1)) if self.twice else h))
+
+
+def test_a_tied_table_moves_under_softmax_alone() -> None:
+    tokens = (TOKENS[:, :5] % 9,)
+    assert "translation" in by_rules(Tables(tied=True), tokens)
+    assert "translation" not in by_rules(Tables(tied=True), tokens, loss="other")
+    assert "translation" in by_rules(Tables(tied=False), tokens, loss="other")
+
+
+@pytest.mark.parametrize(("rate", "kept"), [(0.0, True), (0.3, False)])
+def test_a_term_that_is_dropped_at_random_is_no_term(rate: float, kept: bool) -> None:
+    class Dropped(Tables):
+        def forward(self, tokens: Tensor) -> Tensor:
+            h = F.dropout(self.embedding(tokens), rate, self.training) + self.positions
+            return self.head(self.norm(h))
+
+    found = by_rules(Dropped(tied=False), (TOKENS[:, :5] % 9,))
+    assert ("translation" in found) == kept
+
+
+def test_a_table_that_is_looked_up_twice_turns_once() -> None:
+    assert "stream_rotation" in by_rules(Tables(tied=False, twice=True), (TOKENS[:, :5] % 9,))
+
+
+def test_a_part_of_a_table_elsewhere_keeps_it_where_it_is() -> None:
+    class Shared(Tables):
+        def __init__(self) -> None:
+            super().__init__(tied=False)
+            self.register_buffer("rows", self.embedding.weight.data[:2])
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return super().forward(tokens) + self.rows.sum()
+
+    assert not by_rules(Shared(), (TOKENS[:, :5] % 9,)) & {"stream_rotation", "translation"}
+
+
+class Scores(nn.Module):
+    """A linear map, one thing done to its outputs, and a reader of values."""
+
+    def __init__(self, outputs: int, change: Callable[..., Tensor], scale: int = 8) -> None:
+        super().__init__()
+        self.scores, self.values = nn.Linear(9, outputs), nn.Linear(9, 7)
+        self.scale, self.change = nn.Parameter(torch.rand(scale) + 0.5), change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(self, self.scores(x), self.values(x))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "change", "found"),
+    [
+        (4, lambda m, s, v: s.softmax(-1)[..., :1] * v, True),
+        (1, lambda m, s, v: s.squeeze(-1).softmax(-1)[:, None] @ v, False),  # over positions
+        (4, lambda m, s, v: s.transpose(1, 2).softmax(-1) @ v, False),
+    ],
+)
+def test_a_router_is_a_softmax_over_outputs(outputs: int, change: Any, found: bool) -> None:
+    assert ("router_shift" in by_rules(Scores(outputs, change), (X,))) == found
+
+
+@pytest.mark.parametrize(
+    ("change", "scale", "found"),
+    [
+        (lambda m, s, v: (s * m.scale).sin(), 8, True),
+        (lambda m, s, v: (s.flip(-1) * m.scale).sin(), 8, False),
+        (lambda m, s, v: (s.unflatten(-1, (2, 4)) * m.scale).sin(), 4, False),  # heads share it
+    ],
+)
+def test_a_layer_scale_has_an_entry_an_output(change: Any, scale: int, found: bool) -> None:
+    assert ("layer_scale" in by_rules(Scores(8, change, scale), (X,))) == found
+
+
+class Patches(nn.Module):
+    def __init__(self, groups: int = 1, side: int = 2, bias: bool = True) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(4, 8, side, stride=side, groups=groups, bias=bias)
+        self.positions = nn.Parameter(torch.randn(1, (4 // side) ** 2, 8))
+        self.norm, self.head = nn.RMSNorm(8, eps=1e-5), nn.Linear(8, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.patches(x).flatten(2).transpose(1, 2) + self.positions
+        return self.head(self.norm(h).mean(1))
+
+
+def test_patches_turn_in_one_group_and_in_any_memory_format() -> None:
+    images = (torch.randn(3, 4, 4, 4),)
+    assert "stream_rotation" not in by_rules(Patches(groups=2), images)
+    assert "stream_rotation" in by_rules(Patches(side=1, bias=False), images)
+    model = Patches().to(memory_format=torch.channels_last)
+    gauges = find_gauges(model, inputs=images, kinds=["stream_rotation"])
+    changes = check(model, gauges, lambda m: m(images[0].double()).log_softmax(-1))
+    assert len(changes) == 1
+    assert max(changes.values()) < 1e-10
+
+
+def test_a_certificate_of_false_gauges_is_none() -> None:
+    model, inputs = nn.Sequential(nn.Linear(3, 4)), (torch.randn(6, 3),)
+    assert certify(model, find_gauges(model, inputs=inputs), inputs).complete
+    false = Translation("translation", "0", (Translated("0.weight", 0),))
+    certificate = certify(model, [false], inputs)  # of as many dimensions as the kernel
+    assert certificate.unexplained == 0
+    assert not certificate.complete
+    assert "not all gauges are symmetries" in str(certificate)
+
+
+def test_certify_refuses_what_it_would_count_wrongly() -> None:
+    x = (torch.randn(6, 3),)
+    with pytest.raises(ValueError, match="one output"):
+        certify(nn.Linear(3, 1), (), x)
+    with pytest.raises(ValueError, match=r"'weight' has no values"):
+        certify(nn.Linear(3, 4, device="meta"), (), x)
+    with pytest.raises(ValueError, match="counts real numbers alone"):
+        certify(nn.Linear(3, 4, dtype=torch.complex64), (), x)
+    two = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    two[1].weight = nn.Parameter(two[0].weight.data)
+    with pytest.raises(ValueError, match=r"'0\.weight' and '1\.weight' share their memory"):
+        certify(two, (), x)
+
+
+def test_a_norm_without_shift_yet_has_an_audit() -> None:
+    """At β = 0 the group's element divides by zero; its direction does not."""
+    model = nn.Sequential(nn.Linear(9, 8), nn.LayerNorm(8), nn.Linear(8, 9, bias=False)).double()
+    x = X.double()
+    gauges = find_gauges(copy.deepcopy(model).float(), inputs=(X,), kinds=["norm_shift"])
+    F.cross_entropy(model(x).flatten(0, 1), torch.arange(20) % 9).backward()
+    assert len(gauges) == 1
+    assert max(audit(model, gauges).values()) < 1e-10
+    params = {name: p.detach() for name, p in named_parameters(model).items()}
+    assert gauges[0].tangents(params).isfinite().all()
+
+
+def test_the_trial_draws_constant_inputs_anew() -> None:
+    """Queries and keys are scaled entry by entry by an input that is one in the example."""
+    scaled = Attention("key", lambda y, scale: y * scale[:, None])
+    with pytest.warns(UserWarning, match="qk_map at attention is no symmetry"):
+        gauges = find_gauges(scaled, inputs=(X, torch.ones(4, 8)), kinds=["qk_map", "value_map"])
+    assert [gauge.kind for gauge in gauges] == ["value_map"]

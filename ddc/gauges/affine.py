@@ -306,11 +306,11 @@ class Shear(Gauge):
             rows = unit_view(params[reader.weight], reader.axis)
             yield reader, rows[torch.from_numpy(reader.columns).to(rows.device)].sum(0).mT
 
-    def _inverse(self, params: Params) -> Tensor:
-        """1/γ over Σ β/γ: what the output of a row changes by 1 with."""
+    def _inverse(self, params: Params) -> tuple[Tensor, Tensor]:
+        """1/γ, and Σ β/γ, by which the output of a row changes with it."""
         assert self.scale is not None
-        scale, shift = params[self.scale], params[self.slots[0].parameter]
-        return 1 / scale / (shift / scale).sum()
+        inverse = 1 / params[self.scale]
+        return inverse, (inverse * params[self.slots[0].parameter]).sum()
 
     @torch.no_grad()
     def act_(self, params: Params, element: Tensor) -> None:
@@ -321,27 +321,45 @@ class Shear(Gauge):
                 params[reader.bias].sub_(change)
             else:
                 columns = unit_view(params[reader.weight], reader.axis)
-                columns.sub_(self._inverse(params)[:, None] * change)
+                inverse, sum_ = self._inverse(params)
+                columns.sub_((inverse / sum_)[:, None] * change)
 
     @torch.no_grad()
     def velocities(self, params: Params) -> dict[str, Tensor]:
         held = {name: params[name].detach().double().cpu() for name in self.parameters}
-        moved = self._shift.velocities(held)
+        # all of them times Σ β/γ, where readers divide by it: at β = 0 they move alone
+        inverse, pace = (None, 1.0) if self.scale is None else self._inverse(held)
+        moved = {name: pace * each for name, each in self._shift.velocities(held).items()}
         for reader, matrix in self._responses(held):
             if reader.bias is not None:
-                moved[reader.bias] = moved.get(reader.bias, 0) - matrix.mT
+                moved[reader.bias] = moved.get(reader.bias, 0) - pace * matrix.mT
             else:
-                each = -matrix.mT[:, None, :] * self._inverse(held)[:, None]
+                assert inverse is not None
+                each = -matrix.mT[:, None, :] * inverse[:, None]
                 moved[reader.weight] = each if reader.axis == 0 else each.mT
         return moved
 
     @torch.no_grad()
     def audit(self, params: Params, grads: Params) -> float:
+        held, slopes = (
+            {name: each[name].detach().double().cpu() for name in self.parameters}
+            for each in (params, grads)
+        )
+        inverse, pace = (None, 1.0) if self.scale is None else self._inverse(held)
+        # gradients times velocities, which are not formed: they are as large as n weights
         along, size = torch.zeros(self.dimension(params), dtype=torch.float64), 0.0
-        for name, moved in self.velocities(params).items():
-            part = moved.flatten(1) @ grads[name].double().cpu().flatten()
-            along += part
-            size += float(part.square().sum())
+        for slot in self.slots:
+            rows, index = _coordinates(slopes[slot.parameter], slot)
+            part = pace * slot.rate * rows[index]
+            along, size = along + part.sum(1), size + float(part.square().sum())
+        for reader, matrix in self._responses(held):
+            if reader.bias is not None:
+                part = -pace * (matrix.mT @ slopes[reader.bias])[:, None]
+            else:
+                assert inverse is not None
+                columns = unit_view(slopes[reader.weight], reader.axis)
+                part = -matrix.mT @ (columns * inverse[:, None]).mT
+            along, size = along + part.sum(1), size + float(part.square().sum())
         return ratio(float(along.square().sum()), size)
 
 
@@ -497,16 +515,16 @@ class StreamRotation(Gauge):
         return (basis @ turn @ basis.T + rest).to(params[self.writers[0][0]])
 
     def _slices(self, params: Params) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-        """What is turned: its parameter, a view (width, others), and the scale that it is behind,
-        of which vectors along the first axis are x in x -> γ⁻¹ R γ x.
+        """What is turned: its parameter, a view (width, *others), whatever its strides, and the
+        scale that it is behind, of which vectors along the first axis are x in x -> γ⁻¹ R γ x.
         """
         for name, axis in self.writers:
-            yield name, rows_of(params[name], axis), None
+            yield name, params[name].movedim(axis, 0), None
         for reader in self.readers:
             scale = None if reader.scale is None else params[reader.scale]
-            yield reader.weight, rows_of(params[reader.weight], reader.axis), scale
+            yield reader.weight, params[reader.weight].movedim(reader.axis, 0), scale
         for shift, gamma in self.shifts:
-            yield shift, rows_of(params[shift], 0), 1 / params[gamma]
+            yield shift, params[shift], 1 / params[gamma]
 
     @torch.no_grad()
     def act_(self, params: Params, element: Tensor) -> None:
@@ -514,7 +532,7 @@ class StreamRotation(Gauge):
             turn = element.to(rows)
             if scale is not None:
                 turn = turn * scale / scale[:, None]
-            rows.copy_(turn @ rows)
+            rows.copy_(torch.tensordot(turn, rows, 1))
 
     @torch.no_grad()
     def velocities(self, params: Params) -> dict[str, Tensor]:
@@ -530,7 +548,7 @@ class StreamRotation(Gauge):
             into = self._slices(_with_scales(fast, still, self))
             for (_, rows, scale), (_, out, _) in zip(self._slices(still), into, strict=True):
                 matrix = turn if scale is None else turn * scale / scale[:, None]
-                out += matrix @ rows
+                out += torch.tensordot(matrix, rows, 1)
         return moved
 
     @torch.no_grad()
@@ -539,7 +557,7 @@ class StreamRotation(Gauge):
         moment, size = torch.zeros(self.width, self.width, dtype=torch.float64), 0.0
         slices = self._slices(params), self._slices(_with_scales(grads, params, self))
         for (_, rows, scale), (_, grad, _) in zip(*slices, strict=True):
-            rows, grad = rows.double().cpu(), grad.double().cpu()
+            rows, grad = (each.double().cpu().reshape(self.width, -1) for each in (rows, grad))
             part = grad @ rows.T  # dL/dM of x -> M x
             if scale is not None:  # M = γ⁻¹ R γ
                 scale = scale.double().cpu()

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only
 
-from ddc.gauges.base import Gauge, first_line, named_parameters, unwrapped
+from ddc.gauges.base import (
+    Gauge,
+    first_line,
+    is_fake,
+    named_parameters,
+    place_of,
+    unwrapped,
+)
 from ddc.gauges.double import InDouble, double
 from ddc.gauges.gauge_set import gauges_of
 from ddc.gauges.trace import Inputs, example, running
@@ -29,6 +36,9 @@ from ddc.gauges.verify import generic, tensors
 LARGEST = 6_000
 #: Singular values of J below this, relative to the largest, are zero; rounding leaves about 1e-14.
 ZERO = 1e-11
+#: What moves log-probabilities by more than this, relative to the largest singular value, is no
+#: symmetry.
+LEAK = 1e-9
 #: The smallest singular value that counts must be this much larger than the largest that does not.
 GAP = 1e2
 #: Rows of J for each parameter. With fewer, directions that few inputs see are taken for zeros.
@@ -76,11 +86,13 @@ class Certificate:
 
     @property
     def complete(self) -> bool:
-        """Whether the gauges are all continuous symmetries of the model."""
-        return self.unexplained == 0
+        """Whether the gauges are symmetries, and all continuous ones of the model."""
+        return self.unexplained == 0 and self.leak <= LEAK
 
     def __str__(self) -> str:
         verdict = "complete" if self.complete else f"{self.unexplained} unexplained"
+        if self.leak > LEAK:
+            verdict = f"not all gauges are symmetries (leak {self.leak:.0e})"
         dead = f", {self.dead} dead on these inputs" if self.dead else ""
         return (
             f"{self.parameters:,} parameters, kernel {self.kernel}, orbit {self.orbit}{dead}:"
@@ -147,6 +159,7 @@ class Jacobian:
         seed: int = 0,
     ) -> Jacobian:
         """That of a model; arguments and errors as for :func:`certify`."""
+        _require_plain(named_parameters(model))
         model = copy.deepcopy(unwrapped(model))
         params = named_parameters(model)
         count = sum(p.numel() for p in params.values())
@@ -171,6 +184,11 @@ class Jacobian:
         found = gauges_of(self.model, gauges)
         # the kernel, and the gap above it
         values = torch.linalg.svdvals(self.triangle)
+        if not values[0] > 0:
+            raise ValueError(
+                "no parameter changes a log-probability: of a model with one output, whose loss is"
+                " no softmax, pass centred=False"
+            )
         relative = values / values[0]
         kernel = int((relative <= ZERO).sum())
         zero = float(relative[relative <= ZERO].max()) if kernel else 0.0
@@ -189,6 +207,21 @@ class Jacobian:
         dead = rank(torch.cat([tangents, alone])) - orbit
         faint = int(((relative > ZERO) & (relative < 1e-6)).sum())
         return Certificate(len(values), kernel, orbit, dead, faint, zero, smallest, leak)
+
+
+def _require_plain(params: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for parameters whose copies would not be what they are."""
+    first: dict[object, str] = {}
+    for name, p in params.items():
+        if is_fake(p):
+            raise ValueError(f"parameter {name!r} has no values: give the model weights first")
+        if p.is_complex():
+            raise ValueError(f"parameter {name!r} is {p.dtype}: certify counts real numbers alone")
+        if (place := place_of(p)) is not None and first.setdefault(place, name) != name:
+            raise ValueError(
+                f"parameters {first[place]!r} and {name!r} share their memory, which a copy of the"
+                " model does not: assign one parameter to both modules"
+            )
 
 
 def tangents_of(gauges: Iterable[Gauge], params: Mapping[str, Tensor]) -> Tensor:
@@ -256,7 +289,10 @@ def _rows(
             raise ValueError(f"the model does not run: {first_line(error)}") from error
         logits = given.get("logits") if isinstance(given, Mapping) else None
         if logits is None:
-            logits = next(each for each in tensors([given]) if each.is_floating_point())
+            outputs = [each for each in tensors([given]) if each.is_floating_point()]
+            logits = outputs[0] if outputs else None
+        if logits is None or not logits.requires_grad:
+            raise ValueError("the model's first output of real numbers depends on no parameter")
         weights = torch.randn(AT_ONCE, *logits.shape, generator=generator, dtype=torch.float64)
         if centred:
             weights = weights - weights.mean(-1, keepdim=True)
@@ -294,10 +330,10 @@ def drawn(
         if x.dtype == torch.bool:
             return x
         if x.is_floating_point():
-            return torch.randn(x.shape, generator=generator, dtype=torch.float64)
+            return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)
         high = ranges.get(id(x), int(x.max()) + 1)
         low = 0 if id(x) in ranges else int(x.min())
-        return torch.randint(low, high, x.shape, generator=generator, dtype=x.dtype)
+        return torch.randint(low, high, x.shape, generator=generator, dtype=x.dtype).to(x.device)
 
     def draw_anew(generator: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
         again: tuple[tuple[Any, ...], dict[str, Any]] = tree_map_only(

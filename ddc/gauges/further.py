@@ -10,6 +10,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.fx import Node
 
 from ddc.gauges.actions import Axis, Rescale, RotatedAxis, Shift
@@ -31,8 +33,12 @@ from ddc.gauges.trace import (
     MOVES,
     LinearMap,
     Trace,
+    apply,
     arguments,
     has_fixed_shape,
+    inputs,
+    labels_of,
+    last_axis,
     module_path,
     operation,
     readers,
@@ -105,7 +111,7 @@ class Further:
             where = self._place(stream)
             yield "stream_rotation", (where, lambda s=stream: [self.stream_rotation(s)])  # type: ignore[misc]
             yield "stream_mean", (where, lambda s=stream: self.stream_mean(s))  # type: ignore[misc]
-            for node in stream.nodes:
+            for node in sorted(stream.nodes, key=self.trace.order.__getitem__):
                 if len(terms := self._terms(stream, node)) > 1:
                     yield "translation", (where, lambda t=terms: self.translation(t))  # type: ignore[misc]
             for norm in stream.norms:
@@ -133,6 +139,10 @@ class Further:
             bias = self._bias_of(columns.parameter)
             if not biases:
                 return []
+            if len(arguments(node)) > 4 and arguments(node)[4] > 0:
+                raise NotProved("weights of attention are dropped at random")
+            self._require_alike(node, 2, "values")
+            self._require_passed_on(node)
             if bias is None:
                 raise NotProved("the output projection has no bias of its own")
             copies = columns.indices.swapaxes(0, 1).reshape(columns.indices.shape[1], -1)
@@ -162,10 +172,41 @@ class Further:
             assert isinstance(gauge, General)
             for slot in gauge.plus if gauge.group == "all" else ():
                 if self.trace.tensors[slot.parameter].ndim == 1:
+                    self._require_alike(node, 1, "keys", factors=True)
                     indices = tuple(slot.indices.flatten().tolist())
                     moved = Translated(slot.parameter, 0, 1.0, indices)
                     return [Translation("key_bias", where, (moved,))]
         return []
+
+    def _require_alike(self, node: Node, argument: int, what: str, factors: bool = False) -> None:
+        """What is added to all values or keys arrives at attention as it is, at every position and
+        on any input; with ``factors``, but for numbers that no input decides.
+        """
+        target = arguments(node)[argument]
+        source = self.finding.origin(target)
+        assert source is not None
+        between = self.trace.ancestors(target, [source.output])
+        moving = between & {source.output, *self.trace.descendants(source.output)}
+        for each in moving - {source.output}:
+            others = [x for x in inputs(each) if x not in moving]
+            moved = operation(each) in MOVES | KEEPS | {"getitem"}
+            known = factors and operation(each) not in ("cat", "stack")
+            if (others or not moved) and not (known or (factors and not others)):
+                raise NotProved(f"{operation(each)} changes its {what} before they meet")
+            if any(self.trace.ancestors(other) & self.trace.inputs for other in others):
+                raise NotProved(f"its {what} are scaled by what the model is given")
+
+    def _require_passed_on(self, source: Node) -> None:
+        """Linear maps alone read a node, as it is: moved, or averaged over positions."""
+        waiting = [source]
+        while waiting:
+            for user in readers(waiting.pop()):
+                if user in self.trace.linear_maps:
+                    continue
+                name = operation(user)
+                if _drops(user) or name not in MOVES | KEEPS | {"mean", "getitem"}:
+                    raise NotProved(f"{name or 'the output of the model'} changes what it gives")
+                waiting.append(user)
 
     def qk_norm_scale(self, node: Node, where: str) -> list[Gauge]:
         """Scales of normed queries against those of normed keys, entry by entry or plane by
@@ -229,20 +270,30 @@ class Further:
     # routers and layer scales
 
     def _is_router(self, linear: LinearMap) -> bool:
-        return bool(found := self._onward(linear.output)) and all(
+        if not has_fixed_shape(linear.output):
+            return False
+        shape = value_of(linear.output).shape
+        positions = torch.arange(shape[:-1].numel()).view(*shape[:-1], 1).expand(shape)
+        return bool(found := self._onward(linear.output, positions)) and all(
             operation(each) in ("softmax", "_softmax")
             and int(arguments(each)[1]) in (-1, value_of(each).ndim - 1)
-            for each in found
+            and torch.equal(labels.amin(-1), labels.amax(-1))  # over outputs, not positions
+            for each, labels in found
         )
 
-    def _onward(self, node: Node) -> list[Node]:
-        """What reads a node, seen through what only moves or keeps its values."""
-        found = []
+    def _onward(self, node: Node, labels: Tensor) -> list[tuple[Node, Tensor]]:
+        """What reads a node, seen through what only moves or keeps its values, and where the
+        labels of these are then.
+        """
+        found: list[tuple[Node, Tensor]] = []
         for user in readers(node):
-            if operation(user) in (MOVES | KEEPS) - {"dropout"}:
-                found += self._onward(user)
+            keeps = operation(user) in KEEPS - {"dropout"}
+            moves = operation(user) in MOVES and len(inputs(user)) == 1
+            after = apply(user, labels) if moves else labels
+            if (keeps or moves) and has_fixed_shape(user) and isinstance(after, Tensor):
+                found += self._onward(user, after)
             else:
-                found.append(user)
+                found.append((user, labels))
         return found
 
     def router_shift(self, linear: LinearMap) -> list[Gauge]:
@@ -258,11 +309,18 @@ class Further:
         """The vector by which the outputs of a linear map are multiplied, if that is all that is
         done to them.
         """
-        users = self._onward(linear.output)
-        if len(users) != 1 or operation(users[0]) != "mul":
+        if not has_fixed_shape(linear.output):
             return None
-        for argument in arguments(users[0]):
-            if isinstance(argument, Node) and self.finding.is_vector(argument, users[0]):
+        units = labels_of(linear.output)
+        found = self._onward(linear.output, units)
+        if len(found) != 1 or operation(found[0][0]) != "mul":
+            return None
+        ((user, labels),) = found
+        at_last = last_axis(labels)
+        if at_last is None or not torch.equal(at_last, torch.arange(units.shape[-1])):
+            return None
+        for argument in arguments(user):
+            if isinstance(argument, Node) and self.finding.is_vector(argument, user):
                 view = self.trace.parameter(argument)
                 return view[0] if view is not None else None
         return None
@@ -285,7 +343,8 @@ class Further:
     def stream_rotation(self, stream: Stream) -> Gauge:
         """All that writes to a stream turned, all that reads it turned back."""
         self._require_sound(stream)
-        writers = [each for node in stream.writers for each in self._writer(stream, node)]
+        # a table that is looked up twice is one
+        writers = {each: None for node in stream.writers for each in self._writer(stream, node)}
         behind: list[Behind] = []
         shifts: list[tuple[str, str]] = []
         for norm in stream.norms:
@@ -309,29 +368,30 @@ class Further:
         self._require_sound(stream)
         if not all(norm.centres for norm in stream.norms):
             raise NotProved("a norm that does not centre reads the stream")
-        gauges: list[Gauge] = []
+        gauges: dict[tuple[str, ...], Gauge] = {}  # a table that is looked up twice has one
         for node in stream.writers:
             try:
-                written = self._writer(stream, node)
+                for gauge in self._means(stream, node):
+                    gauges.setdefault(gauge.parameters, gauge)
             except NotProved as reason:  # the others' means are gauges all the same
                 place = module_path(node) or self._place(stream)
                 self.finding.refused.append(Refusal("stream_mean", place, str(reason)))
-                continue
-            if (linear := self.writer_of.get(node)) is not None and linear.rows == 0:
-                place = owner(linear.weight)
-                gauges.append(Shift(linear.weight, linear.bias, place, "stream_mean"))
-                continue
-            for name, axis in written:
-                ndim = self.trace.tensors[name].ndim
-                if ndim == 1:
-                    slot = Translated(name, None)
-                elif axis == 0:  # filters of a convolution
-                    slot = Translated(name, -1)
-                else:
-                    others = [a for a in range(ndim) if a != axis]
-                    shape = self.trace.tensors[name].shape
-                    slot = Translated(name, max(others, key=shape.__getitem__))
-                gauges.append(Translation("stream_mean", owner(name) or name, (slot,)))
+        return [*gauges.values()]
+
+    def _means(self, stream: Stream, node: Node) -> list[Gauge]:
+        """The means of what one writer adds to a stream."""
+        written = self._writer(stream, node)
+        if (linear := self.writer_of.get(node)) is not None and linear.rows == 0:
+            return [Shift(linear.weight, linear.bias, owner(linear.weight), "stream_mean")]
+        gauges: list[Gauge] = []
+        for name, axis in written:
+            shape = self.trace.tensors[name].shape
+            others = [a for a, size in enumerate(shape) if a != axis and size > 1]
+            if axis == 0 and len(shape) > 2:  # filters of a convolution
+                slot = Translated(name, -1)
+            else:
+                slot = Translated(name, max(others, key=shape.__getitem__) if others else None)
+            gauges.append(Translation("stream_mean", owner(name) or name, (slot,)))
         return gauges
 
     def _require_sound(self, stream: Stream) -> None:
@@ -361,9 +421,12 @@ class Further:
         view = self.trace.parameter(arguments(node)[0] if table else node)
         assert view is not None
         name = view[0]
-        if table and any(
-            operation(use) != "embedding" or use not in stream.nodes
-            for use in self.trace.uses[name]
+        if table and (
+            name in self.trace.shared
+            or any(
+                operation(use) != "embedding" or use not in stream.nodes
+                for use in self.trace.uses[name]
+            )
         ):
             raise NotProved(f"{owner(name)} is tied to another parameter, or used more than once")
         if not table:
@@ -388,7 +451,7 @@ class Further:
                         terms.append(Translated(linear.bias, 0))
                     continue
                 if (patches := patches_of(each, stream.width)) is not None:
-                    bias = self.trace.parameter(arguments(patches)[2])
+                    bias = self.trace.parameter((*arguments(patches), None)[2])
                     if bias is not None and self.trace.used_once(bias[0]):
                         terms.append(Translated(bias[0], 0))
                     continue
@@ -398,8 +461,8 @@ class Further:
                 if view is not None and self._may_move(view[0], each):
                     terms.append(Translated(view[0], self.trace.tensors[view[0]].ndim - 1))
             elif operation(each) in ("add", "add_"):
-                waiting += arguments(each)[:2]
-            elif operation(each) in MOVES | KEEPS:
+                waiting += inputs(each)
+            elif operation(each) in MOVES | KEEPS and not _drops(each):
                 waiting.append(arguments(each)[0])
         return terms
 
@@ -413,6 +476,8 @@ class Further:
         head = self.trace.head
         if head is None or others != [head.node] or head.weight != name:
             return not others and self.trace.used_once(name)
+        if head.rows != 0 or name in self.trace.shared:
+            return False
         try:
             self.finding.require_softmax(head)
         except NotProved:
@@ -451,10 +516,16 @@ class Further:
         if scale is None:
             if not has_fixed_shape(norm.output):
                 raise NotProved("how many positions it has depends on values")
+            if operation(norm.output) in ("layer_norm", "rms_norm") and any(
+                isinstance(each, Node) for each in arguments(norm.output)[2:4]
+            ):
+                raise NotProved("its scale and shift are no parameters as they stand")
+            self._require_passed_on(norm.output)
             return None, None, self.finding.readers_of(norm.output)
         source, names, reason = scale
         if reason:
             raise NotProved(reason)
+        self._require_passed_on(source)
         gauge = self.finding.norm_scale(source, names, owner(names[0]))
         return names[0], names[1] if len(names) > 1 else None, list(gauge.minus)
 
@@ -496,3 +567,8 @@ class Further:
             if linear.weight == weight and linear.bias is not None:
                 return linear.bias if self.trace.used_once(linear.bias) else None
         return None
+
+
+def _drops(node: Node) -> bool:
+    """Whether an operation drops entries at random in training."""
+    return operation(node) == "dropout" and float(arguments(node)[1]) > 0

@@ -20,6 +20,8 @@ from ddc.gauges.trace import (
     Trace,
     apply,
     arguments,
+    has_fixed_shape,
+    inputs,
     labels_of,
     last_axis,
     operation,
@@ -81,17 +83,28 @@ def _spelt_out(node: Node, inside: object) -> Norm | None:
     if isinstance(eps, Node) or not isinstance(mean, Node) or operation(mean) != "mean":
         return None
     square = arguments(mean)[0]
-    if list(arguments(mean)[1]) != [-1] or operation(square) not in ("pow", "mul", "square"):
+    if list(arguments(mean)[1]) != [-1] or value_of(mean).shape[-1] != 1:
         return None
     x = arguments(square)[0]
-    if operation(square) != "square" and arguments(square)[1] not in (2, 2.0, x):
-        return None
+    match operation(square), arguments(square)[1:]:
+        case ("square", ()) | ("pow", (2 | 2.0,)):
+            pass
+        case "mul", (other,) if other is x:
+            pass
+        case _:
+            return None
+    if any(len(readers(each)) != 1 for each in (square, mean, inside)):
+        return None  # squares that anything else reads do not turn
     if len(users := readers(node)) != 1 or operation(users[0]) != "mul":
         return None
     if {*arguments(users[0])} != {x, node}:
         return None
     parts = {node, inside, mean, square, users[0]}
-    while operation(x) in KEEPS - {"dropout"} and {*readers(x)} <= parts:
+    while (
+        operation(x) in KEEPS - {"dropout"}
+        and {*readers(x)} <= parts
+        and value_of(x).is_floating_point()
+    ):
         parts.add(x)
         x = arguments(x)[0]
     return Norm(x, False, users[0], frozenset(parts))
@@ -181,6 +194,8 @@ def patches_of(node: Node, width: int) -> Node | None:
     at_last = last_axis(labels) if isinstance(labels, torch.Tensor) else None
     alone = all(len(readers(each)) == 1 for each in [convolution, *moves[1:]])
     whole = at_last is not None and torch.equal(at_last, torch.arange(width))
+    if arguments(convolution)[6:] not in ((), (1,)):
+        return None  # groups, of which each reads channels of its own
     return convolution if alone and whole else None
 
 
@@ -190,6 +205,8 @@ def _carries(user: Node, node: Node, width: int) -> bool:
     value = user.meta.get("val")
     if not isinstance(value, torch.Tensor) or value.shape[-1:] != (width,):
         return False
+    if not value.is_floating_point():  # rounded to integers
+        return False
     if name in ("add", "add_", "sub"):
         return len(args) == 2 and all(isinstance(each, Node) for each in args) and not user.kwargs
     if name in ("mul", "div"):  # by one number
@@ -197,7 +214,7 @@ def _carries(user: Node, node: Node, width: int) -> bool:
         fixed = not isinstance(other, Node) or (
             other.op in ("placeholder", "get_attr", "lift_fresh_copy") and value_of(other).ndim == 0
         )
-        return fixed and not (name == "div" and args[1] is node)
+        return fixed and not user.kwargs and not (name == "div" and args[1] is node)
     if name == "dropout":
         return not float(args[1]) > 0
     if name in KEEPS:
@@ -214,6 +231,8 @@ def _keeps_last_axis(user: Node, node: Node, width: int) -> bool:
     if operation(user) in ("cat", "stack"):
         axis: Any = arguments(user)[1] if len(arguments(user)) > 1 else user.kwargs.get("dim", 0)
         return int(axis) not in (-1, value_of(user).ndim - 1)
+    if len(inputs(user)) > 1 or not has_fixed_shape(user):
+        return False  # where to, other values say
     after = apply(user, labels_of(node))
     if not isinstance(after, torch.Tensor):
         return False

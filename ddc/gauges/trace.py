@@ -336,6 +336,7 @@ class Trace:
             plain_name(name): parameter for name, parameter in named.items()
         }
         # outputs, constants, and which parameters other tensors share their memory with
+        self.inputs = {placeholders[n] for n in signature.user_inputs if n in placeholders}
         self.outputs = list(_output_nodes(self.graph))
         self._output_names = _output_names(program)
         self._constants = self._constant_values(program, placeholders, args, kwargs or {})
@@ -345,7 +346,7 @@ class Trace:
             *program.constants.values(),
             *reachable(vars(program.graph_module)),
         ]
-        self._shared = overlapping(named, [each for each in others if isinstance(each, Tensor)])
+        self.shared = overlapping(named, [each for each in others if isinstance(each, Tensor)])
 
     def _constant_values(
         self,
@@ -403,7 +404,7 @@ class Trace:
         """Whether one operation alone computes with the parameter, and no other tensor has its
         values.
         """
-        return len(self.uses.get(name, ())) == 1 and name not in self._shared
+        return len(self.uses.get(name, ())) == 1 and name not in self.shared
 
     @cached_property
     def logits(self) -> Node:
@@ -438,6 +439,8 @@ class Trace:
                     bias, rows = None, 1
                 case _:
                     continue
+            if node.kwargs:  # addmm with a number of its own before the product or the bias
+                continue
             # the weight must be a whole matrix that is a parameter, transposed or not
             view = self.parameter(w)
             if view is None or self.tensors[view[0]].ndim != 2:
@@ -543,6 +546,8 @@ class Trace:
         if name == "getitem":
             return labels[args[1]], degree
         # moved, kept, or taken to a power
+        if name in MOVES and len(inputs(node)) > 1:
+            return None  # where to, other values say
         if name in MOVES:
             return apply(node, labels), degree
         if name in KEEPS or name == "neg":

@@ -459,7 +459,7 @@ class Finding:
     def _is_attention(self, node: Node) -> bool:
         return any(operation(user) in ("matmul", "bmm", "dropout", "to") for user in node.users)
 
-    def _origin(self, node: Node) -> LinearMap | None:
+    def origin(self, node: Node) -> LinearMap | None:
         """The one linear map from which an input of attention comes."""
         maps = self.trace.linear_maps
         found = [maps[each] for each in self.trace.ancestors(node, stop=maps) if each in maps]
@@ -469,7 +469,7 @@ class Finding:
         """The linear map of an argument of attention, and its heads, whose outputs go nowhere
         else.
         """
-        linear = self._origin(arguments(node)[argument])
+        linear = self.origin(arguments(node)[argument])
         if linear is None:
             raise NotProved(f"its {what} do not come from one linear map")
         self.require_single([linear.weight])
@@ -656,7 +656,9 @@ class Finding:
             raise NotProved(
                 "it has one output, which a softmax makes constant: its loss is another one"
             )
-        if self.loss is not None:  # find_gauges leaves the shift out where it is another
+        if self.loss == "other":
+            raise NotProved("the loss is not softmax cross-entropy")
+        if self.loss is not None:
             return
         ask = (
             "; if it is softmax cross-entropy of this output, say so: find_gauges(model,"

@@ -274,7 +274,9 @@ def another(inputs: Any, generator: torch.Generator) -> Any:
     def redrawn(x: Tensor) -> Tensor:
         if x.is_floating_point() and x.numel() > 1:
             noise = torch.randn(x.shape, generator=generator).to(x)
-            return noise * x.std() + x.mean()
+            # a mask of ones has no spread, and hides what it multiplies
+            spread = x.std() if x.std() > 0 else 1
+            return noise * spread + x.mean()
         return x.flatten()[torch.randperm(x.numel(), generator=generator).to(x.device)].view(
             x.shape
         )
