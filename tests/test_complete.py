@@ -30,10 +30,19 @@ from ddc import (  # noqa: E402
     find_gauges,
     hidden_matrices,
 )
-from ddc.gauges import FURTHER, KINDS, Gauge, GaugeSet, Shift, named_parameters  # noqa: E402
+from ddc.gauges import (  # noqa: E402
+    FURTHER,
+    KINDS,
+    Axis,
+    Gauge,
+    GaugeSet,
+    Rescale,
+    Shift,
+    named_parameters,
+)
 from ddc.gauges.affine import Translated, Translation  # noqa: E402
 from ddc.gauges.certificate import Jacobian, rank, tangents_of  # noqa: E402
-from ddc.gauges.verify import generic  # noqa: E402
+from ddc.gauges.verify import generic, verified  # noqa: E402
 from ddc.models import GPT, GPTConfig  # noqa: E402
 
 transformers.logging.set_verbosity_error()
@@ -593,3 +602,30 @@ def test_the_trial_draws_constant_inputs_anew() -> None:
     with pytest.warns(UserWarning, match="qk_map at attention is no symmetry"):
         gauges = find_gauges(scaled, inputs=(X, torch.ones(4, 8)), kinds=["qk_map", "value_map"])
     assert [gauge.kind for gauge in gauges] == ["value_map"]
+
+
+def test_behind_a_mask_that_is_given_no_constant_passes_through_attention() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.value, self.out = (nn.Linear(6, 6) for _ in range(4))
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            q, k, v = (each(x)[:, None] for each in (self.query, self.key, self.value))
+            return self.out(F.scaled_dot_product_attention(q, k, v, mask)[:, 0])
+
+    torch.manual_seed(0)
+    inputs = (torch.randn(2, 5, 6), torch.ones(2, 1, 5, 5, dtype=torch.bool))
+    gauges = find_gauges(Masked(), inputs=inputs, loss="other", kinds="complete")
+    assert not gauges.only(["value_bias"]).found
+    (refusal,) = gauges.only(["value_bias"]).refused
+    assert "may mask a whole row" in refusal.reason
+
+
+def test_a_gauge_that_does_not_fit_is_refused_alone() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    (fits,) = find_gauges(model).only(["relu_rescale"])
+    false = Rescale("layer_scale", "0", (Axis("0.weight"),), (Axis("2.bias"),))
+    left = verified(GaugeSet((fits, false)), model, (torch.randn(3, 4),), {})
+    assert [*left] == [fits]
+    assert not left.unchecked

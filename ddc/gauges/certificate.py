@@ -123,7 +123,8 @@ def certify(
             :func:`ddc.find_gauges`: numbers are then drawn anew from a normal distribution, and
             integers evenly from the smallest to the largest of the example, or from all rows of the
             embedding that they index.
-        centred: whether a constant added to all logits is unseen, as by softmax cross-entropy.
+        centred: whether a constant added to all logits, along the last axis, is unseen, as by
+            softmax cross-entropy.
         rows: of J for each parameter, at least 1; ReLU networks may need more.
         seed: of weights, inputs and combinations.
 

@@ -141,6 +141,9 @@ class Further:
                 return []
             if len(arguments(node)) > 4 and arguments(node)[4] > 0:
                 raise NotProved("weights of attention are dropped at random")
+            mask = arguments(node)[3] if len(arguments(node)) > 3 else None
+            if isinstance(mask, Node) and self.trace.ancestors(mask) & self.trace.inputs:
+                raise NotProved("a mask that is given may mask a whole row, whose weights are zero")
             self._require_alike(node, 2, "values")
             self._require_passed_on(node)
             if bias is None:

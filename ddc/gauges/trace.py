@@ -741,7 +741,7 @@ class Trace:
                         self.value(argument, fixed)
             # the passage of each unit vector, at some positions
             shape, length = value_of(start).shape, value_of(target).shape[-2]
-            positions = torch.arange(min(POSITIONS, length)) * length // min(POSITIONS, length)
+            positions = torch.linspace(0, length - 1, min(POSITIONS, length)).round().long()
 
             def enter(outputs: Tensor) -> Tensor:
                 value = torch.as_tensor(

@@ -187,7 +187,10 @@ class Subject:
         }
         by_name = {name: moved[place_of(p)] for name, p in self.params.items()}
         for gauge in gauges:
-            gauge.act_(by_name, gauge.sample(by_name, generator))
+            try:
+                gauge.act_(by_name, gauge.sample(by_name, generator))
+            except (RuntimeError, IndexError):  # it does not fit what it names
+                return Change(math.inf, training=False)
         after = self._run(moved)
         for place in self._places(gauges):  # now the same weights at random, by as much
             weight = self.weights[place]
