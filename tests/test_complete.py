@@ -172,6 +172,8 @@ def test_kinds_are_the_papers_unless_asked() -> None:
         find_gauges(model, kinds="all")
     with pytest.raises(ValueError, match=r"Invalid kind='spin'"):
         find_gauges(model, kinds=["spin"])
+    with pytest.raises(ValueError, match=r"Invalid per_layer=True: it goes with kinds='paper'"):
+        find_gauges(model, per_layer=True, kinds="complete")
 
 
 class Stream(nn.Module):

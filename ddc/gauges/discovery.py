@@ -59,11 +59,16 @@ def find_gauges(
 
     Raises:
         ValueError: the model cannot be traced, ``inputs`` are needed, or an unknown ``loss`` or
-            kind.
+            kind, or ``per_layer`` beside other kinds than the paper's.
     """
     if loss is not None and loss not in LOSSES:
         raise ValueError(f"Invalid {loss=}: expected None or one of {', '.join(LOSSES)}")
     wanted = kinds_named(kinds)
+    if per_layer and kinds != "paper":
+        raise ValueError(
+            "Invalid per_layer=True: it goes with kinds='paper'; elsewhere name chained_rescale in"
+            " kinds, and not relu_rescale"
+        )
     gauges, checked = _found(unwrapped(model), per_layer, inputs, loss, verify, wanted)
     reason_of = {(refusal.kind, refusal.where): refusal.reason for refusal in checked.refused}
     for gauge in gauges:

@@ -32,9 +32,8 @@ from ddc.gauges.certificate import Jacobian  # noqa: E402
 from ddc.models import GPT, DeepMLP, DeepMLPConfig, GPTConfig  # noqa: E402
 from ddc.report.runs import read_lines  # noqa: E402
 from ddc.training.records import Records, provenance, write_atomically  # noqa: E402
-from experiments.protocols import ROOT  # noqa: E402
+from experiments.completeness.report import RESULTS  # noqa: E402
 
-RESULTS = ROOT / "results/completeness"
 VOCABULARY, POSITIONS, WIDTH = 29, 6, 8
 TOKENS = torch.arange(8 * POSITIONS).reshape(8, POSITIONS) % VOCABULARY
 IMAGES = torch.randn(16, 1, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -193,14 +192,20 @@ def main(arguments: Sequence[str] = ()) -> None:
     records, about = Records(RESULTS / "records.jsonl"), provenance()
     kept = read_lines(records.path) if records.path.exists() else []
     done = {each["model"] for each in kept if "error" not in each}
-    kept = [each for each in kept if each["model"] in done]
-    write_atomically(records.path, "".join(json.dumps(each) + "\n" for each in kept).encode())
+    keep(records, [each for each in kept if each["model"] in done])
     for name in track([each for each in chosen if each not in done], "architectures"):
         try:
             record = measure(name)
         except Exception as error:  # one that cannot be certified says why, and stops no other
             record = {"model": name, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
         records.append(record | about)
+    order = [*ARCHITECTURES]
+    keep(records, sorted(records.read(), key=lambda each: order.index(each["model"])))
+
+
+def keep(records: Records, kept: Sequence[Mapping[str, Any]]) -> None:
+    """Have these records and no others."""
+    write_atomically(records.path, "".join(json.dumps(each) + "\n" for each in kept).encode())
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ from functools import partial
 from ddc.report.claims import Claim
 from ddc.report.runs import read_lines
 from ddc.report.stages import Record, commits
-from experiments.completeness.measure import ARCHITECTURES, RESULTS
 from experiments.output import Results
+from experiments.protocols import ROOT
+
+RESULTS = ROOT / "results/completeness"
 
 HEAD = (
     "| model | parameters | kernel | paper's kinds | all kinds | dead | unexplained | gap |",
@@ -27,10 +29,8 @@ NOTE = (
 
 
 def load() -> list[Record]:
-    """The committed records, in the order of the architectures."""
-    order = [*ARCHITECTURES]
-    records = read_lines(RESULTS / "records.jsonl")
-    return sorted(records, key=lambda record: order.index(record["model"]))
+    """The committed records."""
+    return read_lines(RESULTS / "records.jsonl")
 
 
 def results(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Results]:
