@@ -157,10 +157,6 @@ def test_a_toy_of_each(tmp_path: Path) -> None:
     )
     rule, _ = block("DDCRMSProp").split("\n\noptimizer = ")  # which has a model
     (tmp_path / "ddc/optim/rules/rmsprop.py").write_text(rule + "\n")
-    append(
-        tmp_path / "ddc/optim/factory.py",
-        "from ddc.optim.rules.rmsprop import DDCRMSProp\nLIFTS['ddcrmsprop'] = DDCRMSProp",
-    )
     folder = tmp_path / "experiments/toy"
     folder.mkdir()
     for name, text in EXPERIMENT.items():

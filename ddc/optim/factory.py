@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from ddc.gauges import GaugeSet, HiddenMatrix, is_split, plain_name
+from ddc.optim import rules
 from ddc.optim.combined import CombinedOptimizer
 from ddc.optim.ddcadam import DDCAdam
 from ddc.optim.ddcmuon import DDCMuon
@@ -20,9 +23,6 @@ from ddc.optim.lift import Lift
 from ddc.optim.muon import Muon
 from ddc.optim.parameters import listed
 from ddc.optim.relative_step import RelativeAdamW
-from ddc.optim.rules.lion import DDCLion
-from ddc.optim.rules.sgd import DDCSGD
-from ddc.optim.rules.shampoo import DDCShampoo
 from ddc.optim.saved import check_shapes, in_own_order, parameter_names, saved_ids
 from ddc.optim.sharding import split_like
 
@@ -31,15 +31,22 @@ from ddc.optim.sharding import split_like
 COMPILED_FROM = 5_000_000
 
 
-#: Lifts by the name that configurations have: a new one is a line here and a file in
-#: ``ddc/optim/rules``; the schema of its configuration is read from its class.
-LIFTS: dict[str, type[Lift]] = {
-    "ddcadam": DDCAdam,
-    "ddcadam_paper": DDCAdam,
-    "ddclion": DDCLion,
-    "ddcsgd": DDCSGD,
-    "ddcshampoo": DDCShampoo,
-}
+def lifts() -> dict[str, type[Lift]]:
+    """Lifts by the name that configurations have, which is that of their class in small letters:
+    DDCAdam, also for the paper's step, and those that stand beside their rules in
+    ``ddc/optim/rules``, found by looking.
+    """
+    found: dict[str, type[Lift]] = {"ddcadam": DDCAdam, "ddcadam_paper": DDCAdam}
+    for file in pkgutil.iter_modules(rules.__path__):
+        module = importlib.import_module(f"{rules.__name__}.{file.name}")
+        for each in vars(module).values():
+            if isinstance(each, type) and issubclass(each, Lift) and each is not Lift:
+                found[each.__name__.lower()] = each
+    return found
+
+
+#: All of them; the schema of a configuration is read from the class.
+LIFTS = lifts()
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
