@@ -77,7 +77,7 @@ class Shift(Gauge):
     def audit(self, params: Params, grads: Params) -> float:
         gradients = [grads[name].double() for name in self.parameters]
         vertical = sum(float(g.mean(0).square().sum()) * len(g) for g in gradients)
-        return _ratio(vertical, sum(float(g.square().sum()) for g in gradients))
+        return ratio(vertical, sum(float(g.square().sum()) for g in gradients))
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class Rescale(Gauge):
 
         plus, minus = radial(self.plus), radial(self.minus)
         vertical, horizontal = plus - self.degree * minus, self.degree * plus + minus
-        return _ratio(float(vertical.square().sum()), float(horizontal.square().sum()))
+        return ratio(float(vertical.square().sum()), float(horizontal.square().sum()))
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ class Chain(Gauge):
         radial = torch.stack(
             [(params[name] * grads[name]).double().sum().cpu() for name in self.weights]
         )
-        return _ratio(float((radial - radial.mean()).square().sum()), float(radial.square().sum()))
+        return ratio(float((radial - radial.mean()).square().sum()), float(radial.square().sum()))
 
 
 class RotatedAxis(NamedTuple):
@@ -351,9 +351,9 @@ class Rotation(Gauge):
             part = torch.einsum("ucid,ucjd->uij", grad, rows)
             moment += part
             size += part.square().sum((1, 2))
-        return _ratio(float((moment - moment.mT).square().sum()) / 4, float(size.sum()))
+        return ratio(float((moment - moment.mT).square().sum()) / 4, float(size.sum()))
 
 
-def _ratio(vertical_squared: float, total_squared: float) -> float:
+def ratio(vertical_squared: float, total_squared: float) -> float:
     """Ratio of two norms given their squares; 0 / 0 (no gradient at all) is 0."""
     return math.sqrt(vertical_squared / total_squared) if vertical_squared else 0.0

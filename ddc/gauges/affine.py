@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddc.gauges.actions import RotatedAxis
+from ddc.gauges.actions import RotatedAxis, ratio
 from ddc.gauges.base import Gauge, Params, check_kind, unit_view
 
 
@@ -573,8 +573,3 @@ def _with_scales(moved: Params, params: Params, gauge: StreamRotation) -> dict[s
     scales = {reader.scale for reader in gauge.readers if reader.scale is not None}
     scales |= {scale for _, scale in gauge.shifts}
     return {**moved, **{name: params[name] for name in scales}}
-
-
-def ratio(vertical_squared: float, total_squared: float) -> float:
-    """Ratio of two norms given their squares; 0 / 0 (no gradient at all) is 0."""
-    return math.sqrt(vertical_squared / total_squared) if vertical_squared else 0.0

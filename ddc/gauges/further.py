@@ -7,6 +7,7 @@ transformer; :mod:`ddc.gauges.certificate` tells by rank whether they are.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -71,58 +72,48 @@ class Further:
 
     def __init__(self, finding: Finding) -> None:
         self.finding, self.trace = finding, finding.trace
-        self.writer_of = {linear.output: linear for linear in self.trace.linear_maps.values()}
 
     def find(self, kinds: Collection[str]) -> None:
         """Add the gauges of these kinds, and what of them is refused, to the finding's."""
-        for kind, rule in self._attempts():
+        for kind, where, prove in self._attempts():
             if kind not in kinds:
                 continue
-            where, prove = rule
             try:
                 self.finding.found += prove()
             except NotProved as reason:
                 self.finding.refused.append(Refusal(kind, where, str(reason)))
 
-    def _attempts(self) -> Iterator[tuple[str, tuple[str, Callable[[], Sequence[Gauge]]]]]:
+    def _attempts(self) -> Iterator[tuple[str, str, Callable[[], Sequence[Gauge]]]]:
         """Kind, place and proof of each gauge that is looked for."""
         for node in self.trace.graph.nodes:
             if operation(node) == ATTENTION:
                 where = module_path(node) or "attention"
-                for kind, rule in (
-                    ("value_map", self.value_map),
-                    ("value_bias", self.value_bias),
-                    ("qk_map", self.qk_map),
-                    ("key_bias", self.key_bias),
-                    ("qk_norm_scale", self.qk_norm_scale),
-                ):
-                    yield kind, (where, lambda rule=rule, n=node, w=where: rule(n, w))  # type: ignore[misc]
+                yield "value_map", where, partial(self.value_map, node, where)
+                yield "value_bias", where, partial(self.value_bias, node, where)
+                yield "qk_map", where, partial(self.qk_map, node, where)
+                yield "key_bias", where, partial(self.key_bias, node, where)
+                yield "qk_norm_scale", where, partial(self.qk_norm_scale, node, where)
         for linear in self.trace.linear_maps.values():
             if self._is_router(linear):
-                where = owner(linear.weight)
-                yield "router_shift", (where, lambda each=linear: self.router_shift(each))  # type: ignore[misc]
+                yield "router_shift", owner(linear.weight), partial(self.router_shift, linear)
             if (scale := self._layer_scale(linear)) is not None:
-                where = owner(scale)
-                yield (
-                    "layer_scale",
-                    (where, lambda each=linear, s=scale: self.layer_scale(each, s)),  # type: ignore[misc]
-                )
+                yield "layer_scale", owner(scale), partial(self.layer_scale, linear, scale)
         for stream in streams(self.trace):
             where = self._place(stream)
-            yield "stream_rotation", (where, lambda s=stream: [self.stream_rotation(s)])  # type: ignore[misc]
-            yield "stream_mean", (where, lambda s=stream: self.stream_mean(s))  # type: ignore[misc]
+            yield "stream_rotation", where, partial(self.stream_rotation, stream)
+            yield "stream_mean", where, partial(self.stream_mean, stream)
             for node in sorted(stream.nodes, key=self.trace.order.__getitem__):
                 if len(terms := self._terms(stream, node)) > 1:
-                    yield "translation", (where, lambda t=terms: self.translation(t))  # type: ignore[misc]
+                    yield "translation", where, partial(self.translation, terms)
             for norm in stream.norms:
-                where = module_path(norm.output) or "norm"
-                yield "reader_shift", (where, lambda n=norm: self.reader_shift(n))  # type: ignore[misc]
-                yield "norm_shift", (where, lambda n=norm: self.norm_shift(n))  # type: ignore[misc]
+                at = module_path(norm.output) or "norm"
+                yield "reader_shift", at, partial(self.reader_shift, norm)
+                yield "norm_shift", at, partial(self.norm_shift, norm)
 
     # ------------------------------------------------------------------------------------------
     # attention
 
-    def value_map(self, node: Node, where: str) -> list[Gauge]:
+    def value_map(self, node: Node, where: str) -> list[General]:
         """Values by G, the output projection by its inverse: attention is linear in them."""
         (rotation,) = self.finding.value_rotation(node, where, single=True)
         *rows, columns = rotation.slots
@@ -132,34 +123,32 @@ class Further:
         """A constant added to all values arrives at the output projection as it is, for the weights
         of attention sum to one.
         """
-        for gauge in self.value_map(node, where):
-            assert isinstance(gauge, General)
-            biases = [s for s in gauge.plus if self.trace.tensors[s.parameter].ndim == 1]
-            (columns,) = gauge.minus
-            bias = self._bias_of(columns.parameter)
-            if not biases:
-                return []
-            if len(arguments(node)) > 4 and arguments(node)[4] > 0:
-                raise NotProved("weights of attention are dropped at random")
-            mask = arguments(node)[3] if len(arguments(node)) > 3 else None
-            if isinstance(mask, Node) and self.trace.ancestors(mask) & self.trace.inputs:
-                raise NotProved("a mask that is given may mask a whole row, whose weights are zero")
-            self._require_alike(node, 2, "values")
-            self._require_passed_on(node)
-            if bias is None:
-                raise NotProved("the output projection has no bias of its own")
-            copies = columns.indices.swapaxes(0, 1).reshape(columns.indices.shape[1], -1)
-            (moved,) = biases
-            slot = Translated(moved.parameter, 0, 1.0, tuple(moved.indices.flatten().tolist()))
-            reader = Sheared(columns.parameter, columns.axis, copies, bias)
-            return [Shear("value_bias", where, (slot,), (reader,))]
-        return []
+        (gauge,) = self.value_map(node, where)
+        biases = [s for s in gauge.plus if self.trace.tensors[s.parameter].ndim == 1]
+        (columns,) = gauge.minus
+        bias = self._bias_of(columns.parameter)
+        if not biases:
+            return []
+        if len(arguments(node)) > 4 and arguments(node)[4] > 0:
+            raise NotProved("weights of attention are dropped at random")
+        mask = arguments(node)[3] if len(arguments(node)) > 3 else None
+        if isinstance(mask, Node) and self.trace.ancestors(mask) & self.trace.inputs:
+            raise NotProved("a mask that is given may mask a whole row, whose weights are zero")
+        self._require_alike(node, 2, "values")
+        self._require_passed_on(node)
+        if bias is None:
+            raise NotProved("the output projection has no bias of its own")
+        copies = columns.indices.swapaxes(0, 1).reshape(columns.indices.shape[1], -1)
+        (moved,) = biases
+        slot = Translated(moved.parameter, 0, 1.0, tuple(moved.indices.flatten().tolist()))
+        reader = Sheared(columns.parameter, columns.axis, copies, bias)
+        return [Shear("value_bias", where, (slot,), (reader,))]
 
-    def qk_map(self, node: Node, where: str) -> list[Gauge]:
+    def qk_map(self, node: Node, where: str) -> list[General]:
         """Keys by G, queries by its inverse transpose; under a rotary embedding what commutes with
         it.
         """
-        gauges: list[Gauge] = []
+        gauges = []
         for rotation in self.finding.qk_rotation(node, where, single=True):
             keys = self.finding.key_slots[rotation]
             queries = rotation.slots[: -len(keys)]
@@ -172,7 +161,6 @@ class Further:
         it.
         """
         for gauge in self.qk_map(node, where):
-            assert isinstance(gauge, General)
             for slot in gauge.plus if gauge.group == "all" else ():
                 if self.trace.tensors[slot.parameter].ndim == 1:
                     self._require_alike(node, 1, "keys", factors=True)
@@ -343,7 +331,7 @@ class Further:
     def _place(self, stream: Stream) -> str:
         return module_path(min(stream.nodes, key=self.trace.order.__getitem__)) or "stream"
 
-    def stream_rotation(self, stream: Stream) -> Gauge:
+    def stream_rotation(self, stream: Stream) -> list[Gauge]:
         """All that writes to a stream turned, all that reads it turned back."""
         self._require_sound(stream)
         # a table that is looked up twice is one
@@ -360,9 +348,8 @@ class Further:
         centred = any(norm.centres for norm in stream.norms)
         where = self._place(stream)
         width = stream.width
-        return StreamRotation(
-            "stream_rotation", where, tuple(writers), tuple(behind), tuple(shifts), width, centred
-        )
+        sides = tuple(writers), tuple(behind), tuple(shifts)
+        return [StreamRotation("stream_rotation", where, *sides, width, centred)]
 
     def stream_mean(self, stream: Stream) -> list[Gauge]:
         """The same number added to all entries of what is written: a norm that centres takes it
@@ -384,7 +371,7 @@ class Further:
     def _means(self, stream: Stream, node: Node) -> list[Gauge]:
         """The means of what one writer adds to a stream."""
         written = self._writer(stream, node)
-        if (linear := self.writer_of.get(node)) is not None and linear.rows == 0:
+        if (linear := self.trace.maps_by_output.get(node)) is not None and linear.rows == 0:
             return [Shift(linear.weight, linear.bias, owner(linear.weight), "stream_mean")]
         gauges: list[Gauge] = []
         for name, axis in written:
@@ -407,7 +394,7 @@ class Further:
         """The parameters whose vectors a writer adds to the stream, and the axis along which these
         lie.
         """
-        if (linear := self.writer_of.get(node)) is not None:
+        if (linear := self.trace.maps_by_output.get(node)) is not None:
             if linear.bias_node is not None and linear.bias is None:
                 raise NotProved(f"the bias of {owner(linear.weight)} is no parameter of its own")
             names = [linear.weight, *([linear.bias] if linear.bias is not None else [])]
@@ -448,7 +435,7 @@ class Further:
             if len(readers(each)) > 1 and each is not node:
                 continue
             if each in stream.writers:
-                linear = self.writer_of.get(each)
+                linear = self.trace.maps_by_output.get(each)
                 if linear is not None:
                     if linear.bias is not None and self.trace.used_once(linear.bias):
                         terms.append(Translated(linear.bias, 0))

@@ -16,7 +16,6 @@ from torch.fx import Node
 from ddc.gauges.trace import (
     KEEPS,
     MOVES,
-    LinearMap,
     Trace,
     apply,
     arguments,
@@ -112,18 +111,15 @@ def _spelt_out(node: Node, inside: object) -> Norm | None:
 
 def streams(trace: Trace) -> list[Stream]:
     """The streams that norms read, each with all that it is."""
-    writer_of = {linear.output: linear for linear in trace.linear_maps.values()}
     norms = list(norms_of(trace))
     found: list[Stream] = []
     for norm in norms:
         if not any(norm.input in stream.nodes for stream in found):
-            found.append(_stream(trace, norm, norms, writer_of))
+            found.append(_stream(trace, norm, norms))
     return [stream for stream in found if stream.norms]
 
 
-def _stream(
-    trace: Trace, start: Norm, norms: list[Norm], writer_of: dict[Node, LinearMap]
-) -> Stream:
+def _stream(trace: Trace, start: Norm, norms: list[Norm]) -> Stream:
     """The stream of which the input of a norm is a part."""
     stream, width = Stream(), value_of(start.input).shape[-1]
     inside = {part: norm for norm in norms for part in norm.inside}
@@ -133,7 +129,7 @@ def _stream(
         if node in stream.nodes:
             continue
         stream.nodes.add(node)
-        before = _sources(trace, node, width, writer_of)
+        before = _sources(trace, node, width)
         if before is None:
             stream.faults.append(f"{operation(node) or node.name} writes to it")
         elif before:
@@ -152,13 +148,11 @@ def _stream(
     return stream
 
 
-def _sources(
-    trace: Trace, node: Node, width: int, writer_of: dict[Node, LinearMap]
-) -> list[Node] | None:
+def _sources(trace: Trace, node: Node, width: int) -> list[Node] | None:
     """The nodes of the stream from which one is made; none of a writer; None of what cannot be
     turned.
     """
-    if node in writer_of:
+    if node in trace.maps_by_output:
         return []
     if (view := trace.parameter(node)) is not None:
         return [] if trace.tensors[view[0]].shape[-1] == width and view[1] % 2 == 0 else None

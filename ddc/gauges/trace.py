@@ -423,7 +423,7 @@ class Trace:
         node = self.logits
         while operation(node) in ("alias", "to", "clone", "contiguous"):
             node = inputs(node)[0]
-        return next((linear for linear in self.linear_maps.values() if linear.output is node), None)
+        return self.maps_by_output.get(node)
 
     @cached_property
     def linear_maps(self) -> dict[Node, LinearMap]:
@@ -461,6 +461,11 @@ class Trace:
                 node, x, output, name, rows, of_bias[0] if of_bias else None, bias
             )
         return maps
+
+    @cached_property
+    def maps_by_output(self) -> dict[Node, LinearMap]:
+        """The same by the node of what they give."""
+        return {linear.output: linear for linear in self.linear_maps.values()}
 
     def _added_bias(self, node: Node) -> tuple[Node, Node] | None:
         """The addition, and what it adds, where all that is done with a product is to add a
