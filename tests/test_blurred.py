@@ -135,7 +135,7 @@ def made_up(raw: tuple[int, int], balanced: tuple[int, int], seed: int) -> list[
     about = {"commit": "c", "seconds": 1.0}
     return [
         {
-            "stages": {"matched": setting}, "seed": seed, "diverged": False, **about,
+            "stages": {"runs": setting}, "seed": seed, "diverged": False, **about,
             "config": {"optimizer": {"name": name}},
             "read": {
                 "raw": reading(a + noise[seed]), "balanced": reading(b + noise[seed - 1]), **about

@@ -53,6 +53,6 @@ EXPERIMENT = Experiment(
     curve=("step", "epoch", "train_loss", "validation_loss"),
     results=RESULTS,
     measured=measured,
-    scripts={"matched": "experiments/blurred/read.py"},
-    more={"matched": lambda runs: product(SETTINGS, SEEDS)},
+    scripts={"runs": "experiments/blurred/read.py"},
+    more={"runs": lambda runs: product(SETTINGS, SEEDS)},
 )

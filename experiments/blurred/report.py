@@ -49,7 +49,7 @@ def results(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Resu
         " the balanced point of their orbit. Grey: the 95th percentile of random walks that move"
         " together as the cells do, the mean over runs.",
     )
-    figures = {"cells": drawing} if stage_runs(records, "matched") else {}
+    figures = {"cells": drawing} if stage_runs(records, "runs") else {}
     return [Results(RESULTS, {"table": partial(markdown, records, claims)}, figures)]
 
 
@@ -98,7 +98,7 @@ def gains(runs: Mapping[str, Sequence[Record]], count: Count) -> tuple[list[floa
 
 def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Verdict]:
     """Claim C2b: both effects, p-values adjusted over them."""
-    claim, runs = claims["C2b"], stage_runs(records, "matched")
+    claim, runs = claims["C2b"], stage_runs(records, "runs")
     if not runs or len(runs[BASELINE]) < len(SEEDS):
         return not_complete(claim, ("matched",), SCALE)
     effects = gains(runs, cells_read)
@@ -145,7 +145,7 @@ def chance(runs: Mapping[str, Sequence[Record]]) -> str:
 
 def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
     """All tables."""
-    claim, runs = claims["C2b"], stage_runs(records, "matched")
+    claim, runs = claims["C2b"], stage_runs(records, "runs")
     parts = [
         "A *cell* is one site by one observable, read or refused by one rule for all runs"
         " (docs/measurement.md). *Raw*: of the weights as they are; *balanced*: moved to the"
@@ -219,7 +219,7 @@ def sites_table(runs: Mapping[str, Sequence[Record]]) -> str:
 
 def plot(records: Sequence[Record], stem: Path) -> list[Path]:
     """A panel an optimizer, a line a seed."""
-    runs = stage_runs(records, "matched")
+    runs = stage_runs(records, "runs")
     figure, axes = subplots(1, 2, figsize=(7.5, 3.4), sharey=True)
     for i, (panel, name) in enumerate(zip(axes, (SUBJECT, BASELINE), strict=True)):
         for record in runs[name]:
