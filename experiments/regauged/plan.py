@@ -35,8 +35,12 @@ adjusted by Holm over all that were made. The claim holds if both are smaller wi
 direction only: one of them, and the other not significantly larger; else it does not hold. A run
 that diverges has the loss log 256.
 
-DDCAdam knows no rotation of the residual stream, which QuaRot makes, so an exact spread of 0 is not
-expected of it; nor does the balanced point undo any rotation.
+Under the kinds of the paper, which these runs have, DDCAdam and the balanced point know neither
+rotations of the residual stream (QuaRot) nor scales of values (the absolute maximum), and the
+balanced point undoes no rotation: an exact spread of 0 is expected of none.
+
+The checkpoints lie in ``RUNS/regauged/starts``; on a machine without them the stage ``pretrain``
+comes first, with ``starts.py`` for each of its runs, as ``make regauged`` does it.
 
 Cost: about 300 runs of some eight seconds on one core, 40 minutes.
 """
