@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from ddc.gauges import Gauge, Rescale, find_gauges, named_parameters
 from ddc.gauges.affine import General, StreamRotation
 from ddc.gauges.base import Params, unit_view
+from ddc.gauges.double import InDouble
 from ddc.models import save_model
 
 KINDS = ("norm_scale", "gated_rescale", "relu_rescale", "value_map", "stream_rotation")
@@ -224,7 +225,8 @@ def difference(model: nn.Module, other: nn.Module, batch: Tensor) -> float:
     """The largest difference of log-probabilities of a model in float64 from another."""
 
     def log_probs(each: nn.Module) -> Tensor:
-        outputs = each(batch)
+        with InDouble():  # norms of transformers are in float32 otherwise
+            outputs = each(batch)
         return (outputs if isinstance(outputs, Tensor) else outputs.logits).log_softmax(-1)
 
     return float((log_probs(copy.deepcopy(model).double()) - log_probs(other)).abs().max())
