@@ -5,6 +5,7 @@ with one adjustment over all tests.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ddc.report.claims import Claim, Verdict, effect, not_complete, tested, verdict
 from ddc.report.paired import interval, p_cell
@@ -44,4 +45,5 @@ def verdicts(
         row = (ours, ", ".join(map(p_cell, ps)), str(seeds), tested(ps[0]), scale)
         found.append(Verdict(claim.id, comparison, *row, verdict(shown), against))
     waiting = [each for each in differences if each not in {row.protocol for row in found}]
-    return [*found, *not_complete(claim, waiting, scale)]
+    missing = not_complete(claim, waiting, scale)
+    return [*found, *(replace(each, against=against) for each in missing)]
