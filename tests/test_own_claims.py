@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from ddc.models import GPT, GPTConfig
 from ddc.report.claims import load_claims, rule, verdict_table
 from ddc.training.compose import compose_alike
 from experiments import own
+from experiments.merging import measure as merging
+from experiments.merging import report as merging_report
+from experiments.merging.plan import EXPERIMENT as MERGING
 from experiments.protocols import EXPERIMENTS
 from experiments.rate_range import plan as rates_plan
 from experiments.rate_range import ranges
@@ -55,7 +59,7 @@ def record_of(setting: str, seed: int, stage: str, loss: float | None) -> Record
 
 
 def test_our_claims_are_told_apart() -> None:
-    assert [name for name, claim in CLAIM.items() if claim.own] == ["W1", "W2"]
+    assert [name for name, claim in CLAIM.items() if claim.own] == ["W1", "W2", "W6"]
     assert "*Holds*" in rule(CLAIM["W2"])
     assert "*Reproduced*" in rule(CLAIM["C1"])
     better = {"against AdamW": {"spread 0": [0.5, 0.6, 0.4, 0.5, 0.55]}}
@@ -338,3 +342,53 @@ def test_gauges_of_tools_are_found(moved) -> None:
     kinds = {gauge.kind for gauge in find_gauges(moved[0], kinds=starts.KINDS, verify=False)}
     assert kinds == {"norm_scale", "gated_rescale", "value_map", "stream_rotation"}
     assert "head.weight" in named_parameters(moved[0])
+
+
+# ----------------------------------------------------------------------------------------------
+# W6
+
+
+def test_two_points_of_one_orbit_have_no_barrier_after_they_are_moved() -> None:
+    model = make_model(GPTConfig(context=16, layers=2, width=16, heads=4, kv_heads=2, hidden=12))
+    gauges = find_gauges(model, kinds="complete", verify=False)
+    other, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    params = named_parameters(other)
+    for gauge in gauges:
+        if gauge.kind != "stream_rotation":
+            gauge.act_(params, gauge.sample(params, generator))
+    new = tokens(20, 9)
+    one, turned = merging.moved_together(model, other)
+    assert starts.difference(model, merging.average(one, turned), new) < 1e-4  # of float32
+    assert starts.difference(model, merging.average(model, other), new) > 0.1
+
+
+def test_pairs_are_planned_from_what_w1_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up_w1(monkeypatch, 0.0)
+    planned = MERGING.plan("pairs", None)
+    assert len(planned) == len({*planned}) == 5 * 2 * 6
+    assert all(
+        f"/seed{seed % 50}/" in setting
+        and compose_alike(["+experiment=merging", *setting.replace("{runs}", "runs").split()])
+        for setting, seed in planned
+    )
+
+
+def test_w6_holds_where_moving_lowers_the_barrier() -> None:
+    def pairs(gain: float) -> list[Record]:
+        return [
+            {"optimizer": name, "start": start, "seed": seed, "first": 2.0, "second": 2.1}
+            | {"as_is": 2.5 + 0.01 * seed, "moved": 2.5 - gain * (1 + 0.1 * seed) + 0.01 * seed}
+            | {"commit": "0"}
+            for name in ("AdamW", "DDCAdam")
+            for start in plan.STARTS
+            for seed in range(5)
+        ]
+
+    assert {each.verdict for each in merging_report.verdicts(pairs(0.4), CLAIM)} == {"reproduced"}
+    assert {each.verdict for each in merging_report.verdicts(pairs(-0.4), CLAIM)} == {
+        "not reproduced"
+    }
+    few = [each for each in pairs(0.4) if each["seed"] < 2]
+    assert {each.verdict for each in merging_report.verdicts(few, CLAIM)} == {"not tested"}
+    assert [each.verdict for each in merging_report.verdicts([], CLAIM)] == ["not tested"]
+    assert "**holds**" in merging_report.markdown(pairs(0.4), CLAIM)
