@@ -31,14 +31,14 @@ from ddc import (  # noqa: E402
     hidden_matrices,
 )
 from ddc.gauges import (  # noqa: E402
-    FURTHER,
-    KINDS,
     Axis,
     Gauge,
     GaugeSet,
     Rescale,
     Shift,
+    complete_kinds,
     named_parameters,
+    paper_kinds,
 )
 from ddc.gauges.affine import Translated, Translation  # noqa: E402
 from ddc.gauges.certificate import Jacobian, rank, tangents_of  # noqa: E402
@@ -164,10 +164,10 @@ def test_the_gradient_vanishes_along_every_orbit(found: tuple[nn.Module, Any, Ga
 
 def test_kinds_are_the_papers_unless_asked() -> None:
     model, inputs = MODELS["GPT, LayerNorm, biases, ReLU"]()
-    assert {gauge.kind for gauge in find_gauges(model, inputs=inputs)} <= {*KINDS}
+    assert {gauge.kind for gauge in find_gauges(model, inputs=inputs)} <= {*paper_kinds()}
     some = find_gauges(model, inputs=inputs, kinds=["key_bias", "norm_scale"])
     assert {gauge.kind for gauge in some} == {"key_bias", "norm_scale"}
-    assert {gauge.kind for gauge in find_gauges(model, kinds="complete")} <= {*KINDS, *FURTHER}
+    assert {gauge.kind for gauge in find_gauges(model, kinds="complete")} <= {*complete_kinds()}
     with pytest.raises(ValueError, match=r"Invalid kinds='all': expected paper, complete"):
         find_gauges(model, kinds="all")
     with pytest.raises(ValueError, match=r"Invalid kind='spin'"):

@@ -1,16 +1,18 @@
 """What the symmetries of a network are: actions, discovery from a model, check and audit."""
 
 from ddc.gauges.actions import Axis, Chain, Rescale, RotatedAxis, Rotation, Shift
+from ddc.gauges.affine import General
 from ddc.gauges.base import (
-    FURTHER,
     KINDS,
     Gauge,
     Kind,
     Refusal,
     add_kind,
+    complete_kinds,
     is_fake,
     is_split,
     named_parameters,
+    paper_kinds,
     plain_name,
     plain_names,
     whole,
@@ -24,7 +26,6 @@ from ddc.gauges.roles import HiddenMatrix, hidden_matrices
 from ddc.gauges.traced import Finding, NotProved, rule
 
 __all__ = [
-    "FURTHER",
     "KINDS",
     "Axis",
     "Certificate",
@@ -32,6 +33,7 @@ __all__ = [
     "Finding",
     "Gauge",
     "GaugeSet",
+    "General",
     "HiddenMatrix",
     "Kind",
     "NotProved",
@@ -46,6 +48,7 @@ __all__ = [
     "balance_",
     "certify",
     "check",
+    "complete_kinds",
     "find_gauges",
     "hidden_matrices",
     "in_blocks",
@@ -54,6 +57,7 @@ __all__ = [
     "named_parameters",
     "nearest_turn",
     "orbit_distance",
+    "paper_kinds",
     "plain_name",
     "plain_names",
     "read_gauges",

@@ -26,12 +26,13 @@ from ddc.gauges.affine import (
     Translated,
     Translation,
 )
-from ddc.gauges.base import KINDS, Gauge, Refusal
+from ddc.gauges.base import Gauge, Refusal, paper_kinds
 from ddc.gauges.gauge_set import GaugeSet
 from ddc.gauges.stream import Norm, Stream, patches_of, streams
 from ddc.gauges.trace import (
     KEEPS,
     MOVES,
+    Flow,
     LinearMap,
     Trace,
     apply,
@@ -53,13 +54,13 @@ def gauges_of_kinds(trace: Trace, kinds: Collection[str], loss: str | None = Non
 
     Args:
         trace: of the model.
-        kinds: of :data:`ddc.gauges.base.KINDS` and :data:`ddc.gauges.base.FURTHER`.
+        kinds: of :data:`ddc.gauges.base.KINDS`.
         loss: as for :func:`ddc.find_gauges`.
     """
     paper = gauges_of_trace(trace, "chained_rescale" in kinds and "relu_rescale" not in kinds, loss)
     finding = Finding(trace, loss)
     Further(finding).find(kinds)
-    kept = paper.only({*kinds} & {*KINDS})
+    kept = paper.only({*kinds} & {*paper_kinds()})
     return GaugeSet((*kept.found, *finding.found), (*kept.refused, *finding.refused))
 
 
@@ -85,6 +86,11 @@ class Further:
 
     def _attempts(self) -> Iterator[tuple[str, str, Callable[[], Sequence[Gauge]]]]:
         """Kind, place and proof of each gauge that is looked for."""
+        for name, sources, plus in self.finding.rescale_sources():
+            flow = self.trace.flow(sources)
+            onward = [arrival.node in self.trace.linear_maps for arrival in flow.arrivals]
+            if onward and all(onward) and not flow.activations and not flow.gated:
+                yield "factor_map", owner(name), partial(self.factor_map, flow, plus)
         for node in self.trace.graph.nodes:
             if operation(node) == ATTENTION:
                 where = module_path(node) or "attention"
@@ -109,6 +115,25 @@ class Further:
                 at = module_path(norm.output) or "norm"
                 yield "reader_shift", at, partial(self.reader_shift, norm)
                 yield "norm_shift", at, partial(self.norm_shift, norm)
+
+    # ------------------------------------------------------------------------------------------
+    # factors
+
+    def factor_map(self, flow: Flow, plus: tuple[Axis, ...]) -> list[Gauge]:
+        """Outputs of one linear map, or of an embedding, by G; what reads them by its inverse."""
+        if flow.dropout:
+            raise NotProved("entries are dropped at random between the two maps")
+        if flow.uneven:
+            raise NotProved("entries are scaled apart between the two maps")
+        gauge = self.finding.rescale("factor_map", plus[0].parameter, flow, plus)
+        if gauge.degree != 1:
+            raise NotProved("what is between the two maps is not linear")
+        units = np.arange(self.trace.tensors[plus[0].parameter].shape[plus[0].axis])[None, None]
+        plus_slots, minus_slots = (
+            tuple(RotatedAxis(name, axis, units) for name, axis in side)
+            for side in (gauge.plus, gauge.minus)
+        )
+        return [General("factor_map", gauge.where, plus_slots, minus_slots)]
 
     # ------------------------------------------------------------------------------------------
     # attention

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ddc.gauges.base import FURTHER, KINDS, Gauge, Refusal, check_kind, named_parameters, whole
+from ddc.gauges.base import KINDS, Gauge, Refusal, check_kind, named_parameters, whole
 from ddc.gauges.double import InDouble
 
 Entry = TypeVar("Entry", Gauge, Refusal)
@@ -88,7 +88,7 @@ class GaugeSet(Sequence[Gauge]):
 
 def _rows(entries: Iterable[Entry], verdict: Callable[[Entry], str]) -> list[tuple[str, str, str]]:
     """Table rows, entries that differ only in the number of their block drawn together."""
-    order = (*KINDS, *FURTHER)
+    order = (*KINDS,)
 
     def key(entry: Entry) -> tuple[int, str, str]:
         place = ".".join("*" if part.isdigit() else part for part in entry.where.split("."))

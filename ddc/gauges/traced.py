@@ -291,7 +291,7 @@ class Finding:
         between them.
         """
         taken: dict[Axis, str] = {}
-        for name, sources, plus in self._rescale_sources():
+        for name, sources, plus in self.rescale_sources():
             flow = self.trace.flow(sources)
             if not flow.arrivals or not self._is_between(flow):
                 continue
@@ -307,7 +307,7 @@ class Finding:
             kind = "gated_rescale" if gated else "relu_rescale"
             # proved, or refused with the reason
             try:
-                gauge = self._rescale(kind, name, flow, plus)
+                gauge = self.rescale(kind, name, flow, plus)
                 if (
                     clash := next((axis for axis in gauge.minus if axis in taken), None)
                 ) is not None:
@@ -318,7 +318,7 @@ class Finding:
             taken.update(dict.fromkeys(gauge.minus, name))
             self.found.append(gauge)
 
-    def _rescale_sources(self) -> list[tuple[str, dict[Node, Tensor], tuple[Axis, ...]]]:
+    def rescale_sources(self) -> list[tuple[str, dict[Node, Tensor], tuple[Axis, ...]]]:
         """Weights whose output units may be scaled: name, nodes of the outputs with their labels,
         and the side.
         """
@@ -390,7 +390,7 @@ class Finding:
             else None
         )
 
-    def _rescale(self, kind: str, name: str, flow: Flow, plus: tuple[Axis, ...]) -> Rescale:
+    def rescale(self, kind: str, name: str, flow: Flow, plus: tuple[Axis, ...]) -> Rescale:
         # all that the flow reaches must be a linear map, at one degree
         other = [
             arrival.node for arrival in flow.arrivals if arrival.node not in self.trace.linear_maps
