@@ -38,6 +38,7 @@ from torch import Tensor
 
 from ddc.gauges import Axis, Chain, Gauge, General, Rescale, RotatedAxis, Rotation, Shift
 from ddc.optim.averaging import Averaging
+from ddc.optim.sections import is_section
 
 
 @dataclass(frozen=True)
@@ -434,7 +435,9 @@ def _check_gauges(
     params: Mapping[str, Tensor], gauges: list[Gauge], hidden: Collection[str]
 ) -> None:
     for gauge in gauges:
-        if not isinstance(gauge, Rescale | Chain | Rotation | General | Shift):
+        if not isinstance(gauge, Rescale | Chain | Rotation | General | Shift) and not (
+            is_section(gauge)
+        ):
             if isinstance(gauge, Gauge):
                 raise TypeError(f"{gauge}: no optimizer respects this kind; {without(gauge)}")
             raise TypeError(
