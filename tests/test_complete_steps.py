@@ -17,9 +17,11 @@ from ddc.gauges import Gauge, GaugeSet
 from ddc.gauges.affine import Shear, Translated, Translation
 from ddc.gauges.certificate import rank, tangents_of
 from ddc.gauges.double import InDouble
+from ddc.optim import respected
+from ddc.optim.drift import GaugeDrift
 from ddc.optim.rules.lion import DDCLion
 from ddc.optim.sections import Sections
-from tests.test_complete import LAYER_NORM, MODELS, TOKENS, VOCABULARY, gpt, moved
+from tests.test_complete import LAYER_NORM, MODELS, TOKENS, VOCABULARY, gpt, moved, text
 
 TARGETS = torch.randint(VOCABULARY, TOKENS.shape, generator=torch.Generator().manual_seed(1))
 #: Singular values of maps, and scales, lie within e^2 of 1: condition numbers up to 55.
@@ -159,6 +161,27 @@ def test_nothing_is_frozen_but_the_gauge() -> None:
     assert spread[count - 1] > 1e-7, spread[count - 5 :]
 
 
+def test_drift_along_orbits_is_measured() -> None:
+    """By what an element of a gauge that adds moves them; maps have no measure."""
+    model, gauges = made("GPT, LayerNorm, biases, ReLU")
+    start = {name: p.detach() for name, p in moved(model).named_parameters()}
+    drift = GaugeDrift(start, gauges)
+    assert max(drift.at({name: p.clone() for name, p in start.items()}).values()) == 0
+    for kind in ("norm_shift", "value_bias", "key_bias", "translation", "reader_shift"):
+        now = {name: p.clone() for name, p in start.items()}
+        sizes = []
+        for gauge in gauges:
+            if gauge.kind == kind:
+                element = gauge.sample(now, torch.Generator().manual_seed(0))
+                gauge.act_(now, element)
+                sizes.append(element)
+        found = drift.at(now)[kind]
+        # a mean over the width is stream_mean's as well, and counted there
+        rel = 0.1 if kind == "translation" else 1e-6
+        assert found == pytest.approx(float(torch.cat(sizes).square().mean().sqrt()), rel=rel)
+    assert "value_map" not in drift.at(now)
+
+
 def test_state_is_no_larger_than_adamws() -> None:
     for name in RESPECTED:
         model, gauges = made(name)
@@ -228,6 +251,29 @@ def test_a_reader_without_a_bias_has_no_section() -> None:
     assert gauges[0].slots == (slot,)
     with pytest.raises(ValueError, match=r"norm_shift at 1: a reader without a bias"):
         DDCAdam(model.named_parameters(), gauges)
+
+
+def test_an_optimizer_says_what_it_takes() -> None:
+    """Of a kind, gauge by gauge."""
+    model, inputs = text("GPTNeoX", num_attention_heads=2)()
+    gauges = find_gauges(model.eval(), inputs=inputs, kinds="complete", verify=False)
+    kept = respected(DDCAdam, model.named_parameters(), gauges)
+    left_out = [str(gauge) for gauge in gauges if gauge not in kept.found]
+    assert left_out == [
+        "stream_rotation at gpt_neox.embed_in",
+        "norm_shift at gpt_neox.final_layer_norm",
+    ]
+    assert len(kept.only(["norm_shift"])) == 2
+    reasons = {each.where: each.reason for each in kept.refused if each.kind == "norm_shift"}
+    assert "a reader without a bias" in reasons["gpt_neox.final_layer_norm"]
+    assert "leave" not in reasons["gpt_neox.final_layer_norm"]
+    DDCAdam(model.named_parameters(), kept)
+    hidden = hidden_matrices(model, inputs=inputs)
+    muon = respected(
+        lambda params, some: DDCMuon(params, some, hidden), model.named_parameters(), gauges
+    )
+    assert {"value_map", "qk_map"} & {gauge.kind for gauge in muon} == set()
+    DDCMuon(model.named_parameters(), muon, hidden)
 
 
 def test_translations_go_one_way() -> None:

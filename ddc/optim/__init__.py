@@ -4,8 +4,18 @@ from ddc.optim.clipping import grad_norm
 from ddc.optim.ddcadam import DDCAdam
 from ddc.optim.ddcmuon import DDCMuon
 from ddc.optim.lift import Lift
+from ddc.optim.respected import respected
 from ddc.optim.rules.lion import DDCLion
 from ddc.optim.rules.sgd import DDCSGD
 from ddc.optim.rules.shampoo import DDCShampoo
 
-__all__ = ["DDCSGD", "DDCAdam", "DDCLion", "DDCMuon", "DDCShampoo", "Lift", "grad_norm"]
+__all__ = [
+    "DDCSGD",
+    "DDCAdam",
+    "DDCLion",
+    "DDCMuon",
+    "DDCShampoo",
+    "Lift",
+    "grad_norm",
+    "respected",
+]

@@ -105,6 +105,15 @@ class Sections:
                 for gauge, element in zip(reversed(self.gauges), reversed(elements), strict=True):
                     gauge.act_(held, element)
 
+    def elements(self, params: Params) -> dict[Gauge, Tensor]:
+        """By which element each gauge has moved some weights from the section."""
+        held = {name: params[name].detach().clone() for name in self.params}
+        found = {}
+        for gauge in self.gauges:
+            found[gauge] = coordinate(gauge, held)
+            gauge.act_(held, -found[gauge])
+        return found
+
 
 def _place(gauge: Gauge) -> int:
     return ORDER.index(gauge.kind) if gauge.kind in ORDER else len(ORDER)
