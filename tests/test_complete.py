@@ -162,6 +162,19 @@ def test_the_gradient_vanishes_along_every_orbit(found: tuple[nn.Module, Any, Ga
     assert all(gauge.audit(params, false) > 1e-3 for gauge in gauges)
 
 
+def test_a_certificate_explains_what_is_missing() -> None:
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 7)), (torch.randn(20, 6),)
+    gauges = find_gauges(model, inputs=inputs)
+    assert [gauge.kind for gauge in gauges] == ["logit_shift"]
+    certificate = certify(model, gauges, inputs, explain=True)
+    assert certificate.closing == {"factor_map": 16, "factor_bias": 4}
+    assert "20 unexplained, closed: 16 by factor_map, 4 by factor_bias" in str(certificate)
+    assert certify(model, gauges, inputs).closing == {}
+    complete = find_gauges(model, inputs=inputs, kinds="complete")
+    assert certify(model, complete, inputs, explain=True).complete
+
+
 def test_kinds_are_the_papers_unless_asked() -> None:
     model, inputs = MODELS["GPT, LayerNorm, biases, ReLU"]()
     assert {gauge.kind for gauge in find_gauges(model, inputs=inputs)} <= {*paper_kinds()}

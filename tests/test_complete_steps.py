@@ -276,15 +276,15 @@ def test_an_optimizer_says_what_it_takes() -> None:
     DDCMuon(model.named_parameters(), muon, hidden)
 
 
-def test_translations_go_one_way() -> None:
+def test_shifts_go_one_way() -> None:
     params = {name: torch.zeros(3, 2) for name in "abc"}
-    first, second = (
+    first, second, third = (
         Translation("translation", x, (Translated(x, 1), Translated(y, 1, -1.0)))
-        for x, y in ("ab", "bc")
+        for x, y in ("ab", "bc", "ca")
     )
-    Sections([first, second], params)
-    with pytest.raises(ValueError, match=r"translation at a: 'b' is the first of another"):
-        Sections([second, first], params)
+    assert Sections([second, first], params).gauges == [first, second]
+    with pytest.raises(ValueError, match="take up each other's shifts in a circle"):
+        Sections([second, first, third], params)
 
 
 def test_a_section_is_one_point_of_an_orbit() -> None:

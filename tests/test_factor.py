@@ -232,6 +232,38 @@ def test_two_linear_maps_in_a_row() -> None:
         lift(DDCAdam, gauges)(model)
 
 
+def test_a_chain_of_linear_maps_is_complete_and_exact() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4), nn.Linear(4, 5)).double()
+    gauges = find_gauges(copy.deepcopy(model).float(), inputs=(X.float(),), kinds="complete")
+    kinds = [gauge.kind for gauge in gauges]
+    assert sorted(kinds) == ["factor_bias"] * 2 + ["factor_map"] * 2 + ["logit_shift"]
+    assert certify(model, gauges, (X,)).complete
+    first = GaugeSet(tuple(g for g in gauges if g.kind != "factor_map" or g.where == "0"))
+    assert divergence(copy.deepcopy(model), first, lift(DDCAdam, first, lr=1e-2)) < 1e-7
+    with pytest.raises(ValueError, match=r"'1.weight': .* turn two axes of it"):
+        lift(DDCAdam, gauges)(model)
+
+
+def test_a_scale_of_layers_dresses_what_a_map_mixes() -> None:
+    """Its own entries decompose, the bias beside the mixed matrix is dressed and free."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(6, 4), nn.Linear(4, 7), nn.Linear(7, 5)
+            self.scale = nn.Parameter(torch.rand(7) + 0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.gelu(self.second(self.first(x)) * self.scale))
+
+    torch.manual_seed(0)
+    model = Scaled()
+    gauges = find_gauges(model, inputs=(X.float(),), kinds=["factor_map", "layer_scale"])
+    assert [gauge.kind for gauge in gauges] == ["factor_map", "layer_scale"]
+    assert divergence(model.double(), gauges, lift(DDCAdam, gauges, lr=1e-2)) < 1e-7
+
+
 def test_an_embedding_and_its_projection() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(40, 3), nn.Linear(3, 9, bias=False))

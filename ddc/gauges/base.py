@@ -65,6 +65,7 @@ for _kind in (
     Kind("qk_rotation", "query-key rotation", within="qk_map"),
     # with these they are all continuous symmetries of a transformer
     Kind("factor_map", "factor map", default=False, further=True),
+    Kind("factor_bias", "factor bias", default=False, further=True),
     Kind("value_map", "value map", default=False, further=True),
     Kind("value_bias", "value bias", default=False, further=True),
     Kind("qk_map", "query-key map", default=False, further=True),

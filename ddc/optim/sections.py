@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
 
 import torch
 from torch import Tensor
@@ -20,12 +21,9 @@ from ddc.gauges import Gauge, is_split
 from ddc.gauges.affine import ScaledShift, Shear, Translated, Translation, coordinates
 from ddc.gauges.base import unit_view
 
-#: In which order weights are moved, so that no move takes another's coordinate from zero again: a
-#: norm's shift goes to the biases of its readers, those of values to the output's, and so on.
-ORDER = ("norm_shift", "reader_shift", "value_bias", "key_bias", "stream_mean", "translation")
 #: Of these kinds all that the first parameter is may be gauge: it keeps still, for its gradient at
 #: the section is no more than rounding, or what others have taken over.
-STILL = ("norm_shift", "value_bias", "key_bias")
+STILL = ("norm_shift", "factor_bias", "value_bias", "key_bias")
 
 Params = Mapping[str, Tensor]
 
@@ -48,21 +46,11 @@ class Sections:
     """
 
     def __init__(self, gauges: Sequence[Gauge], params: Params) -> None:
-        self.gauges = sorted((g for g in gauges if is_section(g)), key=_place)
+        self.gauges = _in_order([gauge for gauge in gauges if is_section(gauge)])
         names = {name for gauge in self.gauges for name in gauge.parameters}
         self.params = {name: param for name, param in params.items() if name in names}
         for gauge in self.gauges:
             _check(gauge, self.params)
-        eliminated: set[str] = set()
-        for gauge in self.gauges:
-            if gauge.kind == "translation":
-                assert isinstance(gauge, Translation)
-                if again := eliminated & {slot.parameter for slot in gauge.slots}:
-                    raise ValueError(
-                        f"{gauge}: {min(again)!r} is the first of another translation that came"
-                        " before; pass translations in the order in which find_gauges gives them"
-                    )
-                eliminated.add(gauge.slots[0].parameter)
 
     @contextlib.contextmanager
     def entered(self, grads: dict[Tensor, Tensor], restore: bool = False) -> Iterator[None]:
@@ -115,8 +103,37 @@ class Sections:
         return found
 
 
-def _place(gauge: Gauge) -> int:
-    return ORDER.index(gauge.kind) if gauge.kind in ORDER else len(ORDER)
+def _in_order(gauges: Sequence[Gauge]) -> list[Gauge]:
+    """Gauges so that none moves what another, which came before, has at zero: the shift of a norm
+    goes to the biases of its readers first, that of the values to the output's then.
+    """
+
+    def moved(gauge: Gauge) -> set[str | None]:
+        match gauge:
+            case Shear(readers=readers):
+                return {reader.bias for reader in readers}
+            case ScaledShift(bias=bias):
+                return {bias}
+            case Translation(slots=(_, *others)):
+                return {slot.parameter for slot in others}
+        return set()
+
+    def zero(gauge: Gauge) -> str:
+        return gauge.slots[0].parameter if isinstance(gauge, Shear | Translation) else ""
+
+    before = {
+        i: {j for j, other in enumerate(gauges) if j != i and zero(gauge) in moved(other)}
+        for i, gauge in enumerate(gauges)
+    }
+    try:
+        return [gauges[i] for i in TopologicalSorter(before).static_order()]
+    except CycleError as error:
+        circle = [gauges[i] for i in dict.fromkeys(error.args[1])]
+        names = " and ".join(map(str, circle))
+        raise ValueError(
+            f"gauges take up each other's shifts in a circle: {names}; leave one of them out:"
+            f" [gauge for gauge in gauges if str(gauge) != {str(circle[-1])!r}]"
+        ) from None
 
 
 def _check(gauge: Gauge, params: Params) -> None:

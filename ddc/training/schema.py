@@ -275,6 +275,7 @@ class GaugesConfig(_Wanted):
         value_rotation: of the values of a head, against its output.
         qk_rotation: of queries and keys of a head alike.
         factor_map: between two linear maps in a row, as of an adapter.
+        factor_bias: of the first of two linear maps in a row, against that of the second.
         value_map: of the values of a head, against its output; contains ``value_rotation``.
         value_bias: of the values, against that of the output.
         qk_map: of keys against queries of a head; contains ``qk_rotation``.
