@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddc import DDCAdam, DDCMuon, find_gauges, hidden_matrices
-from ddc.gauges import Gauge, GaugeSet
+from ddc.gauges import Gauge, GaugeSet, complete_kinds
 from ddc.gauges.affine import Shear, Translated, Translation
 from ddc.gauges.certificate import rank, tangents_of
 from ddc.gauges.double import InDouble
@@ -222,6 +222,51 @@ def test_muon_moves_to_sections_too() -> None:
     assert difference(name, 8, known, known=known, make=make, lr=0.02) < 1e-9
     with pytest.raises(ValueError, match=r"value_map at .*: 'blocks.0.* is a hidden matrix"):
         make(model.named_parameters(), [g for g in gauges if g.kind != "stream_mean"])
+
+
+STREAMS = {
+    "GPT, RMSNorm, SwiGLU, RoPE, grouped heads": (),
+    "GPT, LayerNorm, biases, ReLU": ("stream_mean",),  # of hidden matrices
+}
+
+
+def turning(name: str, *left_out: str, heads: bool) -> tuple[Gauge, ...]:
+    """Gauges with the rotation of the stream, and of heads in the place of their maps."""
+    model, inputs = MODELS[name]()
+    maps = ("value_map", "qk_map", *left_out)
+    kinds = [kind for kind in complete_kinds() if kind not in maps]
+    kinds += ["value_rotation", "qk_rotation"] if heads else []
+    gauges = find_gauges(model.eval(), inputs=inputs, kinds=kinds, verify=False)
+    assert "stream_rotation" in {gauge.kind for gauge in gauges}
+    return tuple(gauges)
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_muon_turns_with_the_stream(name: str) -> None:
+    gauges = turning(name, *STREAMS[name], heads=True)
+    hidden = hidden_matrices(made(name)[0], inputs=(TOKENS,))
+
+    def make(params: Any, gauges: Any, **options: Any) -> DDCMuon:
+        return DDCMuon(params, gauges, hidden, **options | {"orthogonalizer": "polar"})
+
+    options = {"make": make, "lr": 0.02, "adam_lr": 3e-3, "known": gauges}
+    assert difference(name, 8, gauges, **options) < 1e-9
+    (rotation,) = [gauge for gauge in gauges if gauge.kind == "stream_rotation"]
+    options["known"] = tuple(gauge for gauge in gauges if gauge is not rotation)
+    assert difference(name, 8, (rotation,), **options) > 1e-3
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_adam_turns_with_the_stream_where_heads_do_not(name: str) -> None:
+    gauges = turning(name, heads=False)
+    assert difference(name, 8, gauges, known=gauges) < 1e-9
+    both = turning(name, heads=True)
+    with pytest.raises(ValueError, match=r"stream_rotation at .* turn two axes of it"):
+        DDCAdam(made(name)[0].named_parameters(), both)
+    left = [gauge for gauge in gauges if gauge.kind != "norm_shift"]
+    if len(left) < len(gauges):
+        with pytest.raises(ValueError, match="add the norm_shift of that norm"):
+            DDCAdam(made(name)[0].named_parameters(), left)
 
 
 @pytest.mark.parametrize(

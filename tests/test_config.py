@@ -389,7 +389,7 @@ NARROW = ("model.width=16", "model.layers=1", "model.heads=2", "model.kv_heads=2
 def test_gauges_that_an_optimizer_refuses(caplog: pytest.LogCaptureFixture) -> None:
     """Are an error that says what to set, or are left out with a line that says which."""
     small = (*NARROW, "model.context=8", "optimizer=ddcadam")
-    with pytest.raises(ValueError, match=r"optimizer=ddcadam refuses a gauge: stream_rotation at"):
+    with pytest.raises(ValueError, match=r"ddcadam refuses a gauge: .* stream_rotation at"):
         prepare(composed(*small, "gauges=complete"))
     setup = prepare(composed(*small, "gauges=complete", "gauges.leave_out=true"))
     kinds = {gauge.kind for gauge in setup.gauges}

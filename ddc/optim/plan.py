@@ -21,6 +21,8 @@ The rules, from which all overlaps follow (docs/method.md):
   with the other side of its map, and every rescale of its other axis only dresses it. Where a
   rescale has it on the plus side, the minus side decomposes and dresses, and what shares a side
   with it (a bias) is dressed and else free;
+- what writes to or reads a stream that turns is averaged over its width, but for hidden matrices,
+  whose step turns by itself; what reads it is only dressed, by the scale of its norm;
 - what nothing decomposes is *free*: plain Adam, centred, averaged and dressed where the above says
   so.
 """
@@ -37,6 +39,7 @@ import numpy as np
 from torch import Tensor
 
 from ddc.gauges import Axis, Chain, Gauge, General, Rescale, RotatedAxis, Rotation, Shift
+from ddc.gauges.affine import Shear, StreamRotation
 from ddc.optim.averaging import Averaging
 from ddc.optim.sections import is_section
 
@@ -152,19 +155,25 @@ def make_plan(
     chains = [gauge for gauge in gauges if isinstance(gauge, Chain)]
     rescales = [gauge for gauge in gauges if isinstance(gauge, Rescale)]
     _check_chains(chains, rescales)
+    streams = [gauge for gauge in gauges if isinstance(gauge, StreamRotation)]
+    for stream in streams:
+        _check_stream(stream, gauges)
     mapped = _mapped(gauges, hidden)
     sorted_ = _sort_rescales(rescales, hidden, mapped)
     dressings = _hidden_dressings(sorted_, hidden)
-    roles = _Roles(params, gauges, sorted_.sided, dressings, mapped)
+    read = {each.weight for stream in streams for each in stream.readers} - {*hidden}
+    roles = _Roles(params, gauges, sorted_.sided, dressings, mapped, read, hidden)
     inner = _inner_plans(sorted_.inner, hidden)
-    decomposed = {*roles.plus_of, *roles.minus_of, *hidden, *mapped}
+    decomposed = {*roles.plus_of, *(roles.minus_of.keys() - read), *hidden, *mapped}
     decomposed.update(name for chain in chains for name in chain.weights)
     return Plan(
         polar=_polar_plans(sorted_.sided, roles),
         chains=_chain_plans(chains, roles, hidden),
         inner=inner,
         factors=_factor_plans(gauges, roles),
-        free=[roles.of(name, 0) for name in params if name not in decomposed],
+        free=[
+            roles.of(name, None if name in read else 0) for name in params if name not in decomposed
+        ],
         hidden={name: tuple(dressings[name]) for name in hidden},
         linked=_linked(chains, [*sorted_.blocks, *(each.gauge for each in inner)], hidden),
         moved=_linked([], sorted_.blocks, hidden),
@@ -261,7 +270,8 @@ class _Roles:
 
     ``plus_of`` and ``minus_of`` are, of each parameter on a side that is decomposed, the gauge and
     the axis; ``dressings``, of those that hidden matrices bring with them, what dresses them;
-    ``mapped``, of each parameter under a general linear map, one such gauge.
+    ``mapped``, of each parameter under a general linear map, one such gauge; ``read`` has the
+    readers of streams that turn.
     """
 
     def __init__(
@@ -271,12 +281,14 @@ class _Roles:
         sided: list[Rescale],
         dressings: Mapping[str, list[Dressing]],
         mapped: Mapping[str, General],
+        read: Collection[str],
+        hidden: Collection[str],
     ) -> None:
-        self.gauges, self.dressings, self.mapped = gauges, dressings, mapped
+        self.gauges, self.dressings, self.mapped, self.read = gauges, dressings, mapped, read
         self.plus_of = _sides(sided, plus=True)
         self.minus_of = _sides(sided, plus=False, but=dressings)
         self.centred = _centred(gauges)
-        self.averagings = _averagings(params, gauges)
+        self.averagings = _averagings(params, gauges, hidden)
 
     def of(self, name: str, axis: int | None) -> Role:
         """The role of a parameter whose units are along this axis."""
@@ -326,6 +338,10 @@ class _Roles:
                     f"{name!r}: {named(*both)} rescale the same axis. Of these, {without(*both)}"
                 )
             return Dressing(gauge, minus_axis, gauge.degree)
+        if name in self.read and name in self.minus_of:
+            gauge, minus_axis = self.minus_of[name]
+            assert minus_axis is not None
+            return Dressing(gauge, minus_axis, gauge.degree)
         if name not in self.dressings:
             return None
         dressing, *others = self.dressings[name]
@@ -365,7 +381,7 @@ def _polar_plans(sided: list[Rescale], roles: _Roles) -> list[PolarPlan]:
     """Each rescale with its sides; a reader that another one decomposes, or that is under a map, is
     only dressed.
     """
-    plans, only_dressed = [], {*roles.plus_of, *roles.mapped}
+    plans, only_dressed = [], {*roles.plus_of, *roles.mapped, *roles.read}
     for gauge, level in _levels(sided, roles.plus_of, roles.minus_of).items():
         readers = [axis for axis in gauge.minus if axis.parameter in roles.minus_of]
         plans.append(
@@ -435,9 +451,8 @@ def _check_gauges(
     params: Mapping[str, Tensor], gauges: list[Gauge], hidden: Collection[str]
 ) -> None:
     for gauge in gauges:
-        if not isinstance(gauge, Rescale | Chain | Rotation | General | Shift) and not (
-            is_section(gauge)
-        ):
+        known = Rescale | Chain | Rotation | General | Shift | StreamRotation
+        if not isinstance(gauge, known) and not is_section(gauge):
             if isinstance(gauge, Gauge):
                 raise TypeError(f"{gauge}: no optimizer respects this kind; {without(gauge)}")
             raise TypeError(
@@ -532,6 +547,32 @@ def _check_block(gauge: Rescale, hidden: Collection[str]) -> None:
         )
 
 
+def _check_stream(stream: StreamRotation, gauges: Sequence[Gauge]) -> None:
+    """Raise ValueError for a stream whose norms do not dress all that reads it, or have a shift
+    that turns with it.
+    """
+    scaled = {
+        (plus.parameter, minus.parameter)
+        for gauge in gauges
+        if isinstance(gauge, Rescale) and not gauge.block
+        for plus in gauge.plus
+        for minus in gauge.minus
+    }
+    still = {gauge.slots[0].parameter for gauge in gauges if isinstance(gauge, Shear)}
+    for reader in stream.readers:
+        if reader.scale is not None and (reader.scale, reader.weight) not in scaled:
+            raise ValueError(
+                f"{stream}: {reader.weight!r} reads it behind the scale {reader.scale!r}, which"
+                f" must dress it: add the norm_scale of that norm, by units, or {without(stream)}"
+            )
+    for shift, _ in stream.shifts:
+        if shift not in still:
+            raise ValueError(
+                f"{stream}: the shift {shift!r} of a norm turns with it, unless it is a gauge of"
+                f" its own: add the norm_shift of that norm, or {without(stream)}"
+            )
+
+
 def _check_inner(gauge: Rescale, inner: list[Rescale], hidden: Collection[str]) -> None:
     """Raise ValueError for a hidden matrix on the plus side of this inner rescale and of
     another.
@@ -599,7 +640,9 @@ def _centred(gauges: list[Gauge]) -> set[str]:
     return set(found)
 
 
-def _averagings(params: Mapping[str, Tensor], gauges: list[Gauge]) -> dict[str, Averaging]:
+def _averagings(
+    params: Mapping[str, Tensor], gauges: list[Gauge], hidden: Collection[str]
+) -> dict[str, Averaging]:
     slots: dict[str, list[tuple[Gauge, int, np.ndarray]]] = {}
     for gauge in gauges:
         turned_by: Sequence[RotatedAxis] = ()
@@ -607,6 +650,10 @@ def _averagings(params: Mapping[str, Tensor], gauges: list[Gauge]) -> dict[str, 
             turned_by = gauge.slots
         elif isinstance(gauge, General) and gauge.group != "scale":  # which mixes nothing
             turned_by = gauge.plus + gauge.minus
+        elif isinstance(gauge, StreamRotation):
+            width = np.arange(gauge.width)[None, None]
+            sides = [*gauge.writers, *((each.weight, each.axis) for each in gauge.readers)]
+            turned_by = [RotatedAxis(*side, width) for side in sides if side[0] not in hidden]
         for name, axis, indices in turned_by:
             slots.setdefault(name, []).append((gauge, axis, indices.reshape(-1, indices.shape[2])))
     averagings = {}

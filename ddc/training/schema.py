@@ -281,7 +281,7 @@ class GaugesConfig(_Wanted):
         qk_map: of keys against queries of a head; contains ``qk_rotation``.
         key_bias: added to all keys.
         qk_norm_scale: of normed queries against normed keys.
-        stream_rotation: of the residual stream; no optimizer respects it.
+        stream_rotation: of the residual stream.
         stream_mean: added to all entries of what writes to a stream of LayerNorms.
         translation: of two tables, or biases, that are added.
         reader_shift: of what reads a LayerNorm.
