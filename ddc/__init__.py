@@ -1,6 +1,6 @@
 """Gauge-equivariant optimizers for PyTorch."""
 
-from ddc.gauges import audit, certify, check, find_gauges, hidden_matrices
+from ddc.gauges import audit, canonicalise_, certify, check, find_gauges, hidden_matrices
 from ddc.optim import DDCSGD, DDCAdam, DDCLion, DDCMuon, DDCShampoo, grad_norm
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "DDCMuon",
     "DDCShampoo",
     "audit",
+    "canonicalise_",
     "certify",
     "check",
     "find_gauges",

@@ -15,7 +15,13 @@ from ddc.gauges.base import (
     plain_names,
     whole,
 )
-from ddc.gauges.canonical import align_, balance_, nearest_turn, orbit_distance
+from ddc.gauges.canonical import (
+    align_,
+    balance_,
+    canonicalise_,
+    nearest_turn,
+    orbit_distance,
+)
 from ddc.gauges.certificate import Certificate, certify
 from ddc.gauges.discovery import find_gauges, read_gauges
 from ddc.gauges.gauge_set import GaugeSet, audit, check
@@ -44,6 +50,7 @@ __all__ = [
     "align_",
     "audit",
     "balance_",
+    "canonicalise_",
     "certify",
     "check",
     "find_gauges",
