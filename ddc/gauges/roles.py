@@ -16,6 +16,7 @@ from torch import nn
 
 from ddc.gauges.base import unwrapped
 from ddc.gauges.trace import Inputs, traced
+from ddc.gauges.unsplit import unsplit
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ def hidden_matrices(
         ValueError: the model cannot be traced, ``inputs`` are needed, or ``per_head`` is asked of
             another model.
     """
-    if (inner := unwrapped(model)) is not model:
-        return hidden_matrices(inner, per_head, inputs)  # wrapped by torch.compile or DDP
+    if (inner := unsplit(unwrapped(model))) is not model:
+        return hidden_matrices(inner, per_head, inputs)  # wrapped by torch.compile, DDP or FSDP2
     if per_head:
         raise ValueError(
             "per_head=True is for the models of ddc.models. For a"
