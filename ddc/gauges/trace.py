@@ -774,9 +774,9 @@ class Trace:
             positions = torch.linspace(0, length - 1, min(POSITIONS, length)).round().long()
 
             def enter(outputs: Tensor) -> Tensor:
-                value = torch.as_tensor(
-                    self.value(target, {**fixed, start: outputs.broadcast_to(shape)})
-                )
+                given = {**fixed, start: outputs.broadcast_to(shape)}
+                value = torch.as_tensor(self.value(target, given))
+                given.clear()  # of a wide model they are large
                 return value.reshape(-1, *value.shape[-3:])[0]
 
             zero = torch.zeros(shape[-1], dtype=torch.float64, device=self.device_of(source))

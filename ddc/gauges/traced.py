@@ -6,6 +6,7 @@ for messages alone.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -691,13 +692,18 @@ class Finding:
         """Refuse rotations that turn the same index: each by itself may be a symmetry, but they do
         not commute.
         """
-        turned: dict[tuple[str, int, int], set[Gauge]] = defaultdict(set)
+        on_axis: dict[tuple[str, int], list[tuple[Gauge, set[int]]]] = defaultdict(list)
         for gauge in self.found:
             if isinstance(gauge, Rotation):
                 for name, axis, indices in gauge.slots:
-                    for index in indices.flatten().tolist():
-                        turned[name, axis, index].add(gauge)
-        clashing = {gauge for gauges in turned.values() if len(gauges) > 1 for gauge in gauges}
+                    on_axis[name, axis].append((gauge, {*indices.flatten().tolist()}))
+        clashing = {
+            gauge
+            for turned in on_axis.values()
+            for (a, of_a), (b, of_b) in itertools.combinations(turned, 2)
+            if a is not b and of_a & of_b
+            for gauge in (a, b)
+        }
         reason = "another rotation turns the same heads"
         self.refused += [
             Refusal(gauge.kind, gauge.where, reason) for gauge in self.found if gauge in clashing
