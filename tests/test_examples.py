@@ -162,6 +162,17 @@ def test_timms_own_groups_are_refused_where_gauges_need_names() -> None:
     assert [group["weight_decay"] for group in made.param_groups] == [timm_factory.DECAY, 0]
 
 
+@pytest.mark.slow
+def test_adapters_learn_the_same_from_any_start(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "examples/lora.py", "--steps=60"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    before, *after = map(float, re.findall(r"validation loss (\d+\.\d+)", run.stdout))
+    assert before < 2.9
+    assert max(after) < 3.2
+    assert abs(after[0] - after[1]) < 0.005
+
+
 def loss_of(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
     """The loss in the precision of the model: that of transformers rounds logits to float32."""
     targets = labels[:, 1:].flatten()

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ddc.gauges.actions import Shift
 from ddc.gauges.base import (
-    FURTHER,
     KINDS,
     Gauge,
     Refusal,
@@ -130,7 +129,7 @@ class GaugeSet(Sequence[Gauge]):
 
 def _rows(entries: Iterable[Entry], verdict: Callable[[Entry], str]) -> list[tuple[str, str, str]]:
     """Table rows, entries that differ only in the number of their block drawn together."""
-    order = (*KINDS, *FURTHER)
+    order = (*KINDS,)
 
     def key(entry: Entry) -> tuple[int, str, str]:
         place = ".".join("*" if part.isdigit() else part for part in entry.where.split("."))

@@ -151,7 +151,7 @@ class PolarStack(Stack):
         self.step_count[rows] += 1
         plus = self.plus.gather(rows, context)
         minus = self.minus.gather(rows, context) if self.minus is not None else []
-        dressed = [Pairs(*p.pairs(rows), context.decay(p)) for p in self.dressed]
+        dressed = [Pairs(*p.pairs(rows, context.grads), context.decay(p)) for p in self.dressed]
         modes = {key: value[rows] for key, value in self.modes.items()}
         hyper = context.hyper(self.plus.parameters[0])
         old, new = self.move(
