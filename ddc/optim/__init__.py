@@ -1,6 +1,6 @@
 """How a step respects a gauge: the orbit decomposition, and base optimizers lifted to it."""
 
-from ddc.optim.clipping import grad_norm
+from ddc.optim.clipping import InvariantClipping, clip_grad_norm_, grad_norm
 from ddc.optim.ddcadam import DDCAdam
 from ddc.optim.ddcmuon import DDCMuon
 from ddc.optim.lift import Lift
@@ -15,7 +15,9 @@ __all__ = [
     "DDCLion",
     "DDCMuon",
     "DDCShampoo",
+    "InvariantClipping",
     "Lift",
+    "clip_grad_norm_",
     "grad_norm",
     "respected",
 ]

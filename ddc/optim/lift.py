@@ -98,7 +98,7 @@ class Lift(Optimizer):
         self._stacks: list[Stack] = []
         self._sections: list[Sections] = []
         self._built: list[tuple[Sequence[int], list[Gauge]]] = []
-        self._placed: list[tuple[Tensor, torch.device]] = []
+        self._placed: list[tuple[Tensor, torch.device, torch.dtype]] = []
         self._ready = False
         self.compiled = compiled
         super().__init__(listed(params, type(self).__name__), defaults)
@@ -160,13 +160,15 @@ class Lift(Optimizer):
         )
         self._advance, self._norm = Arithmetic(advance, device), Arithmetic(invariant_norm, device)
         self._placed = [
-            (param, param.device) for group in self.param_groups for param in group["params"]
+            (param, param.device, param.dtype)
+            for group in self.param_groups
+            for param in group["params"]
         ]
         self._check_groups()
 
     def _follow_parameters(self) -> None:
-        """Go with what was done to the groups elsewhere: parameters moved to another device, groups
-        put beside them.
+        """Go with what was done to the groups elsewhere: parameters moved to another device or
+        dtype, groups put beside them.
 
         Raises:
             ValueError: they hold other parameters than the optimizer was made for.
@@ -176,10 +178,10 @@ class Lift(Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         if any(
             param is not mine
-            for param, (mine, _) in zip_longest(params, self._placed, fillvalue=(None, None))
+            for param, (mine, *_) in zip_longest(params, self._placed, fillvalue=(None, None))
         ):
             self._build_groups_put_beside(params)
-        if any(param.device != device for param, device in self._placed):
+        if any(p.device != device or p.dtype != dtype for p, device, dtype in self._placed):
             before = self.state
             built, self._built = self._built, []
             self._stacks, self._sections, self._ready = [], [], False
@@ -197,7 +199,7 @@ class Lift(Optimizer):
         first = sum(len(indices) for indices, _ in self._built)
         known = sum(len(group["params"]) for group in self.param_groups[:first])
         if known != len(self._placed) or any(
-            p is not mine for p, (mine, _) in zip(params, self._placed, strict=False)
+            p is not mine for p, (mine, *_) in zip(params, self._placed, strict=False)
         ):
             raise ValueError(
                 "param_groups hold other parameters than those that the optimizer was made for:"
@@ -224,8 +226,8 @@ class Lift(Optimizer):
         loss = loss_of(closure)
         self._follow_parameters()
         self._check_groups()
-        if any(param.is_meta for param, _ in self._placed):
-            for name, (param, _) in zip(parameter_names(self), self._placed, strict=True):
+        if any(param.is_meta for param, *_ in self._placed):
+            for name, (param, *_) in zip(parameter_names(self), self._placed, strict=True):
                 check_has_values(name, param)
         whole = self._in_one_go()
         compiled = self.compiled and not whole

@@ -472,7 +472,8 @@ def _check_gauges(
                 )
             if not params[name].requires_grad:
                 raise ValueError(
-                    f"{gauge}: its parameter {name!r} is frozen. Unfreeze it, or {without(gauge)}"
+                    f"{gauge}: its parameter {name!r} is frozen. Unfreeze it, or take the gauges of"
+                    " what is trained, gauges.among(model.named_parameters())"
                 )
             if params[name].is_complex():
                 raise ValueError(

@@ -39,11 +39,16 @@ class OptimizerConfig:
     Args:
         lr: learning rate, at its peak.
         weight_decay: decoupled; of matrices, not of vectors.
+        canonicalise: move the weights to the balanced point of their gauge orbit
+            (:func:`ddc.canonicalise_`, along the gauges of the group ``gauges``): ``start``, before
+            the first step; a number, then and after every so many steps; null, never. The state of
+            the optimizer stays as it is: moments of the coordinates before.
     """
 
     name: str = MISSING
     lr: float = 1e-3
     weight_decay: float = 0.1
+    canonicalise: str | None = None
 
     def __post_init__(self) -> None:
         own = type(self).name
@@ -58,6 +63,18 @@ class OptimizerConfig:
                 require(f"optimizer.{key}", value, value > 0, "a positive number")
             wanted = expected(key, value)
             require(f"optimizer.{key}", value, wanted is None, wanted or "")
+        when = self.canonicalise
+        require(
+            "optimizer.canonicalise",
+            when,
+            when in (None, "start") or (when.isdecimal() and int(when) >= 1),
+            "start, a positive number of steps, or null",
+        )
+
+    @property
+    def canonicalise_every(self) -> int | None:
+        """After how many steps, each time."""
+        return None if self.canonicalise in (None, "start") else int(self.canonicalise)
 
     def check_by(self, rule: Rule) -> None:
         """Raise ValueError, with the key, for what a rule does not take."""
@@ -435,6 +452,25 @@ class TrainingConfig:
 
 
 @dataclass
+class StartConfig:
+    """Where the weights begin, if not at the model's initialisation.
+
+    Args:
+        weights: a folder of weights and configuration (:func:`ddc.models.save_model`) of this
+            architecture; null for the initialisation.
+        spread: scales of every unit under a rescale gauge (of the group ``gauges``) are drawn
+            log-normal with this standard deviation, and applied: another point of the same orbit,
+            which computes the same. 0 for none.
+    """
+
+    weights: str | None = None
+    spread: float = 0.0
+
+    def __post_init__(self) -> None:
+        require("start.spread", self.spread, 0 <= self.spread <= 5, "a number from 0 to 5")
+
+
+@dataclass
 class LauncherConfig:
     """How the processes of one run are started.
 
@@ -521,6 +557,7 @@ class Config:
     optimizer: OptimizerConfig = MISSING
     gauges: GaugesConfig = field(default_factory=GaugesConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    start: StartConfig = field(default_factory=StartConfig)
     slt: SLTConfig = field(default_factory=SLTConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -550,6 +587,20 @@ class Config:
             raise ValueError(
                 "training.batch_size=null takes the whole training split, which only data=modular"
                 " allows"
+            )
+        for key, given in (
+            ("optimizer.canonicalise", self.optimizer.canonicalise),
+            ("start.spread", self.start.spread),
+        ):
+            if given and not self.gauges.kinds:
+                raise ValueError(
+                    f"Invalid {key}={given} with gauges=none: there is no orbit to move on;"
+                    " gauges=all takes all kinds of the model"
+                )
+        if self.optimizer.canonicalise_every and self.launcher.parallel == "fsdp":
+            raise ValueError(
+                f"Invalid optimizer.canonicalise={self.optimizer.canonicalise} with"
+                " launcher.parallel=fsdp: it moves whole tensors; use start, or ddp"
             )
         by_heads = isinstance(self.optimizer, DDCMuonConfig) and self.optimizer.per_head
         if by_heads and not isinstance(self.model, GPTConfig):
@@ -582,6 +633,12 @@ class Config:
             del values["slt"]
         if values["optimizer"].get("compiled", False) is None:
             del values["optimizer"]["compiled"]
+        if values["optimizer"]["canonicalise"] is None:
+            del values["optimizer"]["canonicalise"]
+        if self.start == StartConfig():
+            del values["start"]
+        if not values["data"].get("skip_tokens", True):
+            del values["data"]["skip_tokens"]
         return values
 
     @property

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -34,12 +36,15 @@ from ddc.gauges import (
     Gauge,
     GaugeSet,
     HiddenMatrix,
+    Rescale,
+    canonicalise_,
     find_gauges,
     hidden_matrices,
     in_blocks,
     named_parameters,
     paper_kinds,
 )
+from ddc.gauges.base import Params, first_line
 from ddc.models import (
     DeepMLPConfig,
     GPTConfig,
@@ -48,6 +53,7 @@ from ddc.models import (
     build_model,
     check_fit,
 )
+from ddc.models.saved import WEIGHTS
 from ddc.optim import respected
 from ddc.optim.factory import make_optimizer
 from ddc.training.allocator import keep_freed_memory
@@ -134,8 +140,15 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     torch.set_num_threads(config.training.threads)
     keep_freed_memory()
     torch.manual_seed(config.seed)
-    model = build_model(config.model, **data.sizes).to(device)
+    model = build_model(config.model, **data.sizes)
+    if config.start.weights is not None:
+        load_weights(model, Path(config.start.weights))
+    model = model.to(device)
     gauges = configured_gauges(config.gauges, model)
+    if config.start.spread:
+        scale_units_(named_parameters(model), gauges, config.start.spread, config.seed)
+    if config.optimizer.canonicalise is not None:
+        canonicalise_(model, gauges)
     start = {name: p.detach().to("cpu", copy=True) for name, p in named_parameters(model).items()}
     hidden = configured_hidden(config, model)
     folder = Path(config.runs) / config.name / config.run_id
@@ -321,6 +334,7 @@ def configured_optimizer(
     """The optimizer of a config."""
     options = dataclasses.asdict(config.optimizer)
     name, weight_decay = options.pop("name"), options.pop("weight_decay")
+    options.pop("canonicalise")  # is the loop's
     options.pop("per_head", None)  # is in ``hidden``
     if isinstance(config.optimizer, RelativeAdamWConfig):
         folder = options.pop("steps_of")
@@ -343,6 +357,34 @@ def recorded_steps(folder: Path) -> dict[str, float]:
         )
     lengths = {name: [step[name] for step in steps if step[name] is not None] for name in steps[0]}
     return {name: statistics.median(each) for name, each in lengths.items() if each}
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Give a model the weights of ``start.weights``.
+
+    Raises:
+        ValueError: the folder holds none, or those of another architecture.
+    """
+    path = folder / WEIGHTS
+    try:
+        safetensors.torch.load_model(model, str(path))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"Invalid start.weights={folder}: expected a folder with {WEIGHTS} of this architecture"
+            f" ({first_line(error)})"
+        ) from error
+
+
+@torch.no_grad()
+def scale_units_(params: Params, gauges: GaugeSet, spread: float, seed: int) -> None:
+    """Scale every unit under a rescale gauge by a random number, log-normal with this spread, as a
+    seed draws it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for gauge in gauges:
+        if isinstance(gauge, Rescale):
+            drawn = torch.randn(gauge.units(params), generator=generator, dtype=torch.float64)
+            gauge.act_(params, (spread * drawn).exp().to(params[gauge.parameters[0]]))
 
 
 def choose_device(config: TrainingConfig) -> torch.device:
