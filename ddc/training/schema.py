@@ -279,7 +279,8 @@ class GaugesConfig(_Wanted):
     """Which kinds of gauge the optimizer respects: a key for each of :data:`ddc.gauges.KINDS`.
 
     ``true``: the model must have the kind; ``null``: if the model has it; ``false``: not.
-    ``gauges=all`` says null for all that are on by default.
+    ``gauges=all`` says null for all that are on by default, which are the paper's
+    (``gauges=paper``), and ``gauges=complete`` for all there are.
 
     Args:
         logit_shift: one vector added to all rows of the head.
@@ -290,12 +291,29 @@ class GaugesConfig(_Wanted):
         norm_scale: the scale of a norm against the matrices that read it.
         value_rotation: of the values of a head, against its output.
         qk_rotation: of queries and keys of a head alike.
+        factor_map: between two linear maps in a row, as of an adapter.
+        factor_bias: of the first of two linear maps in a row, against that of the second.
+        value_map: of the values of a head, against its output; contains ``value_rotation``.
+        value_bias: of the values, against that of the output.
+        qk_map: of keys against queries of a head; contains ``qk_rotation``.
+        key_bias: added to all keys.
+        qk_norm_scale: of normed queries against normed keys.
+        stream_rotation: of the residual stream.
+        stream_mean: added to all entries of what writes to a stream of LayerNorms.
+        translation: of two tables, or biases, that are added.
+        reader_shift: of what reads a LayerNorm.
+        norm_shift: the shift of a norm against the biases of its readers.
+        router_shift: one vector added to all rows of an expert router.
+        layer_scale: rows of a matrix against the vector that multiplies them.
+        leave_out: go without the gauges that the optimizer refuses, and say which, in place of an
+            error; not of kinds that are ``true``.
         granularity: of ReLU and gated rescales: ``unit``, a scale for each hidden unit, or
             ``block``, one for a pair of matrices, or for a layer of a chain
             (:func:`ddc.gauges.in_blocks`).
     """
 
     granularity: str = "unit"
+    leave_out: bool = False
 
     def __post_init__(self) -> None:
         require_one_of("gauges.granularity", self.granularity, GRANULARITIES)
@@ -304,6 +322,12 @@ class GaugesConfig(_Wanted):
                 "gauges.chained_rescale=true with gauges.relu_rescale=true: rescales of all neurons"
                 " contain those of their layers; set one of them to false"
             )
+        for kind in self.kinds:
+            if (larger := KINDS[kind].within) in self.kinds:
+                raise ValueError(
+                    f"gauges.{kind}=true with gauges.{larger}=true: the second contains the first;"
+                    " set one of them to false"
+                )
 
     @property
     def kinds(self) -> list[str]:
@@ -591,6 +615,7 @@ class Config:
         del values["launcher"], values["wandb"], values["runs"], values["training"]["resume"]
         del values["training"]["checkpoints"]
         granularity = values["gauges"].pop("granularity")
+        leave_out = values["gauges"].pop("leave_out")
         values["gauges"] = {
             kind: wanted is not False
             for kind, wanted in values["gauges"].items()
@@ -600,6 +625,8 @@ class Config:
         # their names
         if granularity != "unit":
             values["gauges"]["granularity"] = granularity
+        if leave_out:
+            values["gauges"]["leave_out"] = leave_out
         if not values["optimizer"].get("additive", True):
             del values["optimizer"]["additive"]
         if not self.slt.readings:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -29,6 +32,7 @@ from ddc.data import (
     load_text,
 )
 from ddc.gauges import (
+    Gauge,
     GaugeSet,
     HiddenMatrix,
     Rescale,
@@ -37,6 +41,7 @@ from ddc.gauges import (
     hidden_matrices,
     in_blocks,
     named_parameters,
+    paper_kinds,
 )
 from ddc.gauges.base import Params, first_line
 from ddc.models import (
@@ -48,6 +53,7 @@ from ddc.models import (
     check_fit,
 )
 from ddc.models.saved import WEIGHTS
+from ddc.optim import respected
 from ddc.optim.factory import make_optimizer
 from ddc.training.allocator import keep_freed_memory
 from ddc.training.checkpoint import read_checkpoint
@@ -59,6 +65,7 @@ from ddc.training.run_folder import INFO, RECORDS, SNAPSHOTS
 from ddc.training.schema import Config, GaugesConfig, RelativeAdamWConfig, TrainingConfig
 
 Batch = tuple[Tensor, Tensor]
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -153,6 +160,9 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
             )
         observer = make_observer(config, device, data, model, folder / SNAPSHOTS)
     trained = ranks.parallelized(model)
+    with torch.device("meta"):
+        shapes = build_model(config.model, **data.sizes)
+    gauges = taken_gauges(config, shapes, gauges, hidden)
     optimizer = configured_optimizer(config, model, gauges, hidden)
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
     return Setup(
@@ -252,8 +262,54 @@ def configured_gauges(config: GaugesConfig, model: nn.Module, verify: bool = Tru
     """The gauges of a model that the optimizer is told of; ``verify`` as of
     :func:`ddc.find_gauges`.
     """
-    gauges = find_gauges(model, config.per_layer, verify=verify).only(config.kinds)
+    if {*config.kinds} <= {*paper_kinds()}:
+        gauges = find_gauges(model, config.per_layer, verify=verify).only(config.kinds)
+    else:
+        gauges = find_gauges(model, kinds=config.kinds, verify=verify)
+    for kind in config.kinds:
+        if getattr(config, kind) and not gauges.only([kind]).found:
+            reasons = [each.reason for each in gauges.only([kind]).refused]
+            why = reasons[0] if reasons else "nothing in it could have one"
+            raise ValueError(
+                f"Invalid gauges.{kind}=true: the model has no such gauge ({why}); set it to false,"
+                " or to null for where there is one"
+            )
     return in_blocks(gauges) if config.granularity == "block" else gauges
+
+
+def taken_gauges(
+    config: Config, model: nn.Module, gauges: GaugeSet, hidden: Sequence[HiddenMatrix]
+) -> GaugeSet:
+    """The gauges without those that the optimizer refuses, which are said.
+
+    Args:
+        config: of the run.
+        model: or one of its shapes without values.
+        gauges: as found.
+        hidden: of :func:`configured_hidden`.
+
+    Raises:
+        ValueError: it refuses one, and is not to leave it out, or one of a kind that is true.
+    """
+
+    def make(_: Any, some: Sequence[Gauge]) -> Optimizer:
+        return configured_optimizer(config, model, GaugeSet(tuple(some)), hidden)
+
+    if {gauge.kind for gauge in gauges} <= {*paper_kinds()}:
+        return gauges  # which all optimizers take, or say themselves why not
+    kept = respected(make, model.named_parameters(), gauges)
+    left_out = kept.refused[len(gauges.refused) :]
+    for each in left_out:
+        if not config.gauges.leave_out or getattr(config.gauges, each.kind):
+            raise ValueError(
+                f"optimizer={config.optimizer.name} refuses a gauge: {each.reason}. Set"
+                f" gauges.{each.kind}=false, or gauges.leave_out=true to go without all such gauges"
+            )
+    for kind, count in Counter(each.kind for each in left_out).items():
+        reason = next(each.reason for each in left_out if each.kind == kind)
+        name = config.optimizer.name
+        log.warning("left out: %d of %s, which optimizer=%s refuses: %s", count, kind, name, reason)
+    return kept
 
 
 def configured_hidden(config: Config, model: nn.Module) -> Sequence[HiddenMatrix]:
