@@ -17,6 +17,7 @@ from torch import nn
 from ddc.gauges.base import unwrapped
 from ddc.gauges.routing import gives_output, heads_of_matrices
 from ddc.gauges.trace import Inputs, NoValue, traced
+from ddc.gauges.unsplit import unsplit
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ def hidden_matrices(
         ValueError: the model cannot be traced, ``inputs`` are needed, or ``per_head`` is asked of a
             model without values.
     """
-    if (inner := unwrapped(model)) is not model:
-        return hidden_matrices(inner, per_head, inputs)  # wrapped by torch.compile or DDP
+    if (inner := unsplit(unwrapped(model))) is not model:
+        return hidden_matrices(inner, per_head, inputs)  # wrapped by torch.compile, DDP or FSDP2
     trace = traced(model, inputs)
     try:
         heads = heads_of_matrices(trace) if per_head else {}
