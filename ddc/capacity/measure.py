@@ -204,7 +204,7 @@ def unit_norms(params: Params, gauges: Iterable[Gauge], block: FeedForward) -> T
     """
     copies, own = dressed(params, gauges, block)
     plus, degree = (own.plus, own.degree) if own else (block.inward, 1)
-    squares = [unit_view(copies[name], axis).square().sum(1) for name, axis in plus]
+    squares = [unit_view(copies[name], axis).square().sum(1) for name, axis, _ in plus]
     reading = unit_view(copies[block.outward.parameter], block.outward.axis).norm(dim=1)
     return torch.stack(squares).sum(0).sqrt() ** degree * reading
 

@@ -344,7 +344,7 @@ class Further:
                 shifts.append((shift, scale))
             elif shift is not None:
                 raise NotProved("a norm has a shift, but no scale")
-            behind += [Behind(each.parameter, each.axis, scale) for each in linears]
+            behind += [Behind(name, axis, scale) for name, axis in linears]
         centred = any(norm.centres for norm in stream.norms)
         where = self._place(stream)
         width = stream.width
@@ -486,7 +486,7 @@ class Further:
     # ------------------------------------------------------------------------------------------
     # behind norms
 
-    def _behind(self, norm: Norm) -> tuple[str | None, str | None, list[Axis]]:
+    def _behind(self, norm: Norm) -> tuple[str | None, str | None, list[tuple[str, int]]]:
         """Scale and shift of a norm, and the columns of all linear maps that read it.
 
         Raises:
@@ -511,13 +511,25 @@ class Further:
             ):
                 raise NotProved("its scale and shift are no parameters as they stand")
             self._require_passed_on(norm.output)
-            return None, None, self.finding.readers_of(norm.output)
-        source, names, reason = scale
+            return None, None, self._matrices(self.finding.readers_of(norm.output))
+        source, plus, reason = scale
+        names = [axis.parameter for axis in plus]
         if reason:
             raise NotProved(reason)
+        if plus[0].offset:
+            raise NotProved("its scale is not the parameter itself, but 1 more")
         self._require_passed_on(source)
-        gauge = self.finding.norm_scale(source, names, owner(names[0]))
-        return names[0], names[1] if len(names) > 1 else None, list(gauge.minus)
+        gauge = self.finding.norm_scale(source, plus, owner(names[0]))
+        return names[0], names[1] if len(names) > 1 else None, self._matrices(gauge.minus)
+
+    def _matrices(self, readers: Sequence[Axis]) -> list[tuple[str, int]]:
+        """Weights and the axes of their columns, of readers that are single linear maps."""
+        found = []
+        for name, axis, _ in readers:
+            if not isinstance(axis, int) or self.trace.tensors[name].ndim != 2:
+                raise NotProved("experts read it, whose weights are stacked")
+            found.append((name, axis))
+        return found
 
     def reader_shift(self, norm: Norm) -> list[Gauge]:
         """Rows of what reads a norm that centres move by 1/γ, which its output does not see."""

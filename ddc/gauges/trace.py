@@ -259,6 +259,54 @@ class LinearMap:
 
 
 @dataclass(frozen=True)
+class ExpertMap:
+    """A node that applies to each entry of a batch one of several weights that are stacked in a
+    parameter: the experts.
+
+    Attributes:
+        node: the operation.
+        argument: which of its arguments it applies them to.
+        weight: name of the parameter, of shape (experts, ...).
+        rows, columns: axes of the weight along which outputs and inputs lie.
+        slots: the node that says whose expert each entry of the batch is; None where the batch is
+            that of the experts.
+        inputs, outputs: axis of the argument along which the inputs of an entry lie, and of the
+            value for its outputs; the batch is axis 0.
+    """
+
+    node: Node
+    argument: int
+    weight: str
+    rows: int
+    columns: int
+    slots: Node | None
+    inputs: int
+    outputs: int
+
+    def labels(self) -> Tensor:
+        """Labels of the outputs, another one for each output of each entry of the batch."""
+        return of_batch(value_of(self.node).shape, self.outputs)
+
+    def reads(self, labels: Tensor, apart: bool) -> bool:
+        """Whether labels of the argument are those of the inputs, one for one; ``apart``: with
+        others for each entry of the batch, as :meth:`labels` has them.
+        """
+        if labels.ndim <= self.inputs:
+            return False
+        expected = of_batch(labels.shape, self.inputs)
+        return torch.equal(labels, expected if apart else expected % labels.shape[self.inputs])
+
+
+def of_batch(shape: Sequence[int], axis: int) -> Tensor:
+    """Labels b · n + i of the index i, of n, along an axis, in the entry b of the batch."""
+    sizes = [1] * len(shape)
+    sizes[axis] = shape[axis]
+    along = torch.arange(shape[axis]).view(sizes)
+    sizes[0], sizes[axis] = shape[0], 1
+    return (along + shape[axis] * torch.arange(shape[0]).view(sizes)).expand(tuple(shape))
+
+
+@dataclass(frozen=True)
 class Arrival:
     """Where a flow ends: at argument ``argument`` of ``node``, with the labels and the degree that
     it has there.
@@ -394,8 +442,10 @@ class Trace:
         """By parameter, the nodes that compute with it."""
         found: dict[str, list[Node]] = {}
         for node in self.graph.nodes:
+            if operation(node) == "_assert_tensor_metadata":
+                continue
             if node.op in ("call_function", "output") and self.parameter(node) is None:
-                for argument in node.all_input_nodes:
+                for argument in inputs(node):
                     if (view := self.parameter(argument)) is not None:
                         found.setdefault(view[0], []).append(node)
         return found
@@ -467,6 +517,55 @@ class Trace:
         """The same by the node of what they give."""
         return {linear.output: linear for linear in self.linear_maps.values()}
 
+    @cached_property
+    def expert_maps(self) -> dict[Node, ExpertMap]:
+        """All applications of stacked weights that are one parameter, in order."""
+        maps = {}
+        for node in self.graph.nodes:
+            if node.kwargs or not has_fixed_shape(node):
+                continue
+            match operation(node), arguments(node):
+                case "bmm", (a, b):
+                    found = self._experts(node, a, 1, b) or self._experts(node, b, 0, a)
+                case (("grouped_mm_fallback" | "_grouped_mm" | "grouped_mm"), (x, weight, slots)):
+                    found = self._experts(node, weight, 0, x, slots)
+                case _:
+                    continue
+            if found is not None:
+                maps[node] = found
+        return maps
+
+    def _experts(
+        self, node: Node, weight: Node, argument: int, x: Node, slots: Node | None = None
+    ) -> ExpertMap | None:
+        """What a product is, if this of its factors is stacked weights of a parameter and nothing
+        else reads them on the way.
+        """
+        grouped, swapped = slots is not None, False
+        while weight not in self.parameters:
+            if len(readers(weight)) != 1 or not arguments(weight):
+                return None
+            match operation(weight), arguments(weight)[1:]:
+                case "transpose", (first, second):
+                    if {first % 3, second % 3} != {1, 2}:
+                        return None
+                    swapped = not swapped
+                case "index", ([chosen],) if slots is None and value_of(chosen).ndim == 1:
+                    slots = chosen
+                case (("alias" | "detach" | "contiguous" | "to" | "clone"), _):
+                    pass
+                case _:
+                    return None
+            weight = arguments(weight)[0]
+        name = self.parameters[weight]
+        if self.tensors[name].ndim != 3 or value_of(x).shape[0] != value_of(node).shape[0]:
+            return None
+        # of a product of weights and inputs, (out, in) · (in, n), or of inputs and weights
+        first = argument == 1
+        inputs, outputs = (1, 1) if grouped or first else (2, 2)
+        rows = 1 if first != swapped else 2
+        return ExpertMap(node, argument, name, rows, 3 - rows, slots, inputs, outputs)
+
     def _added_bias(self, node: Node) -> tuple[Node, Node] | None:
         """The addition, and what it adds, where all that is done with a product is to add a
         parameter to its rows.
@@ -493,7 +592,8 @@ class Trace:
         label.
 
         Args:
-            sources: int64 labels of the shape of each node's value.
+            sources: int64 labels of the shape of each node's value; entries with a label below 0
+                are not scaled.
 
         Returns:
             The operations at which the flow ends: linear maps, attention, the output, and all that
@@ -510,7 +610,8 @@ class Trace:
         seen = set(waiting)
         while waiting:
             node = waiting.pop(0)
-            after = None if node in self.linear_maps else self._transfer(node, state, flow)
+            ends = node in self.linear_maps or node in self.expert_maps
+            after = None if ends else self._transfer(node, state, flow)
             if after is None:
                 flow.arrivals += [
                     Arrival(node, i, *state[argument])
@@ -518,6 +619,8 @@ class Trace:
                     if isinstance(argument, Node) and argument in state
                 ]
                 continue
+            if isinstance(after[0], Tensor) and bool((after[0] < 0).all()):
+                continue  # nothing in it is scaled
             state[node] = after
             fresh = [user for user in readers(node) if user not in seen]
             seen.update(fresh)
@@ -550,6 +653,14 @@ class Trace:
             return None  # rounded to integers
         if name == "getitem":
             return labels[args[1]], degree
+        if name == "index":  # of whole vectors, wherever they go
+            along = last_axis(labels)
+            whole = len(args[1]) < labels.ndim
+            return (
+                (along.expand(value_of(node).shape), degree)
+                if along is not None and whole
+                else None
+            )
         # moved, kept, or taken to a power
         if name in MOVES and len(inputs(node)) > 1:
             return None  # where to, other values say

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ddc.gauges.actions import Axis, Chain, Rescale, RotatedAxis, Rotation, Shift
-from ddc.gauges.base import Gauge, Refusal
+from ddc.gauges.base import Gauge, Refusal, axes_of
 from ddc.gauges.gauge_set import GaugeSet
+from ddc.gauges.parts import named_part, part_named
 from ddc.gauges.trace import (
     Arrival,
+    ExpertMap,
     Flow,
     LinearMap,
     NoValue,
@@ -32,6 +34,7 @@ from ddc.gauges.trace import (
     last_axis,
     module_path,
     operation,
+    readers,
     value_of,
 )
 
@@ -89,6 +92,37 @@ class Heads:
         }
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where units come from that a rescale may scale.
+
+    Attributes:
+        axes: the side: the rows of a weight, with its bias; the columns of a table.
+        nodes: what gives the units, with their labels.
+        experts: of which the units are, if they are.
+    """
+
+    axes: tuple[Axis, ...]
+    nodes: dict[Node, Tensor]
+    experts: ExpertMap | None = None
+
+    @property
+    def labels(self) -> int:
+        """Number of labels."""
+        return max(int(labels.max()) for labels in self.nodes.values()) + 1
+
+    def among(self, part: Sequence[int], size: int) -> dict[Node, Tensor]:
+        """The nodes with labels for a part of ``size`` units alone, as if there were no others."""
+        place = torch.full((size,), -1)
+        place[list(part)] = torch.arange(len(part))
+        return {
+            node: torch.where(
+                place[labels % size] < 0, -1, labels // size * len(part) + place[labels % size]
+            )
+            for node, labels in self.nodes.items()
+        }
+
+
 def gauges_of_trace(
     trace: Trace,
     per_layer: bool = False,
@@ -121,6 +155,7 @@ def chained(gauges: Sequence[Gauge]) -> list[Gauge]:
         for gauge in gauges
         if isinstance(gauge, Rescale) and gauge.kind == "relu_rescale" and gauge.degree == 1
         if len(gauge.plus) == len(gauge.minus) == 1
+        if isinstance(gauge.plus[0].axis, int) and part_named(gauge.plus[0].parameter) is None
     }
     second = {gauge.minus[0].parameter for gauge in links.values()}
     chains: list[Gauge] = []
@@ -164,8 +199,8 @@ class Finding:
         for node in self.trace.graph.nodes:
             if (scale := self.scale(node)) is not None:
                 source, plus, reason = scale
-                scales.update(plus)
-                where = owner(plus[0])
+                scales.update(axis.parameter for axis in plus)
+                where = owner(plus[0].parameter)
                 try:
                     if reason:
                         raise NotProved(reason)
@@ -185,18 +220,20 @@ class Finding:
                 )
                 self.refused.append(Refusal("norm_scale", name, why))
 
-    def scale(self, node: Node) -> tuple[Node, tuple[str, ...], str] | None:
+    def scale(self, node: Node) -> tuple[Node, tuple[Axis, ...], str] | None:
         """A node whose entries along the last axis are scaled (and shifted), the parameters that
         do, and why not.
         """
         match operation(node), arguments(node):
             case (("layer_norm" | "rms_norm"), (_, shape, *rest)) if len(shape) == 1:
                 affine = [each for each in rest[:2] if isinstance(each, Node)]
-                scaled = bool(rest) and rest[0] is not None
+                scaled, offset = bool(rest) and rest[0] is not None, 0.0
             case "mul", (a, b):
-                gamma = a if self.is_vector(a, node) else b
-                if not self.is_vector(gamma, node) or (a is gamma and self.is_vector(b, node)):
+                factors = [(each, *self._without_number(each)) for each in (a, b)]
+                vectors = [each for each in factors if self.is_vector(each[1], node)]
+                if len(vectors) != 1:
                     return None
+                ((_, gamma, offset),) = vectors
                 affine, users, scaled = [gamma], list(node.users), True
                 if (
                     len(users) == 1
@@ -211,23 +248,41 @@ class Finding:
         views = [self.trace.parameter(each) for each in affine]
         if not (names := tuple(view[0] for view in views if view is not None)):
             return None
+        axes = (Axis(names[0], 0, offset), *(Axis(name) for name in names[1:]))
         if not scaled:
-            return node, names, "the norm has a shift, but no scale"
+            return node, axes, "the norm has a shift, but no scale"
         reason = "its scale and shift are not both parameters as they stand (computed, or a buffer)"
-        return node, names, "" if len(names) == len(affine) else reason
+        return node, axes, "" if len(names) == len(affine) else reason
+
+    def _without_number(self, factor: object) -> tuple[object, float]:
+        """The parameter that a number is added to, and that number; anything else as it is, and
+        0.
+        """
+        x, offset = factor, 0.0
+        while isinstance(x, Node) and len(readers(x)) == 1:
+            if operation(x) == "add":
+                _, *others = arguments(x)
+                if len(others) != 1 or not isinstance(others[0], int | float) or x.kwargs:
+                    break
+                offset += others[0]
+            elif operation(x) not in ("to", "_to_copy"):
+                break
+            x = arguments(x)[0]
+        return (x, offset) if offset and self.trace.parameter(x) is not None else (factor, 0.0)
 
     def is_vector(self, argument: object, node: Node) -> bool:
         view = self.trace.parameter(argument)
         return view is not None and self.trace.tensors[view[0]].shape == value_of(node).shape[-1:]
 
-    def norm_scale(self, source: Node, plus: Sequence[str], where: str) -> Rescale:
+    def norm_scale(self, source: Node, plus: Sequence[Axis], where: str) -> Rescale:
         if not has_fixed_shape(source):
             raise NotProved("how many positions it has depends on values")
         readers = self.readers_of(source)
-        if len({*plus}) < len(plus):
+        names = [axis.parameter for axis in plus]
+        if len({*names}) < len(names):
             raise NotProved("its scale and shift are one parameter")
-        self.require_single(plus)
-        return Rescale("norm_scale", where, tuple(Axis(name) for name in plus), tuple(readers))
+        self.require_single(names)
+        return Rescale("norm_scale", where, tuple(plus), tuple(readers))
 
     def readers_of(self, source: Node) -> list[Axis]:
         """The columns of the linear maps that alone read what a norm gives."""
@@ -240,18 +295,26 @@ class Finding:
         self.require_single([], readers)
         return readers
 
-    def _reader(self, arrival: Arrival) -> Axis:
-        """The columns of the linear map at which a flow ends."""
+    def _reader(self, arrival: Arrival, experts: ExpertMap | None = None) -> Axis:
+        """The columns of the linear map at which a flow ends, or of all ``experts``; of each apart
+        where the flow begins at experts too.
+        """
+        not_units = "the columns of a linear map that reads it are not its units, one for one"
+        reader = self.trace.expert_maps.get(arrival.node)
+        if reader is not None and arrival.argument == reader.argument:
+            if experts is not None and reader.slots is not experts.slots:
+                raise NotProved("the experts that read it are not those that give it")
+            if not reader.reads(arrival.labels, apart=experts is not None):
+                raise NotProved(not_units)
+            return Axis(reader.weight, reader.columns if experts is None else (0, reader.columns))
         linear = self.trace.linear_maps.get(arrival.node)
         place = 1 if operation(arrival.node) == "addmm" else 0
         if linear is None or arrival.argument != place:
             raise NotProved(f"its reader, {self.describe(arrival.node)}, is not a linear map")
         labels = last_axis(arrival.labels)
         units = self.trace.tensors[linear.weight].shape[1 - linear.rows]
-        if labels is None or not torch.equal(labels, torch.arange(units)):
-            raise NotProved(
-                "the columns of a linear map that reads it are not its units, one for one"
-            )
+        if experts is not None or labels is None or not torch.equal(labels, torch.arange(units)):
+            raise NotProved(not_units)
         return Axis(linear.weight, 1 - linear.rows)
 
     def require_single(self, names: Sequence[str], axes: Sequence[Axis] = ()) -> None:
@@ -291,46 +354,49 @@ class Finding:
         between them.
         """
         taken: dict[Axis, str] = {}
-        for name, sources, plus in self._rescale_sources():
-            flow = self.trace.flow(sources)
-            if not flow.arrivals or not self._is_between(flow):
-                continue
-            # which of the two kinds the flow suggests
-            units = self.trace.tensors[name].shape[plus[0].axis]
-            ends = [arrival.node in self.trace.linear_maps for arrival in flow.arrivals]
-            parts = [len(arrival.labels.unique()) < units for arrival in flow.arrivals]
-            # a gate by itself, or in one weight with the values, of which a part of the units goes
-            # on
-            gated = flow.gated and (
-                all(ends) or any(end and part for end, part in zip(ends, parts, strict=True))
-            )
-            kind = "gated_rescale" if gated else "relu_rescale"
-            # proved, or refused with the reason
-            try:
-                gauge = self._rescale(kind, name, flow, plus)
-                if (
-                    clash := next((axis for axis in gauge.minus if axis in taken), None)
-                ) is not None:
-                    raise NotProved(f"the other side is scaled by {taken[clash]} already")
-            except NotProved as reason:
-                self.refused.append(Refusal(kind, self.place([name]), str(reason)))
-                continue
-            taken.update(dict.fromkeys(gauge.minus, name))
-            self.found.append(gauge)
+        for source in self._rescale_sources():
+            for name, flow, plus in self._flows(source):
+                if not flow.arrivals or not self._is_between(flow):
+                    continue
+                # which of the two kinds the flow suggests
+                ends = [self._is_map(arrival.node) for arrival in flow.arrivals]
+                parts = [
+                    arrival.labels.unique().numel() < source.labels for arrival in flow.arrivals
+                ]
+                # a gate by itself, or in one weight with the values, of which a part of the units
+                # goes on
+                gated = flow.gated and (
+                    all(ends) or any(end and part for end, part in zip(ends, parts, strict=True))
+                )
+                kind = "gated_rescale" if gated else "relu_rescale"
+                # proved, or refused with the reason
+                try:
+                    gauge = self._rescale(kind, source, flow, plus)
+                    if (
+                        clash := next((axis for axis in gauge.minus if axis in taken), None)
+                    ) is not None:
+                        raise NotProved(f"the other side is scaled by {taken[clash]} already")
+                except NotProved as reason:
+                    self.refused.append(Refusal(kind, self.place([name]), str(reason)))
+                    continue
+                taken.update(dict.fromkeys(gauge.minus, name))
+                self.found.append(gauge)
 
-    def _rescale_sources(self) -> list[tuple[str, dict[Node, Tensor], tuple[Axis, ...]]]:
-        """Weights whose output units may be scaled: name, nodes of the outputs with their labels,
-        and the side.
-        """
+    def _rescale_sources(self) -> list[Source]:
+        """Weights whose output units may be scaled."""
         sources = []
         # outputs of linear maps: rows, with the bias
         for linear in self.trace.linear_maps.values():
             if not has_fixed_shape(linear.output):  # experts that are chosen by their index
                 continue
-            plus = [Axis(linear.weight, linear.rows)]
+            axes = [Axis(linear.weight, linear.rows)]
             if linear.bias is not None:
-                plus.append(Axis(linear.bias))
-            sources.append((linear.weight, {linear.output: labels_of(linear.output)}, tuple(plus)))
+                axes.append(Axis(linear.bias))
+            sources.append(Source(tuple(axes), {linear.output: labels_of(linear.output)}))
+        # outputs of experts: rows of each
+        for each in self.trace.expert_maps.values():
+            rows = Axis(each.weight, (0, each.rows))
+            sources.append(Source((rows,), {each.node: each.labels()}, each))
         # outputs of embeddings: columns of a table, wherever it is looked up
         tables: dict[str, list[Node]] = defaultdict(list)
         for node in self.trace.graph.nodes:
@@ -340,8 +406,43 @@ class Finding:
             ):
                 tables[view[0]].append(node)
         for name, nodes in tables.items():
-            sources.append((name, {node: labels_of(node) for node in nodes}, (Axis(name, 1),)))
+            sources.append(Source((Axis(name, 1),), {node: labels_of(node) for node in nodes}))
         return sources
+
+    def _flows(self, source: Source) -> list[tuple[str, Flow, tuple[Axis, ...]]]:
+        """Where all of the units of a source go, or those of its parts that go to linear maps
+        alone: the name of the weight, or part, the flow, and the side.
+        """
+        whole = self.trace.flow(source.nodes)
+        name = source.axes[0].parameter
+        if all(self._is_map(arrival.node) for arrival in whole.arrivals):
+            return [(name, whole, source.axes)]
+        # a packed weight gives each reader some of its rows; which, the flow of these alone proves
+        size = self.trace.tensors[name].shape[axes_of(source.axes[0].axis)[-1]]
+        found = []
+        parts = {
+            tuple((arrival.labels[arrival.labels >= 0] % size).unique().tolist())
+            for arrival in whole.arrivals
+        }
+        for part in sorted(parts):
+            if not 0 < len(part) < size:
+                continue
+            try:
+                axes = tuple(
+                    axis._replace(
+                        parameter=named_part(axis.parameter, axes_of(axis.axis)[-1], part, size)
+                    )
+                    for axis in source.axes
+                )
+            except ValueError:  # no range
+                continue
+            flow = self.trace.flow(source.among(part, size))
+            if flow.arrivals and all(self._is_map(arrival.node) for arrival in flow.arrivals):
+                found.append((axes[0].parameter, flow, axes))
+        return found or [(name, whole, source.axes)]
+
+    def _is_map(self, node: Node) -> bool:
+        return node in self.trace.linear_maps or node in self.trace.expert_maps
 
     def _is_between(self, flow: Flow) -> bool:
         """Whether the flow is what a feed-forward block does: elementwise from linear map to linear
@@ -350,13 +451,13 @@ class Finding:
         A gate branch, whose scale its activation does not pass on, is none: the value branch is
         looked at by itself.
         """
-        linear = [arrival.node in self.trace.linear_maps for arrival in flow.arrivals]
+        linear = [self._is_map(arrival.node) for arrival in flow.arrivals]
         if all(linear):
             return bool(flow.activations) or flow.gated
         onward = [
             self._onward(arrival.node)
             for arrival in flow.arrivals
-            if arrival.node not in self.trace.linear_maps
+            if not self._is_map(arrival.node)
         ]
         return any(each is not None and (any(linear) or not each.gated) for each in onward)
 
@@ -385,21 +486,18 @@ class Finding:
         # its values must reach linear maps alone
         flow = self.trace.flow({node: labels_of(node)})
         return (
-            flow
-            if flow.arrivals and all(end.node in self.trace.linear_maps for end in flow.arrivals)
-            else None
+            flow if flow.arrivals and all(self._is_map(end.node) for end in flow.arrivals) else None
         )
 
-    def _rescale(self, kind: str, name: str, flow: Flow, plus: tuple[Axis, ...]) -> Rescale:
+    def _rescale(self, kind: str, source: Source, flow: Flow, plus: tuple[Axis, ...]) -> Rescale:
         # all that the flow reaches must be a linear map, at one degree
-        other = [
-            arrival.node for arrival in flow.arrivals if arrival.node not in self.trace.linear_maps
-        ]
+        name = source.axes[0].parameter
+        other = [arrival.node for arrival in flow.arrivals if not self._is_map(arrival.node)]
         if other and kind == "gated_rescale":
             raise NotProved("its rows are in one weight with those of its gate")
         if other:
             raise NotProved(f"{self.describe(other[0])} is not homogeneous")
-        readers = [self._reader(arrival) for arrival in flow.arrivals]
+        readers = [self._reader(arrival, source.experts) for arrival in flow.arrivals]
         if kind == "gated_rescale" and flow.activations:
             raise NotProved("the gate branch is not touched; its value branch is")
         degrees = {arrival.degree for arrival in flow.arrivals}
@@ -409,10 +507,12 @@ class Finding:
         if not self._bias_is_whole(name):
             raise NotProved("its bias is not a parameter of its own")
         tables = {
-            axis.parameter for axis in plus if axis.axis == 1 and self._is_table(axis.parameter)
+            axis.parameter
+            for axis in source.axes
+            if axis.axis == 1 and self._is_table(axis.parameter)
         }
         self.require_single(
-            [axis.parameter for axis in plus if axis.parameter not in tables], readers
+            [axis.parameter for axis in source.axes if axis.parameter not in tables], readers
         )
         return Rescale(
             kind, self.place([name, readers[0].parameter]), plus, tuple(readers), degrees.pop()
