@@ -15,7 +15,7 @@ from functools import singledispatch
 from torch import nn
 
 from ddc.gauges.base import unwrapped
-from ddc.gauges.trace import Inputs, traced
+from ddc.gauges.trace import Inputs, arguments, traced
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,9 @@ class HiddenMatrix:
     """A linear map from one hidden representation to another.
 
     Args:
-        parameter: name of the weight, of shape (out, in).
+        parameter: name of the weight, of shape (out, in), or (experts, out, in): each of stacked
+            experts is a map by itself. It may be a part of a parameter, ``"qkv.weight[0:64]"``; then
+            all of that must be parts.
         heads: how many heads it holds; each is a linear map by itself, to be orthogonalised by
             itself. 1 takes the matrix as a whole (the heads *stacked*).
         axis: along which the heads lie: 0 for queries, keys and values, 1 for the output
@@ -77,10 +79,17 @@ def hidden_matrices(
             " [HiddenMatrix('layers.0.query.weight', heads=8), ...]"
         )
     trace = traced(model, inputs)
-    return [
-        HiddenMatrix(linear.weight)
+    maps = [
+        (linear.node, linear.input, linear.weight)
         for linear in trace.linear_maps.values()
         if linear != trace.head
-        and trace.used_once(linear.weight)
-        and trace.depends_on_parameters(linear.input)
+    ]
+    maps += [
+        (experts.node, arguments(experts.node)[experts.argument], experts.weight)
+        for experts in trace.expert_maps.values()
+    ]
+    return [
+        HiddenMatrix(weight)
+        for _, read, weight in sorted(maps, key=lambda each: trace.order[each[0]])
+        if trace.used_once(weight) and trace.depends_on_parameters(read)
     ]

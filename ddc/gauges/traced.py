@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -254,7 +254,7 @@ class Finding:
         reason = "its scale and shift are not both parameters as they stand (computed, or a buffer)"
         return node, axes, "" if len(names) == len(affine) else reason
 
-    def _without_number(self, factor: object) -> tuple[object, float]:
+    def _without_number(self, factor: Any) -> tuple[Any, float]:
         """The parameter that a number is added to, and that number; anything else as it is, and
         0.
         """

@@ -7,6 +7,7 @@ see whole ones.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddc.gauges.base import axes_of
 from ddc.optim.compiled import Arithmetic, Hyper, Number, safe_power, scaled
 from ddc.optim.frames import Frames, log_norm
 from ddc.optim.rules import Rule
@@ -22,7 +24,7 @@ from ddc.optim.stack import Context, Stack, layers_at_once, mode_step, zero_mode
 from ddc.optim.stacked import Dressed, Layers, StackedParameter
 
 #: Logarithms of what stacked matrices are multiplied by: along rows, (L, rows, 1), and columns, (L,
-#: 1, columns).
+#: 1, columns); of experts, (L, experts, ...).
 LogFactors = tuple[Tensor, Tensor]
 
 
@@ -83,18 +85,26 @@ class Matrices:
         if not any(self.dressed_by):
             return None
         p = self.parameter
+        *experts, rows, columns = p.params[0].shape
 
         def along(axis: int) -> Tensor:
-            none = torch.zeros(p.params[0].shape[axis], dtype=p.dtype, device=p.params[0].device)
+            size = (rows, columns)[axis]
+            none = torch.zeros((*experts, size), dtype=p.dtype, device=p.params[0].device)
             logs = []
             for dressings in self.dressed_by:
                 mine = [
                     each
                     for each in dressings
-                    if each.axis == axis and (isinstance(each.source, Frames) or not inner)
+                    if axes_of(each.axis)[-1] == len(experts) + axis
+                    and (isinstance(each.source, Frames) or not inner)
                 ]
-                logs.append(mine[0].degree * log_norm(mine[0], context, after) if mine else none)
-            return p.shards.part(torch.stack(logs), 1, axis).unsqueeze(2 - axis)
+                # (experts · size) where each has its own, else (size,)
+                log = mine[0].degree * log_norm(mine[0], context, after) if mine else none
+                logs.append(log.view(-1, size).expand(*experts, size) if experts else log)
+            stacked = torch.stack(logs)
+            return p.shards.part(stacked, stacked.ndim - 1, len(experts) + axis).unsqueeze(
+                stacked.ndim - axis
+            )
 
         return along(0), along(1)
 
@@ -141,7 +151,7 @@ class Matrices:
         p = self.parameter
         weight, grad = self.dressed(layers, log_factors)
         squares, grads = self.sums(weight.square(), grad.square())
-        rows = p.params[0].shape[0] // (p.role.heads if p.role.heads and p.role.axis == 0 else 1)
+        rows = p.params[0].shape[-2] // (p.role.heads if p.role.heads and p.role.axis == 0 else 1)
         return (grads * squares / rows).sum()
 
     def step(self, read: Read, log_change: Tensor, step_count: Tensor, context: Context) -> None:
@@ -249,12 +259,11 @@ class HiddenStack(Stack):
         self.rule, self.frames, self.matrices, self.linked = rule, frames, matrices, bool(linked)
         self.parameters = [each.parameter for each in matrices]
         self.single_chunk = all(each.single_chunk for each in matrices)
-        blocks = [name for p in self.parameters for name in p.names for _ in range(p.units)]
-        index = {name: i for i, name in enumerate(blocks)}
+        units = {name: p.units for p in self.parameters for name in p.names}
+        start = dict(zip(units, itertools.accumulate(units.values(), initial=0), strict=False))
         first = self.parameters[0]
-        self.basis, modes = modes_of(
-            len(blocks), [(index[p], index[m], k) for p, m, k in linked], vertical
-        )
+        pairs = [(start[p] + i, start[m] + i, k) for p, m, k in linked for i in range(units[p])]
+        self.basis, modes = modes_of(sum(units.values()), pairs, vertical)
         self.basis = self.basis.to(device=first.params[0].device, dtype=first.dtype)
         self.step_count = torch.zeros(1, device=first.params[0].device)
         self.modes = zero_modes(rule, {"radial": (modes,)}, first)

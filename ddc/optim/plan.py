@@ -194,12 +194,14 @@ def _hidden_dressings(rescales: _Rescales, hidden: Collection[str]) -> dict[str,
     # by the norms of the other side
     for gauge in rescales.sided:
         if any(axis.parameter in hidden for axis in gauge.minus):
-            for name, axis, _ in gauge.minus:
+            for name, axis, offset in gauge.minus:
+                _check_no_offset(gauge, name, offset)
                 dressings.setdefault(name, []).append(Dressing(gauge, axis, gauge.degree))
     # by frames
     for gauge in rescales.inner:
         for side, degree in ((gauge.plus, -1.0), (gauge.minus, gauge.degree)):
-            for name, axis, _ in side:
+            for name, axis, offset in side:
+                _check_no_offset(gauge, name, offset)
                 dressings.setdefault(name, []).append(Dressing(gauge, axis, degree))
         _check_inner(gauge, rescales.inner, hidden)
     # one for each axis
@@ -265,7 +267,7 @@ class _Roles:
                 f" columns only. Of these, {without(*both)}"
             )
 
-    def _dressing(self, name: str, axis: int | None) -> Dressing | None:
+    def _dressing(self, name: str, axis: UnitAxis) -> Dressing | None:
         """What dresses a parameter that is no hidden matrix."""
         if name in self.plus_of and name in self.minus_of:
             gauge, minus_axis = self.minus_of[name]
@@ -448,6 +450,14 @@ def _check_block(gauge: Rescale, hidden: Collection[str]) -> None:
             f"{gauge}: {free[0]!r} is not hidden, and shares one scale with a hidden matrix. An"
             " optimizer of hidden matrices takes a block of them without biases; take scales of"
             " single units (gauges.granularity=unit)"
+        )
+
+
+def _check_no_offset(gauge: Rescale, name: str, offset: float) -> None:
+    if offset:
+        raise ValueError(
+            f"{gauge}: of {name!r} {offset:g} more is scaled, and it shares its side with a hidden"
+            f" matrix. Leave that out of hidden, or {without(gauge)}"
         )
 
 
