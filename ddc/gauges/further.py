@@ -45,7 +45,16 @@ from ddc.gauges.trace import (
     readers,
     value_of,
 )
-from ddc.gauges.traced import ATTENTION, Finding, NotProved, gauges_of_trace, heads_of, owner
+from ddc.gauges.traced import (
+    ATTENTION,
+    Attention,
+    Finding,
+    NotProved,
+    Read,
+    gauges_of_trace,
+    heads_of,
+    owner,
+)
 
 
 def gauges_of_kinds(trace: Trace, kinds: Collection[str], loss: str | None = None) -> GaugeSet:
@@ -85,14 +94,13 @@ class Further:
 
     def _attempts(self) -> Iterator[tuple[str, str, Callable[[], Sequence[Gauge]]]]:
         """Kind, place and proof of each gauge that is looked for."""
-        for node in self.trace.graph.nodes:
-            if operation(node) == ATTENTION:
-                where = module_path(node) or "attention"
-                yield "value_map", where, partial(self.value_map, node, where)
-                yield "value_bias", where, partial(self.value_bias, node, where)
-                yield "qk_map", where, partial(self.qk_map, node, where)
-                yield "key_bias", where, partial(self.key_bias, node, where)
-                yield "qk_norm_scale", where, partial(self.qk_norm_scale, node, where)
+        for each in self.finding.attentions:
+            where = each.where
+            yield "value_map", where, partial(self.value_map, each)
+            yield "value_bias", where, partial(self.value_bias, each)
+            yield "qk_map", where, partial(self.qk_map, each)
+            yield "key_bias", where, partial(self.key_bias, each)
+            yield "qk_norm_scale", where, partial(self.qk_norm_scale, each)
         for linear in self.trace.linear_maps.values():
             if self._is_router(linear):
                 yield "router_shift", owner(linear.weight), partial(self.router_shift, linear)
@@ -113,67 +121,110 @@ class Further:
     # ------------------------------------------------------------------------------------------
     # attention
 
-    def value_map(self, node: Node, where: str) -> list[General]:
+    def value_map(self, attention: Attention) -> list[General]:
         """Values by G, the output projection by its inverse: attention is linear in them."""
-        (rotation,) = self.finding.value_rotation(node, where, single=True)
+        (rotation,) = self.finding.value_rotation(attention, single=True)
         *rows, columns = rotation.slots
-        return [General("value_map", where, tuple(rows), (columns,))]
+        return [General("value_map", attention.where, tuple(rows), (columns,))]
 
-    def value_bias(self, node: Node, where: str) -> list[Gauge]:
+    def value_bias(self, attention: Attention) -> list[Gauge]:
         """A constant added to all values arrives at the output projection as it is, for the weights
         of attention sum to one.
         """
-        (gauge,) = self.value_map(node, where)
+        (gauge,) = self.value_map(attention)
         biases = [s for s in gauge.plus if self.trace.tensors[s.parameter].ndim == 1]
         (columns,) = gauge.minus
         bias = self._bias_of(columns.parameter)
         if not biases:
             return []
-        if len(arguments(node)) > 4 and arguments(node)[4] > 0:
-            raise NotProved("weights of attention are dropped at random")
-        mask = arguments(node)[3] if len(arguments(node)) > 3 else None
-        if isinstance(mask, Node) and self.trace.ancestors(mask) & self.trace.inputs:
-            raise NotProved("a mask that is given may mask a whole row, whose weights are zero")
-        self._require_alike(node, 2, "values")
-        self._require_passed_on(node)
+        self._require_sum_of_one(attention)
+        assert attention.value is not None
+        self._require_alike(attention.value, "values")
+        self._require_passed_on(attention.node)
         if bias is None:
             raise NotProved("the output projection has no bias of its own")
         copies = columns.indices.swapaxes(0, 1).reshape(columns.indices.shape[1], -1)
         (moved,) = biases
         slot = Translated(moved.parameter, 0, 1.0, tuple(moved.indices.flatten().tolist()))
         reader = Sheared(columns.parameter, columns.axis, copies, bias)
-        return [Shear("value_bias", where, (slot,), (reader,))]
+        return [Shear("value_bias", attention.where, (slot,), (reader,))]
 
-    def qk_map(self, node: Node, where: str) -> list[General]:
+    def _require_sum_of_one(self, attention: Attention) -> None:
+        """Weights of attention sum to one over positions."""
+        node, args = attention.node, arguments(attention.node)
+        if operation(node) == ATTENTION:
+            if len(args) > 4 and args[4] > 0:
+                raise NotProved("weights of attention are dropped at random")
+            mask = args[3] if len(args) > 3 else None
+            if isinstance(mask, Node) and self.trace.ancestors(mask) & self.trace.inputs:
+                raise NotProved("a mask that is given may mask a whole row, whose weights are zero")
+            return
+        self._require_over_positions(attention)
+        between = attention.weights
+        while between is not args[0]:
+            (between,) = readers(between)
+            if _drops(between):
+                raise NotProved("weights of attention are dropped at random")
+
+    def _require_over_positions(self, attention: Attention) -> None:
+        """A softmax that is spelt out is over the last axis, that of positions."""
+        softmax = attention.weights
+        if int(arguments(softmax)[1]) not in (-1, value_of(softmax).ndim - 1):
+            raise NotProved("its softmax is not over positions")
+
+    def _require_softmax_of_scores(self, attention: Attention) -> None:
+        """What is between a product that is spelt out and its softmax adds the same to both of two
+        scores that differ by it, and scales all of a query's alike.
+        """
+        if operation(attention.node) == ATTENTION:
+            return
+        assert attention.key is not None
+        self._require_over_positions(attention)
+        waiting = [attention.key.node]
+        while waiting:
+            for user in readers(waiting.pop()):
+                if user is attention.weights:
+                    continue
+                others = [x for x in arguments(user) if x is not user and not isinstance(x, Node)]
+                name = operation(user)
+                by_number = name in ("mul", "div") and len(others) == 1 and not user.kwargs
+                adds = name in ("add", "add_") and not user.kwargs and len(inputs(user)) == 2
+                if not (by_number or adds or name in KEEPS - {"dropout"}):
+                    raise NotProved(f"{name or 'the output of the model'} reads its scores")
+                waiting.append(user)
+
+    def qk_map(self, attention: Attention) -> list[General]:
         """Keys by G, queries by its inverse transpose; under a rotary embedding what commutes with
         it.
         """
         gauges = []
-        for rotation in self.finding.qk_rotation(node, where, single=True):
+        for rotation in self.finding.qk_rotation(attention, single=True):
             keys = self.finding.key_slots[rotation]
             queries = rotation.slots[: -len(keys)]
             group = "all" if rotation.reflections else "complex"
-            gauges.append(General("qk_map", where, keys, queries, group))
+            gauges.append(General("qk_map", attention.where, keys, queries, group))
         return gauges
 
-    def key_bias(self, node: Node, where: str) -> list[Gauge]:
+    def key_bias(self, attention: Attention) -> list[Gauge]:
         """A constant added to all keys adds the same to all scores of a query, if no position turns
         it.
         """
-        for gauge in self.qk_map(node, where):
+        for gauge in self.qk_map(attention):
             for slot in gauge.plus if gauge.group == "all" else ():
                 if self.trace.tensors[slot.parameter].ndim == 1:
-                    self._require_alike(node, 1, "keys", factors=True)
+                    assert attention.key is not None
+                    self._require_alike(attention.key, "keys", factors=True)
+                    self._require_softmax_of_scores(attention)
                     indices = tuple(slot.indices.flatten().tolist())
                     moved = Translated(slot.parameter, 0, 1.0, indices)
-                    return [Translation("key_bias", where, (moved,))]
+                    return [Translation("key_bias", attention.where, (moved,))]
         return []
 
-    def _require_alike(self, node: Node, argument: int, what: str, factors: bool = False) -> None:
+    def _require_alike(self, read: Read, what: str, factors: bool = False) -> None:
         """What is added to all values or keys arrives at attention as it is, at every position and
         on any input; with ``factors``, but for numbers that no input decides.
         """
-        target = arguments(node)[argument]
+        target = read.value
         source = self.finding.origin(target)
         assert source is not None
         between = self.trace.ancestors(target, [source.output])
@@ -199,20 +250,20 @@ class Further:
                     raise NotProved(f"{name or 'the output of the model'} changes what it gives")
                 waiting.append(user)
 
-    def qk_norm_scale(self, node: Node, where: str) -> list[Gauge]:
+    def qk_norm_scale(self, attention: Attention) -> list[Gauge]:
         """Scales of normed queries against those of normed keys, entry by entry or plane by
         plane.
         """
-        sides = [self._scale_before(arguments(node)[i]) for i in (0, 1)]
-        if None in sides:
+        reads = [read for read in (attention.query, attention.key) if read is not None]
+        sides = [self._scale_before(read.value) for read in reads]
+        if None in sides or len(reads) < 2:
             return []
         turned = []
-        for (name, scaled), argument, what in zip(sides, (0, 1), ("queries", "keys"), strict=True):  # type: ignore[misc]
+        for (name, scaled), read, what in zip(sides, reads, ("queries", "keys"), strict=True):  # type: ignore[misc]
             self.finding.require_single([name])
-            target = arguments(node)[argument]
-            if self.trace.leak(scaled, range(value_of(scaled).shape[-1]), node, argument):
+            if self.trace.leak(scaled, range(value_of(scaled).shape[-1]), read.node, read.argument):
                 raise NotProved(f"its {what} are read elsewhere as well")
-            matrix = self.trace.matrix(scaled, target)
+            matrix = self.trace.matrix(scaled, read.value, read.transposed)
             if matrix is None:
                 raise NotProved(f"its {what} pass through what is not linear behind their norm")
             turned.append((name, heads_of(matrix, what)))
@@ -236,7 +287,7 @@ class Further:
             if of_query:
                 plus = RotatedAxis(query, 0, np.array(of_query)[:, None])
                 minus = RotatedAxis(key, 0, np.array(of_key)[:, None])
-                gauges.append(General("qk_norm_scale", where, (plus,), (minus,), "scale"))
+                gauges.append(General("qk_norm_scale", attention.where, (plus,), (minus,), "scale"))
         return gauges
 
     def _scale_before(self, node: Node) -> tuple[str, Node] | None:

@@ -24,8 +24,8 @@ class HiddenMatrix:
 
     Args:
         parameter: name of the weight, of shape (out, in), or (experts, out, in): each of stacked
-            experts is a map by itself. It may be a part of a parameter, ``"qkv.weight[0:64]"``; then
-            all of that must be parts.
+            experts is a map by itself. It may be a part of a parameter, as ``"qkv.weight[0:64]"``;
+            then all of that must be parts.
         heads: how many heads it holds; each is a linear map by itself, to be orthogonalised by
             itself. 1 takes the matrix as a whole (the heads *stacked*).
         axis: along which the heads lie: 0 for queries, keys and values, 1 for the output

@@ -70,7 +70,7 @@ HOMOGENEOUS = frozenset(["relu", "relu_", "leaky_relu", "leaky_relu_", "abs"])
 LINEAR_OPERATIONS = (
     MOVES
     | KEEPS
-    | frozenset(["mul", "div", "add", "sub", "neg", "cat", "stack", "getitem", "rsub"])
+    | frozenset(["mul", "div", "add", "sub", "neg", "cat", "stack", "getitem", "rsub", "index"])
 )
 
 #: What is not looked into: values without parts of their own, classes, functions, imported modules.
@@ -758,7 +758,7 @@ class Trace:
                     ]
                     if taken != [argument]:
                         return user
-                elif user in on_the_way or operation(user) in MOVES | KEEPS | {"getitem"}:
+                elif user in on_the_way or operation(user) in MOVES | KEEPS | {"getitem", "index"}:
                     if changes(user):
                         waiting.append(user)
                 else:
@@ -828,8 +828,15 @@ class Trace:
         return given[node]
 
     @torch.no_grad()
-    def matrix(self, source: LinearMap | Node, target: Node, at_once: int = 256) -> Tensor | None:
-        """How the outputs of a linear map, the same at every position, enter attention.
+    def matrix(
+        self,
+        source: LinearMap | Node,
+        target: Node,
+        transposed: bool = False,
+        at_once: int = 256,
+    ) -> Tensor | None:
+        """How the outputs of a linear map, the same at every position, enter attention; with
+        ``transposed``, where entries lie before positions.
 
         Returns:
             (outputs, heads, positions, entries) in float64, of the first example and of at most
@@ -854,15 +861,19 @@ class Trace:
                     if argument not in moving:
                         if self.depends_on_parameters(argument):
                             return None
+                        if operation(node) == "index" and self.ancestors(argument) & self.inputs:
+                            return None  # where to, the input says
                         self.value(argument, fixed)
             # the passage of each unit vector, at some positions
-            shape, length = value_of(start).shape, value_of(target).shape[-2]
+            shape = value_of(start).shape
+            length = value_of(target).shape[-1 if transposed else -2]
             positions = torch.linspace(0, length - 1, min(POSITIONS, length)).round().long()
 
             def enter(outputs: Tensor) -> Tensor:
                 value = torch.as_tensor(
                     self.value(target, {**fixed, start: outputs.broadcast_to(shape)})
                 )
+                value = value.mT if transposed else value
                 return value.reshape(-1, *value.shape[-3:])[0]
 
             units = torch.eye(shape[-1], dtype=torch.float64, device=self.device_of(source))

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from ddc.gauges.base import Gauge, Refusal, axes_of
 from ddc.gauges.gauge_set import GaugeSet
 from ddc.gauges.parts import named_part, part_named
 from ddc.gauges.trace import (
+    KEEPS,
     Arrival,
     ExpertMap,
     Flow,
@@ -30,6 +32,7 @@ from ddc.gauges.trace import (
     Trace,
     arguments,
     has_fixed_shape,
+    inputs,
     labels_of,
     last_axis,
     module_path,
@@ -90,6 +93,46 @@ class Heads:
             *chain.from_iterable(pairs),
             *chain.from_iterable(rest.values() for rest in self.rest),
         }
+
+
+class Read(NamedTuple):
+    """Where attention reads heads, (examples, heads, positions, entries): the operation and its
+    argument, and whether positions and entries lie the other way round there.
+    """
+
+    node: Node
+    argument: int
+    transposed: bool = False
+
+    @property
+    def value(self) -> Node:
+        """What is read."""
+        value = arguments(self.node)[self.argument]
+        assert isinstance(value, Node)
+        return value
+
+    @property
+    def positions(self) -> int:
+        """How many positions there are."""
+        return value_of(self.value).shape[-1 if self.transposed else -2]
+
+
+class Attention(NamedTuple):
+    """Attention, as one operation or spelt out.
+
+    Attributes:
+        where: its place in the model.
+        node: what gives its output, by heads.
+        weights: what gives its weights: the operation itself, or a softmax.
+        query, key, value: where it reads them; None where that is not known.
+    """
+
+    where: str
+    node: Node
+    weights: Node
+    query: Read | None
+    key: Read | None
+    value: Read | None
 
 
 @dataclass(frozen=True)
@@ -534,30 +577,64 @@ class Finding:
 
     def rotations(self) -> None:
         """Heads of each attention: values against outputs, queries and keys with each other."""
-        for node in self.trace.graph.nodes:
-            if operation(node) == ATTENTION:
-                where = module_path(node) or "attention"
-                for kind, rule in (
-                    ("value_rotation", self.value_rotation),
-                    ("qk_rotation", self.qk_rotation),
-                ):
-                    try:
-                        self.found += rule(node, where)
-                    except NotProved as reason:
-                        self.refused.append(Refusal(kind, where, str(reason)))
-            elif operation(node) in ("softmax", "_softmax") and self._is_attention(node):
-                where = module_path(node) or "attention"
-                for kind in ("value_rotation", "qk_rotation"):
-                    self.refused.append(
-                        Refusal(
-                            kind,
-                            where,
-                            "attention is read where it is scaled_dot_product_attention",
-                        )
-                    )
+        for attention in self.attentions:
+            for kind, rule in (
+                ("value_rotation", self.value_rotation),
+                ("qk_rotation", self.qk_rotation),
+            ):
+                try:
+                    self.found += rule(attention)
+                except NotProved as reason:
+                    self.refused.append(Refusal(kind, attention.where, str(reason)))
 
-    def _is_attention(self, node: Node) -> bool:
-        return any(operation(user) in ("matmul", "bmm", "dropout", "to") for user in node.users)
+    @cached_property
+    def attentions(self) -> list[Attention]:
+        """All attention of the model, as one operation or spelt out."""
+        found = []
+        for node in self.trace.graph.nodes:
+            where = module_path(node) or "attention"
+            if operation(node) == ATTENTION:
+                read = tuple(Read(node, i) for i in range(3))
+                found.append(Attention(where, node, node, *read))
+            elif operation(node) in ("softmax", "_softmax") and (mixing := self._mixing(node)):
+                found.append(self._spelt_out(node, mixing, where))
+        return found
+
+    def _mixing(self, weights: Node) -> Node | None:
+        """The product by which weights of attention mix values, if a node gives such weights."""
+        node = weights
+        while len(users := readers(node)) == 1 and operation(users[0]) in {*KEEPS, "clone"}:
+            node = users[0]
+        for user in readers(node):
+            match operation(user), arguments(user):
+                case (("matmul" | "bmm"), (a, b)) if a is node and b is not node:
+                    return user
+        return None
+
+    def _spelt_out(self, softmax: Node, mixing: Node, where: str) -> Attention:
+        """Attention as a product of queries and keys, a softmax, and a product with values.
+
+        Scores decide the weights, and a turn of queries and keys leaves all of them as they are; so
+        whatever is between the product and the softmax is none of a rotation's business.
+        """
+        products: list[Node] = []
+        seen, waiting = {softmax}, [softmax]
+        while waiting:
+            for each in inputs(waiting.pop()):
+                if each in seen:
+                    continue
+                seen.add(each)
+                value = each.meta.get("val")
+                scores = isinstance(value, Tensor) and value.shape == value_of(softmax).shape
+                if operation(each) in ("matmul", "bmm") and scores:
+                    products.append(each)
+                elif scores:
+                    waiting.append(each)
+        value = Read(mixing, 1) if value_of(mixing).ndim == 4 else None
+        if len(products) != 1 or value is None:
+            return Attention(where, mixing, softmax, None, None, value)
+        reads = Read(products[0], 0), Read(products[0], 1, transposed=True)
+        return Attention(where, mixing, softmax, *reads, value)
 
     def origin(self, node: Node) -> LinearMap | None:
         """The one linear map from which an input of attention comes."""
@@ -565,16 +642,16 @@ class Finding:
         found = [maps[each] for each in self.trace.ancestors(node, stop=maps) if each in maps]
         return found[0] if len(found) == 1 else None
 
-    def _heads(self, node: Node, argument: int, what: str) -> tuple[LinearMap, Heads]:
-        """The linear map of an argument of attention, and its heads, whose outputs go nowhere
-        else.
-        """
-        linear = self.origin(arguments(node)[argument])
+    def _heads(self, read: Read | None, what: str) -> tuple[LinearMap, Heads]:
+        """The linear map of what attention reads, and its heads, whose outputs go nowhere else."""
+        if read is None:
+            raise NotProved(f"its {what} meet otherwise than in one product of heads")
+        linear = self.origin(read.value)
         if linear is None:
             raise NotProved(f"its {what} do not come from one linear map")
         self.require_single([linear.weight])
         try:
-            matrix = self.trace.matrix(linear, arguments(node)[argument])
+            matrix = self.trace.matrix(linear, read.value, read.transposed)
         except NoValue as error:
             raise NotProved(f"how its {what} enter attention is not known: {error}") from None
         if matrix is None:
@@ -583,15 +660,16 @@ class Finding:
             )
         heads = heads_of(matrix, what)
         rows = [*heads.outputs()]
-        if (user := self.trace.leak(linear, rows, node, argument)) is not None:
+        if (user := self.trace.leak(linear, rows, read.node, read.argument)) is not None:
             raise NotProved(f"its {what} are read by {self.describe(user)} as well")
         return linear, heads
 
         # values as they are, head by head
 
-    def value_rotation(self, node: Node, where: str, single: bool = False) -> list[Rotation]:
+    def value_rotation(self, attention: Attention, single: bool = False) -> list[Rotation]:
         """What turns values; ``single`` entries too, which have nothing to turn."""
-        value, heads = self._heads(node, 2, "values")
+        node, where = attention.node, attention.where
+        value, heads = self._heads(attention.value, "values")
         if any(heads.planes):
             raise NotProved("its values are turned by position")
         # what attention gives must go, unchanged, to one linear map of all heads
@@ -630,15 +708,18 @@ class Finding:
             else []
         )
 
-    def qk_rotation(self, node: Node, where: str, single: bool = False) -> list[Rotation]:
+    def qk_rotation(self, attention: Attention, single: bool = False) -> list[Rotation]:
         """What turns queries and keys alike; ``single`` entries too, which have nothing to turn."""
-        if min(value_of(arguments(node)[i]).shape[-2] for i in (0, 1)) < 3:
+        where, reads = attention.where, (attention.query, attention.key)
+        if any(read is not None and read.positions < 3 for read in reads):
             raise NotProved(
                 "the example has too few positions to see how they turn its heads: pass a"
                 " longer one"
             )
         # queries and keys, turned in the same planes
-        (query, q), (key_map, k) = self._heads(node, 0, "queries"), self._heads(node, 1, "keys")
+        (query, q), (key_map, k) = (
+            self._heads(read, what) for read, what in zip(reads, ("queries", "keys"), strict=True)
+        )
         kinds = {frozenset(planes) for planes in (*q.planes, *k.planes)}
         if len(kinds) != 1:
             raise NotProved("its queries and keys are turned in different planes")
