@@ -21,7 +21,7 @@ from ddc.gauges import (
     orbit_distance,
 )
 from ddc.models import GPTConfig, cross_entropy
-from ddc.optim.drift import gauge_coordinates, gauge_drift
+from ddc.optim.drift import GaugeDrift, gauge_coordinates
 from ddc.optim.factory import make_optimizer
 from tests.helpers import make_model, relu_mlp, relu_mlp_gauges
 
@@ -134,7 +134,7 @@ def test_drift_is_the_mean_over_units() -> None:
     )
     units = [gauge.units(before) for gauge in gauges]
     expected = 2 * math.log(2) * math.sqrt(units[0] / sum(units))
-    assert gauge_drift(before, named_parameters(model), gauges) == {
+    assert GaugeDrift(before, gauges).at(named_parameters(model)) == {
         "relu_rescale": pytest.approx(expected)
     }
 
@@ -154,8 +154,8 @@ def test_drift_of_a_rotation_is_its_angle(k: int) -> None:
     moved = {"w": rows.clone()}
     gauge.act_(moved, torch.linalg.matrix_exp(angles[:, None, None] * plane))
     expected = float(angles.square().mean().sqrt())
-    assert gauge_drift({"w": rows}, moved, [gauge]) == {"value_rotation": pytest.approx(expected)}
-    assert gauge_drift(moved, {"w": rows}, [gauge]) == {"value_rotation": pytest.approx(expected)}
+    assert GaugeDrift({"w": rows}, [gauge]).at(moved) == {"value_rotation": pytest.approx(expected)}
+    assert GaugeDrift(moved, [gauge]).at({"w": rows}) == {"value_rotation": pytest.approx(expected)}
 
 
 def test_ddcadam_keeps_the_coordinates_still_and_adamw_does_not(config: GPTConfig) -> None:
@@ -170,9 +170,8 @@ def test_ddcadam_keeps_the_coordinates_still_and_adamw_does_not(config: GPTConfi
             optimizer.zero_grad()
             cross_entropy(model(tokens), tokens.flip(1)).backward()
             optimizer.step()
-        drifts[name] = gauge_drift(
-            start, named_parameters(model), [g for g in gauges if not isinstance(g, Rotation)]
-        )
+        scales = [g for g in gauges if not isinstance(g, Rotation)]
+        drifts[name] = GaugeDrift(start, scales).at(named_parameters(model))
     assert all(drift < 1e-12 for drift in drifts["ddcadam"].values())
     assert all(drift > 1e-4 for drift in drifts["adamw"].values())
 
@@ -183,4 +182,4 @@ def test_drift_leaves_out_dead_units() -> None:
     with torch.no_grad():
         model[0].weight[2], model[0].bias[2] = 0, 0
     start = named_parameters(model)
-    assert gauge_drift(start, start, gauges) == {"relu_rescale": 0.0}
+    assert GaugeDrift(start, gauges).at(start) == {"relu_rescale": 0.0}

@@ -32,7 +32,9 @@ from ddc.training.setup import restore
 from tests.test_training import assert_same_run, run, run_folder, train_py
 
 
-def broken_off(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, at: int = 9) -> Path:
+def broken_off(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, *overrides: str, at: int = 9
+) -> Path:
     """The folder of a run that was killed after the checkpoint of a step."""
 
     class Killed(BaseException):
@@ -47,7 +49,7 @@ def broken_off(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, at: i
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "save_checkpoint", save_then_die)
-        setup = run(tmp_path / name)
+        setup = run(tmp_path / name, *overrides)
         with pytest.raises(Killed):
             train(setup)
     return setup.folder
@@ -82,6 +84,37 @@ def test_a_damaged_checkpoint_is_known_and_the_one_before_is_taken(
     assert_same_run(whole.folder, folder)
     steps = [row["step"] for row in Records(folder / "records.jsonl").read()]
     assert steps == [0, 3, 6, 9, 12]
+
+
+def test_checkpoints_have_a_schedule_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After 2, 5, 7, 10 and 12 steps, evaluations after 0, 3, 6, 9 and 12: broken off at either, a
+    run ends with the same bytes.
+    """
+    whole = run(tmp_path / "whole")
+    train(whole)
+    saved: list[int] = []
+    original = loop.save_checkpoint
+
+    def save(folder: Path, step: int, *arguments: object) -> None:
+        saved.append(step)
+        original(folder, step, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_checkpoint", save)
+        folder = broken_off(tmp_path, "broken", monkeypatch, "training.checkpoints=5", at=7)
+        assert folder.name == whole.folder.name
+        assert [step_of(path) for path in checkpoints(folder)] == [7, 5]
+        train(run(tmp_path / "broken", "training.checkpoints=5"))
+    assert saved == [2, 5, 7, 10, 12]
+    assert_same_run(whole.folder, folder)
+    # broken off with records that no checkpoint is behind, and gone on from with another schedule
+    other = broken_off(tmp_path, "other", monkeypatch, "training.checkpoints=5", at=10)
+    checkpoints(other)[0].unlink()
+    assert [row["step"] for row in Records(other / "records.jsonl").read()] == [0, 3, 6, 9]
+    train(run(tmp_path / "other"))
+    assert_same_run(whole.folder, other)
 
 
 def test_nothing_whole_is_an_error_that_says_what_to_do(

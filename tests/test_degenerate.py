@@ -98,10 +98,16 @@ def named(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def all_of(model: nn.Module, optimizer: Optimizer) -> dict[tuple[str, str], Tensor]:
-    """Copies of weights and state."""
+    """Copies of weights and of all state that a step moves (not what grows from zero, which stays
+    nothing in most tests).
+    """
     found = {(name, "weight"): p.detach().clone() for name, p in named(model).items()}
     for name, p in named(model).items():
-        found |= {(name, key): value.clone() for key, value in optimizer.state[p].items()}
+        found |= {
+            (name, key): value.clone()
+            for key, value in optimizer.state[p].items()
+            if not key.endswith("waking")
+        }
     return found
 
 
@@ -167,15 +173,25 @@ CASES = {
     "output projections": Case(
         LLAMA,
         (("blocks.0.mlp.down.weight", ALL), ("blocks.1.attention.output.weight", ALL)),
-        ADAM,
-        only=ADAM,
+        BOTH,
     ),
-    "an input projection": Case(LLAMA, ((f"{MLP_AT}.up.weight", ALL),), ADAM, only=ADAM),
-    "all values": Case(LLAMA, ((f"{ATTENTION}.value.weight", ALL),), ADAM, only=ADAM),
+    "output projections, by heads": Case(
+        LLAMA,
+        (("blocks.0.attention.output.weight", ALL),),
+        BOTH,
+        only=("DDCMuon",),
+        options={"per_head": True},
+    ),
+    "output projections of degree 2": Case(RELU2, (("blocks.0.mlp.down.weight", ALL),), BOTH),
+    "output projections beside biases": Case(LAYER, (("blocks.0.mlp.down.weight", ALL),), BOTH),
+    "an input projection": Case(LLAMA, ((f"{MLP_AT}.up.weight", ALL),), BOTH),
+    "all values": Case(LLAMA, ((f"{ATTENTION}.value.weight", ALL),), BOTH),
+    "queries": Case(LLAMA, ((f"{ATTENTION}.query.weight", ALL),), BOTH),
     "a head of values": Case(LLAMA, ((f"{ATTENTION}.value.weight", slice(4)),), BOTH),
     "a head that is a block": Case(
         LLAMA,
         ((f"{ATTENTION}.value.weight", slice(4)),),
+        BOTH,
         only=("DDCMuon",),
         options={"per_head": True},
     ),
@@ -233,6 +249,75 @@ def test_dead_weights(case: str, optimizer: str, variant: str) -> None:
             assert bool(at(model, place).any()) == (optimizer in this.wakes), place
     torch.testing.assert_close(function(models[0]), function(models[1]), rtol=0, atol=1e-7)
     assert (function(models[0]) - before).abs().max() > 1e-2
+
+
+#: What starts at zero: names of matrices by how they end, in a model of the tests or of others.
+ZERO_STARTS = {
+    "output projections": (LLAMA, ("output.weight", "down.weight")),
+    "output projections, ReLU and biases": (LAYER, ("output.weight", "down.weight")),
+    "output projections, ReLU²": (RELU2, ("output.weight", "down.weight")),
+    "head": (LLAMA, ("head.weight",)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", MAKERS)
+@pytest.mark.parametrize("start", ZERO_STARTS)
+def test_zero_starts_grow_and_stay_equivariant(start: str, optimizer: str) -> None:
+    """Over 100 steps, at the end of which what was zero is far longer than multiplication by
+    exp(lr) a step would have made it.
+    """
+    name, ends = ZERO_STARTS[start]
+    models = [fresh(name), fresh(name)]
+    zero = [each for each in named(models[0]) if each.endswith(ends)]
+    for model in models:
+        for each in zero:
+            nn.init.zeros_(named(model)[each])
+    kinds = UNSHIFTED if start == "head" else tuple(KINDS)
+    moved = gauges_of(name).only([k for k in kinds if k in {g.kind for g in gauges_of(name)}])
+    moved.transform_(models[1], torch.Generator().manual_seed(1))
+    before, optimizers = function(models[0]), []
+    for model in models:
+        optimizers.append(MAKERS[optimizer](model, gauges_of(name)))
+        train(model, optimizers[-1], 100)
+    torch.testing.assert_close(function(models[0]), function(models[1]), rtol=0, atol=1e-7)
+    assert (function(models[0]) - before).abs().max() > 0.1
+    for each in zero:
+        param = named(models[0])[each]
+        assert param.norm() > 0.1 * math.sqrt(param.shape[0]), each
+    # what is waking is the same at both starts, and has a place in the state
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        a, b = (each.state[p_] for each, p_ in zip(optimizers, (p, q), strict=True))
+        for key in a:
+            assert not key.endswith("waking") or torch.equal(a[key], b[key])
+
+
+@pytest.mark.parametrize("optimizer", MAKERS)
+def test_growing_from_zero_goes_on_after_loading(optimizer: str) -> None:
+    """Bit by bit; and a state that was saved without what is waking is loaded as if nothing is."""
+    model = fresh(LLAMA)
+    for name, p in named(model).items():
+        if name.endswith("down.weight"):
+            nn.init.zeros_(p)
+    made = MAKERS[optimizer](model, gauges_of(LLAMA))
+    train(model, made, 3)
+    other = copy.deepcopy(model)
+    loaded = MAKERS[optimizer](other, gauges_of(LLAMA))
+    loaded.load_state_dict(copy.deepcopy(made.state_dict()))
+    train(model, made, 3, first=3)
+    train(other, loaded, 3, first=3)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+    saved = copy.deepcopy(made.state_dict())
+    waking = [
+        (i, key) for i, state in saved["state"].items() for key in state if key.endswith("waking")
+    ]
+    assert any(saved["state"][i][key].any() for i, key in waking)
+    for i, key in waking:
+        del saved["state"][i][key]
+    loaded.load_state_dict(saved)
+    now = loaded.state_dict()["state"]
+    assert not any(now[i][key].any() for i, key in waking)
 
 
 @pytest.mark.parametrize(
@@ -305,12 +390,7 @@ def test_a_tiny_unit_is_dead_where_its_powers_are_no_numbers() -> None:
 @pytest.mark.parametrize(
     ("model", "zero", "make", "message"),
     [
-        (
-            LLAMA,
-            ["blocks.0.mlp.down.weight"],
-            ddcmuon,
-            "'blocks.0.mlp.down.weight': all zero.* leave it out of hidden",
-        ),
+        (CHAIN, ["layers.1.weight"], ddcmuon, "'layers.1.weight': all zero.* chained_rescale"),
         (
             LLAMA,
             ["norm.weight"],

@@ -36,7 +36,7 @@ from ddc import DDCAdam, DDCMuon, find_gauges
 from ddc.gauges import GaugeSet, Rotation, hidden_matrices, in_blocks, named_parameters, whole
 from ddc.models import GPTConfig, cross_entropy
 from ddc.models.deep_mlp import DeepMLP, DeepMLPConfig
-from ddc.optim.drift import gauge_drift
+from ddc.optim.drift import GaugeDrift
 from ddc.optim.factory import make_optimizer
 from ddc.training import loop
 from ddc.training.checkpoint import read_checkpoint
@@ -378,8 +378,8 @@ def process(rank: int, folder: Path) -> None:
             training = Training(case, meshes[case.how]).steps(0, STEPS)
             results[str(case)] = training.result()
             if case == CASES[1]:
-                results["drift"] = gauge_drift(
-                    training.start, named_parameters(training.model), training.gauges
+                results["drift"] = GaugeDrift(training.start, training.gauges).at(
+                    named_parameters(training.model)
                 )
                 results["state is split"] = all(
                     isinstance(state["exp_avg"], DTensor)
@@ -479,7 +479,7 @@ def test_state_is_split_and_drift_is_read_across_ranks(results: dict[str, Any]) 
     training = Training(CASES[1])
     start = {name: p.detach().clone() for name, p in named_parameters(training.model).items()}
     training.steps(0, STEPS)
-    expected = gauge_drift(start, named_parameters(training.model), training.gauges)
+    expected = GaugeDrift(start, training.gauges).at(named_parameters(training.model))
     assert {
         gauge.kind for gauge in training.gauges if isinstance(gauge, Rotation)
     } < expected.keys()

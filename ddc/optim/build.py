@@ -60,7 +60,6 @@ def check_hidden(hidden: Mapping[str, HiddenMatrix], params: Mapping[str, Tensor
                 f"hidden matrix {name!r}: {matrix.heads} heads do not divide"
                 f" {param.shape[matrix.axis]}. Give it the heads that it has, or heads=1"
             )
-        check_not_zero({name: param}, "its norm moves by multiplication", "leave it out of hidden")
 
 
 def gauges_of(plan: Plan, name: str) -> str:
@@ -135,11 +134,11 @@ class Builder:
         """Stacks of chains, but of those that are all hidden."""
         stacks = []
         for plan in plans:
+            for name in plan.gauge.weights:
+                why = f"under {plan.gauge} its norm moves by multiplication"
+                check_not_zero({name: self.params[name]}, why, "leave the gauge out")
             if plan.layers:
                 group = self.groups[self.group_of[plan.layers[0].name]]
-                for role in plan.layers:
-                    why = f"under {plan.gauge} its norm moves by multiplication"
-                    check_not_zero({role.name: self.params[role.name]}, why, "leave the gauge out")
                 alike: dict[object, list[Role]] = {}
                 for role in plan.layers:
                     alike.setdefault(self._role_key(role), []).append(role)
@@ -177,7 +176,7 @@ class Builder:
                 )
         group = self.groups[alike_matrices[0].parameter.groups[0]]
         vertical = group["vertical"] == "adam"
-        return HiddenStack(self.rule, frames, alike_matrices, plan.linked, vertical)
+        return HiddenStack(self.rule, frames, alike_matrices, plan.linked, plan.moved, vertical)
 
     def alike(self, names: list[str], plan: Plan) -> Matrices:
         """Hidden matrices that are alike, with what dresses each."""

@@ -46,7 +46,9 @@ class ChainStack(Stack):
     def grad_norm_squared(self, context: Context) -> Tensor:
         step_scale = context.hyper(self.parameters[0])["step_scale"]
         blocks = [side.read(side.gather(slice(None), context)) for side in self.sides]
-        return torch.stack([block.grad_norm_squared(step_scale) for block in blocks]).sum()
+        return torch.stack(
+            [block.grad_norm_squared(block.norm, step_scale) for block in blocks]
+        ).sum()
 
     def step(self, context: Context) -> None:
         """Move all layers, if any has a gradient."""

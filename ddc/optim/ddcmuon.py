@@ -64,14 +64,14 @@ class DDCMuon(Lift):
             above.
         compiled: as for :class:`DDCAdam`.
 
-    The state of a hidden matrix is its ``momentum_buffer``, half of AdamW's. A hidden matrix
+    The state of a hidden matrix is its ``momentum_buffer``, half of AdamW's. A matrix that starts
+    at zero moves by ``lr`` times its usual norm until it has that (docs/method.md). A hidden matrix
     without a gradient is left alone; ``balance`` waits for a step in which all that the frames
     scale has one.
 
     Raises:
         ValueError: a hyperparameter out of range; a hidden matrix that is absent, no matrix, does
-            not divide into its heads, or is zero (norms move by multiplication: it would stay
-            zero); and as :class:`DDCAdam`.
+            not divide into its heads, or is zero under a chain; and as :class:`DDCAdam`.
     """
 
     rule, matrix_rule = Adam(), Orthogonaliser()

@@ -5,6 +5,7 @@ they moved there.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def gauge_coordinates(params: Mapping[str, Tensor], gauges: Iterable[Gauge]) -> 
     - chain: twice each layer's log-norm less the mean over layers;
     - shift: the mean row, in the unit of the weights: a norm scale on the head moves it as well.
 
-    Rotations have no coordinate of this kind (:func:`gauge_drift` gives their angles).
+    Rotations have no coordinate of this kind (:class:`GaugeDrift` gives their angles).
 
     Args:
         params: parameters by name; those that are split over ranks are gathered, so all ranks must
@@ -73,8 +74,7 @@ def gauge_coordinates(params: Mapping[str, Tensor], gauges: Iterable[Gauge]) -> 
     return found
 
 
-@torch.no_grad()
-def gauge_drift(start: Params, now: Params, gauges: Iterable[Gauge]) -> dict[str, float]:
+class GaugeDrift:
     """How far weights have moved *along* their orbits since a start, by kind of gauge.
 
     The root mean square, over all units of a kind, of the change of :func:`gauge_coordinates`; for
@@ -84,23 +84,32 @@ def gauge_drift(start: Params, now: Params, gauges: Iterable[Gauge]) -> dict[str
 
     Args:
         start: parameters by name.
-        now: likewise, of the same model.
         gauges: the gauges of the model.
     """
-    gauges = list(gauges)
-    start, now = ({name: whole(p) for name, p in params.items()} for params in (start, now))
-    before, after = gauge_coordinates(start, gauges), gauge_coordinates(now, gauges)
-    changes: dict[str, list[Tensor]] = {}
-    for gauge in gauges:
-        if isinstance(gauge, Rotation):
-            angles = torch.linalg.eigvals(
-                nearest_turn(gauge, now, start, reflections=False)
-            ).angle()
-            change = (
-                angles.square().sum(-1) / 2
-            ).sqrt()  # the angles of a plane come with both signs
-        else:
-            change = after[gauge].cpu() - before[gauge].cpu()
-        changes.setdefault(gauge.kind, []).append(change[change.isfinite()])
-    joined = {kind: torch.cat(each) for kind, each in changes.items()}
-    return {kind: float(each.square().mean().sqrt()) for kind, each in joined.items() if len(each)}
+
+    def __init__(self, start: Params, gauges: Iterable[Gauge]) -> None:
+        self.gauges = list(gauges)
+        self.start = {name: whole(p) for name, p in start.items()}
+
+    @cached_property
+    def coordinates(self) -> dict[Gauge, Tensor]:
+        """Those of the start."""
+        return gauge_coordinates(self.start, self.gauges)
+
+    @torch.no_grad()
+    def at(self, now: Params) -> dict[str, float]:
+        """The drift of weights, parameters by name of the same model."""
+        now = {name: whole(p) for name, p in now.items()}
+        before, after = self.coordinates, gauge_coordinates(now, self.gauges)
+        changes: dict[str, list[Tensor]] = {}
+        for gauge in self.gauges:
+            if isinstance(gauge, Rotation):
+                turn = nearest_turn(gauge, now, self.start, reflections=False)
+                angles = torch.linalg.eigvals(turn).angle()
+                # the angles of a plane come with both signs
+                change = (angles.square().sum(-1) / 2).sqrt()
+            else:
+                change = after[gauge].cpu() - before[gauge].cpu()
+            changes.setdefault(gauge.kind, []).append(change[change.isfinite()])
+        joined = {kind: torch.cat(each) for kind, each in changes.items()}
+        return {kind: float(x.square().mean().sqrt()) for kind, x in joined.items() if len(x)}

@@ -8,6 +8,7 @@ see whole ones.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,8 +21,11 @@ from ddc.gauges.base import axes_of
 from ddc.optim.compiled import Arithmetic, Hyper, Number, safe_power, scaled
 from ddc.optim.frames import Frames, log_norm
 from ddc.optim.rules import Rule
-from ddc.optim.stack import Context, Stack, layers_at_once, mode_step, zero_modes
+from ddc.optim.stack import Context, Stack, layers_at_once, mode_step, waking_none, zero_modes
 from ddc.optim.stacked import Dressed, Layers, StackedParameter
+
+#: State of all blocks: 1 for those that grow from zero, 0 for all others.
+WAKING = "waking"
 
 #: Logarithms of what stacked matrices are multiplied by: along rows, (L, rows, 1), and columns, (L,
 #: 1, columns); of experts, (L, experts, ...).
@@ -137,33 +141,58 @@ class Matrices:
         squares, log_norm_grad = self.sums(weight.square(), weight * grad)
         return squares.sqrt(), log_norm_grad
 
-    def grad_norm_squared(self, context: Context) -> Tensor:
-        """Squared norm of the gradient in the invariant metric."""
+    def norms(self, context: Context) -> tuple[Tensor, Tensor]:
+        """The norm of each block, and the square of that of its gradient, (L, H)."""
         log_factors, p = self.log_factors(context, after=False), self.parameter
         compiled = context.compiles(p)
         measured = [
             self.measure(compiled, self, context.gather(p, rows), self.rows_of(log_factors, rows))
             for rows in context.chunks([True] * len(p.params), self.at_once)
         ]
-        return torch.stack(measured).sum()
+        norms, grads = map(torch.cat, zip(*measured, strict=True))
+        return norms, grads
 
-    def _measure(self, layers: Layers, log_factors: LogFactors | None) -> Tensor:
-        p = self.parameter
+    def _measure(self, layers: Layers, log_factors: LogFactors | None) -> tuple[Tensor, Tensor]:
         weight, grad = self.dressed(layers, log_factors)
         squares, grads = self.sums(weight.square(), grad.square())
-        rows = p.params[0].shape[-2] // (p.role.heads if p.role.heads and p.role.axis == 0 else 1)
-        return (grads * squares / rows).sum()
+        return squares.sqrt(), grads
 
-    def step(self, read: Read, log_change: Tensor, step_count: Tensor, context: Context) -> None:
+    @property
+    def rows(self) -> int:
+        """Rows of a block."""
+        p = self.parameter
+        return p.params[0].shape[-2] // (p.role.heads if p.role.heads and p.role.axis == 0 else 1)
+
+    @property
+    def usual_norm(self) -> float:
+        """The norm of a block at the 1/√fan_in initialisation."""
+        p = self.parameter
+        *experts, rows, _ = p.params[0].shape
+        return math.sqrt(math.prod(experts) * rows / p.units)
+
+    def step(
+        self,
+        read: Read,
+        scale: Tensor,
+        waking: Tensor,
+        log_change: Tensor,
+        step_count: Tensor,
+        context: Context,
+    ) -> None:
         """Turn the directions by the angle lr, multiply the norms by exp(log_change), (L, H),
-        decay, undress and store.
+        decay, undress and store. A block that is waking moves by lr · ``scale`` instead.
         """
         p = self.parameter
         undress = None if read.log_factors is None else self._undressing(read.log_factors, context)
         has_gradient = [param.grad is not None for param in p.params]
         compiled = context.compiles(p) and all(has_gradient)
         for rows in context.chunks(has_gradient, self.at_once):
-            by_block = read.norm[rows], read.log_norm_grad[rows], log_change[rows]
+            by_block = (
+                scale[rows],
+                waking[rows],
+                read.log_norm_grad[rows],
+                log_change[rows],
+            )
             mine = None if undress is None else Undressing(*(each[rows] for each in undress))
             self.move(
                 compiled,
@@ -180,7 +209,8 @@ class Matrices:
         self,
         layers: Layers,
         log_factors: LogFactors | None,
-        norm: Tensor,
+        scale: Tensor,
+        waking: Tensor,
         log_norm_grad: Tensor,
         log_change: Tensor,
         undress: Undressing | None,
@@ -190,16 +220,19 @@ class Matrices:
         # the tangential input, in dressed coordinates
         p = self.parameter
         weight, grad = self.dressed(layers, log_factors)
-        unit = scaled(weight, p.spread(safe_power(norm, -1)))
-        x = scaled(grad, p.spread(norm)).addcmul_(unit, p.spread(log_norm_grad), value=-1)
+        unit = scaled(weight, p.spread(safe_power(scale, -1)))
+        leaning = torch.where(waking, 0.0, log_norm_grad)
+        x = scaled(grad, p.spread(scale)).addcmul_(unit, p.spread(leaning), value=-1)
         # the rule's direction, projected again
         clock = p.rule.clock(step_count, hyper, p.dtype)
         o = p.rule.direction(x, layers.moments, clock, hyper, p).u
-        o = o.addcmul_(unit, p.spread(self.sums(o * unit)[0]), value=-1)
-        # turn by the angle lr; norm and decay
+        along = torch.where(waking, 0.0, self.sums(o * unit)[0])
+        o = o.addcmul_(unit, p.spread(along), value=-1)
+        # turn by the angle lr, unless the norm is to grow by that; norm and decay
         inverse = safe_power(self.sums(o.square())[0].sqrt(), -1)
         turned = unit.addcmul_(o, p.spread(hyper["lr"] * inverse), value=-1)
-        growth = log_change.exp() * norm * safe_power(self.sums(turned.square())[0].sqrt(), -1)
+        length = safe_power(self.sums(turned.square())[0].sqrt(), -1)
+        growth = log_change.exp() * scale * torch.where(waking, 1.0, length)
         moved = scaled(turned, p.spread(growth * hyper["decay"]))
         # back in the weights' own coordinates
         if undress is not None:
@@ -245,6 +278,7 @@ class HiddenStack(Stack):
         frames: by level.
         matrices: alike ones together.
         linked: (P, M, k): blocks whose norms a gauge moves against each other, by c and c^-k.
+        moved: those of them that a block links, which dresses nothing: their dressed norms move.
         vertical: whether the vertical modes step too.
     """
 
@@ -254,19 +288,31 @@ class HiddenStack(Stack):
         frames: list[Frames],
         matrices: list[Matrices],
         linked: Sequence[tuple[str, str, float]],
+        moved: Sequence[tuple[str, str, float]],
         vertical: bool,
     ) -> None:
-        self.rule, self.frames, self.matrices, self.linked = rule, frames, matrices, bool(linked)
+        self.rule, self.frames, self.matrices = rule, frames, matrices
+        self.linked, self.moved = bool(linked), bool(moved)
         self.parameters = [each.parameter for each in matrices]
         self.single_chunk = all(each.single_chunk for each in matrices)
         units = {name: p.units for p in self.parameters for name in p.names}
         start = dict(zip(units, itertools.accumulate(units.values(), initial=0), strict=False))
         first = self.parameters[0]
-        pairs = [(start[p] + i, start[m] + i, k) for p, m, k in linked for i in range(units[p])]
-        self.basis, modes = modes_of(sum(units.values()), pairs, vertical)
-        self.basis = self.basis.to(device=first.params[0].device, dtype=first.dtype)
+        linked, moved = (
+            [(start[p] + i, start[m] + i, k) for p, m, k in each for i in range(units[p])]
+            for each in (linked, moved)
+        )
+        blocks = sum(units.values())
+        self.basis, modes = modes_of(blocks, linked, vertical)
+        powers = powers_of(blocks, moved)
+        usual = torch.tensor([each.usual_norm for each in matrices for _ in range(each.blocks)])
+        self.basis, self.powers, self.usual_norms = (
+            each.to(device=first.params[0].device, dtype=first.dtype)
+            for each in (self.basis, powers, usual)
+        )
         self.step_count = torch.zeros(1, device=first.params[0].device)
         self.modes = zero_modes(rule, {"radial": (modes,)}, first)
+        self.modes[WAKING] = waking_none((blocks,), first)
 
     @property
     def shared(self) -> tuple[str, ...]:
@@ -282,7 +328,12 @@ class HiddenStack(Stack):
 
     def grad_norm_squared(self, context: Context) -> Tensor:
         self._sweep(context)
-        return torch.stack([each.grad_norm_squared(context) for each in self.matrices]).sum()
+        norms, grads = zip(*(each.norms(context) for each in self.matrices), strict=True)
+        terms = [
+            (grad * scale.square() / each.rows).sum()
+            for each, grad, scale in zip(self.matrices, grads, self._scales(norms)[0], strict=True)
+        ]
+        return torch.stack(terms).sum()
 
     def step(self, context: Context) -> None:
         # frames: what they dress may move even where the matrices do not
@@ -300,9 +351,32 @@ class HiddenStack(Stack):
                 context.relaxed[frame] = (-relaxation(hyper) * log_frame).exp()
         # norms, then the matrices
         reads = [each.read(context) for each in self.matrices]
+        scales, waking = self._scales([read.norm for read in reads])
+        self.modes[WAKING].copy_(torch.cat([each.flatten() for each in waking]))
         changes = self._radial(torch.cat([read.log_norm_grad.flatten() for read in reads]), context)
-        for each, read, change in zip(self.matrices, reads, changes, strict=True):
-            each.step(read, change.view_as(read.norm), self.step_count, context)
+        for each, read, change, *by_block in zip(
+            self.matrices, reads, changes, scales, waking, strict=True
+        ):
+            each.step(read, *by_block, change.view_as(read.norm), self.step_count, context)
+
+    def _scales(self, norms: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """What is rho in the step of each block, and which blocks are waking, as ``norms``, (L, H)
+        of each of the matrices.
+
+        A block that is zero has no direction, and its norm, which moves by multiplication, would
+        take for ever to grow. Until it has its usual norm it moves by steps of that length, scaled
+        as the norms say of the blocks that a gauge links with it.
+        """
+        flat, usual = torch.cat([norm.flatten() for norm in norms]), self.usual_norms
+        if self.moved:
+            away = torch.where(flat > 0, (flat / usual).log(), 0.0)
+            usual = usual * mode_sums(self.powers, away).exp()
+        waking = (flat == 0) | ((self.modes[WAKING] > 0) & (flat < usual))
+        scales, sizes = torch.where(waking, usual, flat), [norm.numel() for norm in norms]
+        return tuple(  # type: ignore[return-value]
+            [part.view_as(norm) for part, norm in zip(each.split(sizes), norms, strict=True)]
+            for each in (scales, waking)
+        )
 
     def _sweep(self, context: Context) -> None:
         for frame in self.frames:
@@ -334,6 +408,21 @@ def mode_sums(matrix: Tensor, vector: Tensor) -> Tensor:
     them nan.
     """
     return torch.where(matrix == 0, 0.0, matrix * vector).sum(1)
+
+
+def powers_of(total: int, moved: Sequence[tuple[int, int, float]]) -> Tensor:
+    """For each block, the powers of the norms of all others whose product moves with its own norm,
+    whatever gauges move: (B, B), zeros in the rows of blocks that no gauge moves.
+    """
+    gauges = np.zeros((len(moved), total))
+    for row, (p, m, k) in zip(gauges, moved, strict=True):
+        row[p], row[m] = 1.0, -k
+    powers = np.zeros((total, total))
+    for i in np.flatnonzero(gauges.any(0)):
+        others = gauges.copy()
+        others[:, i] = 0
+        powers[i] = np.linalg.lstsq(others, gauges[:, i], rcond=1e-9)[0]
+    return torch.from_numpy(powers)
 
 
 def modes_of(

@@ -303,8 +303,12 @@ class Lift(Optimizer):
         saved, own = in_own_order(self, state_dict), self.state
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         states = [saved["state"].get(each, {}) for each in saved_ids(saved["param_groups"])]
-        for name, param, state in zip(parameter_names(self), params, states, strict=True):
-            check_shapes(name, state, own.get(param, {}))
+        for i, (name, param) in enumerate(zip(parameter_names(self), params, strict=True)):
+            mine = own.get(param, {})
+            if states[i]:  # saved before what is waking was kept: nothing is
+                since = {k: torch.zeros_like(v) for k, v in mine.items() if k.endswith("waking")}
+                states[i] = {**since, **states[i]}
+            check_shapes(name, states[i], mine)
         with as_it_was_if_refused(self):
             super().load_state_dict({**saved, "state": {}})
             self.state = own

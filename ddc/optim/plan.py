@@ -108,7 +108,8 @@ class Plan:
     and ``hidden``.
 
     ``hidden`` has the dressings of each hidden matrix; ``linked``, pairs of hidden matrices (P, M,
-    k) whose norms a gauge moves against each other, by c and c^-k.
+    k) whose norms a gauge moves against each other, by c and c^-k; ``moved``, those of them that
+    a block links, which dresses neither.
     """
 
     polar: list[PolarPlan] = field(default_factory=list)
@@ -117,6 +118,7 @@ class Plan:
     free: list[Role] = field(default_factory=list)
     hidden: dict[str, tuple[Dressing, ...]] = field(default_factory=dict)
     linked: list[tuple[str, str, float]] = field(default_factory=list)
+    moved: list[tuple[str, str, float]] = field(default_factory=list)
 
 
 def make_plan(
@@ -152,6 +154,7 @@ def make_plan(
         free=[roles.of(name, 0) for name in params if name not in decomposed],
         hidden={name: tuple(dressings[name]) for name in hidden},
         linked=_linked(chains, [*sorted_.blocks, *(each.gauge for each in inner)], hidden),
+        moved=_linked([], sorted_.blocks, hidden),
     )
 
 

@@ -12,8 +12,19 @@ from torch import Tensor
 from ddc.optim.compiled import Arithmetic, Hyper, safe_power
 from ddc.optim.sharding import check_split_alike
 from ddc.optim.side import Block, Side
-from ddc.optim.stack import Context, Stack, layers_at_once, mode_step, states_of, zero_modes
+from ddc.optim.stack import (
+    Context,
+    Stack,
+    layers_at_once,
+    mode_step,
+    states_of,
+    waking_none,
+    zero_modes,
+)
 from ddc.optim.stacked import Layers, StackedParameter, unit_sums
+
+#: State of the two sides of a gauge: 1 for units that grow from zero, 0 for all others.
+WAKING = ("plus_waking", "minus_waking")
 
 
 class Pairs(NamedTuple):
@@ -45,6 +56,8 @@ class PolarStack(Stack):
         modes = (("radial",) + (("vertical",) if vertical else ())) if minus else ()
         shape = self.layers, first.units
         self.modes = zero_modes(self.rule, dict.fromkeys(modes, shape), first)
+        if minus:
+            self.modes |= {key: waking_none(shape, first) for key in WAKING}
         layer_size = sum(p.params[0].numel() for p in self.parameters)
         self.at_once = layers_at_once(self.layers, layer_size, first.params[0].device)
         self.single_chunk = self.at_once == self.layers
@@ -67,24 +80,47 @@ class PolarStack(Stack):
         for rows in context.chunks([True] * self.layers, self.at_once):
             minus = self.minus.gather(rows, context) if self.minus is not None else []
             layers = self.plus.gather(rows, context), minus
-            measured.append(
-                self.measure(
-                    context.compiles(first), self, *layers, context.hyper(first)["step_scale"]
-                )
-            )
+            modes = {key: value[rows] for key, value in self.modes.items()}
+            step_scale = context.hyper(first)["step_scale"]
+            measured.append(self.measure(context.compiles(first), self, *layers, modes, step_scale))
         norms, squares = zip(*measured, strict=True)
         context.norms[self] = (torch.cat(norms),) * 2
         return torch.stack(squares).sum()
 
     def _measure(
-        self, plus_layers: Sequence[Layers], minus_layers: Sequence[Layers], step_scale: str
+        self,
+        plus_layers: Sequence[Layers],
+        minus_layers: Sequence[Layers],
+        modes: dict[str, Tensor],
+        step_scale: str,
     ) -> tuple[Tensor, Tensor]:
         """The plus norms, and the squared norm of the gradient."""
         plus = self.plus.read(plus_layers)
-        squared = plus.grad_norm_squared(step_scale)
-        if self.minus is not None:
-            squared = squared + self.minus.read(minus_layers).grad_norm_squared(step_scale)
-        return plus.norm, squared
+        if self.minus is None:
+            return plus.norm, plus.grad_norm_squared(plus.norm, step_scale)
+        minus = self.minus.read(minus_layers)
+        scales = (scale for scale, _ in self._scales(plus.norm, minus.norm, modes))
+        squares = [
+            block.grad_norm_squared(scale, step_scale)
+            for block, scale in zip((plus, minus), scales, strict=True)
+        ]
+        return plus.norm, squares[0] + squares[1]
+
+    def _scales(
+        self, plus: Tensor, minus: Tensor, modes: dict[str, Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Of each side, what is rho in its step, and which units are waking, (L, U).
+
+        A side that is zero has no direction, and its norm, which moves by multiplication, would
+        take for ever to grow. Until it is as long as the other side asks for, at which the product
+        of both is 1, it steps in that length, which scales with the gauge as its own norm does.
+        """
+        instead = safe_power(minus, -1 / self.degree), safe_power(plus, -self.degree)
+        scales = []
+        for norm, length, key in zip((plus, minus), instead, WAKING, strict=True):
+            waking = (norm == 0) | ((modes[key] > 0) & (norm < length))
+            scales.append((torch.where(waking, length, norm), waking))
+        return scales
 
     def step(self, context: Context) -> None:
         has_gradient = [
@@ -138,13 +174,14 @@ class PolarStack(Stack):
             plus_change, minus_change, relaxed = self._radial(
                 plus, minus, dressed, modes, clock, hyper
             )
-            # A dead side (norm 0) has no direction. It steps in the other's covariant scale until
-            # it has one.
-            plus_scale = torch.where(old > 0, old, safe_power(minus.norm, -1 / self.degree))
-            minus_scale = torch.where(minus.norm > 0, minus.norm, safe_power(old, -self.degree))
-            turn = plus.turn(plus_scale, plus_change, clock, hyper, relaxed)
+            (plus_scale, plus_waking), (minus_scale, minus_waking) = self._scales(
+                old, minus.norm, modes
+            )
+            for key, waking in zip(WAKING, (plus_waking, minus_waking), strict=True):
+                modes[key].copy_(waking)
+            turn = plus.turn(plus_scale, plus_change, clock, hyper, relaxed, plus_waking)
             along = -self.degree * relaxed
-            minus.write(minus.turn(minus_scale, minus_change, clock, hyper, along))
+            minus.write(minus.turn(minus_scale, minus_change, clock, hyper, along, minus_waking))
         plus.write(turn)
         rounded = first.params[0].dtype != first.dtype
         return old, self.plus.rounded_norm(plus_layers, hyper["additive"]) if rounded else turn.norm

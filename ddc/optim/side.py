@@ -105,12 +105,12 @@ class Block:
     norm: Tensor
     log_norm_grad: Tensor
 
-    def grad_norm_squared(self, step_scale: str) -> Tensor:
+    def grad_norm_squared(self, norm: Tensor, step_scale: str) -> Tensor:
         """Σ over units of s² |g|², which is |g|² at the 1/√fan_in initialisation and invariant
-        always.
+        always; ``norm`` is rho, or what stands for it.
         """
         squares = self.side.sums(lambda p, i: p.unit_sum(self.grads[i].square()))[0]
-        return (squares * self.scale(self.norm, step_scale).square()).sum()
+        return (squares * self.scale(norm, step_scale).square()).sum()
 
     def scale(self, norm: Tensor, step_scale: str) -> Tensor:
         """The step scale s per unit."""
@@ -123,6 +123,7 @@ class Block:
         clock: Any,
         hyper: Hyper,
         along_gauge: Tensor | float = 0.0,
+        waking: Tensor | None = None,
     ) -> Turn:
         """The step of the side: W becomes keep · W - turn · u, per unit.
 
@@ -137,20 +138,22 @@ class Block:
             hyper: hyperparameters.
             along_gauge: the part of ``log_change`` that moves all of the side, where the rest
                 scales W alone.
+            waking: units that have no direction to keep, so that u is neither tangential nor
+                retracted; by default those of norm zero.
         """
         side, growth = self.side, log_change.exp()
         if side.unit_size == 1:
             return Turn([], growth, growth, growth * self.norm)
         # the rule's directions, of the tangential input
-        inverse, alive = safe_power(norm, -1), self.norm > 0
+        inverse = safe_power(norm, -1)
+        awake = self.norm > 0 if waking is None else ~waking
+        leaning = self.log_norm_grad * inverse * awake
         directions: list[Tensor] = []
         ratio: Number = 1.0
         for p, layers, weight, grad in zip(
             side.parameters, self.layers, self.weights, self.grads, strict=True
         ):
-            x = scaled(grad, p.spread(norm)).addcmul_(
-                weight, p.spread(self.log_norm_grad * inverse), value=-1
-            )
+            x = scaled(grad, p.spread(norm)).addcmul_(weight, p.spread(leaning), value=-1)
             u, ratio = p.rule.direction(x, layers.moments, clock, hyper, p)
             directions.append(p.centre(u) if p.role.centred else u)
         # how much of them is along the weights, and how much across
@@ -159,21 +162,29 @@ class Block:
             lambda p, i: p.unit_sum(directions[i] * self.weights[i]),
             lambda p, i: p.unit_sum(directions[i].square()),
         )
-        along = scale * inverse * products * alive
+        along = scale * inverse * products * awake
         across_squared = (scale.square() * squares - along.square()).clamp_(min=0)
         # the two coefficients
         stride = hyper["lr"] * self.scale(norm, hyper["step_scale"])
         if hyper["additive"]:
             stride = stride * torch.as_tensor(along_gauge).exp()
-            keep = growth + stride * inverse * along
-            new_norm = torch.hypot(growth * self.norm, stride * across_squared.sqrt())
+            keep, before = growth + stride * inverse * along, growth * self.norm
+            woken = self._woken_norm(before, stride, scale * growth * products, across_squared)
+            new_norm = torch.hypot(before, stride * across_squared.sqrt())
+            new_norm = torch.where(awake, new_norm, woken)
             return Turn(directions, keep, stride * scale, new_norm)
         angle = stride * inverse
         stretch = (1 + angle.square() * across_squared).sqrt()
         if hyper["retract"]:
-            growth = torch.where(alive, growth / stretch, growth)
-        new_norm = growth * torch.where(alive, self.norm * stretch, stride * across_squared.sqrt())
+            growth = torch.where(awake, growth / stretch, growth)
+        woken = self._woken_norm(self.norm, stride, scale * products, across_squared)
+        new_norm = growth * torch.where(awake, self.norm * stretch, woken)
         return Turn(directions, growth * (1 + angle * along), growth * stride * scale, new_norm)
+
+    @staticmethod
+    def _woken_norm(norm: Tensor, stride: Tensor, product: Tensor, squares: Tensor) -> Tensor:
+        """|W - stride · u|, given |W|, <W, u> and |u|²."""
+        return (norm.square() - 2 * stride * product + stride.square() * squares).clamp_(0).sqrt()
 
     def write(self, turn: Turn) -> None:
         """Write the weights after the step: combined, decayed, undressed by the new factors, with

@@ -162,6 +162,11 @@ def zero_modes(
     }
 
 
+def waking_none(shape: tuple[int, ...], like: StackedParameter) -> Tensor:
+    """State of units that may grow from zero: 0 for those that do not, which are all at first."""
+    return torch.zeros(shape, dtype=like.dtype, device=like.params[0].device)
+
+
 def mode_step(
     rule: Rule, mode: str, gradient: Tensor, modes: dict[str, Tensor], clock: Any, hyper: Hyper
 ) -> Tensor:

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from ddc.gauges import audit, named_parameters
 from ddc.models import cross_entropy
 from ddc.optim import Lift
-from ddc.optim.drift import gauge_drift
+from ddc.optim.drift import GaugeDrift
 from ddc.optim.relative_step import copied_matrices, relative_steps
 from ddc.training.checkpoint import load_checkpoint, save_checkpoint
 from ddc.training.display import Display
@@ -96,9 +96,13 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
     start = last or 0
     elapsed, observing = (sum(row[key] for row in timed) for key in ("seconds", "reading_seconds"))
     observer, reading_steps = setup.observer, set(setup.observer.steps if setup.observer else ())
-    evaluations = {
-        round(i * training.steps / training.evaluations) for i in range(training.evaluations + 1)
-    }
+    evaluations = {0, *spread(training.evaluations, training.steps)}
+    saves = (
+        evaluations
+        if training.checkpoints is None
+        else spread(training.checkpoints, training.steps)
+    )
+    drift = GaugeDrift(setup.start, setup.gauges)
     fixed = {split: evaluation_batches(setup, split) for split in ("train", "validation")}
     if not ranks.first:
         config = dataclasses.replace(config, wandb=WandbConfig("disabled"))
@@ -126,7 +130,7 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
                 row = {
                     **evaluate(setup, step, fixed),
                     "gauge_audit": gauge_audit,
-                    "gauge_drift": gauge_drift(setup.start, named_parameters(model), setup.gauges),
+                    "gauge_drift": drift.at(named_parameters(model)),
                     "matrix_step": matrix_step,
                     **({"loss_scale": scaler.get_scale()} if scaler.is_enabled() else {}),
                 }
@@ -143,14 +147,16 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
                 }
                 for table, entry in ((tables.records, row), (tables.timing, times)):
                     ranks.on_first(functools.partial(table.append, entry))
-                save_checkpoint(folder, step, model, optimizer, scaler, ranks)
-                if observer:
-                    ranks.on_first(observer.forget)
                 rows.append(row)
                 mirror.log({**times, **row})
                 display.evaluated(row, speed)
                 elapsed, observing = elapsed + seconds, observing + reading_seconds
                 clock, last_row_step, reading_seconds = time.perf_counter(), step, 0.0
+            if step in saves and step != last:
+                check_finite(setup)
+                save_checkpoint(folder, step, model, optimizer, scaler, ranks)
+                if observer:
+                    ranks.on_first(observer.forget)
             if step == training.steps:
                 break
             if ranks.total(stop.requested):
@@ -176,6 +182,11 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
     ranks.on_first(lambda: write_json(folder / SUMMARY, summary))
     mirror.finish(summary, read, lambda: draw(folder))
     return summary
+
+
+def spread(count: int, steps: int) -> set[int]:
+    """``count`` steps up to the last, evenly spaced."""
+    return {round(i * steps / count) for i in range(1, count + 1)}
 
 
 def take_reading(observer: Observer, step: int, read: list[Row], readings: Records) -> Row:

@@ -314,8 +314,9 @@ class TrainingConfig:
         final_lr: at which ``cosine`` and ``wsd`` end, relative to the peak.
         max_grad_norm: clip to this norm (for DDCAdam the gauge-invariant one); null for none.
         evaluations: how many, evenly spread over the steps, besides the one before the first step.
-            Each is followed by a checkpoint.
         evaluation_batches: batches of each split that an evaluation reads.
+        checkpoints: how many, evenly spread over the steps, the last at the end; null: one after
+            each evaluation. Nothing of it changes the run or its id.
         gap_levels: train losses at which the summary gives the gap.
         accuracy_levels: validation accuracies of which the summary gives the first step that
             reaches them.
@@ -335,6 +336,7 @@ class TrainingConfig:
     max_grad_norm: float | None = 1.0
     evaluations: int = 40
     evaluation_batches: int = 8
+    checkpoints: int | None = None
     gap_levels: list[float] = field(default_factory=lambda: [1.5, 1.0, 0.5])
     accuracy_levels: list[float] = field(default_factory=list)
     resume: str = "auto"
@@ -354,6 +356,12 @@ class TrainingConfig:
             require(
                 f"training.{key}", getattr(self, key), getattr(self, key) >= 1, "a positive integer"
             )
+        require(
+            "training.checkpoints",
+            self.checkpoints,
+            self.checkpoints is None or self.checkpoints >= 1,
+            "a positive integer or null",
+        )
         require(
             "training.threads", self.threads, 1 <= self.threads <= 1024, "an integer from 1 to 1024"
         )
@@ -530,6 +538,7 @@ class Config:
         """All that decides the records of the run, and nothing else."""
         values = dataclasses.asdict(self)
         del values["launcher"], values["wandb"], values["runs"], values["training"]["resume"]
+        del values["training"]["checkpoints"]
         granularity = values["gauges"].pop("granularity")
         values["gauges"] = {
             kind: wanted is not False
