@@ -15,6 +15,7 @@ from functools import singledispatch
 from torch import nn
 
 from ddc.gauges.base import unwrapped
+from ddc.gauges.packed import attention_parts
 from ddc.gauges.trace import Inputs, arguments, traced
 
 
@@ -58,7 +59,8 @@ def hidden_matrices(
 
     The model is traced on an example. Its linear maps are hidden but for the head, which gives the
     output, and those that read the model's inputs as they are; weights that are used twice are left
-    out.
+    out. Stacked experts are matrices each by itself, and so are queries, keys and values that one
+    weight gives: its parts.
 
     Args:
         model: any model that ``torch.export`` traces.
@@ -88,8 +90,10 @@ def hidden_matrices(
         (experts.node, arguments(experts.node)[experts.argument], experts.weight)
         for experts in trace.expert_maps.values()
     ]
+    parts = attention_parts(trace)
     return [
-        HiddenMatrix(weight)
+        HiddenMatrix(part)
         for _, read, weight in sorted(maps, key=lambda each: trace.order[each[0]])
         if trace.used_once(weight) and trace.depends_on_parameters(read)
+        for part in parts.get(weight, [weight])
     ]

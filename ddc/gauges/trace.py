@@ -40,6 +40,9 @@ MOVES = frozenset(
         "unsqueeze",
         "squeeze",
         "expand",
+        "broadcast_to",
+        "mT",
+        "numpy_T",
         "flatten",
         "unflatten",
         "contiguous",
@@ -653,14 +656,9 @@ class Trace:
             return None  # rounded to integers
         if name == "getitem":
             return labels[args[1]], degree
-        if name == "index":  # of whole vectors, wherever they go
-            along = last_axis(labels)
-            whole = len(args[1]) < labels.ndim
-            return (
-                (along.expand(value_of(node).shape), degree)
-                if along is not None and whole
-                else None
-            )
+        if name == "index":
+            moved = self._indexed(node, labels)
+            return None if moved is None else (moved, degree)
         # moved, kept, or taken to a power
         if name in MOVES and len(inputs(node)) > 1:
             return None  # where to, other values say
@@ -683,6 +681,19 @@ class Trace:
             )
             return (lows, degree) if torch.equal(lows, highs) else None
         return None
+
+    def _indexed(self, node: Node, labels: Tensor) -> Tensor | None:
+        """Labels of chosen entries: of any, where neither input nor parameters choose; else of
+        whole vectors, wherever they go.
+        """
+        chosen = arguments(node)[1]
+        origins = {each for i in chosen if i is not None for each in self.ancestors(i)}
+        if not origins & (self.inputs | self.parameters.keys()):
+            indices = [None if i is None else self.value(i, {}).cpu() for i in chosen]
+            return torch.ops.aten.index.Tensor(labels, indices)
+        along = last_axis(labels)
+        whole = along is not None and len(chosen) < labels.ndim
+        return along.expand(value_of(node).shape) if along is not None and whole else None
 
     def _combine(
         self, node: Node, state: Mapping[Node, tuple[Any, float]], flow: Flow

@@ -298,13 +298,13 @@ class HiddenStack(Stack):
         units = {name: p.units for p in self.parameters for name in p.names}
         start = dict(zip(units, itertools.accumulate(units.values(), initial=0), strict=False))
         first = self.parameters[0]
-        linked, moved = (
+        blocks = sum(units.values())
+        pairs, pairs_moved = (
             [(start[p] + i, start[m] + i, k) for p, m, k in each for i in range(units[p])]
             for each in (linked, moved)
         )
-        blocks = sum(units.values())
-        self.basis, modes = modes_of(blocks, linked, vertical)
-        powers = powers_of(blocks, moved)
+        self.basis, modes = modes_of(blocks, pairs, vertical)
+        powers = powers_of(blocks, pairs_moved)
         usual = torch.tensor([each.usual_norm for each in matrices for _ in range(each.blocks)])
         self.basis, self.powers, self.usual_norms = (
             each.to(device=first.params[0].device, dtype=first.dtype)
