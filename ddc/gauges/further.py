@@ -243,10 +243,10 @@ class Further:
         waiting = [source]
         while waiting:
             for user in readers(waiting.pop()):
-                if user in self.trace.linear_maps:
+                if user in self.trace.linear_maps or user in self.trace.expert_maps:
                     continue
                 name = operation(user)
-                if _drops(user) or name not in MOVES | KEEPS | {"mean", "getitem"}:
+                if _drops(user) or name not in MOVES | KEEPS | {"mean", "getitem", "index"}:
                     raise NotProved(f"{name or 'the output of the model'} changes what it gives")
                 waiting.append(user)
 
@@ -391,11 +391,12 @@ class Further:
         shifts: list[tuple[str, str]] = []
         for norm in stream.norms:
             scale, shift, linears = self._behind(norm)
-            if shift is not None and scale is not None:
-                shifts.append((shift, scale))
-            elif shift is not None:
-                raise NotProved("a norm has a shift, but no scale")
-            behind += [Behind(name, axis, scale) for name, axis in linears]
+            gamma, offset = (None, 0.0) if scale is None else scale
+            if shift is not None and (gamma is None or offset):
+                raise NotProved("a norm has a shift, but no scale that is a parameter")
+            if shift is not None and gamma is not None:
+                shifts.append((shift, gamma))
+            behind += [Behind(name, axis, gamma, offset) for name, axis in linears]
         centred = any(norm.centres for norm in stream.norms)
         where = self._place(stream)
         width = stream.width
@@ -421,6 +422,8 @@ class Further:
 
     def _means(self, stream: Stream, node: Node) -> list[Gauge]:
         """The means of what one writer adds to a stream."""
+        if node in self.trace.experts_by_output:
+            raise NotProved("experts write to it, whose weights are stacked")
         written = self._writer(stream, node)
         if (linear := self.trace.maps_by_output.get(node)) is not None and linear.rows == 0:
             return [Shift(linear.weight, linear.bias, owner(linear.weight), "stream_mean")]
@@ -451,6 +454,9 @@ class Further:
             names = [linear.weight, *([linear.bias] if linear.bias is not None else [])]
             self.finding.require_single(names)
             return [(linear.weight, linear.rows), *((name, 0) for name in names[1:])]
+        if (experts := self.trace.experts_by_output.get(node)) is not None:
+            self.finding.require_single([experts.weight])
+            return [(experts.weight, experts.rows)]
         if (convolution := patches_of(node, stream.width)) is not None:
             views = [self.trace.parameter(each) for each in arguments(convolution)[1:3] if each]
             names = [view[0] for view in views if view is not None]
@@ -487,6 +493,8 @@ class Further:
                 continue
             if each in stream.writers:
                 linear = self.trace.maps_by_output.get(each)
+                if each in self.trace.experts_by_output:
+                    continue
                 if linear is not None:
                     if linear.bias is not None and self.trace.used_once(linear.bias):
                         terms.append(Translated(linear.bias, 0))
@@ -537,8 +545,11 @@ class Further:
     # ------------------------------------------------------------------------------------------
     # behind norms
 
-    def _behind(self, norm: Norm) -> tuple[str | None, str | None, list[tuple[str, int]]]:
-        """Scale and shift of a norm, and the columns of all linear maps that read it.
+    def _behind(
+        self, norm: Norm
+    ) -> tuple[tuple[str, float] | None, str | None, list[tuple[str, int]]]:
+        """Scale of a norm, with what is added to it, its shift, and the columns of all linear maps
+        that read it.
 
         Raises:
             NotProved: it is read by anything else.
@@ -562,31 +573,35 @@ class Further:
             ):
                 raise NotProved("its scale and shift are no parameters as they stand")
             self._require_passed_on(norm.output)
-            return None, None, self._matrices(self.finding.readers_of(norm.output))
+            return None, None, self._columns(self.finding.readers_of(norm.output))
         source, plus, reason = scale
-        names = [axis.parameter for axis in plus]
         if reason:
             raise NotProved(reason)
-        if plus[0].offset:
-            raise NotProved("its scale is not the parameter itself, but 1 more")
         self._require_passed_on(source)
-        gauge = self.finding.norm_scale(source, plus, owner(names[0]))
-        return names[0], names[1] if len(names) > 1 else None, self._matrices(gauge.minus)
+        gauge = self.finding.norm_scale(source, plus, owner(plus[0].parameter))
+        gamma, *beta = plus
+        shift = beta[0].parameter if beta else None
+        return (gamma.parameter, gamma.offset), shift, self._columns(gauge.minus)
 
-    def _matrices(self, readers: Sequence[Axis]) -> list[tuple[str, int]]:
-        """Weights and the axes of their columns, of readers that are single linear maps."""
-        found = []
-        for name, axis, _ in readers:
-            if not isinstance(axis, int) or self.trace.tensors[name].ndim != 2:
-                raise NotProved("experts read it, whose weights are stacked")
-            found.append((name, axis))
-        return found
+    @staticmethod
+    def _columns(readers: Sequence[Axis]) -> list[tuple[str, int]]:
+        """Weights and the axes of their columns."""
+        return [(name, axis) for name, axis, _ in readers if isinstance(axis, int)]
+
+    def _behind_matrices(self, norm: Norm) -> tuple[str | None, str | None, list[tuple[str, int]]]:
+        """The same where the scale is a parameter as it stands, and single linear maps read it."""
+        scale, shift, columns = self._behind(norm)
+        if scale is not None and scale[1]:
+            raise NotProved("its scale is more than the parameter")
+        if any(self.trace.tensors[name].ndim != 2 for name, _ in columns):
+            raise NotProved("experts read it, whose weights are stacked")
+        return None if scale is None else scale[0], shift, columns
 
     def reader_shift(self, norm: Norm) -> list[Gauge]:
         """Rows of what reads a norm that centres move by 1/γ, which its output does not see."""
         if not norm.centres:
             raise NotProved("the norm does not centre")
-        scale, shift, linears = self._behind(norm)
+        scale, shift, linears = self._behind_matrices(norm)
         gauges: list[Gauge] = []
         for weight, columns in linears:
             bias = self._bias_of(weight)
@@ -600,7 +615,7 @@ class Further:
 
     def norm_shift(self, norm: Norm) -> list[Gauge]:
         """A vector added to the shift of a norm, and taken back by the biases of its readers."""
-        scale, shift, linears = self._behind(norm)
+        scale, shift, linears = self._behind_matrices(norm)
         if shift is None:
             return []
         found = []

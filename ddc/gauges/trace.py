@@ -538,6 +538,21 @@ class Trace:
                 maps[node] = found
         return maps
 
+    @cached_property
+    def experts_by_output(self) -> dict[Node, ExpertMap]:
+        """The same by the node in which their outputs lie along the last axis."""
+        found = {}
+        for node, experts in self.expert_maps.items():
+            users = readers(node)
+            if experts.outputs == value_of(node).ndim - 1:
+                found[node] = experts
+            elif len(users) == 1 and operation(users[0]) in MOVES and has_fixed_shape(users[0]):
+                after = apply(users[0], experts.labels())
+                shape = value_of(node).shape
+                if isinstance(after, Tensor) and after.shape == (shape[0], shape[experts.outputs]):
+                    found[users[0]] = experts
+        return found
+
     def _experts(
         self, node: Node, weight: Node, argument: int, x: Node, slots: Node | None = None
     ) -> ExpertMap | None:
