@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddc.gauges import HiddenMatrix, Rescale, is_fake, whole
+from ddc.gauges import HiddenMatrix, Rescale, is_fake, is_split, whole
 from ddc.gauges.base import axes_of
 from ddc.optim.chain import ChainStack
 from ddc.optim.frames import Frames, Member
@@ -49,6 +49,11 @@ def check_hidden(hidden: Mapping[str, HiddenMatrix], params: Mapping[str, Tensor
                 f"hidden matrix {name!r} has shape {tuple(param.shape)}: expected a matrix, or"
                 " experts' that are stacked along the first of three axes, without heads. Leave it"
                 " out of hidden"
+            )
+        if param.ndim == 3 and is_split(param):
+            raise ValueError(
+                f"hidden matrix {name!r} is stacked experts that are split over ranks, which are not"
+                " orthogonalised. Leave it out of hidden"
             )
         if param.is_complex():
             raise ValueError(
