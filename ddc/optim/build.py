@@ -52,8 +52,8 @@ def check_hidden(hidden: Mapping[str, HiddenMatrix], params: Mapping[str, Tensor
             )
         if param.ndim == 3 and is_split(param):
             raise ValueError(
-                f"hidden matrix {name!r} is stacked experts that are split over ranks, which are not"
-                " orthogonalised. Leave it out of hidden"
+                f"hidden matrix {name!r} is of stacked experts and split over ranks, which is not"
+                " supported. Leave it out of hidden"
             )
         if param.is_complex():
             raise ValueError(
