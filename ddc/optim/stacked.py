@@ -9,7 +9,6 @@ this rank's part of it, and a quantity per unit is whole.
 from __future__ import annotations
 
 import functools
-import math
 import operator
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -137,7 +136,10 @@ class StackedParameter:
 
     def _count(self, axis: UnitAxis) -> int:
         """Number of units along axes."""
-        return math.prod(self.params[0].shape[each] for each in axes_of(axis))
+        count = 1  # in a loop, which compilers take
+        for each in axes_of(axis):
+            count *= self.params[0].shape[each]
+        return count
 
     @property
     def unit_size(self) -> int:
