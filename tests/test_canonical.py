@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from ddc import canonicalise_
 from ddc.gauges import (
+    Axis,
     Rescale,
     RotatedAxis,
     Rotation,
@@ -20,6 +22,7 @@ from ddc.gauges import (
     named_parameters,
     orbit_distance,
 )
+from ddc.gauges.affine import General
 from ddc.models import GPTConfig, cross_entropy
 from ddc.optim.drift import GaugeDrift, gauge_coordinates
 from ddc.optim.factory import make_optimizer
@@ -183,3 +186,130 @@ def test_drift_leaves_out_dead_units() -> None:
         model[0].weight[2], model[0].bias[2] = 0, 0
     start = named_parameters(model)
     assert GaugeDrift(start, gauges).at(start) == {"relu_rescale": 0.0}
+
+
+SMALL = {"context": 8, "layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "hidden": 12}
+#: Models under kinds beyond the paper's; of the first all that is balanced is linear in scales and
+#: maps, the second has translations and shears of biases as well.
+COMPLETE = {
+    "maps": GPTConfig(**SMALL),
+    "biases": GPTConfig(**SMALL, norm="layer", mlp="relu", bias=True, positions="learned"),
+}
+
+
+@pytest.fixture(scope="module", params=COMPLETE)
+def complete(request: pytest.FixtureRequest):
+    model = make_model(COMPLETE[request.param])
+    return model, find_gauges(model, kinds="complete", verify=False)
+
+
+def test_all_kinds_but_rotations_of_the_stream_reach_one_point(complete) -> None:
+    model, gauges = complete
+    others = [gauge for gauge in gauges if gauge.kind != "stream_rotation"]
+    before = model(torch.arange(8)[None]).log_softmax(-1)
+    ends = []
+    for seed in (None, 1, 2):
+        other = copy.deepcopy(model)
+        params, generator = named_parameters(other), torch.Generator().manual_seed(seed or 0)
+        for gauge in others if seed else ():
+            gauge.act_(params, gauge.sample(params, generator))
+        canonicalise_(other, gauges, verify=False)
+        after = other(torch.arange(8)[None]).log_softmax(-1)
+        torch.testing.assert_close(after, before, rtol=0, atol=1e-9)
+        ends.append({name: float(p.detach().norm()) for name, p in params.items()})
+    assert sum(v**2 for v in ends[0].values()) < 0.95 * norm(model) ** 2
+    for end in ends[1:]:
+        assert end == pytest.approx(ends[0], abs=1e-6)
+
+
+def test_no_gauge_alone_lowers_the_norm_of_the_balanced_point(complete) -> None:
+    model, gauges = copy.deepcopy(complete[0]), complete[1]
+    canonicalise_(model, gauges, verify=False)
+    lowest, generator = norm(model), torch.Generator().manual_seed(0)
+    for gauge in gauges:
+        if gauge.balancing(named_parameters(model)) is None:
+            continue
+        for spread in (1e-3, 0.3):
+            other = copy.deepcopy(model)
+            params = named_parameters(other)
+            gauge.act_(params, gauge.sample(params, generator, spread))
+            assert norm(other) >= lowest * (1 - 1e-12), gauge
+
+
+def test_balanced_heads_have_equal_moments() -> None:
+    """A Aᵀ = Bᵀ B, from sides whose singular values span four decades; products stay."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 12, 20, generator=generator, dtype=torch.float64)
+    a, b = torch.logspace(0, -4, 12).double()[:, None] * a, b.T.contiguous()
+    indices = np.arange(12).reshape(3, 1, 4)
+    gauge = General(
+        "value_map", "x", (RotatedAxis("a", 0, indices),), (RotatedAxis("b", 1, indices),)
+    )
+    params = {"a": a.clone(), "b": b.clone()}
+    balance_(params, [gauge], 1e-9)
+    for head in range(3):
+        rows = slice(4 * head, 4 * head + 4)
+        mine, theirs = params["a"][rows], params["b"][:, rows]
+        torch.testing.assert_close(mine @ mine.T, theirs.T @ theirs, rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(theirs @ mine, b[:, rows] @ a[rows], rtol=0, atol=1e-12)
+        # an independent way to the same norm: twice the sum of the singular values of the product
+        nuclear = torch.linalg.svdvals(b[:, rows] @ a[rows]).sum()
+        assert float(mine.square().sum() + theirs.square().sum()) == pytest.approx(
+            2 * float(nuclear)
+        )
+
+
+def test_heads_without_full_rank_stay_as_they_are() -> None:
+    a, b = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    b[:, :4] = 0  # as projections that start at zero
+    indices = np.arange(8).reshape(2, 1, 4)
+    gauge = General(
+        "value_map", "x", (RotatedAxis("a", 0, indices),), (RotatedAxis("b", 1, indices),)
+    )
+    params = {"a": a.clone(), "b": b.clone()}
+    balance_(params, [gauge], 1e-9)
+    torch.testing.assert_close(params["a"][:4], a[:4], rtol=0, atol=1e-12)
+    assert not torch.allclose(params["a"][4:], a[4:])
+
+
+def test_canonicalise_says_what_moved_and_computes_the_same(config: GPTConfig) -> None:
+    model = make_model(config, dtype=torch.float32)
+    gauges = find_gauges(model)
+    reference = copy.deepcopy(model)
+    gauges.transform_(model, torch.Generator().manual_seed(0))
+    moved = canonicalise_(model, gauges)
+    assert set(moved) == {name for gauge in gauges for name in gauge.parameters}
+    assert max(moved.values()) > 0.1
+    assert max(canonicalise_(model, gauges).values()) < 1e-5  # it is there
+    tokens = torch.arange(5)[None]
+    torch.testing.assert_close(
+        model(tokens).log_softmax(-1), reference(tokens).log_softmax(-1), rtol=0, atol=1e-4
+    )
+
+
+def test_a_gauge_that_is_none_leaves_the_model_as_it_is() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.GELU(), torch.nn.Linear(6, 3))
+    false = Rescale("relu_rescale", "0", (Axis("0.weight"), Axis("0.bias")), (Axis("2.weight", 1),))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="computes something else than the model"):
+        canonicalise_(model, [false])
+    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
+
+
+def test_a_model_that_cannot_be_tried_is_an_error() -> None:
+    class Unknown(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = relu_mlp(bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x)
+
+    model = Unknown()
+    gauges = find_gauges(model, inputs=(torch.ones(3, 6, dtype=torch.float64),))
+    with pytest.raises(ValueError, match="pass an example"):
+        canonicalise_(model, gauges)
+    canonicalise_(model, gauges, verify=False)
+    with pytest.raises(ValueError, match="meta"):
+        canonicalise_(model.to("meta"), gauges, verify=False)

@@ -15,17 +15,25 @@ from ddc.gauges.base import (
     plain_names,
     whole,
 )
-from ddc.gauges.canonical import align_, balance_, nearest_turn, orbit_distance
+from ddc.gauges.canonical import (
+    align_,
+    balance_,
+    canonicalise_,
+    nearest_turn,
+    orbit_distance,
+)
 from ddc.gauges.certificate import Certificate, certify
 from ddc.gauges.discovery import find_gauges, read_gauges
 from ddc.gauges.gauge_set import GaugeSet, audit, check
 from ddc.gauges.granularity import in_blocks
 from ddc.gauges.roles import HiddenMatrix, hidden_matrices
+from ddc.gauges.routing import ROLES, ParameterRole, Roles, param_groups, parameter_roles
 from ddc.gauges.traced import Finding, NotProved, rule
 
 __all__ = [
     "FURTHER",
     "KINDS",
+    "ROLES",
     "Axis",
     "Certificate",
     "Chain",
@@ -35,8 +43,10 @@ __all__ = [
     "HiddenMatrix",
     "Kind",
     "NotProved",
+    "ParameterRole",
     "Refusal",
     "Rescale",
+    "Roles",
     "RotatedAxis",
     "Rotation",
     "Shift",
@@ -44,6 +54,7 @@ __all__ = [
     "align_",
     "audit",
     "balance_",
+    "canonicalise_",
     "certify",
     "check",
     "find_gauges",
@@ -54,6 +65,8 @@ __all__ = [
     "named_parameters",
     "nearest_turn",
     "orbit_distance",
+    "param_groups",
+    "parameter_roles",
     "plain_name",
     "plain_names",
     "read_gauges",

@@ -72,6 +72,16 @@ class Shift(Gauge):
         if self.bias is not None:
             params[self.bias].add_(element[width])
 
+    @torch.no_grad()
+    def balancing(self, params: Params) -> tuple[Tensor, float] | None:
+        """Means at zero."""
+        weight = params[self.weight]
+        means = [weight.mean(0)]
+        if self.bias is not None:
+            means.append(params[self.bias].mean()[None])
+        element = -torch.cat(means)
+        return element, rms(element)
+
     def velocities(self, params: Params) -> dict[str, Tensor]:
         weight = params[self.weight]
         moved = {self.weight: torch.zeros(self.dimension(params), *weight.shape).double()}
@@ -195,6 +205,16 @@ class Rescale(Gauge):
         return log_norm(self.plus), log_norm(self.minus)
 
     @torch.no_grad()
+    def balancing(self, params: Params) -> tuple[Tensor, float] | None:
+        """|plus|² = degree · |minus|²; a unit with a side of norm zero stays as it is."""
+        log_plus, log_minus = self.log_norms(params)
+        # |P|² c² + |M|² c^-2k is least where c^(2 + 2k) = k |M|² / |P|²
+        log_ratio = torch.tensor(float(self.degree)).log() / 2 + log_minus - log_plus
+        log_scale = torch.where(log_ratio.isfinite(), log_ratio / (1 + self.degree), 0.0)
+        element = log_scale.exp().to(params[self.parameters[0]])
+        return element, float(log_scale.abs().max())
+
+    @torch.no_grad()
     def audit(self, params: Params, grads: Params) -> float:
         def radial(side: tuple[Axis, ...]) -> Tensor:
             terms = [
@@ -254,6 +274,16 @@ class Chain(Gauge):
         for (before, after), c in zip(pairwise(self.weights), element, strict=True):
             params[before].mul_(c)
             params[after].div_(c)
+
+    @torch.no_grad()
+    def balancing(self, params: Params) -> tuple[Tensor, float] | None:
+        """Equal norms, their geometric mean; a layer of norm zero leaves the chain as it is."""
+        log_norms = torch.stack([params[name].double().norm().log() for name in self.weights])
+        if not log_norms.isfinite().all():
+            return None
+        log_scales = log_norms.mean() - log_norms
+        element = log_scales.cumsum(0)[:-1].exp().to(params[self.weights[0]])
+        return element, float(log_scales.abs().max())
 
     @torch.no_grad()
     def velocities(self, params: Params) -> dict[str, Tensor]:
@@ -381,3 +411,8 @@ class Rotation(Gauge):
 def ratio(vertical_squared: float, total_squared: float) -> float:
     """Ratio of two norms given their squares; 0 / 0 (no gradient at all) is 0."""
     return math.sqrt(vertical_squared / total_squared) if vertical_squared else 0.0
+
+
+def rms(tensor: Tensor) -> float:
+    """Root of the mean square."""
+    return float(tensor.double().square().mean().sqrt())

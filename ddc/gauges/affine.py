@@ -16,8 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddc.gauges.actions import RotatedAxis, ratio
+from ddc.gauges.actions import RotatedAxis, ratio, rms
 from ddc.gauges.base import Gauge, Params, check_kind, unit_view
+
+#: A side of a general linear map spans its dimensions if its smallest singular value is more than
+#: this of the largest: float32 tells no smaller one from zero.
+SPANNED = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +106,43 @@ class General(Gauge):
                 index = torch.from_numpy(indices).to(rows.device)
                 rows[index] = torch.einsum("uij,ucjd->ucid", matrix.to(rows), rows[index])
 
+    def _side(self, params: Params, side: tuple[RotatedAxis, ...]) -> Tensor:
+        """All slices of a side, (units, slices, k), in float64."""
+        slices = []
+        for name, axis, indices in side:
+            rows = unit_view(params[name], axis).double()
+            index = torch.from_numpy(indices).to(rows.device)
+            slices.append(rows[index].movedim(2, 3).flatten(1, 2))
+        return torch.cat(slices, 1)
+
+    @torch.no_grad()
+    def balancing(self, params: Params) -> tuple[Tensor, float] | None:
+        """Equal moments Σ x xᵀ of both sides, by the symmetric positive G; of numbers, equal norms.
+
+        A unit with a side that does not span its k dimensions has no balanced point and stays as it
+        is.
+        """
+        plus, minus = (self._side(params, side) for side in (self.plus, self.minus))
+        one = torch.eye(self.shape[1], dtype=plus.dtype, device=plus.device)
+        if self.group != "all":  # |c X|² + |Y / c|², whatever the turn
+            sizes = [side.square().sum((1, 2)).log() / 2 for side in (plus, minus)]
+            log_scale = (sizes[1] - sizes[0]) / 2
+            log_scale = torch.where(log_scale.isfinite(), log_scale, 0.0)
+            element, moved = log_scale.exp()[:, None, None] * one, log_scale.abs().max()
+        elif min(plus.shape[1], minus.shape[1]) < len(one):
+            return None
+        else:
+            # X = Rᵀ Qᵀ on both sides: what stays is the product R R'ᵀ = U Σ Vᵀ, and balanced sides
+            # are √Σ Uᵀ and √Σ Vᵀ, up to a rotation of both
+            r, r_minus = (torch.linalg.qr(side, mode="r").R for side in (plus, minus))
+            spans = torch.stack([_spans(r), _spans(r_minus)]).all(0)[:, None, None]
+            r, r_minus = (torch.where(spans, each, one) for each in (r, r_minus))
+            u, middle, _ = torch.linalg.svd(r @ r_minus.mT)
+            turned = torch.linalg.solve(r, u * middle.sqrt()[:, None, :]).mT
+            _, scales, axes = torch.linalg.svd(turned)  # its polar factor is symmetric
+            element, moved = axes.mT @ (scales[..., None] * axes), scales.log().abs().max()
+        return element.to(params[self.parameters[0]]), float(moved)
+
     @torch.no_grad()
     def velocities(self, params: Params) -> dict[str, Tensor]:
         algebra = self._algebra()
@@ -135,6 +176,12 @@ class General(Gauge):
                 size += part.square().sum((1, 2))
         along = torch.einsum("nij,uij->un", self._algebra(), moment)
         return ratio(float(along.square().sum()), float(size.sum()))
+
+
+def _spans(matrices: Tensor) -> Tensor:
+    """Which of several matrices have full rank."""
+    singular = torch.linalg.svdvals(matrices)
+    return singular[:, -1] > SPANNED * singular[:, 0]
 
 
 class Translated(NamedTuple):
@@ -188,6 +235,24 @@ class Translation(Gauge):
         for slot in self.slots:
             rows, index = _coordinates(params[slot.parameter], slot)
             rows[index] += slot.rate * element.to(rows)[:, None]
+
+    def squares(self, params: Params) -> tuple[Tensor, Tensor]:
+        """The squared norm of what is moved, as a function of the vector v added: but for a
+        constant, v² times the first and 2 v times the second.
+        """
+        curvature, slope = torch.zeros(2, self.dimension(params), dtype=torch.float64)
+        for slot in self.slots:
+            rows, index = _coordinates(params[slot.parameter].detach().double().cpu(), slot)
+            curvature += slot.rate**2 * rows.shape[1]
+            slope += slot.rate * rows[index].sum(1)
+        return curvature, slope
+
+    @torch.no_grad()
+    def balancing(self, params: Params) -> tuple[Tensor, float] | None:
+        """Least squares."""
+        curvature, slope = self.squares(params)
+        element = -slope / curvature
+        return element.to(params[self.slots[0].parameter]), rms(element)
 
     @torch.no_grad()
     def velocities(self, params: Params) -> dict[str, Tensor]:
@@ -325,6 +390,24 @@ class Shear(Gauge):
                 columns.sub_((inverse / sum_)[:, None] * change)
 
     @torch.no_grad()
+    def balancing(self, params: Params) -> tuple[Tensor, float] | None:
+        """Least squares, where every reader has a bias; else the problem is not convex."""
+        if self.scale is not None:
+            return None
+        diagonal, slope = self._shift.squares(params)
+        curvature = diagonal.diag()
+        held = {name: params[name].detach().double().cpu() for name in self.parameters}
+        responses: dict[str, Tensor] = {}
+        for reader, matrix in self._responses(held):
+            assert reader.bias is not None
+            responses[reader.bias] = responses.get(reader.bias, 0) + matrix
+        for bias, matrix in responses.items():
+            curvature = curvature + matrix.mT @ matrix
+            slope = slope - matrix.mT @ held[bias]
+        element = -torch.linalg.solve(curvature, slope)
+        return element.to(params[self.slots[0].parameter]), rms(element)
+
+    @torch.no_grad()
     def velocities(self, params: Params) -> dict[str, Tensor]:
         held = {name: params[name].detach().double().cpu() for name in self.parameters}
         # all of them times Σ β/γ, where readers divide by it: at β = 0 they move alone
@@ -419,6 +502,19 @@ class ScaledShift(Gauge):
         unit_view(params[self.weight], self.axis).add_(element[:, None] * inverse)
         if self.bias is not None and self.shift is not None:
             params[self.bias].sub_(element * sum_)
+
+    @torch.no_grad()
+    def balancing(self, params: Params) -> tuple[Tensor, float] | None:
+        """Least squares, row by row; None where an entry of γ is zero."""
+        inverse, sum_ = self._directions(params)
+        if not inverse.isfinite().all():
+            return None
+        rows = unit_view(params[self.weight], self.axis)
+        slope, curvature = rows @ inverse, inverse.square().sum()
+        if self.bias is not None and self.shift is not None:
+            slope, curvature = slope - sum_ * params[self.bias], curvature + sum_**2
+        element = -slope / curvature
+        return element, rms(element) * rms(inverse)
 
     @torch.no_grad()
     def velocities(self, params: Params) -> dict[str, Tensor]:

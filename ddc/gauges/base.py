@@ -134,6 +134,16 @@ class Gauge(ABC):
             By parameter, a tensor in float64: dimension first, then the shape of the parameter.
         """
 
+    def balancing(self, params: Params) -> tuple[Tensor, float] | None:
+        """The element that takes the parameters to the least norm that this group alone can give
+        them, with its distance from the identity: the largest logarithm of a scale, or the root
+        mean square of what is added.
+
+        None where there is neither a closed form nor a convex problem, and where the norm does not
+        change along the orbit: rotations.
+        """
+        return None
+
     @torch.no_grad()
     def tangents(self, params: Params) -> Tensor:
         """The directions along which the group moves the weights.

@@ -16,7 +16,8 @@ from torch import nn
 
 from ddc.gauges.base import unwrapped
 from ddc.gauges.packed import attention_parts
-from ddc.gauges.trace import Inputs, arguments, traced
+from ddc.gauges.routing import gives_output, heads_of_matrices
+from ddc.gauges.trace import Inputs, NoValue, arguments, traced
 
 
 @dataclass(frozen=True)
@@ -58,42 +59,47 @@ def hidden_matrices(
     """The hidden matrices of a model, in its order.
 
     The model is traced on an example. Its linear maps are hidden but for the head, which gives the
-    output, and those that read the model's inputs as they are; weights that are used twice are left
-    out. Stacked experts are matrices each by itself, and so are queries, keys and values that one
-    weight gives: its parts.
+    output (as it is, capped, or as probabilities), and those that read the model's inputs as they
+    are; weights that are used twice are left out. Stacked experts are matrices each by itself, and
+    so are queries, keys and values that one weight gives: its parts.
 
     Args:
         model: any model that ``torch.export`` traces.
-        per_head: attention matrices head by head, instead of stacked; for the models of
-            :mod:`ddc.models`.
+        per_head: attention matrices head by head, where these could be told apart, instead of
+            stacked (:func:`ddc.parameter_roles` says which).
         inputs: as for :func:`ddc.find_gauges`.
 
     Raises:
-        ValueError: the model cannot be traced, ``inputs`` are needed, or ``per_head`` is asked of
-            another model.
+        ValueError: the model cannot be traced, ``inputs`` are needed, or ``per_head`` is asked of a
+            model without values.
     """
     if (inner := unwrapped(model)) is not model:
         return hidden_matrices(inner, per_head, inputs)  # wrapped by torch.compile or DDP
-    if per_head:
-        raise ValueError(
-            "per_head=True is for the models of ddc.models. For a"
-            f" {type(model).__name__}, name matrices and heads yourself:"
-            " [HiddenMatrix('layers.0.query.weight', heads=8), ...]"
-        )
     trace = traced(model, inputs)
+    try:
+        heads = heads_of_matrices(trace) if per_head else {}
+    except NoValue as error:
+        raise ValueError(
+            f"Invalid per_head=True: which outputs of a {type(model).__name__} are heads is not"
+            f" known ({error}). Name matrices and heads yourself:"
+            " [HiddenMatrix('layers.0.query.weight', heads=8), ...]"
+        ) from None
     maps = [
         (linear.node, linear.input, linear.weight)
         for linear in trace.linear_maps.values()
-        if linear != trace.head
+        if not gives_output(trace, linear)
     ]
     maps += [
         (experts.node, arguments(experts.node)[experts.argument], experts.weight)
         for experts in trace.expert_maps.values()
     ]
     parts = attention_parts(trace)
-    return [
-        HiddenMatrix(part)
-        for _, read, weight in sorted(maps, key=lambda each: trace.order[each[0]])
-        if trace.used_once(weight) and trace.depends_on_parameters(read)
-        for part in parts.get(weight, [weight])
-    ]
+    found = []
+    for _, read, weight in sorted(maps, key=lambda each: trace.order[each[0]]):
+        if not trace.used_once(weight) or not trace.depends_on_parameters(read):
+            continue
+        if weight in heads:
+            found.append(HiddenMatrix(weight, *heads[weight]))
+        else:
+            found += [HiddenMatrix(part) for part in parts.get(weight, [weight])]
+    return found

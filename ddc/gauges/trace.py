@@ -704,8 +704,9 @@ class Trace:
         chosen = arguments(node)[1]
         origins = {each for i in chosen if i is not None for each in self.ancestors(i)}
         if not origins & (self.inputs | self.parameters.keys()):
-            indices = [None if i is None else self.value(i, {}).cpu() for i in chosen]
-            return torch.ops.aten.index.Tensor(labels, indices)
+            with contextlib.suppress(NoValue):
+                indices = [None if i is None else self.value(i, {}).cpu() for i in chosen]
+                return torch.ops.aten.index.Tensor(labels, indices)
         along = last_axis(labels)
         whole = along is not None and len(chosen) < labels.ndim
         return along.expand(value_of(node).shape) if along is not None and whole else None

@@ -87,6 +87,7 @@ class Subject:
     Args:
         model: left as it is.
         args, kwargs: example inputs.
+        weights: by parameter, in float64, what to run it with in place of generic ones.
 
     Attributes:
         weights: stand-ins for the parameters, by their place in memory.
@@ -96,15 +97,24 @@ class Subject:
         NotTried: the model does not run.
     """
 
-    def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.model = model
         self.params = named_parameters(model)
         generator = torch.Generator().manual_seed(0)
         self.weights: dict[object, Tensor] = {}
         self.writes = False  # whether its forward pass changes weights
-        for p in self.params.values():  # tied ones are one, however they are tied
+        for name, p in self.params.items():  # tied ones are one, however they are tied
             if place_of(p) not in self.weights:
-                self.weights[place_of(p)] = generic(p.detach(), generator)
+                given = None if weights is None else weights[name]
+                self.weights[place_of(p)] = (
+                    generic(p.detach(), generator) if given is None else given
+                )
         example = (tuple(args), dict(kwargs))
         self.cases = [
             self._case(example, training=False, seed=0),
@@ -191,6 +201,24 @@ class Subject:
                 gauge.act_(by_name, gauge.sample(by_name, generator))
             except (RuntimeError, IndexError):  # it does not fit what it names
                 return Change(math.inf, training=False)
+        return self._change_to(moved, gauges, generator)
+
+    def change_to(self, params: Mapping[str, Tensor], gauges: Sequence[Gauge]) -> Change:
+        """The largest change when some parameters, by name, take other values in float64 that the
+        groups are to give them.
+        """
+        places = {*self._places(gauges)}
+        moved = self.weights | {
+            place_of(p): params[name].clone()
+            for name, p in self.params.items()
+            if place_of(p) in places
+        }
+        return self._change_to(moved, gauges, torch.Generator().manual_seed(0))
+
+    def _change_to(
+        self, moved: dict[object, Tensor], gauges: Sequence[Gauge], generator: torch.Generator
+    ) -> Change:
+        """The same of weights by place, which are changed in place."""
         after = self._run(moved)
         for place in self._places(gauges):  # now the same weights at random, by as much
             weight = self.weights[place]
