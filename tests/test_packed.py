@@ -484,3 +484,70 @@ def test_parts_that_do_not_fit_are_refused() -> None:
     slots = (RotatedAxis("w", 0, np.array([[[5, 6]]])),)
     with pytest.raises(ValueError, match="it turns indices of several parts of 'w'"):
         DDCAdam(params.items(), [*gated("w[6:12]"), Rotation("qk_rotation", "r", slots, True)])
+
+
+# ---- convolutions
+
+
+class Convolutions(nn.Module):
+    """Convolution, batch norm, ReLU, and what reads that."""
+
+    def __init__(self, variant: str) -> None:
+        super().__init__()
+        self.variant = variant
+        self.first, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.second = nn.Conv2d(8, 8, 3, groups=2 if variant == "groups" else 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.first(x))
+        match self.variant:
+            case "GELU":
+                x = F.gelu(x)
+            case "residual":
+                return self.head((F.relu(x)[..., 2:, 2:] + self.second(F.relu(x))).mean((2, 3)))
+            case "pooled":
+                x = F.max_pool2d(F.relu(x), 2)
+            case "read by a linear map":
+                return self.head(F.adaptive_avg_pool2d(F.relu(x), 1).flatten(1))
+            case _:
+                x = F.relu(x)
+        return self.head(self.second(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("variant", "reader"),
+    [
+        ("plain", "second.weight"),
+        ("pooled", "second.weight"),
+        ("read by a linear map", "head.weight"),
+        ("GELU", None),
+        ("groups", None),
+        ("residual", None),
+    ],
+)
+def test_channels_of_convolutions(variant: str, reader: str | None) -> None:
+    model, x = Convolutions(variant), torch.randn(4, 3, 9, 9)
+    found = find_gauges(model, inputs=(x,), kinds=["channel_scale"])
+    if reader is None:
+        assert not found
+        assert found.refused
+        return
+    (gauge,) = found
+    assert gauge.plus == (Axis("norm.weight"), Axis("norm.bias"))
+    assert gauge.minus == (Axis(reader, 1),)
+    model.double()
+    for p in model.parameters():
+        p.data = generic(p.detach(), torch.Generator().manual_seed(p.numel()))
+    copies = [model, copy.deepcopy(model)]
+    found.transform_(copies[1], torch.Generator().manual_seed(1))
+    for each in copies:
+        optimizer = DDCAdam(each.named_parameters(), found, lr=1e-2, weight_decay=0.1)
+        for i in range(100):
+            generator = torch.Generator().manual_seed(i % 4)
+            targets = torch.randint(5, (4,), generator=generator)
+            optimizer.zero_grad()
+            F.cross_entropy(each(x.double()), targets).backward()
+            optimizer.step()
+    a, b = (each(x.double()).log_softmax(-1).detach() for each in copies)
+    assert (a - b).abs().max() < 1e-7

@@ -76,6 +76,7 @@ FURTHER = (
     "norm_shift",
     "router_shift",
     "layer_scale",
+    "channel_scale",
 )
 
 

@@ -32,6 +32,7 @@ from ddc.gauges.stream import Norm, Stream, patches_of, streams
 from ddc.gauges.trace import (
     KEEPS,
     MOVES,
+    Arrival,
     LinearMap,
     Trace,
     apply,
@@ -55,6 +56,8 @@ from ddc.gauges.traced import (
     heads_of,
     owner,
 )
+
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 
 
 def gauges_of_kinds(trace: Trace, kinds: Collection[str], loss: str | None = None) -> GaugeSet:
@@ -106,6 +109,10 @@ class Further:
                 yield "router_shift", owner(linear.weight), partial(self.router_shift, linear)
             if (scale := self._layer_scale(linear)) is not None:
                 yield "layer_scale", owner(scale), partial(self.layer_scale, linear, scale)
+        for node in self.trace.graph.nodes:
+            if operation(node) == "batch_norm":
+                where = module_path(node) or "batch_norm"
+                yield "channel_scale", where, partial(self.channel_scale, node, where)
         for stream in streams(self.trace):
             where = self._place(stream)
             yield "stream_rotation", where, partial(self.stream_rotation, stream)
@@ -376,6 +383,38 @@ class Further:
         plus = (Axis(linear.weight, linear.rows), *(Axis(name) for name in names[1:]))
         return [Rescale("layer_scale", owner(scale), plus, (Axis(scale),))]
 
+    def channel_scale(self, node: Node, where: str) -> list[Gauge]:
+        """Scale and shift of a batch norm against the channels that convolutions, or linear maps,
+        read of it, with what is homogeneous between them.
+        """
+        views = [self.trace.parameter(each) for each in arguments(node)[1:3]]
+        names = [view[0] for view in views if view is not None]
+        if len(names) < 2 or len({*names}) < 2:
+            raise NotProved("its scale and shift are not two parameters as they stand")
+        flow = self.trace.flow({node: channels_of(node)})
+        if not flow.arrivals:
+            raise NotProved("nothing reads it")
+        if len(degrees := {arrival.degree for arrival in flow.arrivals}) > 1:
+            raise NotProved("its readers read it at different degrees")
+        columns = [self._channels(arrival) for arrival in flow.arrivals]
+        self.finding.require_single(names, columns)
+        plus = tuple(Axis(name) for name in names)
+        return [Rescale("channel_scale", where, plus, tuple(columns), degrees.pop())]
+
+    def _channels(self, arrival: Arrival) -> Axis:
+        """The input channels of the convolution at which a flow ends, or the columns of the linear
+        map.
+        """
+        node, args = arrival.node, arguments(arrival.node)
+        if operation(node) not in CONVOLUTIONS:
+            return self.finding.reader(arrival)
+        weight = self.trace.parameter(args[1])
+        if arrival.argument != 0 or weight is None or args[6:] not in ((), (1,)):
+            raise NotProved(f"its reader, {self.finding.describe(node)}, has groups of channels")
+        if not torch.equal(arrival.labels, channels_of(args[0])):
+            raise NotProved("the channels of a convolution that reads it are not its own")
+        return Axis(weight[0], 1)
+
     # ------------------------------------------------------------------------------------------
     # residual streams
 
@@ -635,6 +674,12 @@ class Further:
             if linear.weight == weight and linear.bias is not None:
                 return linear.bias if self.trace.used_once(linear.bias) else None
         return None
+
+
+def channels_of(node: Node) -> Tensor:
+    """Labels of a node whose units lie along axis 1."""
+    shape = value_of(node).shape
+    return torch.arange(shape[1]).view(-1, *[1] * (len(shape) - 2)).expand(shape)
 
 
 def _drops(node: Node) -> bool:

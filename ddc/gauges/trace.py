@@ -69,6 +69,14 @@ MOVES = frozenset(
 KEEPS = frozenset(["to", "type_as", "dropout", "_to_copy", "float", "lift_fresh_copy"])
 #: Elementwise operations f with f(c x) = c f(x) for c > 0.
 HOMOGENEOUS = frozenset(["relu", "relu_", "leaky_relu", "leaky_relu_", "abs"])
+#: Operations that take the greatest or the mean of a channel's entries, here and there.
+POOLS = frozenset(
+    [
+        f"{kind}_pool{n}d"
+        for kind in ("max", "avg", "adaptive_avg", "adaptive_max")
+        for n in (1, 2, 3)
+    ]
+)
 #: Linear operations: what a rotary embedding is made of.
 LINEAR_OPERATIONS = (
     MOVES
@@ -688,6 +696,14 @@ class Trace:
         if name == "square" or (name == "pow" and isinstance(args[1], int | float) and args[1] > 0):
             flow.activations.add("pow")
             return labels, degree * (2 if name == "square" else args[1])
+        if name in POOLS:
+            shape = value_of(node).shape
+            channels = labels.flatten(2)[:, :, :1] if len(shape) == labels.ndim > 2 else None
+            if channels is None or not torch.equal(
+                labels.flatten(2), channels.expand(labels.flatten(2).shape)
+            ):
+                return None
+            return channels.view(*shape[:2], *[1] * (len(shape) - 2)).expand(shape), degree
         # reduced over what has one label
         if name in ("mean", "sum") and len(args) > 1:
             keep = len(args) > 2 and bool(args[2])

@@ -330,7 +330,7 @@ class Finding:
     def readers_of(self, source: Node) -> list[Axis]:
         """The columns of the linear maps that alone read what a norm gives."""
         flow = self.trace.flow({source: labels_of(source)})
-        readers = [self._reader(arrival) for arrival in flow.arrivals]
+        readers = [self.reader(arrival) for arrival in flow.arrivals]
         if not readers:
             raise NotProved("nothing reads it")
         if flow.activations or any(arrival.degree != 1 for arrival in flow.arrivals):
@@ -338,7 +338,7 @@ class Finding:
         self.require_single([], readers)
         return readers
 
-    def _reader(self, arrival: Arrival, experts: ExpertMap | None = None) -> Axis:
+    def reader(self, arrival: Arrival, experts: ExpertMap | None = None) -> Axis:
         """The columns of the linear map at which a flow ends, or of all ``experts``; of each apart
         where the flow begins at experts too.
         """
@@ -540,7 +540,7 @@ class Finding:
             raise NotProved("its rows are in one weight with those of its gate")
         if other:
             raise NotProved(f"{self.describe(other[0])} is not homogeneous")
-        readers = [self._reader(arrival, source.experts) for arrival in flow.arrivals]
+        readers = [self.reader(arrival, source.experts) for arrival in flow.arrivals]
         if kind == "gated_rescale" and flow.activations:
             raise NotProved("the gate branch is not touched; its value branch is")
         degrees = {arrival.degree for arrival in flow.arrivals}
