@@ -26,6 +26,7 @@ from ddc.gauges.affine import (
     Translated,
     Translation,
 )
+from ddc.gauges.attention import ATTENTION, Attention, Read
 from ddc.gauges.base import KINDS, Gauge, Refusal
 from ddc.gauges.gauge_set import GaugeSet
 from ddc.gauges.stream import Norm, Stream, patches_of, streams
@@ -46,16 +47,7 @@ from ddc.gauges.trace import (
     readers,
     value_of,
 )
-from ddc.gauges.traced import (
-    ATTENTION,
-    Attention,
-    Finding,
-    NotProved,
-    Read,
-    gauges_of_trace,
-    heads_of,
-    owner,
-)
+from ddc.gauges.traced import Finding, NotProved, gauges_of_trace, heads_of, owner
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ddc.gauges.actions import Axis, Chain, Rescale, RotatedAxis, Rotation, Shift
+from ddc.gauges.attention import ATTENTION, Attention, Read, attentions_of
 from ddc.gauges.base import Gauge, Refusal, axes_of
 from ddc.gauges.gauge_set import GaugeSet
 from ddc.gauges.parts import named_part, part_named
 from ddc.gauges.trace import (
-    KEEPS,
     Arrival,
     ExpertMap,
     Flow,
@@ -32,7 +32,6 @@ from ddc.gauges.trace import (
     Trace,
     arguments,
     has_fixed_shape,
-    inputs,
     labels_of,
     last_axis,
     module_path,
@@ -41,7 +40,6 @@ from ddc.gauges.trace import (
     value_of,
 )
 
-ATTENTION = "scaled_dot_product_attention"
 #: Two numbers of a rotary embedding count as equal within this; it is computed in single precision
 #: or less.
 CLOSE = 1e-3
@@ -93,46 +91,6 @@ class Heads:
             *chain.from_iterable(pairs),
             *chain.from_iterable(rest.values() for rest in self.rest),
         }
-
-
-class Read(NamedTuple):
-    """Where attention reads heads, (examples, heads, positions, entries): the operation and its
-    argument, and whether positions and entries lie the other way round there.
-    """
-
-    node: Node
-    argument: int
-    transposed: bool = False
-
-    @property
-    def value(self) -> Node:
-        """What is read."""
-        value = arguments(self.node)[self.argument]
-        assert isinstance(value, Node)
-        return value
-
-    @property
-    def positions(self) -> int:
-        """How many positions there are."""
-        return value_of(self.value).shape[-1 if self.transposed else -2]
-
-
-class Attention(NamedTuple):
-    """Attention, as one operation or spelt out.
-
-    Attributes:
-        where: its place in the model.
-        node: what gives its output, by heads.
-        weights: what gives its weights: the operation itself, or a softmax.
-        query, key, value: where it reads them; None where that is not known.
-    """
-
-    where: str
-    node: Node
-    weights: Node
-    query: Read | None
-    key: Read | None
-    value: Read | None
 
 
 @dataclass(frozen=True)
@@ -589,52 +547,8 @@ class Finding:
 
     @cached_property
     def attentions(self) -> list[Attention]:
-        """All attention of the model, as one operation or spelt out."""
-        found = []
-        for node in self.trace.graph.nodes:
-            where = module_path(node) or "attention"
-            if operation(node) == ATTENTION:
-                read = tuple(Read(node, i) for i in range(3))
-                found.append(Attention(where, node, node, *read))
-            elif operation(node) in ("softmax", "_softmax") and (mixing := self._mixing(node)):
-                found.append(self._spelt_out(node, mixing, where))
-        return found
-
-    def _mixing(self, weights: Node) -> Node | None:
-        """The product by which weights of attention mix values, if a node gives such weights."""
-        node = weights
-        while len(users := readers(node)) == 1 and operation(users[0]) in {*KEEPS, "clone"}:
-            node = users[0]
-        for user in readers(node):
-            match operation(user), arguments(user):
-                case (("matmul" | "bmm"), (a, b)) if a is node and b is not node:
-                    return user
-        return None
-
-    def _spelt_out(self, softmax: Node, mixing: Node, where: str) -> Attention:
-        """Attention as a product of queries and keys, a softmax, and a product with values.
-
-        Scores decide the weights, and a turn of queries and keys leaves all of them as they are; so
-        whatever is between the product and the softmax is none of a rotation's business.
-        """
-        products: list[Node] = []
-        seen, waiting = {softmax}, [softmax]
-        while waiting:
-            for each in inputs(waiting.pop()):
-                if each in seen:
-                    continue
-                seen.add(each)
-                value = each.meta.get("val")
-                scores = isinstance(value, Tensor) and value.shape == value_of(softmax).shape
-                if operation(each) in ("matmul", "bmm") and scores:
-                    products.append(each)
-                elif scores:
-                    waiting.append(each)
-        value = Read(mixing, 1) if value_of(mixing).ndim == 4 else None
-        if len(products) != 1 or value is None:
-            return Attention(where, mixing, softmax, None, None, value)
-        reads = Read(products[0], 0), Read(products[0], 1, transposed=True)
-        return Attention(where, mixing, softmax, *reads, value)
+        """All attention of the model."""
+        return attentions_of(self.trace)
 
     def origin(self, node: Node) -> LinearMap | None:
         """The one linear map from which an input of attention comes."""
