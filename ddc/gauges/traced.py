@@ -6,12 +6,13 @@ for messages alone.
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -139,7 +140,13 @@ def gauges_of_trace(
         loss: as for :func:`ddc.find_gauges`.
         rules: which; None for all.
     """
-    finding = Finding(trace, loss)
+    return proved(Finding(trace, loss), per_layer, rules)
+
+
+def proved(
+    finding: Finding, per_layer: bool = False, rules: Sequence[Rule] | None = None
+) -> GaugeSet:
+    """The same of a finding that has proved nothing yet; what its rules have read it keeps."""
     for prove in RULES if rules is None else rules:
         prove(finding)
     finding.drop_overlaps()
@@ -169,6 +176,29 @@ def chained(gauges: Sequence[Gauge]) -> list[Gauge]:
     return [*chains, *(gauge for gauge in gauges if gauge not in links.values())]
 
 
+Proof = TypeVar("Proof", bound=Callable[..., Any])
+
+
+def once(prove: Proof) -> Proof:
+    """Have a method prove the same but once: what it gives, or why not, is kept in ``kept`` of its
+    object by its arguments.
+    """
+
+    @functools.wraps(prove)
+    def kept(self: Any, *args: Any) -> Any:
+        key = prove.__name__, *args
+        if key not in self.kept:
+            try:
+                self.kept[key] = prove(self, *args)
+            except NotProved as reason:
+                self.kept[key] = reason
+        if isinstance(found := self.kept[key], NotProved):
+            raise found
+        return found
+
+    return cast(Proof, kept)
+
+
 class Finding:
     """Collects what is found and refused in one trace.
 
@@ -185,6 +215,8 @@ class Finding:
         self.modules = dict(trace.model.named_modules())
         self.found: list[Gauge] = []
         self.refused: list[Refusal] = []
+        #: What :func:`once` has proved.
+        self.kept: dict[tuple[Any, ...], Any] = {}
         #: Of the slots of a query-key rotation, those of the keys.
         self.key_slots: dict[Rotation, tuple[RotatedAxis, ...]] = {}
 
@@ -275,7 +307,8 @@ class Finding:
         view = self.trace.parameter(argument)
         return view is not None and self.trace.tensors[view[0]].shape == value_of(node).shape[-1:]
 
-    def norm_scale(self, source: Node, plus: Sequence[Axis], where: str) -> Rescale:
+    @once
+    def norm_scale(self, source: Node, plus: tuple[Axis, ...], where: str) -> Rescale:
         if not has_fixed_shape(source):
             raise NotProved("how many positions it has depends on values")
         readers = self.readers_of(source)
@@ -285,6 +318,7 @@ class Finding:
         self.require_single(names)
         return Rescale("norm_scale", where, tuple(plus), tuple(readers))
 
+    @once
     def readers_of(self, source: Node) -> list[Axis]:
         """The columns of the linear maps that alone read what a norm gives."""
         flow = self.trace.flow({source: labels_of(source)})
@@ -355,33 +389,37 @@ class Finding:
         between them.
         """
         taken: dict[Axis, str] = {}
-        for source in self._rescale_sources():
-            for name, flow, plus in self._flows(source):
-                if not flow.arrivals or not self._is_between(flow):
-                    continue
-                # which of the two kinds the flow suggests
-                ends = [self._is_map(arrival.node) for arrival in flow.arrivals]
-                parts = [
-                    arrival.labels.unique().numel() < source.labels for arrival in flow.arrivals
-                ]
-                # a gate by itself, or in one weight with the values, of which a part of the units
-                # goes on
-                gated = flow.gated and (
-                    all(ends) or any(end and part for end, part in zip(ends, parts, strict=True))
-                )
-                kind = "gated_rescale" if gated else "relu_rescale"
-                # proved, or refused with the reason
-                try:
-                    gauge = self._rescale(kind, source, flow, plus)
-                    if (
-                        clash := next((axis for axis in gauge.minus if axis in taken), None)
-                    ) is not None:
-                        raise NotProved(f"the other side is scaled by {taken[clash]} already")
-                except NotProved as reason:
-                    self.refused.append(Refusal(kind, self.place([name]), str(reason)))
-                    continue
-                taken.update(dict.fromkeys(gauge.minus, name))
-                self.found.append(gauge)
+        for source, name, flow, plus in self.flows():
+            if not flow.arrivals or not self._is_between(flow):
+                continue
+            # which of the two kinds the flow suggests
+            ends = [self._is_map(arrival.node) for arrival in flow.arrivals]
+            parts = [arrival.labels.unique().numel() < source.labels for arrival in flow.arrivals]
+            # a gate by itself, or in one weight with the values, of which a part of the units
+            # goes on
+            gated = flow.gated and (
+                all(ends) or any(end and part for end, part in zip(ends, parts, strict=True))
+            )
+            kind = "gated_rescale" if gated else "relu_rescale"
+            # proved, or refused with the reason
+            try:
+                gauge = self.rescale(kind, source, flow, plus)
+                if (
+                    clash := next((axis for axis in gauge.minus if axis in taken), None)
+                ) is not None:
+                    raise NotProved(f"the other side is scaled by {taken[clash]} already")
+            except NotProved as reason:
+                self.refused.append(Refusal(kind, self.place([name]), str(reason)))
+                continue
+            taken.update(dict.fromkeys(gauge.minus, name))
+            self.found.append(gauge)
+
+    @once
+    def flows(self) -> list[tuple[Source, str, Flow, tuple[Axis, ...]]]:
+        """Where the output units of weights go: the source, the name of the weight or of a part,
+        the flow, and the side.
+        """
+        return [(each, *found) for each in self._rescale_sources() for found in self._flows(each)]
 
     def _rescale_sources(self) -> list[Source]:
         """Weights whose output units may be scaled."""
@@ -490,7 +528,7 @@ class Finding:
             flow if flow.arrivals and all(self._is_map(end.node) for end in flow.arrivals) else None
         )
 
-    def _rescale(self, kind: str, source: Source, flow: Flow, plus: tuple[Axis, ...]) -> Rescale:
+    def rescale(self, kind: str, source: Source, flow: Flow, plus: tuple[Axis, ...]) -> Rescale:
         # all that the flow reaches must be a linear map, at one degree
         name = source.axes[0].parameter
         other = [arrival.node for arrival in flow.arrivals if not self._is_map(arrival.node)]
@@ -556,6 +594,7 @@ class Finding:
         found = [maps[each] for each in self.trace.ancestors(node, stop=maps) if each in maps]
         return found[0] if len(found) == 1 else None
 
+    @once
     def _heads(self, read: Read | None, what: str) -> tuple[LinearMap, Heads]:
         """The linear map of what attention reads, and its heads, whose outputs go nowhere else."""
         if read is None:

@@ -15,9 +15,11 @@ import numpy as np
 from torch import Tensor
 
 from ddc.gauges import Axis, Gauge, HiddenMatrix, Rescale, RotatedAxis, Rotation, is_split
+from ddc.gauges.affine import StreamRotation
 from ddc.gauges.base import axes_of
 from ddc.gauges.parts import Part, named_part, part_named
 from ddc.optim.plan import acted_on, without
+from ddc.optim.sections import is_section
 
 
 @dataclass
@@ -126,8 +128,28 @@ def among(gauge: Gauge, parts: Mapping[str, Sequence[Part]]) -> list[Gauge]:
     if isinstance(gauge, Rotation):
         slots = [each for slot in gauge.slots for each in slots_among(gauge, slot, parts)]
         return [replace(gauge, slots=(slot,)) for slot in slots]
+    if isinstance(gauge, StreamRotation):
+        writers = [w for each in gauge.writers for w in vectors_among(gauge, *each, parts)]
+        readers = [
+            replace(each, weight=name)
+            for each in gauge.readers
+            for name, _ in vectors_among(gauge, each.weight, each.axis, parts)
+        ]
+        return [replace(gauge, writers=tuple(writers), readers=tuple(readers))]
+    if is_section(gauge):
+        return [gauge]  # a step is taken where it has nothing to add, on whole parameters
     (name, *_) = {*acted_on(gauge)} & parts.keys()
     raise ValueError(f"{gauge}: it does not go with parts of {name!r}. {without(gauge)}")
+
+
+def vectors_among(
+    gauge: Gauge, name: str, axis: int, parts: Mapping[str, Sequence[Part]]
+) -> list[tuple[str, int]]:
+    """What reads or writes a stream along an axis, of parts, which must lie along another."""
+    of_name = parts.get(name, ())
+    if any(part.axis == axis for part in of_name):
+        raise ValueError(f"{gauge}: it turns all of {name!r}, which is cut. {without(gauge)}")
+    return [(part.name, axis) for part in of_name] or [(name, axis)]
 
 
 def axes_among(gauge: Gauge, axis: Axis, parts: Mapping[str, Sequence[Part]]) -> list[Axis]:
@@ -217,6 +239,10 @@ class Views:
                 yield param, {key + which: value for key, value in state.items()}
             else:
                 yield tensor, state
+
+    def among(self, grads: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """Of gradients by parameter, those of the parts."""
+        return {view: part.of(grads[param]) for view, param, part in self.views if param in grads}
 
     @contextlib.contextmanager
     def followed(self) -> Iterator[None]:
