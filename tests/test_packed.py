@@ -112,7 +112,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, GaugeSet], torch.optim.Optimizer]] = 
     "DDCMuon": lambda model, gauges: DDCMuon(
         model.named_parameters(),
         gauges,
-        hidden_matrices(model, inputs={"input_ids": TOKENS}),
+        hidden_matrices(model, inputs={"input_ids": TOKENS}, apart=True),
         lr=0.02,
         adam_lr=3e-3,
         weight_decay=0.1,
@@ -291,10 +291,15 @@ def test_attention_that_is_spelt_out(variant: str, kinds: set[str]) -> None:
 
 
 def test_parts_of_packed_attention_are_hidden_matrices_of_their_own() -> None:
-    names = [m.parameter for m in hidden_matrices(Spelt("plain"), inputs=(torch.randn(2, 5, 8),))]
+    names = [
+        m.parameter
+        for m in hidden_matrices(Spelt("plain"), inputs=(torch.randn(2, 5, 8),), apart=True)
+    ]
     assert names == []  # they read the input as it is
     model = nn.Sequential(nn.Linear(8, 8), Spelt("plain"), nn.Linear(8, 3))
-    names = [m.parameter for m in hidden_matrices(model, inputs=(torch.randn(2, 5, 8),))]
+    names = [
+        m.parameter for m in hidden_matrices(model, inputs=(torch.randn(2, 5, 8),), apart=True)
+    ]
     assert names == [f"1.qkv.weight[{a}:{a + 8}]" for a in (0, 8, 16)] + ["1.out.weight"]
 
 

@@ -54,27 +54,28 @@ class HiddenMatrix:
 
 @singledispatch
 def hidden_matrices(
-    model: nn.Module, per_head: bool = False, inputs: Inputs | None = None
+    model: nn.Module, per_head: bool = False, inputs: Inputs | None = None, apart: bool = False
 ) -> Sequence[HiddenMatrix]:
     """The hidden matrices of a model, in its order.
 
     The model is traced on an example. Its linear maps are hidden but for the head, which gives the
     output (as it is, capped, or as probabilities), and those that read the model's inputs as they
-    are; weights that are used twice are left out. Stacked experts are matrices each by itself, and
-    so are queries, keys and values that one weight gives: its parts.
+    are; weights that are used twice are left out. Stacked experts are matrices each by itself.
 
     Args:
         model: any model that ``torch.export`` traces.
         per_head: attention matrices head by head, where these could be told apart, instead of
             stacked (:func:`ddc.parameter_roles` says which).
         inputs: as for :func:`ddc.find_gauges`.
+        apart: queries, keys and values that one weight gives as matrices of their own: its parts,
+            which DDCMuon takes.
 
     Raises:
         ValueError: the model cannot be traced, ``inputs`` are needed, or ``per_head`` is asked of a
             model without values.
     """
     if (inner := unwrapped(model)) is not model:
-        return hidden_matrices(inner, per_head, inputs)  # wrapped by torch.compile or DDP
+        return hidden_matrices(inner, per_head, inputs, apart)  # wrapped by torch.compile or DDP
     trace = traced(model, inputs)
     try:
         heads = heads_of_matrices(trace) if per_head else {}
@@ -93,7 +94,7 @@ def hidden_matrices(
         (experts.node, arguments(experts.node)[experts.argument], experts.weight)
         for experts in trace.expert_maps.values()
     ]
-    parts = attention_parts(trace)
+    parts = attention_parts(trace) if apart else {}
     found = []
     for _, read, weight in sorted(maps, key=lambda each: trace.order[each[0]]):
         if not trace.used_once(weight) or not trace.depends_on_parameters(read):
