@@ -72,7 +72,9 @@ def prune(setup: Setup, keep: float, output: Path) -> None:
     changed = pruned_parameters(
         parameters, blocks, unit_statistics(setup.model, blocks, batches), keep
     )
-    hidden = changed[blocks[0].outward.parameter].shape[blocks[0].outward.axis]
+    columns = blocks[0].outward.axis
+    assert isinstance(columns, int)
+    hidden = changed[blocks[0].outward.parameter].shape[columns]
     config = dataclasses.replace(architecture, hidden=hidden)
     small = build_model(config, **setup.data.sizes)
     small.load_state_dict({**setup.model.state_dict(), **changed})

@@ -274,8 +274,8 @@ class ReferencePaperStep:
         sizes = {}
         for gauge in self.channels:
             for j in range(len(self.w[gauge.plus[0].parameter])):
-                sizes[gauge, j] = torch.stack([self.w[name][j] for name, _ in gauge.plus]).norm()
-                for name, _ in gauge.minus:
+                sizes[gauge, j] = torch.stack([self.w[name][j] for name, *_ in gauge.plus]).norm()
+                for name, *_ in gauge.minus:
                     if name in in_pairs:
                         self.w[name][:, j] *= sizes[gauge, j]
                         self.g[name][:, j] /= sizes[gauge, j]
@@ -294,14 +294,14 @@ class ReferencePaperStep:
             )
         for gauge in self.channels:
             for j in range(len(self.w[gauge.plus[0].parameter])):
-                plus = [(name, j) for name, _ in gauge.plus]
+                plus = [(name, j) for name, *_ in gauge.plus]
                 minus = [
-                    (name, (slice(None), j)) for name, _ in gauge.minus if name not in in_pairs
+                    (name, (slice(None), j)) for name, *_ in gauge.minus if name not in in_pairs
                 ]
                 # is undressed by the new γ_j, so that a move of γ_j leaves it as it is
                 felt = sum(
                     float((raw[n][:, j] * shrunk[n][:, j]).sum())
-                    for n, _ in gauge.minus
+                    for n, *_ in gauge.minus
                     if n in in_pairs
                 )
                 blocks.append(((gauge, j), [plus, minus], [gauge.degree * felt, 0.0]))
@@ -343,9 +343,9 @@ class ReferencePaperStep:
                     )
 
         for gauge in self.channels:
-            for name, _ in gauge.minus:
+            for name, *_ in gauge.minus:
                 for j in range(len(new[gauge.plus[0].parameter])) if name in in_pairs else ():
-                    new[name][:, j] /= torch.stack([new[n][j] for n, _ in gauge.plus]).norm()
+                    new[name][:, j] /= torch.stack([new[n][j] for n, *_ in gauge.plus]).norm()
         for name, p in self.params.items():
             p.data.copy_(new[name] + means.get(name, 0.0))
 

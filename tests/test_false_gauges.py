@@ -99,8 +99,8 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
         b=torch.ones(WIDTH),
         head=linear(CLASSES),
     ),
-    "by hand, 1 + scale": lambda: Of(
-        lambda m, x: m.head(F.rms_norm(x, (WIDTH,)) * (1 + m.g)),
+    "by hand, 1 + twice the scale": lambda: Of(
+        lambda m, x: m.head(F.rms_norm(x, (WIDTH,)) * (1 + 2 * m.g)),
         g=vector(0.0),
         head=linear(CLASSES),
     ),
@@ -129,6 +129,7 @@ def test_a_norm_with_plain_parameters_is_found_in_every_spelling() -> None:
         lambda m, x: m.head(F.layer_norm(x, (WIDTH,), m.g, m.b)),
         lambda m, x: m.head(F.layer_norm(x, (WIDTH,)) * m.g + m.b),
         lambda m, x: m.head(m.g * F.layer_norm(x, (WIDTH,)) + m.b),
+        lambda m, x: m.head((1 + m.g) * F.layer_norm(x, (WIDTH,)) + m.b),
         lambda m, x: m.head(
             (x - x.mean(-1, keepdim=True)) * torch.rsqrt(x.var(-1, keepdim=True) + 1e-5) * m.g + m.b
         ),

@@ -244,12 +244,12 @@ def generators(gauge, params):
                 yield {gauge.bias: torch.ones_like(params[gauge.bias])}
         case Rescale(block=True):
             sides = ((gauge.plus, 1), (gauge.minus, -gauge.degree))
-            yield {name: sign * params[name] for side, sign in sides for name, _ in side}
+            yield {name: sign * params[name] for side, sign in sides for name, *_ in side}
         case Rescale():
             for unit in range(gauge.units(params)):
                 tangents = {}
                 for side, sign in ((gauge.plus, 1), (gauge.minus, -gauge.degree)):
-                    for name, axis in side:
+                    for name, axis, _ in side:
                         tangents[name] = torch.zeros_like(params[name])
                         tangents[name].movedim(axis, 0)[unit] = (
                             sign * params[name].movedim(axis, 0)[unit]

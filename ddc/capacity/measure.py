@@ -18,6 +18,7 @@ from torch.fx import Node
 from ddc.capacity.blocks import FeedForward
 from ddc.gauges import Gauge, Rescale
 from ddc.gauges.base import Params, unit_view
+from ddc.gauges.parts import at
 from ddc.gauges.trace import Trace, in_evaluation
 
 
@@ -204,7 +205,7 @@ def unit_norms(params: Params, gauges: Iterable[Gauge], block: FeedForward) -> T
     """
     copies, own = dressed(params, gauges, block)
     plus, degree = (own.plus, own.degree) if own else (block.inward, 1)
-    squares = [unit_view(copies[name], axis).square().sum(1) for name, axis in plus]
+    squares = [unit_view(at(copies, name), axis).square().sum(1) for name, axis, _ in plus]
     reading = unit_view(copies[block.outward.parameter], block.outward.axis).norm(dim=1)
     return torch.stack(squares).sum(0).sqrt() ** degree * reading
 

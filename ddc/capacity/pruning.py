@@ -66,7 +66,8 @@ def pruned_parameters(
     changed = {}
     for block in blocks:
         kept = kept_units(params, block, statistics[block.where], keep)
-        for name, axis in (*block.inward, block.outward):
+        for name, axis, _ in (*block.inward, block.outward):
+            assert isinstance(axis, int)  # blocks are of matrices
             changed[name] = params[name].detach().index_select(axis, kept.to(params[name].device))
         if block.outward_bias is not None:
             gone = torch.ones(block.units, dtype=torch.bool).index_fill(0, kept, False)

@@ -17,14 +17,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddc.gauges.base import Gauge, Params, check_kind, unit_view
+from ddc.gauges.base import Gauge, Params, UnitAxis, axes_of, check_kind, spread_units, unit_view
+from ddc.gauges.parts import at, part_named, whole_name
 
 
 class Axis(NamedTuple):
-    """A parameter and the axis along which the units of a gauge lie: 0 for rows, 1 for columns."""
+    """A parameter and the axis along which the units of a gauge lie: 0 for rows, 1 for columns.
+
+    Attributes:
+        parameter: its name, or that of a part of it (:mod:`ddc.gauges.parts`).
+        axis: of the units; several axes where they lie along these jointly: (0, 1) for the rows of
+            stacked experts, (experts, out, in).
+        offset: what is scaled is the parameter plus this number: 1 for the 1 + γ of Gemma's norms.
+    """
 
     parameter: str
-    axis: int = 0
+    axis: int | tuple[int, ...] = 0
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -124,9 +133,9 @@ class Rescale(Gauge):
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        return tuple(axis.parameter for axis in self.plus + self.minus)
+        return tuple(dict.fromkeys(whole_name(axis.parameter) for axis in self.plus + self.minus))
 
-    def unit_axis(self, axis: int) -> int | None:
+    def unit_axis(self, axis: int | tuple[int, ...]) -> UnitAxis:
         """Of the axis that an :class:`Axis` names: along it lie the units; None where the parameter
         is of one unit.
         """
@@ -134,41 +143,52 @@ class Rescale(Gauge):
 
     def units(self, params: Params) -> int:
         """Number of units: neurons or channels; 1 of a block."""
-        name, axis = self.plus[0]
-        return 1 if self.block else params[name].shape[axis]
+        if self.block:
+            return 1
+        name, axis, _ = self.plus[0]
+        shape = at(params, name).shape
+        return math.prod(shape[each] for each in axes_of(axis))
 
     def dimension(self, params: Params) -> int:
         return self.units(params)
 
     def sample(self, params: Params, generator: torch.Generator, spread: float = 1.0) -> Tensor:
         uniform = torch.rand(self.units(params), generator=generator, dtype=torch.float64)
-        return ((2 * uniform - 1) * spread).exp().to(params[self.plus[0].parameter])
+        return ((2 * uniform - 1) * spread).exp().to(at(params, self.plus[0].parameter))
 
     @torch.no_grad()
     def act_(self, params: Params, element: Tensor) -> None:
-        for name, axis in self.plus:
-            self._to_scale(params[name], axis).mul_(element[:, None])
-        for name, axis in self.minus:
-            self._to_scale(params[name], axis).div_(element[:, None] ** self.degree)
-
-    def _to_scale(self, tensor: Tensor, axis: int) -> Tensor:
-        """A view of a parameter that a column of unit scales multiplies."""
-        return torch.atleast_2d(tensor) if self.block else unit_view(tensor, axis)
+        for side, scales in ((self.plus, element), (self.minus, element**-self.degree)):
+            for name, axis, offset in side:
+                tensor = at(params, name)
+                scale = spread_units(scales, tensor, self.unit_axis(axis))
+                tensor.mul_(scale)
+                if offset:  # (w + offset) c - offset
+                    tensor.add_(offset * (scale - 1))
 
     @torch.no_grad()
     def velocities(self, params: Params) -> dict[str, Tensor]:
         units = self.units(params)
         moved: dict[str, Tensor] = {}
         for side, rate in ((self.plus, 1.0), (self.minus, -self.degree)):
-            for name, axis in side:
-                weight = params[name].double()
-                each = weight.new_zeros(units, *weight.shape)
-                unit = torch.arange(units, device=weight.device)
+            for name, axis, offset in side:
+                weight = at(params, name).double() + offset
+                whole = whole_name(name)
+                if whole not in moved:
+                    moved[whole] = weight.new_zeros(units, *params[whole].shape)
+                part = part_named(name)
+                each = moved[whole] if part is None else part.of(moved[whole], 1)
                 if self.block:
-                    each[0] = weight
-                else:  # a unit's entries lie at its index on the axis
-                    each.movedim(1 + axis, 1)[unit, unit] = weight.movedim(axis, 0)
-                moved[name] = moved.get(name, 0) + rate * each
+                    each[0] += rate * weight
+                    continue
+                # a unit's entries lie at its indices on the axes
+                axes = axes_of(axis)
+                first = tuple(range(len(axes)))
+                rows = weight.movedim(axes, first)
+                unit = torch.arange(units, device=weight.device)
+                places = torch.unravel_index(unit, rows.shape[: len(axes)])
+                at_unit = each.movedim([1 + a for a in axes], [1 + a for a in first])
+                at_unit[(unit, *places)] += rate * rows.flatten(0, len(axes) - 1)
         return moved
 
     @torch.no_grad()
@@ -177,7 +197,8 @@ class Rescale(Gauge):
 
         def log_norm(side: tuple[Axis, ...]) -> Tensor:
             squares = [
-                unit_view(params[n], self.unit_axis(a)).double().square().sum(1) for n, a in side
+                unit_view(at(params, name) + offset, self.unit_axis(axis)).double().square().sum(1)
+                for name, axis, offset in side
             ]
             return torch.stack(squares).sum(0).log() / 2
 
@@ -197,7 +218,10 @@ class Rescale(Gauge):
     def audit(self, params: Params, grads: Params) -> float:
         def radial(side: tuple[Axis, ...]) -> Tensor:
             terms = [
-                unit_view(params[n] * grads[n], self.unit_axis(a)).double().sum(1) for n, a in side
+                unit_view((at(params, name) + offset) * at(grads, name), self.unit_axis(axis))
+                .double()
+                .sum(1)
+                for name, axis, offset in side
             ]
             return torch.stack(terms).sum(0)
 

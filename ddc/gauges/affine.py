@@ -540,13 +540,14 @@ class ScaledShift(Gauge):
 
 @dataclass(frozen=True)
 class Behind:
-    """A linear map that reads a stream through a norm: its weight, the axis of its inputs, and the
-    norm's scale (None for 1).
+    """A linear map that reads a stream through a norm: its weight, the axis of its inputs, the
+    norm's scale (None for 1), and what that is more than the parameter.
     """
 
     weight: str
     axis: int
     scale: str | None
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -617,7 +618,7 @@ class StreamRotation(Gauge):
         for name, axis in self.writers:
             yield name, params[name].movedim(axis, 0), None
         for reader in self.readers:
-            scale = None if reader.scale is None else params[reader.scale]
+            scale = None if reader.scale is None else params[reader.scale] + reader.offset
             yield reader.weight, params[reader.weight].movedim(reader.axis, 0), scale
         for shift, gamma in self.shifts:
             yield shift, params[shift], 1 / params[gamma]

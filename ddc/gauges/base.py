@@ -78,6 +78,7 @@ for _kind in (
     Kind("norm_shift", "norm shift", default=False, further=True),
     Kind("router_shift", "router shift", default=False, further=True),
     Kind("layer_scale", "layer scale", default=False, further=True),
+    Kind("channel_scale", "channel scale", default=False, further=True),
 ):
     add_kind(_kind)
 
@@ -287,12 +288,31 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_split(tensor) else tensor
 
 
-def unit_view(tensor: Tensor, axis: int | None) -> Tensor:
-    """View a vector or matrix as (units, entries of the unit); ``axis`` is that of the units, None
-    for a single one.
-    """
+#: Along which axis, or axes jointly, the units of a gauge lie; None for a single unit.
+UnitAxis = int | tuple[int, ...] | None
+
+
+def axes_of(axis: UnitAxis) -> tuple[int, ...]:
+    """The axes of the units, none for a single unit."""
+    if axis is None:
+        return ()
+    return (axis,) if isinstance(axis, int) else axis
+
+
+def unit_view(tensor: Tensor, axis: UnitAxis) -> Tensor:
+    """View a tensor as (units, entries of the unit); of more than two axes it may be a copy."""
     if axis is None:
         return tensor.reshape(1, -1)
     if tensor.ndim == 1:
         return tensor.unsqueeze(1)
-    return tensor if axis == 0 else tensor.mT
+    if tensor.ndim == 2 and isinstance(axis, int):
+        return tensor if axis == 0 else tensor.mT
+    axes = axes_of(axis)
+    units = tensor.movedim(axes, tuple(range(len(axes)))).flatten(0, len(axes) - 1)
+    return units.reshape(len(units), -1)
+
+
+def spread_units(values: Tensor, tensor: Tensor, axis: UnitAxis) -> Tensor:
+    """A value for each unit, (units,), as what broadcasts against the tensor."""
+    axes = axes_of(axis)
+    return values.view([size if i in axes else 1 for i, size in enumerate(tensor.shape)])

@@ -26,12 +26,14 @@ from ddc.gauges.affine import (
     Translated,
     Translation,
 )
+from ddc.gauges.attention import ATTENTION, Attention, Read
 from ddc.gauges.base import Gauge, Refusal, paper_kinds
 from ddc.gauges.gauge_set import GaugeSet
 from ddc.gauges.stream import Norm, Stream, patches_of, streams
 from ddc.gauges.trace import (
     KEEPS,
     MOVES,
+    Arrival,
     Flow,
     LinearMap,
     Trace,
@@ -47,15 +49,17 @@ from ddc.gauges.trace import (
     value_of,
 )
 from ddc.gauges.traced import (
-    ATTENTION,
     RULES,
     Finding,
     NotProved,
+    Source,
     heads_of,
     once,
     owner,
     proved,
 )
+
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 
 
 def gauges_of_kinds(trace: Trace, kinds: Collection[str], loss: str | None = None) -> GaugeSet:
@@ -98,24 +102,28 @@ class Further:
 
     def _attempts(self) -> Iterator[tuple[str, str, Callable[[], Sequence[Gauge]]]]:
         """Kind, place and proof of each gauge that is looked for."""
-        for name, flow, plus in self.finding.flows():
+        for source, name, flow, plus in self.finding.flows():
             onward = [arrival.node in self.trace.linear_maps for arrival in flow.arrivals]
-            if onward and all(onward) and not flow.activations and not flow.gated:
-                yield "factor_map", owner(name), partial(self.factor_map, flow, plus)
-                yield "factor_bias", owner(name), partial(self.factor_bias, flow, plus)
-        for node in self.trace.graph.nodes:
-            if operation(node) == ATTENTION:
-                where = module_path(node) or "attention"
-                yield "value_map", where, partial(self.value_map, node, where)
-                yield "value_bias", where, partial(self.value_bias, node, where)
-                yield "qk_map", where, partial(self.qk_map, node, where)
-                yield "key_bias", where, partial(self.key_bias, node, where)
-                yield "qk_norm_scale", where, partial(self.qk_norm_scale, node, where)
+            whole = source.experts is None and plus == source.axes
+            if whole and onward and all(onward) and not flow.activations and not flow.gated:
+                yield "factor_map", owner(name), partial(self.factor_map, source, flow)
+                yield "factor_bias", owner(name), partial(self.factor_bias, source, flow)
+        for each in self.finding.attentions:
+            where = each.where
+            yield "value_map", where, partial(self.value_map, each)
+            yield "value_bias", where, partial(self.value_bias, each)
+            yield "qk_map", where, partial(self.qk_map, each)
+            yield "key_bias", where, partial(self.key_bias, each)
+            yield "qk_norm_scale", where, partial(self.qk_norm_scale, each)
         for linear in self.trace.linear_maps.values():
             if self._is_router(linear):
                 yield "router_shift", owner(linear.weight), partial(self.router_shift, linear)
             if (scale := self._layer_scale(linear)) is not None:
                 yield "layer_scale", owner(scale), partial(self.layer_scale, linear, scale)
+        for node in self.trace.graph.nodes:
+            if operation(node) == "batch_norm":
+                where = module_path(node) or "batch_norm"
+                yield "channel_scale", where, partial(self.channel_scale, node, where)
         for stream in streams(self.trace):
             where = self._place(stream)
             yield "stream_rotation", where, partial(self.stream_rotation, stream)
@@ -131,29 +139,33 @@ class Further:
     # ------------------------------------------------------------------------------------------
     # factors
 
-    def factor_map(self, flow: Flow, plus: tuple[Axis, ...]) -> list[General]:
+    def factor_map(self, source: Source, flow: Flow) -> list[General]:
         """Outputs of one linear map, or of an embedding, by G; what reads them by its inverse."""
         if flow.dropout:
             raise NotProved("entries are dropped at random between the two maps")
         if flow.uneven:
             raise NotProved("entries are scaled apart between the two maps")
-        gauge = self.finding.rescale("factor_map", plus[0].parameter, flow, plus)
+        plus = source.axes
+        gauge = self.finding.rescale("factor_map", source, flow, plus)
         if gauge.degree != 1:
             raise NotProved("what is between the two maps is not linear")
-        units = np.arange(self.trace.tensors[plus[0].parameter].shape[plus[0].axis])[None, None]
+        columns = gauge.minus[0]
+        assert isinstance(columns.axis, int)
+        units = np.arange(self.trace.tensors[columns.parameter].shape[columns.axis])[None, None]
         plus_slots, minus_slots = (
-            tuple(RotatedAxis(name, axis, units) for name, axis in side)
+            tuple(RotatedAxis(name, axis, units) for name, axis in self._columns(side))
             for side in (gauge.plus, gauge.minus)
         )
         return [General("factor_map", gauge.where, plus_slots, minus_slots)]
 
-    def factor_bias(self, flow: Flow, plus: tuple[Axis, ...]) -> list[Gauge]:
+    def factor_bias(self, source: Source, flow: Flow) -> list[Gauge]:
         """A vector added to the bias of one linear map, and taken back by those of what reads
         it.
         """
+        plus = source.axes
         if len(plus) == 1:
             return []
-        (gauge,) = self.factor_map(flow, plus)
+        (gauge,) = self.factor_map(source, flow)
         (bias,) = plus[1:]
         for linear in self.trace.linear_maps.values():
             if linear.weight == plus[0].parameter:
@@ -169,68 +181,111 @@ class Further:
     # attention
 
     @once
-    def value_map(self, node: Node, where: str) -> list[General]:
+    def value_map(self, attention: Attention) -> list[General]:
         """Values by G, the output projection by its inverse: attention is linear in them."""
-        (rotation,) = self.finding.value_rotation(node, where, single=True)
+        (rotation,) = self.finding.value_rotation(attention, single=True)
         *rows, columns = rotation.slots
-        return [General("value_map", where, tuple(rows), (columns,))]
+        return [General("value_map", attention.where, tuple(rows), (columns,))]
 
-    def value_bias(self, node: Node, where: str) -> list[Gauge]:
+    def value_bias(self, attention: Attention) -> list[Gauge]:
         """A constant added to all values arrives at the output projection as it is, for the weights
         of attention sum to one.
         """
-        (gauge,) = self.value_map(node, where)
+        (gauge,) = self.value_map(attention)
         biases = [s for s in gauge.plus if self.trace.tensors[s.parameter].ndim == 1]
         (columns,) = gauge.minus
         bias = self._bias_of(columns.parameter)
         if not biases:
             return []
-        if len(arguments(node)) > 4 and arguments(node)[4] > 0:
-            raise NotProved("weights of attention are dropped at random")
-        mask = arguments(node)[3] if len(arguments(node)) > 3 else None
-        if isinstance(mask, Node) and self.trace.ancestors(mask) & self.trace.inputs:
-            raise NotProved("a mask that is given may mask a whole row, whose weights are zero")
-        self._require_alike(node, 2, "values")
-        self._require_passed_on(node)
+        self._require_sum_of_one(attention)
+        assert attention.value is not None
+        self._require_alike(attention.value, "values")
+        self._require_passed_on(attention.node)
         if bias is None:
             raise NotProved("the output projection has no bias of its own")
         copies = columns.indices.swapaxes(0, 1).reshape(columns.indices.shape[1], -1)
         (moved,) = biases
         slot = Translated(moved.parameter, 0, 1.0, tuple(moved.indices.flatten().tolist()))
         reader = Sheared(columns.parameter, columns.axis, copies, bias)
-        return [Shear("value_bias", where, (slot,), (reader,))]
+        return [Shear("value_bias", attention.where, (slot,), (reader,))]
+
+    def _require_sum_of_one(self, attention: Attention) -> None:
+        """Weights of attention sum to one over positions."""
+        node, args = attention.node, arguments(attention.node)
+        if operation(node) == ATTENTION:
+            if len(args) > 4 and args[4] > 0:
+                raise NotProved("weights of attention are dropped at random")
+            mask = args[3] if len(args) > 3 else None
+            if isinstance(mask, Node) and self.trace.ancestors(mask) & self.trace.inputs:
+                raise NotProved("a mask that is given may mask a whole row, whose weights are zero")
+            return
+        self._require_over_positions(attention)
+        between = attention.weights
+        while between is not args[0]:
+            (between,) = readers(between)
+            if _drops(between):
+                raise NotProved("weights of attention are dropped at random")
+
+    def _require_over_positions(self, attention: Attention) -> None:
+        """A softmax that is spelt out is over the last axis, that of positions."""
+        softmax = attention.weights
+        if int(arguments(softmax)[1]) not in (-1, value_of(softmax).ndim - 1):
+            raise NotProved("its softmax is not over positions")
+
+    def _require_softmax_of_scores(self, attention: Attention) -> None:
+        """What is between a product that is spelt out and its softmax adds the same to both of two
+        scores that differ by it, and scales all of a query's alike.
+        """
+        if operation(attention.node) == ATTENTION:
+            return
+        assert attention.key is not None
+        self._require_over_positions(attention)
+        waiting = [attention.key.node]
+        while waiting:
+            for user in readers(waiting.pop()):
+                if user is attention.weights:
+                    continue
+                others = [x for x in arguments(user) if x is not user and not isinstance(x, Node)]
+                name = operation(user)
+                by_number = name in ("mul", "div") and len(others) == 1 and not user.kwargs
+                adds = name in ("add", "add_") and not user.kwargs and len(inputs(user)) == 2
+                if not (by_number or adds or name in KEEPS - {"dropout"}):
+                    raise NotProved(f"{name or 'the output of the model'} reads its scores")
+                waiting.append(user)
 
     @once
-    def qk_map(self, node: Node, where: str) -> list[General]:
+    def qk_map(self, attention: Attention) -> list[General]:
         """Keys by G, queries by its inverse transpose; under a rotary embedding what commutes with
         it.
         """
         gauges = []
-        for rotation in self.finding.qk_rotation(node, where, single=True):
+        for rotation in self.finding.qk_rotation(attention, single=True):
             keys = self.finding.key_slots[rotation]
             queries = rotation.slots[: -len(keys)]
             group = "all" if rotation.reflections else "complex"
-            gauges.append(General("qk_map", where, keys, queries, group))
+            gauges.append(General("qk_map", attention.where, keys, queries, group))
         return gauges
 
-    def key_bias(self, node: Node, where: str) -> list[Gauge]:
+    def key_bias(self, attention: Attention) -> list[Gauge]:
         """A constant added to all keys adds the same to all scores of a query, if no position turns
         it.
         """
-        for gauge in self.qk_map(node, where):
+        for gauge in self.qk_map(attention):
             for slot in gauge.plus if gauge.group == "all" else ():
                 if self.trace.tensors[slot.parameter].ndim == 1:
-                    self._require_alike(node, 1, "keys", factors=True)
+                    assert attention.key is not None
+                    self._require_alike(attention.key, "keys", factors=True)
+                    self._require_softmax_of_scores(attention)
                     indices = tuple(slot.indices.flatten().tolist())
                     moved = Translated(slot.parameter, 0, 1.0, indices)
-                    return [Translation("key_bias", where, (moved,))]
+                    return [Translation("key_bias", attention.where, (moved,))]
         return []
 
-    def _require_alike(self, node: Node, argument: int, what: str, factors: bool = False) -> None:
+    def _require_alike(self, read: Read, what: str, factors: bool = False) -> None:
         """What is added to all values or keys arrives at attention as it is, at every position and
         on any input; with ``factors``, but for numbers that no input decides.
         """
-        target = arguments(node)[argument]
+        target = read.value
         source = self.finding.origin(target)
         assert source is not None
         between = self.trace.ancestors(target, [source.output])
@@ -249,27 +304,27 @@ class Further:
         waiting = [source]
         while waiting:
             for user in readers(waiting.pop()):
-                if user in self.trace.linear_maps:
+                if user in self.trace.linear_maps or user in self.trace.expert_maps:
                     continue
                 name = operation(user)
-                if _drops(user) or name not in MOVES | KEEPS | {"mean", "getitem"}:
+                if _drops(user) or name not in MOVES | KEEPS | {"mean", "getitem", "index"}:
                     raise NotProved(f"{name or 'the output of the model'} changes what it gives")
                 waiting.append(user)
 
-    def qk_norm_scale(self, node: Node, where: str) -> list[Gauge]:
+    def qk_norm_scale(self, attention: Attention) -> list[Gauge]:
         """Scales of normed queries against those of normed keys, entry by entry or plane by
         plane.
         """
-        sides = [self._scale_before(arguments(node)[i]) for i in (0, 1)]
-        if None in sides:
+        reads = [read for read in (attention.query, attention.key) if read is not None]
+        sides = [self._scale_before(read.value) for read in reads]
+        if None in sides or len(reads) < 2:
             return []
         turned = []
-        for (name, scaled), argument, what in zip(sides, (0, 1), ("queries", "keys"), strict=True):  # type: ignore[misc]
+        for (name, scaled), read, what in zip(sides, reads, ("queries", "keys"), strict=True):  # type: ignore[misc]
             self.finding.require_single([name])
-            target = arguments(node)[argument]
-            if self.trace.leak(scaled, range(value_of(scaled).shape[-1]), node, argument):
+            if self.trace.leak(scaled, range(value_of(scaled).shape[-1]), read.node, read.argument):
                 raise NotProved(f"its {what} are read elsewhere as well")
-            matrix = self.trace.matrix(scaled, target)
+            matrix = self.trace.matrix(scaled, read.value, read.transposed)
             if matrix is None:
                 raise NotProved(f"its {what} pass through what is not linear behind their norm")
             turned.append((name, heads_of(matrix, what)))
@@ -293,7 +348,7 @@ class Further:
             if of_query:
                 plus = RotatedAxis(query, 0, np.array(of_query)[:, None])
                 minus = RotatedAxis(key, 0, np.array(of_key)[:, None])
-                gauges.append(General("qk_norm_scale", where, (plus,), (minus,), "scale"))
+                gauges.append(General("qk_norm_scale", attention.where, (plus,), (minus,), "scale"))
         return gauges
 
     def _scale_before(self, node: Node) -> tuple[str, Node] | None:
@@ -382,6 +437,38 @@ class Further:
         plus = (Axis(linear.weight, linear.rows), *(Axis(name) for name in names[1:]))
         return [Rescale("layer_scale", owner(scale), plus, (Axis(scale),))]
 
+    def channel_scale(self, node: Node, where: str) -> list[Gauge]:
+        """Scale and shift of a batch norm against the channels that convolutions, or linear maps,
+        read of it, with what is homogeneous between them.
+        """
+        views = [self.trace.parameter(each) for each in arguments(node)[1:3]]
+        names = [view[0] for view in views if view is not None]
+        if len(names) < 2 or len({*names}) < 2:
+            raise NotProved("its scale and shift are not two parameters as they stand")
+        flow = self.trace.flow({node: channels_of(node)})
+        if not flow.arrivals:
+            raise NotProved("nothing reads it")
+        if len(degrees := {arrival.degree for arrival in flow.arrivals}) > 1:
+            raise NotProved("its readers read it at different degrees")
+        columns = [self._channels(arrival) for arrival in flow.arrivals]
+        self.finding.require_single(names, columns)
+        plus = tuple(Axis(name) for name in names)
+        return [Rescale("channel_scale", where, plus, tuple(columns), degrees.pop())]
+
+    def _channels(self, arrival: Arrival) -> Axis:
+        """The input channels of the convolution at which a flow ends, or the columns of the linear
+        map.
+        """
+        node, args = arrival.node, arguments(arrival.node)
+        if operation(node) not in CONVOLUTIONS:
+            return self.finding.reader(arrival)
+        weight = self.trace.parameter(args[1])
+        if arrival.argument != 0 or weight is None or args[6:] not in ((), (1,)):
+            raise NotProved(f"its reader, {self.finding.describe(node)}, has groups of channels")
+        if not torch.equal(arrival.labels, channels_of(args[0])):
+            raise NotProved("the channels of a convolution that reads it are not its own")
+        return Axis(weight[0], 1)
+
     # ------------------------------------------------------------------------------------------
     # residual streams
 
@@ -397,11 +484,12 @@ class Further:
         shifts: list[tuple[str, str]] = []
         for norm in stream.norms:
             scale, shift, linears = self._behind(norm)
-            if shift is not None and scale is not None:
-                shifts.append((shift, scale))
-            elif shift is not None:
-                raise NotProved("a norm has a shift, but no scale")
-            behind += [Behind(each.parameter, each.axis, scale) for each in linears]
+            gamma, offset = (None, 0.0) if scale is None else scale
+            if shift is not None and (gamma is None or offset):
+                raise NotProved("a norm has a shift, but no scale that is a parameter")
+            if shift is not None and gamma is not None:
+                shifts.append((shift, gamma))
+            behind += [Behind(name, axis, gamma, offset) for name, axis in linears]
         centred = any(norm.centres for norm in stream.norms)
         where = self._place(stream)
         width = stream.width
@@ -427,6 +515,8 @@ class Further:
 
     def _means(self, stream: Stream, node: Node) -> list[Gauge]:
         """The means of what one writer adds to a stream."""
+        if node in self.trace.experts_by_output:
+            raise NotProved("experts write to it, whose weights are stacked")
         written = self._writer(stream, node)
         if (linear := self.trace.maps_by_output.get(node)) is not None and linear.rows == 0:
             return [Shift(linear.weight, linear.bias, owner(linear.weight), "stream_mean")]
@@ -457,6 +547,9 @@ class Further:
             names = [linear.weight, *([linear.bias] if linear.bias is not None else [])]
             self.finding.require_single(names)
             return [(linear.weight, linear.rows), *((name, 0) for name in names[1:])]
+        if (experts := self.trace.experts_by_output.get(node)) is not None:
+            self.finding.require_single([experts.weight])
+            return [(experts.weight, experts.rows)]
         if (convolution := patches_of(node, stream.width)) is not None:
             views = [self.trace.parameter(each) for each in arguments(convolution)[1:3] if each]
             names = [view[0] for view in views if view is not None]
@@ -493,6 +586,8 @@ class Further:
                 continue
             if each in stream.writers:
                 linear = self.trace.maps_by_output.get(each)
+                if each in self.trace.experts_by_output:
+                    continue
                 if linear is not None:
                     if linear.bias is not None and self.trace.used_once(linear.bias):
                         terms.append(Translated(linear.bias, 0))
@@ -544,8 +639,11 @@ class Further:
     # behind norms
 
     @once
-    def _behind(self, norm: Norm) -> tuple[str | None, str | None, list[Axis]]:
-        """Scale and shift of a norm, and the columns of all linear maps that read it.
+    def _behind(
+        self, norm: Norm
+    ) -> tuple[tuple[str, float] | None, str | None, list[tuple[str, int]]]:
+        """Scale of a norm, with what is added to it, its shift, and the columns of all linear maps
+        that read it.
 
         Raises:
             NotProved: it is read by anything else.
@@ -569,19 +667,35 @@ class Further:
             ):
                 raise NotProved("its scale and shift are no parameters as they stand")
             self._require_passed_on(norm.output)
-            return None, None, self.finding.readers_of(norm.output)
-        source, names, reason = scale
+            return None, None, self._columns(self.finding.readers_of(norm.output))
+        source, plus, reason = scale
         if reason:
             raise NotProved(reason)
         self._require_passed_on(source)
-        gauge = self.finding.norm_scale(source, names, owner(names[0]))
-        return names[0], names[1] if len(names) > 1 else None, list(gauge.minus)
+        gauge = self.finding.norm_scale(source, plus, owner(plus[0].parameter))
+        gamma, *beta = plus
+        shift = beta[0].parameter if beta else None
+        return (gamma.parameter, gamma.offset), shift, self._columns(gauge.minus)
+
+    @staticmethod
+    def _columns(readers: Sequence[Axis]) -> list[tuple[str, int]]:
+        """Weights and the axes of their columns."""
+        return [(name, axis) for name, axis, _ in readers if isinstance(axis, int)]
+
+    def _behind_matrices(self, norm: Norm) -> tuple[str | None, str | None, list[tuple[str, int]]]:
+        """The same where the scale is a parameter as it stands, and single linear maps read it."""
+        scale, shift, columns = self._behind(norm)
+        if scale is not None and scale[1]:
+            raise NotProved("its scale is more than the parameter")
+        if any(self.trace.tensors[name].ndim != 2 for name, _ in columns):
+            raise NotProved("experts read it, whose weights are stacked")
+        return None if scale is None else scale[0], shift, columns
 
     def reader_shift(self, norm: Norm) -> list[Gauge]:
         """Rows of what reads a norm that centres move by 1/γ, which its output does not see."""
         if not norm.centres:
             raise NotProved("the norm does not centre")
-        scale, shift, linears = self._behind(norm)
+        scale, shift, linears = self._behind_matrices(norm)
         gauges: list[Gauge] = []
         for weight, columns in linears:
             bias = self._bias_of(weight)
@@ -595,7 +709,7 @@ class Further:
 
     def norm_shift(self, norm: Norm) -> list[Gauge]:
         """A vector added to the shift of a norm, and taken back by the biases of its readers."""
-        scale, shift, linears = self._behind(norm)
+        scale, shift, linears = self._behind_matrices(norm)
         if shift is None:
             return []
         found = []
@@ -615,6 +729,12 @@ class Further:
             if linear.weight == weight and linear.bias is not None:
                 return linear.bias if self.trace.used_once(linear.bias) else None
         return None
+
+
+def channels_of(node: Node) -> Tensor:
+    """Labels of a node whose units lie along axis 1."""
+    shape = value_of(node).shape
+    return torch.arange(shape[1]).view(-1, *[1] * (len(shape) - 2)).expand(shape)
 
 
 def _drops(node: Node) -> bool:

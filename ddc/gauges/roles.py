@@ -15,8 +15,9 @@ from functools import singledispatch
 from torch import nn
 
 from ddc.gauges.base import unwrapped
+from ddc.gauges.packed import attention_parts
 from ddc.gauges.routing import gives_output, heads_of_matrices
-from ddc.gauges.trace import Inputs, NoValue, traced
+from ddc.gauges.trace import Inputs, NoValue, arguments, traced
 from ddc.gauges.unsplit import unsplit
 
 
@@ -25,7 +26,9 @@ class HiddenMatrix:
     """A linear map from one hidden representation to another.
 
     Args:
-        parameter: name of the weight, of shape (out, in).
+        parameter: name of the weight, of shape (out, in), or (experts, out, in): each of stacked
+            experts is a map by itself. It may be a part of a parameter, as ``"qkv.weight[0:64]"``;
+            then all of that must be parts.
         heads: how many heads it holds; each is a linear map by itself, to be orthogonalised by
             itself. 1 takes the matrix as a whole (the heads *stacked*).
         axis: along which the heads lie: 0 for queries, keys and values, 1 for the output
@@ -52,26 +55,29 @@ class HiddenMatrix:
 
 @singledispatch
 def hidden_matrices(
-    model: nn.Module, per_head: bool = False, inputs: Inputs | None = None
+    model: nn.Module, per_head: bool = False, inputs: Inputs | None = None, apart: bool = False
 ) -> Sequence[HiddenMatrix]:
     """The hidden matrices of a model, in its order.
 
     The model is traced on an example. Its linear maps are hidden but for the head, which gives the
     output (as it is, capped, or as probabilities), and those that read the model's inputs as they
-    are; weights that are used twice are left out.
+    are; weights that are used twice are left out. Stacked experts are matrices each by itself.
 
     Args:
         model: any model that ``torch.export`` traces.
         per_head: attention matrices head by head, where these could be told apart, instead of
             stacked (:func:`ddc.parameter_roles` says which).
         inputs: as for :func:`ddc.find_gauges`.
+        apart: queries, keys and values that one weight gives as matrices of their own: its parts,
+            which DDCMuon takes.
 
     Raises:
         ValueError: the model cannot be traced, ``inputs`` are needed, or ``per_head`` is asked of a
             model without values.
     """
     if (inner := unsplit(unwrapped(model))) is not model:
-        return hidden_matrices(inner, per_head, inputs)  # wrapped by torch.compile, DDP or FSDP2
+        # wrapped by torch.compile, DDP or FSDP2
+        return hidden_matrices(inner, per_head, inputs, apart)
     trace = traced(model, inputs)
     try:
         heads = heads_of_matrices(trace) if per_head else {}
@@ -81,10 +87,22 @@ def hidden_matrices(
             f" known ({error}). Name matrices and heads yourself:"
             " [HiddenMatrix('layers.0.query.weight', heads=8), ...]"
         ) from None
-    return [
-        HiddenMatrix(linear.weight, *heads.get(linear.weight, ()))
+    maps = [
+        (linear.node, linear.input, linear.weight)
         for linear in trace.linear_maps.values()
         if not gives_output(trace, linear)
-        and trace.used_once(linear.weight)
-        and trace.depends_on_parameters(linear.input)
     ]
+    maps += [
+        (experts.node, arguments(experts.node)[experts.argument], experts.weight)
+        for experts in trace.expert_maps.values()
+    ]
+    parts = attention_parts(trace) if apart else {}
+    found = []
+    for _, read, weight in sorted(maps, key=lambda each: trace.order[each[0]]):
+        if not trace.used_once(weight) or not trace.depends_on_parameters(read):
+            continue
+        if weight in heads:
+            found.append(HiddenMatrix(weight, *heads[weight]))
+        else:
+            found += [HiddenMatrix(part) for part in parts.get(weight, [weight])]
+    return found

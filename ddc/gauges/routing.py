@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from ddc.gauges.attention import ATTENTION
 from ddc.gauges.base import named_parameters, unwrapped
 from ddc.gauges.double import InDouble
 from ddc.gauges.trace import (
@@ -31,7 +32,7 @@ from ddc.gauges.trace import (
     traced,
     value_of,
 )
-from ddc.gauges.traced import ATTENTION, Finding
+from ddc.gauges.traced import Finding
 from ddc.gauges.unsplit import unsplit
 
 #: Roles, and what has them.

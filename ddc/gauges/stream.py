@@ -152,7 +152,7 @@ def _sources(trace: Trace, node: Node, width: int) -> list[Node] | None:
     """The nodes of the stream from which one is made; none of a writer; None of what cannot be
     turned.
     """
-    if node in trace.maps_by_output:
+    if node in trace.maps_by_output or node in trace.experts_by_output:
         return []
     if (view := trace.parameter(node)) is not None:
         return [] if trace.tensors[view[0]].shape[-1] == width and view[1] % 2 == 0 else None
@@ -164,6 +164,9 @@ def _sources(trace: Trace, node: Node, width: int) -> list[Node] | None:
         return list(args) if whole and len(args) == 2 and not node.kwargs else None
     if patches_of(node, width) is not None:
         return []
+    if name == "mul" and len(args) == 2:
+        vectors = [each for each in args if isinstance(each, Node) and _carries(node, each, width)]
+        return vectors if len(vectors) == 1 else None
     if name in ("cat", "stack"):
         return list(args[0]) if _keeps_last_axis(node, args[0][0], width) else None
     if args and isinstance(args[0], Node) and _carries(node, args[0], width):
@@ -203,12 +206,17 @@ def _carries(user: Node, node: Node, width: int) -> bool:
         return False
     if name in ("add", "add_", "sub"):
         return len(args) == 2 and all(isinstance(each, Node) for each in args) and not user.kwargs
-    if name in ("mul", "div"):  # by one number
+    if value_of(node).shape[-1:] != (width,):
+        return False
+    if name in ("mul", "div"):  # by one number, or one for each vector
         other = args[1] if args[0] is node else args[0]
-        fixed = not isinstance(other, Node) or (
-            other.op in ("placeholder", "get_attr", "lift_fresh_copy") and value_of(other).ndim == 0
-        )
-        return fixed and not user.kwargs and not (name == "div" and args[1] is node)
+        by_number = not isinstance(other, Node) or value_of(other).shape[-1:] in ((), (1,))
+        return by_number and not user.kwargs and not (name == "div" and args[1] is node)
+    if name in ("sum", "mean") and len(args) > 1:  # of vectors
+        axes = [args[1]] if isinstance(args[1], int) else list(args[1])
+        return all(axis % value_of(node).ndim != value_of(node).ndim - 1 for axis in axes)
+    if name == "index":  # of vectors
+        return args[0] is node and len(args[1]) < value_of(node).ndim
     if name == "dropout":
         return not float(args[1]) > 0
     if name in KEEPS:

@@ -41,6 +41,9 @@ MOVES = frozenset(
         "unsqueeze",
         "squeeze",
         "expand",
+        "broadcast_to",
+        "mT",
+        "numpy_T",
         "flatten",
         "unflatten",
         "contiguous",
@@ -67,11 +70,19 @@ MOVES = frozenset(
 KEEPS = frozenset(["to", "type_as", "dropout", "_to_copy", "float", "lift_fresh_copy"])
 #: Elementwise operations f with f(c x) = c f(x) for c > 0.
 HOMOGENEOUS = frozenset(["relu", "relu_", "leaky_relu", "leaky_relu_", "abs"])
+#: Operations that take the greatest or the mean of a channel's entries, here and there.
+POOLS = frozenset(
+    [
+        f"{kind}_pool{n}d"
+        for kind in ("max", "avg", "adaptive_avg", "adaptive_max")
+        for n in (1, 2, 3)
+    ]
+)
 #: Linear operations: what a rotary embedding is made of.
 LINEAR_OPERATIONS = (
     MOVES
     | KEEPS
-    | frozenset(["mul", "div", "add", "sub", "neg", "cat", "stack", "getitem", "rsub"])
+    | frozenset(["mul", "div", "add", "sub", "neg", "cat", "stack", "getitem", "rsub", "index"])
 )
 
 #: What is not looked into: values without parts of their own, classes, functions, imported modules.
@@ -262,6 +273,54 @@ class LinearMap:
 
 
 @dataclass(frozen=True)
+class ExpertMap:
+    """A node that applies to each entry of a batch one of several weights that are stacked in a
+    parameter: the experts.
+
+    Attributes:
+        node: the operation.
+        argument: which of its arguments it applies them to.
+        weight: name of the parameter, of shape (experts, ...).
+        rows, columns: axes of the weight along which outputs and inputs lie.
+        slots: the node that says whose expert each entry of the batch is; None where the batch is
+            that of the experts.
+        inputs, outputs: axis of the argument along which the inputs of an entry lie, and of the
+            value for its outputs; the batch is axis 0.
+    """
+
+    node: Node
+    argument: int
+    weight: str
+    rows: int
+    columns: int
+    slots: Node | None
+    inputs: int
+    outputs: int
+
+    def labels(self) -> Tensor:
+        """Labels of the outputs, another one for each output of each entry of the batch."""
+        return of_batch(value_of(self.node).shape, self.outputs)
+
+    def reads(self, labels: Tensor, apart: bool) -> bool:
+        """Whether labels of the argument are those of the inputs, one for one; ``apart``: with
+        others for each entry of the batch, as :meth:`labels` has them.
+        """
+        if labels.ndim <= self.inputs:
+            return False
+        expected = of_batch(labels.shape, self.inputs)
+        return torch.equal(labels, expected if apart else expected % labels.shape[self.inputs])
+
+
+def of_batch(shape: Sequence[int], axis: int) -> Tensor:
+    """Labels b · n + i of the index i, of n, along an axis, in the entry b of the batch."""
+    sizes = [1] * len(shape)
+    sizes[axis] = shape[axis]
+    along = torch.arange(shape[axis]).view(sizes)
+    sizes[0], sizes[axis] = shape[0], 1
+    return (along + shape[axis] * torch.arange(shape[0]).view(sizes)).expand(tuple(shape))
+
+
+@dataclass(frozen=True)
 class Arrival:
     """Where a flow ends: at argument ``argument`` of ``node``, with the labels and the degree that
     it has there.
@@ -414,8 +473,10 @@ class Trace:
         """By parameter, the nodes that compute with it."""
         found: dict[str, list[Node]] = {}
         for node in self.graph.nodes:
+            if operation(node) == "_assert_tensor_metadata":
+                continue
             if node.op in ("call_function", "output") and self.parameter(node) is None:
-                for argument in node.all_input_nodes:
+                for argument in inputs(node):
                     if (view := self.parameter(argument)) is not None:
                         found.setdefault(view[0], []).append(node)
         return found
@@ -487,6 +548,70 @@ class Trace:
         """The same by the node of what they give."""
         return {linear.output: linear for linear in self.linear_maps.values()}
 
+    @cached_property
+    def expert_maps(self) -> dict[Node, ExpertMap]:
+        """All applications of stacked weights that are one parameter, in order."""
+        maps = {}
+        for node in self.graph.nodes:
+            if node.kwargs or not has_fixed_shape(node):
+                continue
+            match operation(node), arguments(node):
+                case "bmm", (a, b):
+                    found = self._experts(node, a, 1, b) or self._experts(node, b, 0, a)
+                case (("grouped_mm_fallback" | "_grouped_mm" | "grouped_mm"), (x, weight, slots)):
+                    found = self._experts(node, weight, 0, x, slots)
+                case _:
+                    continue
+            if found is not None:
+                maps[node] = found
+        return maps
+
+    @cached_property
+    def experts_by_output(self) -> dict[Node, ExpertMap]:
+        """The same by the node in which their outputs lie along the last axis."""
+        found = {}
+        for node, experts in self.expert_maps.items():
+            users = readers(node)
+            if experts.outputs == value_of(node).ndim - 1:
+                found[node] = experts
+            elif len(users) == 1 and operation(users[0]) in MOVES and has_fixed_shape(users[0]):
+                after = apply(users[0], experts.labels())
+                shape = value_of(node).shape
+                if isinstance(after, Tensor) and after.shape == (shape[0], shape[experts.outputs]):
+                    found[users[0]] = experts
+        return found
+
+    def _experts(
+        self, node: Node, weight: Node, argument: int, x: Node, slots: Node | None = None
+    ) -> ExpertMap | None:
+        """What a product is, if this of its factors is stacked weights of a parameter and nothing
+        else reads them on the way.
+        """
+        grouped, swapped = slots is not None, False
+        while weight not in self.parameters:
+            if len(readers(weight)) != 1 or not arguments(weight):
+                return None
+            match operation(weight), arguments(weight)[1:]:
+                case "transpose", (first, second):
+                    if {first % 3, second % 3} != {1, 2}:
+                        return None
+                    swapped = not swapped
+                case "index", ([chosen],) if slots is None and value_of(chosen).ndim == 1:
+                    slots = chosen
+                case (("alias" | "detach" | "contiguous" | "to" | "clone"), _):
+                    pass
+                case _:
+                    return None
+            weight = arguments(weight)[0]
+        name = self.parameters[weight]
+        if self.tensors[name].ndim != 3 or value_of(x).shape[0] != value_of(node).shape[0]:
+            return None
+        # of a product of weights and inputs, (out, in) · (in, n), or of inputs and weights
+        first = argument == 1
+        inputs, outputs = (1, 1) if grouped or first else (2, 2)
+        rows = 1 if first != swapped else 2
+        return ExpertMap(node, argument, name, rows, 3 - rows, slots, inputs, outputs)
+
     def _added_bias(self, node: Node) -> tuple[Node, Node] | None:
         """The addition, and what it adds, where all that is done with a product is to add a
         parameter to its rows.
@@ -513,7 +638,8 @@ class Trace:
         label.
 
         Args:
-            sources: int64 labels of the shape of each node's value.
+            sources: int64 labels of the shape of each node's value; entries with a label below 0
+                are not scaled.
 
         Returns:
             The operations at which the flow ends: linear maps, attention, the output, and all that
@@ -530,7 +656,8 @@ class Trace:
         seen = set(waiting)
         while waiting:
             node = waiting.pop(0)
-            after = None if node in self.linear_maps else self._transfer(node, state, flow)
+            ends = node in self.linear_maps or node in self.expert_maps
+            after = None if ends else self._transfer(node, state, flow)
             if after is None:
                 flow.arrivals += [
                     Arrival(node, i, *state[argument])
@@ -538,6 +665,8 @@ class Trace:
                     if isinstance(argument, Node) and argument in state
                 ]
                 continue
+            if isinstance(after[0], Tensor) and bool((after[0] < 0).all()):
+                continue  # nothing in it is scaled
             state[node] = after
             fresh = [user for user in readers(node) if user not in seen]
             seen.update(fresh)
@@ -570,6 +699,9 @@ class Trace:
             return None  # rounded to integers
         if name == "getitem":
             return labels[args[1]], degree
+        if name == "index":
+            moved = self._indexed(node, labels)
+            return None if moved is None else (moved, degree)
         # moved, kept, or taken to a power
         if name in MOVES and len(inputs(node)) > 1:
             return None  # where to, other values say
@@ -584,6 +716,14 @@ class Trace:
         if name == "square" or (name == "pow" and isinstance(args[1], int | float) and args[1] > 0):
             flow.activations.add("pow")
             return labels, degree * (2 if name == "square" else args[1])
+        if name in POOLS:
+            shape = value_of(node).shape
+            channels = labels.flatten(2)[:, :, :1] if len(shape) == labels.ndim > 2 else None
+            if channels is None or not torch.equal(
+                labels.flatten(2), channels.expand(labels.flatten(2).shape)
+            ):
+                return None
+            return channels.view(*shape[:2], *[1] * (len(shape) - 2)).expand(shape), degree
         # reduced over what has one label
         if name in ("mean", "sum") and len(args) > 1:
             keep = len(args) > 2 and bool(args[2])
@@ -592,6 +732,20 @@ class Trace:
             )
             return (lows, degree) if torch.equal(lows, highs) else None
         return None
+
+    def _indexed(self, node: Node, labels: Tensor) -> Tensor | None:
+        """Labels of chosen entries: of any, where neither input nor parameters choose; else of
+        whole vectors, wherever they go.
+        """
+        chosen = arguments(node)[1]
+        origins = {each for i in chosen if i is not None for each in self.ancestors(i)}
+        if not origins & (self.inputs | self.parameters.keys()):
+            with contextlib.suppress(NoValue):
+                indices = [None if i is None else self.value(i, {}).cpu() for i in chosen]
+                return torch.ops.aten.index.Tensor(labels, indices)
+        along = last_axis(labels)
+        whole = along is not None and len(chosen) < labels.ndim
+        return along.expand(value_of(node).shape) if along is not None and whole else None
 
     def _combine(
         self, node: Node, state: Mapping[Node, tuple[Any, float]], flow: Flow
@@ -667,7 +821,7 @@ class Trace:
                     ]
                     if taken != [argument]:
                         return user
-                elif user in on_the_way or operation(user) in MOVES | KEEPS | {"getitem"}:
+                elif user in on_the_way or operation(user) in MOVES | KEEPS | {"getitem", "index"}:
                     if changes(user):
                         waiting.append(user)
                 else:
@@ -743,8 +897,11 @@ class Trace:
         return given[node]
 
     @torch.no_grad()
-    def matrix(self, source: LinearMap | Node, target: Node) -> Entering | None:
-        """How the outputs of a linear map, the same at every position, enter attention.
+    def matrix(
+        self, source: LinearMap | Node, target: Node, transposed: bool = False
+    ) -> Entering | None:
+        """How the outputs of a linear map, the same at every position, enter attention; with
+        ``transposed``, where entries lie before positions.
 
         Returns:
             In float64, of the first example and of at most :data:`POSITIONS` positions, evenly
@@ -768,22 +925,27 @@ class Trace:
                     if argument not in moving:
                         if self.depends_on_parameters(argument):
                             return None
+                        if operation(node) == "index" and self.ancestors(argument) & self.inputs:
+                            return None  # where to, the input says
                         self.value(argument, fixed)
             # the passage of each unit vector, at some positions
-            shape, length = value_of(start).shape, value_of(target).shape[-2]
+            shape = value_of(start).shape
+            length = value_of(target).shape[-1 if transposed else -2]
             positions = torch.linspace(0, length - 1, min(POSITIONS, length)).round().long()
 
             def enter(outputs: Tensor) -> Tensor:
                 given = {**fixed, start: outputs.broadcast_to(shape)}
                 value = torch.as_tensor(self.value(target, given))
                 given.clear()  # of a wide model they are large
+                value = value.mT if transposed else value
                 return value.reshape(-1, *value.shape[-3:])[0]
 
             zero = torch.zeros(shape[-1], dtype=torch.float64, device=self.device_of(source))
             if enter(zero).any():
                 return None  # a constant is added on the way
             enter_all = torch.func.vmap(lambda outputs: enter(outputs)[:, positions])
-            heads, entries = value_of(target).shape[-3], value_of(target).shape[-1]
+            heads, *_ = value_of(target).shape[-3:]
+            entries = value_of(target).shape[-2 if transposed else -1]
             parts = []
             at_once = max(1, AT_ONCE // value_of(start).numel())
             for outputs in torch.arange(shape[-1], device=zero.device).split(at_once):

@@ -11,6 +11,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any, TypeVar, cast
 
@@ -20,12 +21,15 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ddc.gauges.actions import Axis, Chain, Rescale, RotatedAxis, Rotation, Shift
-from ddc.gauges.base import Gauge, Refusal
+from ddc.gauges.attention import ATTENTION, Attention, Read, attentions_of
+from ddc.gauges.base import Gauge, Refusal, axes_of
 from ddc.gauges.gauge_set import GaugeSet
+from ddc.gauges.parts import named_part, part_named
 from ddc.gauges.signature import signature
 from ddc.gauges.trace import (
     Arrival,
     Entering,
+    ExpertMap,
     Flow,
     LinearMap,
     NoValue,
@@ -36,10 +40,10 @@ from ddc.gauges.trace import (
     last_axis,
     module_path,
     operation,
+    readers,
     value_of,
 )
 
-ATTENTION = "scaled_dot_product_attention"
 #: Two numbers of a rotary embedding count as equal within this; it is computed in single precision
 #: or less.
 CLOSE = 1e-3
@@ -93,6 +97,37 @@ class Heads:
         }
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where units come from that a rescale may scale.
+
+    Attributes:
+        axes: the side: the rows of a weight, with its bias; the columns of a table.
+        nodes: what gives the units, with their labels.
+        experts: of which the units are, if they are.
+    """
+
+    axes: tuple[Axis, ...]
+    nodes: dict[Node, Tensor]
+    experts: ExpertMap | None = None
+
+    @property
+    def labels(self) -> int:
+        """Number of labels."""
+        return max(int(labels.max()) for labels in self.nodes.values()) + 1
+
+    def among(self, part: Sequence[int], size: int) -> dict[Node, Tensor]:
+        """The nodes with labels for a part of ``size`` units alone, as if there were no others."""
+        place = torch.full((size,), -1)
+        place[list(part)] = torch.arange(len(part))
+        return {
+            node: torch.where(
+                place[labels % size] < 0, -1, labels // size * len(part) + place[labels % size]
+            )
+            for node, labels in self.nodes.items()
+        }
+
+
 def gauges_of_trace(
     trace: Trace,
     per_layer: bool = False,
@@ -131,6 +166,7 @@ def chained(gauges: Sequence[Gauge]) -> list[Gauge]:
         for gauge in gauges
         if isinstance(gauge, Rescale) and gauge.kind == "relu_rescale" and gauge.degree == 1
         if len(gauge.plus) == len(gauge.minus) == 1
+        if isinstance(gauge.plus[0].axis, int) and part_named(gauge.plus[0].parameter) is None
     }
     second = {gauge.minus[0].parameter for gauge in links.values()}
     chains: list[Gauge] = []
@@ -187,7 +223,7 @@ class Finding:
         #: Of the slots of a query-key rotation, those of the keys.
         self.key_slots: dict[Rotation, tuple[RotatedAxis, ...]] = {}
         #: Heads by what is done between a linear map and attention.
-        self._ways: dict[tuple[str, str], Heads] = {}
+        self._ways: dict[tuple[str, bool, str], Heads] = {}
 
     # ------------------------------------------------------------------------------------------
     # norm scale
@@ -201,8 +237,8 @@ class Finding:
         for node in self.trace.graph.nodes:
             if (scale := self.scale(node)) is not None:
                 source, plus, reason = scale
-                scales.update(plus)
-                where = owner(plus[0])
+                scales.update(axis.parameter for axis in plus)
+                where = owner(plus[0].parameter)
                 try:
                     if reason:
                         raise NotProved(reason)
@@ -222,18 +258,20 @@ class Finding:
                 )
                 self.refused.append(Refusal("norm_scale", name, why))
 
-    def scale(self, node: Node) -> tuple[Node, tuple[str, ...], str] | None:
+    def scale(self, node: Node) -> tuple[Node, tuple[Axis, ...], str] | None:
         """A node whose entries along the last axis are scaled (and shifted), the parameters that
         do, and why not.
         """
         match operation(node), arguments(node):
             case (("layer_norm" | "rms_norm"), (_, shape, *rest)) if len(shape) == 1:
                 affine = [each for each in rest[:2] if isinstance(each, Node)]
-                scaled = bool(rest) and rest[0] is not None
+                scaled, offset = bool(rest) and rest[0] is not None, 0.0
             case "mul", (a, b):
-                gamma = a if self.is_vector(a, node) else b
-                if not self.is_vector(gamma, node) or (a is gamma and self.is_vector(b, node)):
+                factors = [(each, *self._without_number(each)) for each in (a, b)]
+                vectors = [each for each in factors if self.is_vector(each[1], node)]
+                if len(vectors) != 1:
                     return None
+                ((_, gamma, offset),) = vectors
                 affine, users, scaled = [gamma], list(node.users), True
                 if (
                     len(users) == 1
@@ -248,30 +286,48 @@ class Finding:
         views = [self.trace.parameter(each) for each in affine]
         if not (names := tuple(view[0] for view in views if view is not None)):
             return None
+        axes = (Axis(names[0], 0, offset), *(Axis(name) for name in names[1:]))
         if not scaled:
-            return node, names, "the norm has a shift, but no scale"
+            return node, axes, "the norm has a shift, but no scale"
         reason = "its scale and shift are not both parameters as they stand (computed, or a buffer)"
-        return node, names, "" if len(names) == len(affine) else reason
+        return node, axes, "" if len(names) == len(affine) else reason
+
+    def _without_number(self, factor: Any) -> tuple[Any, float]:
+        """The parameter that a number is added to, and that number; anything else as it is, and
+        0.
+        """
+        x, offset = factor, 0.0
+        while isinstance(x, Node) and len(readers(x)) == 1:
+            if operation(x) == "add":
+                _, *others = arguments(x)
+                if len(others) != 1 or not isinstance(others[0], int | float) or x.kwargs:
+                    break
+                offset += others[0]
+            elif operation(x) not in ("to", "_to_copy"):
+                break
+            x = arguments(x)[0]
+        return (x, offset) if offset and self.trace.parameter(x) is not None else (factor, 0.0)
 
     def is_vector(self, argument: object, node: Node) -> bool:
         view = self.trace.parameter(argument)
         return view is not None and self.trace.tensors[view[0]].shape == value_of(node).shape[-1:]
 
     @once
-    def norm_scale(self, source: Node, plus: Sequence[str], where: str) -> Rescale:
+    def norm_scale(self, source: Node, plus: tuple[Axis, ...], where: str) -> Rescale:
         if not has_fixed_shape(source):
             raise NotProved("how many positions it has depends on values")
         readers = self.readers_of(source)
-        if len({*plus}) < len(plus):
+        names = [axis.parameter for axis in plus]
+        if len({*names}) < len(names):
             raise NotProved("its scale and shift are one parameter")
-        self.require_single(plus)
-        return Rescale("norm_scale", where, tuple(Axis(name) for name in plus), tuple(readers))
+        self.require_single(names)
+        return Rescale("norm_scale", where, tuple(plus), tuple(readers))
 
     @once
     def readers_of(self, source: Node) -> list[Axis]:
         """The columns of the linear maps that alone read what a norm gives."""
         flow = self.trace.flow({source: labels_of(source)})
-        readers = [self._reader(arrival) for arrival in flow.arrivals]
+        readers = [self.reader(arrival) for arrival in flow.arrivals]
         if not readers:
             raise NotProved("nothing reads it")
         if flow.activations or any(arrival.degree != 1 for arrival in flow.arrivals):
@@ -279,18 +335,26 @@ class Finding:
         self.require_single([], readers)
         return readers
 
-    def _reader(self, arrival: Arrival) -> Axis:
-        """The columns of the linear map at which a flow ends."""
+    def reader(self, arrival: Arrival, experts: ExpertMap | None = None) -> Axis:
+        """The columns of the linear map at which a flow ends, or of all ``experts``; of each apart
+        where the flow begins at experts too.
+        """
+        not_units = "the columns of a linear map that reads it are not its units, one for one"
+        reader = self.trace.expert_maps.get(arrival.node)
+        if reader is not None and arrival.argument == reader.argument:
+            if experts is not None and reader.slots is not experts.slots:
+                raise NotProved("the experts that read it are not those that give it")
+            if not reader.reads(arrival.labels, apart=experts is not None):
+                raise NotProved(not_units)
+            return Axis(reader.weight, reader.columns if experts is None else (0, reader.columns))
         linear = self.trace.linear_maps.get(arrival.node)
         place = 1 if operation(arrival.node) == "addmm" else 0
         if linear is None or arrival.argument != place:
             raise NotProved(f"its reader, {self.describe(arrival.node)}, is not a linear map")
         labels = last_axis(arrival.labels)
         units = self.trace.tensors[linear.weight].shape[1 - linear.rows]
-        if labels is None or not torch.equal(labels, torch.arange(units)):
-            raise NotProved(
-                "the columns of a linear map that reads it are not its units, one for one"
-            )
+        if experts is not None or labels is None or not torch.equal(labels, torch.arange(units)):
+            raise NotProved(not_units)
         return Axis(linear.weight, 1 - linear.rows)
 
     def require_single(self, names: Sequence[str], axes: Sequence[Axis] = ()) -> None:
@@ -330,22 +394,21 @@ class Finding:
         between them.
         """
         taken: dict[Axis, str] = {}
-        for name, flow, plus in self.flows():
+        for source, name, flow, plus in self.flows():
             if not flow.arrivals or not self._is_between(flow):
                 continue
             # which of the two kinds the flow suggests
-            units = self.trace.tensors[name].shape[plus[0].axis]
-            ends = [arrival.node in self.trace.linear_maps for arrival in flow.arrivals]
-            parts = [len(arrival.labels.unique()) < units for arrival in flow.arrivals]
-            # a gate by itself, or in one weight with the values, of which a part of the units goes
-            # on
+            ends = [self._is_map(arrival.node) for arrival in flow.arrivals]
+            parts = [arrival.labels.unique().numel() < source.labels for arrival in flow.arrivals]
+            # a gate by itself, or in one weight with the values, of which a part of the units
+            # goes on
             gated = flow.gated and (
                 all(ends) or any(end and part for end, part in zip(ends, parts, strict=True))
             )
             kind = "gated_rescale" if gated else "relu_rescale"
             # proved, or refused with the reason
             try:
-                gauge = self.rescale(kind, name, flow, plus)
+                gauge = self.rescale(kind, source, flow, plus)
                 if (
                     clash := next((axis for axis in gauge.minus if axis in taken), None)
                 ) is not None:
@@ -357,26 +420,27 @@ class Finding:
             self.found.append(gauge)
 
     @once
-    def flows(self) -> list[tuple[str, Flow, tuple[Axis, ...]]]:
-        """Where the output units of weights go: name, flow, and what gives them."""
-        return [
-            (name, self.trace.flow(sources), plus)
-            for name, sources, plus in self._rescale_sources()
-        ]
-
-    def _rescale_sources(self) -> list[tuple[str, dict[Node, Tensor], tuple[Axis, ...]]]:
-        """Weights whose output units may be scaled: name, nodes of the outputs with their labels,
-        and the side.
+    def flows(self) -> list[tuple[Source, str, Flow, tuple[Axis, ...]]]:
+        """Where the output units of weights go: the source, the name of the weight or of a part,
+        the flow, and the side.
         """
+        return [(each, *found) for each in self._rescale_sources() for found in self._flows(each)]
+
+    def _rescale_sources(self) -> list[Source]:
+        """Weights whose output units may be scaled."""
         sources = []
         # outputs of linear maps: rows, with the bias
         for linear in self.trace.linear_maps.values():
             if not has_fixed_shape(linear.output):  # experts that are chosen by their index
                 continue
-            plus = [Axis(linear.weight, linear.rows)]
+            axes = [Axis(linear.weight, linear.rows)]
             if linear.bias is not None:
-                plus.append(Axis(linear.bias))
-            sources.append((linear.weight, {linear.output: labels_of(linear.output)}, tuple(plus)))
+                axes.append(Axis(linear.bias))
+            sources.append(Source(tuple(axes), {linear.output: labels_of(linear.output)}))
+        # outputs of experts: rows of each
+        for each in self.trace.expert_maps.values():
+            rows = Axis(each.weight, (0, each.rows))
+            sources.append(Source((rows,), {each.node: each.labels()}, each))
         # outputs of embeddings: columns of a table, wherever it is looked up
         tables: dict[str, list[Node]] = defaultdict(list)
         for node in self.trace.graph.nodes:
@@ -386,8 +450,43 @@ class Finding:
             ):
                 tables[view[0]].append(node)
         for name, nodes in tables.items():
-            sources.append((name, {node: labels_of(node) for node in nodes}, (Axis(name, 1),)))
+            sources.append(Source((Axis(name, 1),), {node: labels_of(node) for node in nodes}))
         return sources
+
+    def _flows(self, source: Source) -> list[tuple[str, Flow, tuple[Axis, ...]]]:
+        """Where all of the units of a source go, or those of its parts that go to linear maps
+        alone: the name of the weight, or part, the flow, and the side.
+        """
+        whole = self.trace.flow(source.nodes)
+        name = source.axes[0].parameter
+        if all(self._is_map(arrival.node) for arrival in whole.arrivals):
+            return [(name, whole, source.axes)]
+        # a packed weight gives each reader some of its rows; which, the flow of these alone proves
+        size = self.trace.tensors[name].shape[axes_of(source.axes[0].axis)[-1]]
+        found = []
+        parts = {
+            tuple((arrival.labels[arrival.labels >= 0] % size).unique().tolist())
+            for arrival in whole.arrivals
+        }
+        for part in sorted(parts):
+            if not 0 < len(part) < size:
+                continue
+            try:
+                axes = tuple(
+                    axis._replace(
+                        parameter=named_part(axis.parameter, axes_of(axis.axis)[-1], part, size)
+                    )
+                    for axis in source.axes
+                )
+            except ValueError:  # no range
+                continue
+            flow = self.trace.flow(source.among(part, size))
+            if flow.arrivals and all(self._is_map(arrival.node) for arrival in flow.arrivals):
+                found.append((axes[0].parameter, flow, axes))
+        return found or [(name, whole, source.axes)]
+
+    def _is_map(self, node: Node) -> bool:
+        return node in self.trace.linear_maps or node in self.trace.expert_maps
 
     def _is_between(self, flow: Flow) -> bool:
         """Whether the flow is what a feed-forward block does: elementwise from linear map to linear
@@ -396,13 +495,13 @@ class Finding:
         A gate branch, whose scale its activation does not pass on, is none: the value branch is
         looked at by itself.
         """
-        linear = [arrival.node in self.trace.linear_maps for arrival in flow.arrivals]
+        linear = [self._is_map(arrival.node) for arrival in flow.arrivals]
         if all(linear):
             return bool(flow.activations) or flow.gated
         onward = [
             self._onward(arrival.node)
             for arrival in flow.arrivals
-            if arrival.node not in self.trace.linear_maps
+            if not self._is_map(arrival.node)
         ]
         return any(each is not None and (any(linear) or not each.gated) for each in onward)
 
@@ -431,21 +530,18 @@ class Finding:
         # its values must reach linear maps alone
         flow = self.trace.flow({node: labels_of(node)})
         return (
-            flow
-            if flow.arrivals and all(end.node in self.trace.linear_maps for end in flow.arrivals)
-            else None
+            flow if flow.arrivals and all(self._is_map(end.node) for end in flow.arrivals) else None
         )
 
-    def rescale(self, kind: str, name: str, flow: Flow, plus: tuple[Axis, ...]) -> Rescale:
+    def rescale(self, kind: str, source: Source, flow: Flow, plus: tuple[Axis, ...]) -> Rescale:
         # all that the flow reaches must be a linear map, at one degree
-        other = [
-            arrival.node for arrival in flow.arrivals if arrival.node not in self.trace.linear_maps
-        ]
+        name = source.axes[0].parameter
+        other = [arrival.node for arrival in flow.arrivals if not self._is_map(arrival.node)]
         if other and kind == "gated_rescale":
             raise NotProved("its rows are in one weight with those of its gate")
         if other:
             raise NotProved(f"{self.describe(other[0])} is not homogeneous")
-        readers = [self._reader(arrival) for arrival in flow.arrivals]
+        readers = [self.reader(arrival, source.experts) for arrival in flow.arrivals]
         if kind == "gated_rescale" and flow.activations:
             raise NotProved("the gate branch is not touched; its value branch is")
         degrees = {arrival.degree for arrival in flow.arrivals}
@@ -455,10 +551,12 @@ class Finding:
         if not self._bias_is_whole(name):
             raise NotProved("its bias is not a parameter of its own")
         tables = {
-            axis.parameter for axis in plus if axis.axis == 1 and self._is_table(axis.parameter)
+            axis.parameter
+            for axis in source.axes
+            if axis.axis == 1 and self._is_table(axis.parameter)
         }
         self.require_single(
-            [axis.parameter for axis in plus if axis.parameter not in tables], readers
+            [axis.parameter for axis in source.axes if axis.parameter not in tables], readers
         )
         return Rescale(
             kind, self.place([name, readers[0].parameter]), plus, tuple(readers), degrees.pop()
@@ -480,30 +578,20 @@ class Finding:
 
     def rotations(self) -> None:
         """Heads of each attention: values against outputs, queries and keys with each other."""
-        for node in self.trace.graph.nodes:
-            if operation(node) == ATTENTION:
-                where = module_path(node) or "attention"
-                for kind, rule in (
-                    ("value_rotation", self.value_rotation),
-                    ("qk_rotation", self.qk_rotation),
-                ):
-                    try:
-                        self.found += rule(node, where)
-                    except NotProved as reason:
-                        self.refused.append(Refusal(kind, where, str(reason)))
-            elif operation(node) in ("softmax", "_softmax") and self._is_attention(node):
-                where = module_path(node) or "attention"
-                for kind in ("value_rotation", "qk_rotation"):
-                    self.refused.append(
-                        Refusal(
-                            kind,
-                            where,
-                            "attention is read where it is scaled_dot_product_attention",
-                        )
-                    )
+        for attention in self.attentions:
+            for kind, rule in (
+                ("value_rotation", self.value_rotation),
+                ("qk_rotation", self.qk_rotation),
+            ):
+                try:
+                    self.found += rule(attention)
+                except NotProved as reason:
+                    self.refused.append(Refusal(kind, attention.where, str(reason)))
 
-    def _is_attention(self, node: Node) -> bool:
-        return any(operation(user) in ("matmul", "bmm", "dropout", "to") for user in node.users)
+    @cached_property
+    def attentions(self) -> list[Attention]:
+        """All attention of the model."""
+        return attentions_of(self.trace)
 
     def origin(self, node: Node) -> LinearMap | None:
         """The one linear map from which an input of attention comes."""
@@ -512,28 +600,27 @@ class Finding:
         return found[0] if len(found) == 1 else None
 
     @once
-    def _heads(self, node: Node, argument: int, what: str) -> tuple[LinearMap, Heads]:
-        """The linear map of an argument of attention, and its heads, whose outputs go nowhere
-        else.
-        """
-        linear = self.origin(arguments(node)[argument])
+    def _heads(self, read: Read | None, what: str) -> tuple[LinearMap, Heads]:
+        """The linear map of what attention reads, and its heads, whose outputs go nowhere else."""
+        if read is None:
+            raise NotProved(f"its {what} meet otherwise than in one product of heads")
+        linear = self.origin(read.value)
         if linear is None:
             raise NotProved(f"its {what} do not come from one linear map")
         self.require_single([linear.weight])
-        target = arguments(node)[argument]
         # one layer does as the next: the way from the linear map to attention is read once
-        way = what, signature(self.trace, linear.output, target)
+        way = what, read.transposed, signature(self.trace, linear.output, read.value)
         if way not in self._ways:
-            self._ways[way] = self._enter(linear, target, what)
+            self._ways[way] = self._enter(linear, read, what)
         heads = self._ways[way]
         rows = [*heads.outputs()]
-        if (user := self.trace.leak(linear, rows, node, argument)) is not None:
+        if (user := self.trace.leak(linear, rows, read.node, read.argument)) is not None:
             raise NotProved(f"its {what} are read by {self.describe(user)} as well")
         return linear, heads
 
-    def _enter(self, linear: LinearMap, target: Node, what: str) -> Heads:
+    def _enter(self, linear: LinearMap, read: Read, what: str) -> Heads:
         try:
-            entering = self.trace.matrix(linear, target)
+            entering = self.trace.matrix(linear, read.value, read.transposed)
         except NoValue as error:
             raise NotProved(f"how its {what} enter attention is not known: {error}") from None
         if entering is None:
@@ -544,9 +631,10 @@ class Finding:
 
     # values as they are, head by head
 
-    def value_rotation(self, node: Node, where: str, single: bool = False) -> list[Rotation]:
+    def value_rotation(self, attention: Attention, single: bool = False) -> list[Rotation]:
         """What turns values; ``single`` entries too, which have nothing to turn."""
-        value, heads = self._heads(node, 2, "values")
+        node, where = attention.node, attention.where
+        value, heads = self._heads(attention.value, "values")
         if any(heads.planes):
             raise NotProved("its values are turned by position")
         # what attention gives must go, unchanged, to one linear map of all heads
@@ -585,15 +673,18 @@ class Finding:
             else []
         )
 
-    def qk_rotation(self, node: Node, where: str, single: bool = False) -> list[Rotation]:
+    def qk_rotation(self, attention: Attention, single: bool = False) -> list[Rotation]:
         """What turns queries and keys alike; ``single`` entries too, which have nothing to turn."""
-        if min(value_of(arguments(node)[i]).shape[-2] for i in (0, 1)) < 3:
+        where, reads = attention.where, (attention.query, attention.key)
+        if any(read is not None and read.positions < 3 for read in reads):
             raise NotProved(
                 "the example has too few positions to see how they turn its heads: pass a"
                 " longer one"
             )
         # queries and keys, turned in the same planes
-        (query, q), (key_map, k) = self._heads(node, 0, "queries"), self._heads(node, 1, "keys")
+        (query, q), (key_map, k) = (
+            self._heads(read, what) for read, what in zip(reads, ("queries", "keys"), strict=True)
+        )
         kinds = {frozenset(planes) for planes in (*q.planes, *k.planes)}
         if len(kinds) != 1:
             raise NotProved("its queries and keys are turned in different planes")

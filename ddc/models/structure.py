@@ -239,7 +239,9 @@ def planes(heads: np.ndarray, rotated: int) -> np.ndarray:
 
 
 @hidden_matrices.register
-def _(model: GPT, per_head: bool = False, inputs: Inputs | None = None) -> Sequence[HiddenMatrix]:
+def _(
+    model: GPT, per_head: bool = False, inputs: Inputs | None = None, apart: bool = False
+) -> Sequence[HiddenMatrix]:
     heads, kv_heads = (model.config.heads, model.config.kv_heads) if per_head else (1, 1)
     matrices = []
     for i in range(len(model.blocks)):
@@ -257,7 +259,7 @@ def _(model: GPT, per_head: bool = False, inputs: Inputs | None = None) -> Seque
 
 @hidden_matrices.register
 def _(
-    model: DeepMLP, per_head: bool = False, inputs: Inputs | None = None
+    model: DeepMLP, per_head: bool = False, inputs: Inputs | None = None, apart: bool = False
 ) -> Sequence[HiddenMatrix]:
     return [HiddenMatrix(f"layers.{i}.weight") for i in range(len(model.layers))]
 

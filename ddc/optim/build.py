@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddc.gauges import HiddenMatrix, Rescale, is_fake, whole
+from ddc.gauges import HiddenMatrix, Rescale, is_fake, is_split, whole
+from ddc.gauges.base import axes_of
 from ddc.optim.chain import ChainStack
 from ddc.optim.factor import FactorStack, part_of
 from ddc.optim.frames import Frames, Member
@@ -22,6 +23,7 @@ from ddc.optim.plan import (
     Plan,
     PolarPlan,
     Role,
+    acted_on,
     without,
 )
 from ddc.optim.polar import PolarStack
@@ -53,10 +55,16 @@ def check_hidden(hidden: Mapping[str, HiddenMatrix], params: Mapping[str, Tensor
                 " hidden"
             )
         param = params[name]
-        if param.ndim != 2:
+        if param.ndim not in (2, 3) or (param.ndim == 3 and matrix.heads > 1):
             raise ValueError(
-                f"hidden matrix {name!r} has shape {tuple(param.shape)}: expected a matrix. Leave"
-                " it out of hidden"
+                f"hidden matrix {name!r} has shape {tuple(param.shape)}: expected a matrix, or"
+                " experts' that are stacked along the first of three axes, without heads. Leave it"
+                " out of hidden"
+            )
+        if param.ndim == 3 and is_split(param):
+            raise ValueError(
+                f"hidden matrix {name!r} is of stacked experts and split over ranks, which is not"
+                " supported. Leave it out of hidden"
             )
         if param.is_complex():
             raise ValueError(
@@ -73,7 +81,7 @@ def check_hidden(hidden: Mapping[str, HiddenMatrix], params: Mapping[str, Tensor
 def gauges_of(plan: Plan, name: str) -> str:
     """The gauges that link a hidden matrix to others, for messages."""
     linking = [*(inner.gauge for inner in plan.inner), *(chain.gauge for chain in plan.chains)]
-    return " and ".join(str(gauge) for gauge in linking if name in gauge.parameters)
+    return " and ".join(str(gauge) for gauge in linking if name in acted_on(gauge))
 
 
 class Builder:
@@ -229,6 +237,11 @@ class Builder:
                         f" by heads. Make it one matrix, HiddenMatrix({name!r}), or leave the"
                         " gauge out"
                     )
+            if self.params[p].shape[:-2] != self.params[m].shape[:-2]:
+                raise ValueError(
+                    f"hidden matrices {p!r} and {m!r}: {gauges_of(plan, p)} links one matrix with"
+                    " stacked ones. Leave one out of hidden, or leave the gauge out"
+                )
         group = self.groups[alike_matrices[0].parameter.groups[0]]
         vertical = group["vertical"] == "adam"
         return HiddenStack(self.rule, frames, alike_matrices, plan.linked, plan.moved, vertical)
@@ -236,8 +249,9 @@ class Builder:
     def alike(self, names: list[str], plan: Plan) -> Matrices:
         """Hidden matrices that are alike, with what dresses each."""
         heads, axis = self.matrices[names[0]].heads, self.matrices[names[0]].axis
-        role = Role(names[0], axis, heads=heads) if heads > 1 else Role(names[0], None)
         params = [self.params[name] for name in names]
+        experts = 0 if params[0].ndim == 3 else None
+        role = Role(names[0], axis, heads=heads) if heads > 1 else Role(names[0], experts)
         groups = [self.group_of[name] for name in names]
         assert self.matrix_rule is not None
         parameter = StackedParameter(role, names, params, groups, self.matrix_rule)
@@ -257,27 +271,36 @@ class Builder:
                         axis.parameter: self.params[axis.parameter]
                         for axis in inner.plus + inner.minus
                     }
+                    axes = tuple(axis.axis for axis in inner.plus + inner.minus)
                     check_split_alike(params.items())
                     shapes = tuple(
                         (tuple(param.shape), shards_of(param).group) for param in params.values()
                     )
-                    alike.setdefault((inner.gauge.degree, shapes, len(inner.plus)), []).append(
-                        inner
-                    )
+                    alike.setdefault(
+                        (inner.gauge.degree, shapes, axes, len(inner.plus)), []
+                    ).append(inner)
             for members in alike.values():
-                scaled = [self.params[name] for inner in members for name in inner.gauge.parameters]
+                scaled = [self.params[name] for inner in members for name in acted_on(inner.gauge)]
                 frame = Frames(members[0].gauge.degree, [], [], scaled)
                 self.place.update({inner.gauge: (frame, i) for i, inner in enumerate(members)})
                 frames.append((frame, members))
         for frame, members in frames:  # only now is every gauge in its place
             for inner in members:
-                for side, axes in ((frame.plus, inner.plus), (frame.minus, inner.minus)):
-                    side.append([self.member(name, axis, plan.hidden[name]) for name, axis in axes])
+                for side, of_side in ((frame.plus, inner.plus), (frame.minus, inner.minus)):
+                    side.append(
+                        [self.member(name, axis, plan.hidden[name]) for name, axis, _ in of_side]
+                    )
         return [frame for frame, _ in frames]
 
-    def member(self, name: str, axis: int, dressings: Sequence[Dressing]) -> Member:
+    def member(
+        self, name: str, axis: int | tuple[int, ...], dressings: Sequence[Dressing]
+    ) -> Member:
         """A matrix on one side of an inner gauge, with what dresses its other axis."""
-        other = [self.dressed(dressing) for dressing in dressings if dressing.axis != axis]
+        other = [
+            self.dressed(dressing)
+            for dressing in dressings
+            if axes_of(dressing.axis)[-1] != axes_of(axis)[-1]
+        ]
         return Member(self.params[name], axis, other[0] if other else None)
 
     def dressed(self, dressing: Dressing) -> Dressed:
@@ -314,7 +337,7 @@ class Builder:
         other side to go by.
         """
         for side in (plan.plus, plan.minus):
-            params = {role.name: self.params[role.name] for role in side}
+            params = {role.name: self.params[role.name] + role.offset for role in side}
             single = sum(param.numel() for param in params.values()) == plan.gauge.units(
                 self.params
             )
@@ -330,7 +353,7 @@ class Builder:
         )
         averaging = role.averaging and role.averaging.signature
         kind = self._kind(role.name)
-        return kind, role.axis, role.centred, averaging, dressing
+        return kind, role.axis, role.centred, averaging, dressing, role.offset
 
     def _polar_key(self, plan: PolarPlan) -> object:
         sides = (tuple(self._role_key(role) for role in side) for side in (plan.plus, plan.minus))

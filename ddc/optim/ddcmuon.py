@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ddc.gauges import Gauge, HiddenMatrix, plain_names
+from ddc.gauges.parts import whole_name
 from ddc.optim.build import Builder, check_hidden
 from ddc.optim.hidden import HiddenStack
 from ddc.optim.lift import Lift
 from ddc.optim.parameters import listed, names_under
+from ddc.optim.parts import Cut, cut
 from ddc.optim.plan import make_plan
 from ddc.optim.rules import Adam, Orthogonaliser
 from ddc.optim.saved import listing
@@ -102,7 +104,11 @@ class DDCMuon(Lift):
         self.matrix_rule.check(muon)
         super().__init__(
             split_groups(
-                params, self._hidden, names_under(gauges), {"lr": lr, **muon}, {"lr": adam_lr}
+                params,
+                {*map(whole_name, self._hidden)},
+                names_under(gauges),
+                {"lr": lr, **muon},
+                {"lr": adam_lr},
             ),
             gauges,
             {"lr": adam_lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
@@ -160,26 +166,30 @@ class DDCMuon(Lift):
             ", ".join(str(gauge) for gauge in self._gauges if name in gauge.parameters)
             or "no gauge"
         )
-        if name not in self._hidden:
+        parts = [key for key in self._order() if name == whole_name(key)]
+        if not parts:
             return "DDCAdam" if by != "no gauge" else "AdamW", by
-        heads = self._hidden[name].heads
-        return "Muon" + (f", {heads} heads" if heads > 1 else ""), by
+        heads = self._hidden[name].heads if name in self._hidden else 1
+        more = f", {heads} heads" if heads > 1 else ""
+        return "Muon" + (f", {len(parts)} parts" if parts != [name] else more), by
 
-    def _stacks_of(
-        self, params: dict[str, Tensor], group_of: dict[str, int], gauges: list[Gauge]
-    ) -> list[Stack]:
+    def _cut(self, params: dict[str, Tensor], gauges: list[Gauge]) -> Cut:
+        return cut(params, gauges, {} if self._ready else self._hidden)
+
+    def _stacks_of(self, parts: Cut, group_of: dict[str, int]) -> list[Stack]:
         if self._ready:  # a group added later
-            return super()._stacks_of(params, group_of, gauges)
-        self._gauges = gauges
-        check_hidden(self._hidden, params)
-        plan = make_plan(params, gauges, self._hidden)
+            return super()._stacks_of(parts, group_of)
+        self._gauges = [*dict.fromkeys(parts.given.values())]
+        params, hidden = parts.params, parts.hidden
+        check_hidden(hidden, params)
+        plan = make_plan(params, parts.gauges, hidden)
         groups, rules = self.param_groups, (self.rule, self.matrix_rule)
-        return Builder(params, group_of, groups, *rules, self._hidden).stacks(plan)
+        return Builder(params, group_of, groups, *rules, hidden).stacks(plan)
 
 
 def split_groups(
     params: Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
-    hidden: Mapping[str, HiddenMatrix],
+    hidden: Collection[str],
     known: set[str],
     muon: dict[str, Any],
     adam: dict[str, Any],
@@ -203,7 +213,7 @@ def split_groups(
             "hidden matrices are known by name: pass model.named_parameters(), not parameters()"
         )
     names = iter(
-        plain_names([name for of_group in pairs for name, _ in of_group], known | hidden.keys())
+        plain_names([name for of_group in pairs for name, _ in of_group], known | {*hidden})
     )
     split = []
     for group, of_group in zip(whole, pairs, strict=True):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ddc.gauges import Gauge, Rescale, Rotation, Shift, nearest_turn, whole
-from ddc.gauges.base import Params, unit_view
+from ddc.gauges.base import Params, spread_units, unit_view
+from ddc.optim.parts import cut
 from ddc.optim.plan import Role, make_plan
 from ddc.optim.sections import Sections
 
@@ -42,18 +43,19 @@ def gauge_coordinates(params: Mapping[str, Tensor], gauges: Iterable[Gauge]) -> 
     """
     gauges = list(gauges)
     params = {name: whole(p.detach()) for name, p in params.items()}
-    plan = make_plan({name: p.requires_grad_() for name, p in params.items()}, gauges)
+    parts = cut({name: p.requires_grad_() for name, p in params.items()}, gauges)
+    params, plan = parts.params, make_plan(parts.params, parts.gauges)
     plus_norms: dict[Rescale, Tensor] = {}
 
     def log_norms(roles: Sequence[Role]) -> Tensor:
         squares = []
         for role in roles:
-            values = params[role.name].double()
+            values = params[role.name].double() + role.offset
             if role.centred:
                 values = values - values.mean(0)
             if role.dressing is not None:
                 factor = plus_norms[role.dressing.gauge] ** role.dressing.degree
-                values = factor[:, None] * values if role.dressing.axis == 0 else values * factor
+                values = values * spread_units(factor, values, role.dressing.axis)
             squares.append(unit_view(values, role.axis).square().sum(1))
         return torch.stack(squares).sum(0).log() / 2
 
@@ -62,13 +64,13 @@ def gauge_coordinates(params: Mapping[str, Tensor], gauges: Iterable[Gauge]) -> 
         plus = log_norms(each.plus)
         plus_norms[each.gauge] = plus.exp()
         k = each.gauge.degree
-        found[each.gauge] = (
+        found[parts.given[each.gauge]] = (
             2 * (plus - k * log_norms(each.minus)) / (1 + k**2) if each.minus else 2 * plus
         )
     for chain in plan.chains:
         logs = torch.stack([params[role.name].double().norm().log() for role in chain.layers])
         found[chain.gauge] = 2 * (logs - logs.mean())
-    for gauge in gauges:
+    for gauge in parts.gauges:
         if isinstance(gauge, Shift):
             found[gauge] = torch.cat(
                 [params[name].double().mean(0).reshape(-1) for name in gauge.parameters]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ddc.gauges.base import axes_of
 from ddc.optim.parameters import compute_dtype
 from ddc.optim.sharding import shards_of
 from ddc.optim.stack import Context
@@ -28,7 +29,7 @@ class Member(NamedTuple):
     """A hidden matrix on one side of an inner gauge, with what dresses its other axis."""
 
     param: Tensor
-    axis: int
+    axis: int | tuple[int, ...]
     other: Dressed | None
 
 
@@ -79,10 +80,11 @@ class Frames:
         for param, axis, other in itertools.chain.from_iterable(side):
             shards = shards_of(param)
             weight = shards.local(param).to(compute_dtype(param))
-            rows = weight if axis == 0 else weight.mT
+            last = axes_of(axis)[-1]
+            rows = weight.mT if last == param.ndim - 1 else weight
             shift = rows.new_zeros(())
             if other is None:
-                square = rows.square().sum(1)
+                square = rows.square().sum(-1)
             else:
                 if isinstance(other.source, Frames):
                     log = (context.log_forward if forward else context.log_backward)[other.source]
@@ -94,8 +96,16 @@ class Frames:
                 else:
                     factor = log_norm(other, context) * other.degree
                 shift = factor.max().nan_to_num(neginf=0.0)
-                square = rows.square() @ shards.part((2 * (factor - shift)).exp(), 0, other.axis)
-            squares.append(shards.placed(square, 0, axis))
+                felt = shards.part((2 * (factor - shift)).exp(), 0, axes_of(other.axis)[-1])
+                if isinstance(other.axis, tuple):  # of each expert
+                    square = (rows.square() @ felt.view(len(rows), -1, 1)).squeeze(-1)
+                else:
+                    square = rows.square() @ felt
+            if isinstance(axis, tuple):
+                square = square.flatten()
+            elif square.ndim > 1:  # one unit of all experts
+                square = square.sum(0)
+            squares.append(shards.placed(square, 0, last))
             shifts.append(shift)
         (summed,) = shards.reduced(torch.stack(squares))
         logs = (summed.log() / 2 + torch.stack(shifts)[:, None]).unflatten(0, (len(side), -1))

@@ -7,6 +7,7 @@ see whole ones.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddc.gauges.base import axes_of
 from ddc.optim.compiled import Arithmetic, Hyper, Number, safe_power, scaled
 from ddc.optim.frames import Frames, log_norm
 from ddc.optim.rules import Rule
@@ -26,7 +28,7 @@ from ddc.optim.stacked import Dressed, Layers, StackedParameter
 WAKING = "waking"
 
 #: Logarithms of what stacked matrices are multiplied by: along rows, (L, rows, 1), and columns, (L,
-#: 1, columns).
+#: 1, columns); of experts, (L, experts, ...).
 LogFactors = tuple[Tensor, Tensor]
 
 
@@ -87,18 +89,26 @@ class Matrices:
         if not any(self.dressed_by):
             return None
         p = self.parameter
+        *experts, rows, columns = p.params[0].shape
 
         def along(axis: int) -> Tensor:
-            none = torch.zeros(p.params[0].shape[axis], dtype=p.dtype, device=p.params[0].device)
+            size = (rows, columns)[axis]
+            none = torch.zeros((*experts, size), dtype=p.dtype, device=p.params[0].device)
             logs = []
             for dressings in self.dressed_by:
                 mine = [
                     each
                     for each in dressings
-                    if each.axis == axis and (isinstance(each.source, Frames) or not inner)
+                    if axes_of(each.axis)[-1] == len(experts) + axis
+                    and (isinstance(each.source, Frames) or not inner)
                 ]
-                logs.append(mine[0].degree * log_norm(mine[0], context, after) if mine else none)
-            return p.shards.part(torch.stack(logs), 1, axis).unsqueeze(2 - axis)
+                # (experts · size) where each has its own, else (size,)
+                log = mine[0].degree * log_norm(mine[0], context, after) if mine else none
+                logs.append(log.view(-1, size).expand(*experts, size) if experts else log)
+            stacked = torch.stack(logs)
+            return p.shards.part(stacked, stacked.ndim - 1, len(experts) + axis).unsqueeze(
+                stacked.ndim - axis
+            )
 
         return along(0), along(1)
 
@@ -151,13 +161,14 @@ class Matrices:
     def rows(self) -> int:
         """Rows of a block."""
         p = self.parameter
-        return p.params[0].shape[0] // (p.role.heads if p.role.heads and p.role.axis == 0 else 1)
+        return p.params[0].shape[-2] // (p.role.heads if p.role.heads and p.role.axis == 0 else 1)
 
     @property
     def usual_norm(self) -> float:
         """The norm of a block at the 1/√fan_in initialisation."""
         p = self.parameter
-        return math.sqrt(p.params[0].shape[0] / p.units)
+        *experts, rows, _ = p.params[0].shape
+        return math.sqrt(math.prod(experts) * rows / p.units)
 
     def step(
         self,
@@ -284,13 +295,16 @@ class HiddenStack(Stack):
         self.linked, self.moved = bool(linked), bool(moved)
         self.parameters = [each.parameter for each in matrices]
         self.single_chunk = all(each.single_chunk for each in matrices)
-        blocks = [name for p in self.parameters for name in p.names for _ in range(p.units)]
-        index = {name: i for i, name in enumerate(blocks)}
+        units = {name: p.units for p in self.parameters for name in p.names}
+        start = dict(zip(units, itertools.accumulate(units.values(), initial=0), strict=False))
         first = self.parameters[0]
-        self.basis, modes = modes_of(
-            len(blocks), [(index[p], index[m], k) for p, m, k in linked], vertical
+        blocks = sum(units.values())
+        pairs, pairs_moved = (
+            [(start[p] + i, start[m] + i, k) for p, m, k in each for i in range(units[p])]
+            for each in (linked, moved)
         )
-        powers = powers_of(len(blocks), [(index[p], index[m], k) for p, m, k in moved])
+        self.basis, modes = modes_of(blocks, pairs, vertical)
+        powers = powers_of(blocks, pairs_moved)
         usual = torch.tensor([each.usual_norm for each in matrices for _ in range(each.blocks)])
         self.basis, self.powers, self.usual_norms = (
             each.to(device=first.params[0].device, dtype=first.dtype)
@@ -298,7 +312,7 @@ class HiddenStack(Stack):
         )
         self.step_count = torch.zeros(1, device=first.params[0].device)
         self.modes = zero_modes(rule, {"radial": (modes,)}, first)
-        self.modes[WAKING] = waking_none((len(blocks),), first)
+        self.modes[WAKING] = waking_none((blocks,), first)
 
     @property
     def shared(self) -> tuple[str, ...]:

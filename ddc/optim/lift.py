@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ddc.gauges import Gauge, plain_names
+from ddc.gauges.parts import whole_name
 from ddc.optim.build import Builder
 from ddc.optim.closure import loss_of
 from ddc.optim.compiled import Arithmetic, Hyper, as_tensors
 from ddc.optim.parameters import check_has_values, is_plain, listed, names_of, names_under, prepared
-from ddc.optim.plan import make_plan
+from ddc.optim.parts import Cut, Views, cut
+from ddc.optim.plan import acted_on, make_plan
 from ddc.optim.ranges import check_ranges
 from ddc.optim.rules import Rule
 from ddc.optim.saved import (
@@ -72,6 +74,7 @@ class Lift(Optimizer):
         "_advance",
         "_norm",
         "_placed",
+        "_parts",
     )
 
     def __init__(
@@ -96,6 +99,7 @@ class Lift(Optimizer):
             "additive": additive,
         }
         self._stacks: list[Stack] = []
+        self._parts = Views()
         self._sections: list[Sections] = []
         self._built: list[tuple[Sequence[int], list[Gauge]]] = []
         self._placed: list[tuple[Tensor, torch.device, torch.dtype]] = []
@@ -149,8 +153,14 @@ class Lift(Optimizer):
         ):
             if is_plain(param):  # frozen quantised weights are left alone
                 params[name], group_of[name] = param, index
-        for stack in self._stacks_of(params, group_of, gauges):
-            self.state.update(stack.states())
+        parts = self._cut(params, gauges)
+        group_of = {
+            name: group_of[name if name in params else whole_name(name)] for name in parts.params
+        }
+        self._parts.add(parts.views)
+        for stack in self._stacks_of(parts, group_of):
+            for param, state in self._parts.joined(stack.states()):
+                self.state[param] |= state
             self._stacks.append(stack)
         if (sections := Sections(gauges, params)).gauges:
             self._sections.append(sections)
@@ -183,7 +193,7 @@ class Lift(Optimizer):
             self._build_groups_put_beside(params)
         if any(p.device != device or p.dtype != dtype for p, device, dtype in self._placed):
             before = self.state
-            built, self._built = self._built, []
+            built, self._built, self._parts = self._built, [], Views()
             self._stacks, self._sections, self._ready = [], [], False
             self.state = defaultdict(dict)
             for group_indices, gauges in built:
@@ -207,12 +217,14 @@ class Lift(Optimizer):
             )
         self._build(range(first, len(self.param_groups)), ())
 
-    def _stacks_of(
-        self, params: dict[str, Tensor], group_of: dict[str, int], gauges: list[Gauge]
-    ) -> list[Stack]:
+    def _cut(self, params: dict[str, Tensor], gauges: list[Gauge]) -> Cut:
+        """The parameters, with parts in the place of those of which gauges name parts."""
+        return cut(params, gauges)
+
+    def _stacks_of(self, parts: Cut, group_of: dict[str, int]) -> list[Stack]:
         """The stacks that together step these parameters, in the order in which they step."""
-        plan = make_plan(params, gauges)
-        return Builder(params, group_of, self.param_groups, self.rule).stacks(plan)
+        plan = make_plan(parts.params, parts.gauges)
+        return Builder(parts.params, group_of, self.param_groups, self.rule).stacks(plan)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -225,14 +237,15 @@ class Lift(Optimizer):
         """One optimization step; returns the loss of ``closure`` where there is one."""
         loss = loss_of(closure)
         self._follow_parameters()
-        self._check_groups()
-        if any(param.is_meta for param, *_ in self._placed):
-            for name, (param, *_) in zip(parameter_names(self), self._placed, strict=True):
-                check_has_values(name, param)
-        whole = self._in_one_go()
-        compiled = self.compiled and not whole
-        with self._at_sections() as grads:
-            self._advance(whole, self._stacks, self._settings(), compiled, grads)
+        with self._parts.followed():
+            self._check_groups()
+            if any(param.is_meta for param, *_ in self._placed):
+                for name, (param, *_) in zip(parameter_names(self), self._placed, strict=True):
+                    check_has_values(name, param)
+            whole = self._in_one_go()
+            compiled = self.compiled and not whole
+            with self._at_sections() as grads:
+                self._advance(whole, self._stacks, self._settings(), compiled, grads)
         return loss
 
     @torch.no_grad()
@@ -250,10 +263,11 @@ class Lift(Optimizer):
         torch's ``error_if_nonfinite`` waits for the device in the same way.
         """
         self._follow_parameters()
-        whole = self._in_one_go()
-        compiled = self.compiled and not whole
-        with self._at_sections(restore=True) as grads:
-            norm: Tensor = self._norm(whole, self._stacks, self._settings(), compiled, grads)
+        with self._parts.followed():
+            whole = self._in_one_go()
+            compiled = self.compiled and not whole
+            with self._at_sections(restore=True) as grads:
+                norm: Tensor = self._norm(whole, self._stacks, self._settings(), compiled, grads)
         return norm
 
     @contextlib.contextmanager
@@ -265,7 +279,7 @@ class Lift(Optimizer):
         with contextlib.ExitStack() as entered:
             for each in self._sections:
                 entered.enter_context(each.entered(grads, restore))
-            yield grads
+            yield grads | self._parts.among(grads)
 
     def _settings(self) -> list[Hyper]:
         """What a step reads of each group: settings, rate and the factor of decay. A compiled step
@@ -356,7 +370,7 @@ class Lift(Optimizer):
         """The gauges that several of these parameters are under, for messages."""
         wanted = set(names)
         gauges = [gauge for _, gauges in self._built for gauge in gauges]
-        return ", ".join(str(gauge) for gauge in gauges if len(wanted & set(gauge.parameters)) > 1)
+        return ", ".join(str(gauge) for gauge in gauges if len(wanted & {*acted_on(gauge)}) > 1)
 
     def _check_agreement(self) -> None:
         """Parameters under one gauge must share what the step shares."""

@@ -29,6 +29,7 @@ The rules, from which all overlaps follow (docs/method.md):
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
@@ -40,6 +41,8 @@ from torch import Tensor
 
 from ddc.gauges import Axis, Chain, Gauge, General, Rescale, RotatedAxis, Rotation, Shift
 from ddc.gauges.affine import Shear, StreamRotation
+from ddc.gauges.base import UnitAxis, axes_of
+from ddc.gauges.parts import whole_name
 from ddc.optim.averaging import Averaging
 from ddc.optim.sections import is_section
 
@@ -51,7 +54,7 @@ class Dressing:
     """
 
     gauge: Rescale
-    axis: int
+    axis: int | tuple[int, ...]
     degree: float
 
 
@@ -60,15 +63,16 @@ class Role:
     """How one parameter takes part in the step. Axes are those of the parameter itself.
 
     An ``axis`` of None makes the whole parameter one unit; with ``heads``, each of these is a unit,
-    as many indices of the axis.
+    as many indices of the axis. What steps is the parameter plus ``offset``.
     """
 
     name: str
-    axis: int | None
+    axis: UnitAxis
     averaging: Averaging | None = None
     centred: bool = False
     dressing: Dressing | None = None
     heads: int = 0
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -206,7 +210,7 @@ def _sort_rescales(
         if gauge.block and (plus_hidden or minus_hidden):
             _check_block(gauge, hidden)
             found.blocks.append(gauge)
-        elif of_map := [name for name, _ in gauge.plus if name in mapped]:
+        elif of_map := [a.parameter for a in gauge.plus if a.parameter in mapped]:
             found.sided.append(_turned(gauge, mapped[of_map[0]], hidden, mapped))
             found.turned.append(found.sided[-1])
         elif plus_hidden and minus_hidden:
@@ -227,7 +231,7 @@ def _turned(
     gauge: Rescale, of_map: General, hidden: Collection[str], mapped: Mapping[str, General]
 ) -> Rescale:
     """A rescale whose plus side a map holds as well, so that its minus side is what decomposes."""
-    held = [name for name, _ in gauge.minus if name in mapped or name in hidden]
+    held = [a.parameter for a in gauge.minus if a.parameter in mapped or a.parameter in hidden]
     if held or gauge.block:
         what = f"{held[0]!r} on its other side" if held else "a block as a whole"
         raise ValueError(
@@ -243,17 +247,19 @@ def _hidden_dressings(rescales: _Rescales, hidden: Collection[str]) -> dict[str,
     # by the norms of the other side
     for gauge in rescales.sided:
         if gauge in rescales.turned or any(axis.parameter in hidden for axis in gauge.minus):
-            for name, axis in gauge.minus:
+            for name, axis, offset in gauge.minus:
+                _check_no_offset(gauge, name, offset)
                 dressings.setdefault(name, []).append(Dressing(gauge, axis, gauge.degree))
     # by frames
     for gauge in rescales.inner:
         for side, degree in ((gauge.plus, -1.0), (gauge.minus, gauge.degree)):
-            for name, axis in side:
+            for name, axis, offset in side:
+                _check_no_offset(gauge, name, offset)
                 dressings.setdefault(name, []).append(Dressing(gauge, axis, degree))
         _check_inner(gauge, rescales.inner, hidden)
     # one for each axis
     for name, several in dressings.items():
-        axes = [dressing.axis for dressing in several]
+        axes = [axes_of(dressing.axis)[-1] for dressing in several]
         if len(set(axes)) != len(axes):
             both = [dressing.gauge for dressing in several]
             raise ValueError(
@@ -290,17 +296,18 @@ class _Roles:
         self.centred = _centred(gauges)
         self.averagings = _averagings(params, gauges, hidden)
 
-    def of(self, name: str, axis: int | None) -> Role:
+    def of(self, name: str, axis: UnitAxis, offset: float = 0.0) -> Role:
         """The role of a parameter whose units are along this axis."""
         self._check_axis(name, axis)
         dressing = self._dressing(name, axis)
-        return Role(name, axis, self.averagings.get(name), name in self.centred, dressing)
+        averaging = self.averagings.get(name)
+        return Role(name, axis, averaging, name in self.centred, dressing, offset=offset)
 
     def _over(self, name: str, *kinds: type[Gauge]) -> list[Gauge]:
         """The gauges of these kinds that act on a parameter."""
-        return [g for g in self.gauges if isinstance(g, kinds) and name in g.parameters]
+        return [g for g in self.gauges if isinstance(g, kinds) and name in acted_on(g)]
 
-    def _check_axis(self, name: str, axis: int | None) -> None:
+    def _check_axis(self, name: str, axis: UnitAxis) -> None:
         """Raise ValueError where something else acts on the axis that a rescale scales, or a map
         mixes.
         """
@@ -326,13 +333,13 @@ class _Roles:
                 f" columns only. Of these, {without(*both)}"
             )
 
-    def _dressing(self, name: str, axis: int | None) -> Dressing | None:
+    def _dressing(self, name: str, axis: UnitAxis) -> Dressing | None:
         """What dresses a parameter that is no hidden matrix."""
         if name in self.mapped:
             return self._dressing_of_mapped(name)
         if name in self.plus_of and name in self.minus_of:
             gauge, minus_axis = self.minus_of[name]
-            if minus_axis is None or minus_axis == axis:
+            if minus_axis is None or axes_of(minus_axis)[-1:] == axes_of(axis)[-1:]:
                 both = [gauge, self.plus_of[name][0]]
                 raise ValueError(
                     f"{name!r}: {named(*both)} rescale the same axis. Of these, {without(*both)}"
@@ -387,13 +394,18 @@ def _polar_plans(sided: list[Rescale], roles: _Roles) -> list[PolarPlan]:
         plans.append(
             PolarPlan(
                 gauge,
-                plus=tuple(roles.of(name, gauge.unit_axis(axis)) for name, axis in gauge.plus),
+                plus=tuple(
+                    roles.of(name, gauge.unit_axis(axis), offset)
+                    for name, axis, offset in gauge.plus
+                ),
                 minus=tuple(
-                    roles.of(name, gauge.unit_axis(axis))
-                    for name, axis in readers
+                    roles.of(name, gauge.unit_axis(axis), offset)
+                    for name, axis, offset in readers
                     if name not in only_dressed
                 ),
-                dressed=tuple(Role(*axis) for axis in readers if axis.parameter in only_dressed),
+                dressed=tuple(
+                    Role(name, axis) for name, axis, _ in readers if name in only_dressed
+                ),
                 level=level,
             )
         )
@@ -450,6 +462,7 @@ def _linked(
 def _check_gauges(
     params: Mapping[str, Tensor], gauges: list[Gauge], hidden: Collection[str]
 ) -> None:
+    cut = {whole_name(name) for name in params}
     for gauge in gauges:
         known = Rescale | Chain | Rotation | General | Shift | StreamRotation
         if not isinstance(gauge, known) and not is_section(gauge):
@@ -463,7 +476,9 @@ def _check_gauges(
                 f"{gauge}: {gauge.weight!r} is a hidden matrix, whose step is not centred over its"
                 f" rows; {without(gauge)}"
             )
-        for name in gauge.parameters:
+        for name in acted_on(gauge):
+            if name not in params and name in cut and is_section(gauge):
+                continue  # it is taken on whole parameters
             if name not in params:
                 raise ValueError(
                     f"{gauge}: its parameter {name!r} is not among the optimizer's, or quantised."
@@ -485,10 +500,10 @@ def _check_gauges(
 
 def _check_sizes(params: Mapping[str, Tensor], gauge: Gauge) -> None:
     """Raise ValueError for a gauge of parameters that have these names and other shapes."""
-    slots: list[tuple[str, int, np.ndarray | None]]
+    slots: list[tuple[str, int | tuple[int, ...], np.ndarray | None]]
     match gauge:
         case Rescale():
-            slots = [(*side, None) for side in gauge.plus + gauge.minus]
+            slots = [(name, axis, None) for name, axis, _ in gauge.plus + gauge.minus]
         case General():
             slots = [*gauge.plus, *gauge.minus]
         case Rotation():
@@ -496,7 +511,9 @@ def _check_sizes(params: Mapping[str, Tensor], gauge: Gauge) -> None:
         case _:
             return
     sizes = [
-        params[name].shape[axis] if axis < params[name].ndim else -1 for name, axis, _ in slots
+        math.prod(shape[each] for each in axes) if max(axes) < len(shape) else -1
+        for name, axis, _ in slots
+        for shape, axes in ((params[name].shape, axes_of(axis)),)
     ]
     needed = [sizes[0] if indices is None else 1 + int(indices.max()) for _, _, indices in slots]
     fits = [size >= need for size, need in zip(sizes, needed, strict=True)]
@@ -510,6 +527,13 @@ def _check_sizes(params: Mapping[str, Tensor], gauge: Gauge) -> None:
         )
 
 
+def acted_on(gauge: Gauge) -> tuple[str, ...]:
+    """Names of what a gauge acts on: parameters, or parts of them."""
+    if isinstance(gauge, Rescale):
+        return tuple(dict.fromkeys(axis.parameter for axis in gauge.plus + gauge.minus))
+    return gauge.parameters
+
+
 def named(*gauges: Gauge) -> str:
     """Gauges in a message."""
     return " and ".join(map(str, gauges))
@@ -521,7 +545,7 @@ def without(*gauges: Gauge) -> str:
 
 
 def _check_chains(chains: list[Chain], rescales: list[Rescale]) -> None:
-    rescaled = {name: gauge for gauge in rescales for name in gauge.parameters}
+    rescaled = {name: gauge for gauge in rescales for name in acted_on(gauge)}
     seen: dict[str, Chain] = {}
     for chain in chains:
         for name in chain.weights:
@@ -539,12 +563,20 @@ def _check_chains(chains: list[Chain], rescales: list[Rescale]) -> None:
 
 
 def _check_block(gauge: Rescale, hidden: Collection[str]) -> None:
-    free = [name for name in gauge.parameters if name not in hidden]
+    free = [name for name in acted_on(gauge) if name not in hidden]
     if free:
         raise ValueError(
             f"{gauge}: {free[0]!r} is not hidden, and shares one scale with a hidden matrix. An"
             " optimizer of hidden matrices takes a block of them without biases; take scales of"
             " single units (gauges.granularity=unit)"
+        )
+
+
+def _check_no_offset(gauge: Rescale, name: str, offset: float) -> None:
+    if offset:
+        raise ValueError(
+            f"{gauge}: of {name!r} {offset:g} more is scaled, and it shares its side with a hidden"
+            f" matrix. Leave that out of hidden, or {without(gauge)}"
         )
 
 
@@ -578,8 +610,8 @@ def _check_inner(gauge: Rescale, inner: list[Rescale], hidden: Collection[str]) 
     """Raise ValueError for a hidden matrix on the plus side of this inner rescale and of
     another.
     """
-    for name, _ in gauge.plus:
-        others = [g for g in inner if g is gauge or any(name == other for other, _ in g.plus)]
+    for name in (axis.parameter for axis in gauge.plus):
+        others = [g for g in inner if g is gauge or any(name == a.parameter for a in g.plus)]
         if name in hidden and len(others) > 1:
             raise ValueError(
                 f"{name!r}: a hidden matrix cannot be on the plus side of two rescales,"
@@ -610,11 +642,11 @@ def _mapped(gauges: Iterable[Gauge], hidden: Collection[str]) -> dict[str, Gener
 
 def _sides(
     rescales: list[Rescale], plus: bool, but: Collection[str] = ()
-) -> dict[str, tuple[Rescale, int | None]]:
+) -> dict[str, tuple[Rescale, UnitAxis]]:
     """For each parameter on a plus (minus) side, the gauge and the axis; ``but`` are left out."""
-    found: dict[str, tuple[Rescale, int | None]] = {}
+    found: dict[str, tuple[Rescale, UnitAxis]] = {}
     for gauge in rescales:
-        for name, axis in gauge.plus if plus else gauge.minus:
+        for name, axis, _ in gauge.plus if plus else gauge.minus:
             if name in but:
                 continue
             if name in found:
@@ -683,8 +715,8 @@ def _averagings(
 
 def _levels(
     rescales: list[Rescale],
-    plus_of: Mapping[str, tuple[Rescale, int | None]],
-    minus_of: Mapping[str, tuple[Rescale, int | None]],
+    plus_of: Mapping[str, tuple[Rescale, UnitAxis]],
+    minus_of: Mapping[str, tuple[Rescale, UnitAxis]],
 ) -> dict[Rescale, int]:
     """Gauges in an order in which whoever dresses moves before what it dresses; equal levels are
     independent.
@@ -727,7 +759,7 @@ def _in_order(before: dict[Rescale, list[Rescale]]) -> dict[Rescale, int]:
         order = list(TopologicalSorter(before).static_order())
     except CycleError as error:
         circle = list(dict.fromkeys(error.args[1]))
-        names = ", ".join(sorted({repr(name) for gauge in circle for name in gauge.parameters}))
+        names = ", ".join(sorted({repr(name) for gauge in circle for name in acted_on(gauge)}))
         raise ValueError(
             f"rescales dress each other in a circle: {named(*circle)} (over {names}). Of these,"
             f" {without(*circle)}"

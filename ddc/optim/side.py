@@ -23,8 +23,8 @@ class Side:
 
     def __post_init__(self) -> None:
         self.unit_size = sum(p.unit_size for p in self.parameters)
-        matrices = [p.params[0] for p in self.parameters if p.params[0].ndim == 2]
-        fan_in = matrices[0].shape[1] if matrices else self.unit_size
+        matrices = [p for p in self.parameters if p.params[0].ndim > 1]
+        fan_in = matrices[0].fan_in if matrices else self.unit_size
         #: step scale over norm: s = √fan_in · rms = √(fan_in / unit_size) · rho; s = rho for
         #: vectors
         self.init_scale = math.sqrt(fan_in / self.unit_size)
@@ -49,7 +49,7 @@ class Side:
         """
 
         def square(p: StackedParameter, i: int) -> Tensor:
-            weight = p.stack(layers[i].weights)
+            weight = p.read(layers[i])
             if not decayed:
                 weight = weight / layers[i].decay
             if p.role.centred:
@@ -64,17 +64,15 @@ class Side:
         after decay.
         """
         originals, weights, grads, means = [], [], [], []
-        for p, (weights_, grads_, _, before, _, _, decay) in zip(
-            self.parameters, layers, strict=True
-        ):
-            weight, grad, mean = p.stack(weights_), p.stack(grads_), None
+        for p, each in zip(self.parameters, layers, strict=True):
+            weight, grad, mean = p.read(each), p.stack(each.grads), None
             originals.append(weight)
             if p.role.centred:
                 mean = p.shards.row_mean(weight)
                 weight, grad = weight - mean, p.centre(grad)
             if decayed:
-                weight = weight * decay
-            if (factor := p.factor(before)) is not None:
+                weight = weight * each.decay
+            if (factor := p.factor(each.before)) is not None:
                 weight, grad = weight * factor, scaled(grad, safe_power(factor, -1))
             weights.append(weight)
             grads.append(grad)
@@ -202,7 +200,7 @@ class Block:
                 undress = safe_power(factor, -1)
                 weight = torch.where(undress > 0, scaled(weight, undress), self.originals[i])
             mean = self.means[i]
-            layers.write(weight if mean is None else weight + mean)
+            p.write(layers, weight if mean is None else weight + mean)
 
 
 class Turn(NamedTuple):

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ddc.gauges.base import UnitAxis, axes_of
 from ddc.optim.averaging import Averaging
 from ddc.optim.parameters import compute_dtype
 from ddc.optim.plan import Role
@@ -52,7 +53,7 @@ class Dressed(NamedTuple):
 
     source: Hashable
     layer: int | Tensor | None
-    axis: int
+    axis: int | tuple[int, ...]
     degree: float
 
 
@@ -123,42 +124,77 @@ class StackedParameter:
         """A copy of one tensor a layer, stacked, in the dtype of the arithmetic."""
         return torch.stack(list(tensors)).to(self.dtype)
 
+    def read(self, layers: Layers) -> Tensor:
+        """A copy of the weights, stacked: what steps of them."""
+        weights = self.stack(layers.weights)
+        return weights + self.role.offset if self.role.offset else weights
+
+    def write(self, layers: Layers, stacked: Tensor) -> None:
+        """The inverse of :meth:`read`: copy what has stepped into the weights."""
+        layers.write(stacked - self.role.offset if self.role.offset else stacked)
+
     def centre(self, stacked: Tensor) -> Tensor:
         """Take the mean over the rows (the vocabulary) from a stacked tensor."""
         return stacked - self.shards.row_mean(stacked)
 
-    # ---- units: the whole parameter, the indices of one axis, or the heads along it
+    # ---- units: the whole parameter, the indices of one axis or of several, or the heads along it
 
     @property
     def units(self) -> int:
         """Units of one layer."""
-        if self.role.axis is None:
-            return 1
-        return self.role.heads or self.params[0].shape[self.role.axis]
+        return self.role.heads or self._count(self.role.axis)
+
+    def _count(self, axis: UnitAxis) -> int:
+        """Number of units along axes."""
+        count = 1  # in a loop, which compilers take
+        for each in axes_of(axis):
+            count *= self.params[0].shape[each]
+        return count
 
     @property
     def unit_size(self) -> int:
         """Entries that one unit has in this parameter."""
         return self.params[0].numel() // self.units
 
+    @property
+    def fan_in(self) -> int:
+        """Inputs of one output of the matrix, of stacked experts, or of the convolution."""
+        shape, axes = self.params[0].shape, axes_of(self.role.axis)
+        experts = len(shape) == 3 and (len(axes) > 1 or axes == (2,))
+        return shape[-1] if experts else shape[1:].numel()
+
     def spread(self, per_unit: Tensor) -> Tensor:
         """Shape (L, U) to what broadcasts against the stacked parameter."""
         axis = self.role.axis
-        if axis is None:
-            return per_unit.view(-1, *(1,) * self.params[0].ndim)
         if self.role.heads:
-            size = self.params[0].shape[axis] // self.role.heads
+            size = self._count(axis) // self.role.heads
             per_unit = per_unit.unsqueeze(2).expand(-1, -1, size).flatten(1)
-        per_unit = self.shards.part(per_unit, 1, axis)
-        return per_unit if self.params[0].ndim == 1 else per_unit.unsqueeze(2 - axis)
+        return self.along(per_unit, axis)
+
+    def along(self, values: Tensor, axis: UnitAxis) -> Tensor:
+        """Values along axes of the parameter, (L, units), as far as they are on this rank, to what
+        broadcasts against it.
+        """
+        axes, shape = axes_of(axis), self.params[0].shape
+        if len(axes) > 1:
+            values = values.unflatten(1, [shape[each] for each in axes])
+        for dim, each in enumerate(axes):
+            values = self.shards.part(values, 1 + dim, each)
+        sizes = iter(values.shape[1:])
+        return values.view(
+            -1, *(next(sizes) if each in axes else 1 for each in range(self.params[0].ndim))
+        )
 
     def unit_sum(self, stacked: Tensor) -> Tensor:
         """Sum over the entries of each unit, (L, U), as far as they are on this rank."""
-        axis = self.role.axis
-        if axis is None:
+        axes = axes_of(self.role.axis)
+        if not axes:
             return stacked.flatten(1).sum(1, keepdim=True)
-        sums = stacked if stacked.ndim == 2 else stacked.sum(2 - axis)
-        sums = self.shards.placed(sums, 1, axis)
+        others = [dim for dim in range(1, stacked.ndim) if dim - 1 not in axes]
+        sums = stacked.sum(others) if others else stacked
+        for dim, each in enumerate(axes):
+            sums = self.shards.placed(sums, 1 + dim, each)
+        sums = sums.flatten(1)
         return sums.unflatten(1, (self.role.heads, -1)).sum(2) if self.role.heads else sums
 
     def factor(self, norm: Tensor | None) -> Tensor | None:
@@ -166,20 +202,21 @@ class StackedParameter:
         if norm is None:
             return None
         assert self.dressed is not None
-        degree, axis = self.dressed.degree, self.dressed.axis
-        factor = self.shards.part(norm if degree == 1 else norm**degree, 1, axis)
-        return factor if self.params[0].ndim == 1 else factor.unsqueeze(2 - axis)
+        degree = self.dressed.degree
+        return self.along(norm if degree == 1 else norm**degree, self.dressed.axis)
 
     # ---- what a rule sees of it
 
     def on_whole(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """A function of whole matrices, (B, rows, columns), of a stacked one: of each head, and of
-        all ranks' parts together.
+        """A function of whole matrices, (B, rows, columns), of a stacked one: of each head, of each
+        of stacked experts, and of all ranks' parts together.
         """
         axis, heads = self.role.axis, self.role.heads
 
         def by_heads(matrices: Tensor) -> Tensor:
-            if not heads or axis is None:
+            if matrices.ndim > 3:  # experts
+                return function(matrices.flatten(0, -3)).view(matrices.shape)
+            if not heads or not isinstance(axis, int):
                 return function(matrices)
             apart = matrices.unflatten(1 + axis, (heads, -1)).movedim(1 + axis, 1)
             done = function(apart.flatten(0, 1)).unflatten(0, (-1, heads))
