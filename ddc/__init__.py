@@ -1,6 +1,15 @@
 """Gauge-equivariant optimizers for PyTorch."""
 
-from ddc.gauges import audit, canonicalise_, certify, check, find_gauges, hidden_matrices
+from ddc.gauges import (
+    audit,
+    canonicalise_,
+    certify,
+    check,
+    find_gauges,
+    hidden_matrices,
+    param_groups,
+    parameter_roles,
+)
 from ddc.optim import DDCSGD, DDCAdam, DDCLion, DDCMuon, DDCShampoo, grad_norm
 
 __all__ = [
@@ -16,5 +25,7 @@ __all__ = [
     "find_gauges",
     "grad_norm",
     "hidden_matrices",
+    "param_groups",
+    "parameter_roles",
 ]
 __version__ = "0.1.0"

@@ -36,6 +36,7 @@ from experiments import __main__ as command
 from experiments import pages
 from experiments.equivariance import report as equivariance
 from experiments.learning_coefficients import report as learning_coefficients
+from experiments.lm_overtrain import drift
 from experiments.lm_overtrain import report as lm_overtrain
 from experiments.protocols import EXPERIMENTS, ROOT
 from experiments.questions import Question, questions
@@ -52,7 +53,7 @@ CLAIM = load_claims(EXPERIMENTS)
 
 
 def test_every_claim_can_be_run_and_reported() -> None:
-    assert list(CLAIM) == ["C1", "C1b", "C2", "C3", "C4", "C5", "C5b", "C6"]
+    assert list(CLAIM) == ["C1", "C1b", "C2", "C2b", "C3", "C4", "C5", "C5b", "C6", "C7", "C8"]
     every = {each.name: each for each in questions(CLAIM)}
     for claim in CLAIM.values():
         question = every[claim.experiment]
@@ -218,8 +219,8 @@ def test_pairs_are_by_seed_and_every_seed_is_shown() -> None:
     ],
 )
 def test_verdict_of_the_gap(ddcadam: list[float], expected: str) -> None:
-    found = lm_overtrain.verdicts(
-        made_up({"adamw": [3.0, 3.1, 3.2, 3.3, 3.4], "ddcadam": ddcadam}), CLAIM
+    found = lm_overtrain.gap_verdicts(
+        made_up({"adamw": [3.0, 3.1, 3.2, 3.3, 3.4], "ddcadam": ddcadam}), CLAIM["C1"]
     )
     assert [each.verdict for each in found] == [expected] * 2
 
@@ -227,17 +228,43 @@ def test_verdict_of_the_gap(ddcadam: list[float], expected: str) -> None:
 def test_a_gap_that_was_never_reached_counts_as_no_seed() -> None:
     records = made_up({"adamw": [3.0, 3.1, 3.2, 3.3, 3.4], "ddcadam": [1.0, 1.1, 1.2, 1.3, 1.4]})
     records[-1]["summary"]["gap_at_train_loss"]["0.5"] = None
-    found = lm_overtrain.verdicts(records, CLAIM)
+    found = lm_overtrain.gap_verdicts(records, CLAIM["C1"])
     assert [(each.seeds, each.verdict) for each in found] == [
         ("4 of 5", "direction only")
     ] * 2  # four are not tested
     records = made_up(
         {"adamw": [3.0, 3.1, 3.2, 3.3, 3.4, 3.5], "ddcadam": [1.0, 1.15, 1.2, 1.35, 1.4, 1.5]}
     )
-    assert {each.verdict for each in lm_overtrain.verdicts(records, CLAIM)} == {"reproduced"}
+    assert {each.verdict for each in lm_overtrain.gap_verdicts(records, CLAIM["C1"])} == {
+        "reproduced"
+    }
     records[-1] |= {"diverged": True}  # no less than half of the gap, but not on every seed
-    found = lm_overtrain.verdicts(records, CLAIM)
+    found = lm_overtrain.gap_verdicts(records, CLAIM["C1"])
     assert [(each.seeds, each.verdict) for each in found] == [("5 of 6", "direction only")] * 2
+
+
+@pytest.mark.parametrize(
+    ("shift", "scale", "expected"),
+    [
+        (1e-6, 1e-6, "reproduced"),
+        (0.05, 0.05, "direction only"),  # by less than a factor of ten
+        (1e-6, 0.1, "direction only"),
+        (1e-6, 0.2, "not reproduced"),
+        (0.1, 0.1, "not reproduced"),
+    ],
+)
+def test_verdict_of_the_drift(shift: float, scale: float, expected: str) -> None:
+    records = made_up({name: [1.0, 1.1, 1.2, 1.3, 1.4] for name in ("adamw", "ddcadam")})
+    for record in records:
+        is_adamw = record["config"]["optimizer"]["name"] == "adamw"
+        noise = 1 + 0.01 * (record["seed"] * (1 if is_adamw else 2) % 5)
+        ends = (0.1, 0.1) if is_adamw else (shift, scale)
+        kinds = dict(
+            zip(("logit_shift", "norm_scale"), (each * noise for each in ends), strict=True)
+        )
+        record["curve"] = {"gauge_drift": [dict.fromkeys(kinds, 0.0), kinds]}
+    found = drift.verdicts(records, CLAIM["C8"], ["logit_shift", "norm_scale"])
+    assert [each.verdict for each in found] == [expected] * 2
 
 
 def test_the_main_table_says_what_speaks_against_a_verdict() -> None:

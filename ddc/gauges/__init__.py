@@ -27,11 +27,13 @@ from ddc.gauges.discovery import find_gauges, read_gauges
 from ddc.gauges.gauge_set import GaugeSet, audit, check
 from ddc.gauges.granularity import in_blocks
 from ddc.gauges.roles import HiddenMatrix, hidden_matrices
+from ddc.gauges.routing import ROLES, ParameterRole, Roles, param_groups, parameter_roles
 from ddc.gauges.traced import Finding, NotProved, rule
 
 __all__ = [
     "FURTHER",
     "KINDS",
+    "ROLES",
     "Axis",
     "Certificate",
     "Chain",
@@ -41,8 +43,10 @@ __all__ = [
     "HiddenMatrix",
     "Kind",
     "NotProved",
+    "ParameterRole",
     "Refusal",
     "Rescale",
+    "Roles",
     "RotatedAxis",
     "Rotation",
     "Shift",
@@ -61,6 +65,8 @@ __all__ = [
     "named_parameters",
     "nearest_turn",
     "orbit_distance",
+    "param_groups",
+    "parameter_roles",
     "plain_name",
     "plain_names",
     "read_gauges",

@@ -15,7 +15,8 @@ from functools import singledispatch
 from torch import nn
 
 from ddc.gauges.base import unwrapped
-from ddc.gauges.trace import Inputs, traced
+from ddc.gauges.routing import gives_output, heads_of_matrices
+from ddc.gauges.trace import Inputs, NoValue, traced
 from ddc.gauges.unsplit import unsplit
 
 
@@ -56,32 +57,34 @@ def hidden_matrices(
     """The hidden matrices of a model, in its order.
 
     The model is traced on an example. Its linear maps are hidden but for the head, which gives the
-    output, and those that read the model's inputs as they are; weights that are used twice are left
-    out.
+    output (as it is, capped, or as probabilities), and those that read the model's inputs as they
+    are; weights that are used twice are left out.
 
     Args:
         model: any model that ``torch.export`` traces.
-        per_head: attention matrices head by head, instead of stacked; for the models of
-            :mod:`ddc.models`.
+        per_head: attention matrices head by head, where these could be told apart, instead of
+            stacked (:func:`ddc.parameter_roles` says which).
         inputs: as for :func:`ddc.find_gauges`.
 
     Raises:
-        ValueError: the model cannot be traced, ``inputs`` are needed, or ``per_head`` is asked of
-            another model.
+        ValueError: the model cannot be traced, ``inputs`` are needed, or ``per_head`` is asked of a
+            model without values.
     """
     if (inner := unsplit(unwrapped(model))) is not model:
         return hidden_matrices(inner, per_head, inputs)  # wrapped by torch.compile, DDP or FSDP2
-    if per_head:
-        raise ValueError(
-            "per_head=True is for the models of ddc.models. For a"
-            f" {type(model).__name__}, name matrices and heads yourself:"
-            " [HiddenMatrix('layers.0.query.weight', heads=8), ...]"
-        )
     trace = traced(model, inputs)
+    try:
+        heads = heads_of_matrices(trace) if per_head else {}
+    except NoValue as error:
+        raise ValueError(
+            f"Invalid per_head=True: which outputs of a {type(model).__name__} are heads is not"
+            f" known ({error}). Name matrices and heads yourself:"
+            " [HiddenMatrix('layers.0.query.weight', heads=8), ...]"
+        ) from None
     return [
-        HiddenMatrix(linear.weight)
+        HiddenMatrix(linear.weight, *heads.get(linear.weight, ()))
         for linear in trace.linear_maps.values()
-        if linear != trace.head
+        if not gives_output(trace, linear)
         and trace.used_once(linear.weight)
         and trace.depends_on_parameters(linear.input)
     ]

@@ -27,7 +27,7 @@ class Claim:
     """A claim of the paper, and what counts as reproducing it.
 
     Attributes:
-        id: C1 to C6.
+        id: C1 to C8.
         title: in words.
         paper: the paper's figures, as text.
         values: the same as numbers, by optimizer.

@@ -27,7 +27,7 @@ Refusals, in the words of the record:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -454,6 +454,7 @@ def walk_counts(
     loss_floor: float = 0.0,
     runs: int = 200,
     correlated: bool = True,
+    only: Collection[tuple[str, str]] | None = None,
 ) -> list[int]:
     """Null control: how many cells of a grid are read, where all are random walks that move as
     these cells do together.
@@ -462,11 +463,12 @@ def walk_counts(
     :func:`increment_correlation`. Independent walks (``correlated=False``) have the same mean
     count, but spread less: layers that move together are read together.
 
-    The arguments of :func:`read_cells`, then how many grids (``runs``), and whether their walks
-    move together.
+    The arguments of :func:`read_cells`, then how many grids (``runs``), whether their walks move
+    together, and which cells (layer, observable) they have (None: all).
     """
     x = log_approach(rows, approach, loss_floor)
-    correlation = increment_correlation(rows)
+    chosen = [i for i, key in enumerate(log_observables(rows)) if only is None or key in only]
+    correlation = increment_correlation(rows)[np.ix_(chosen, chosen)]
     values, vectors = np.linalg.eigh(correlation if correlated else np.eye(len(correlation)))
     mix = vectors * np.sqrt(np.maximum(values, 0))
     generator = np.random.default_rng(2)

@@ -1,4 +1,4 @@
-"""Claim C1 as tables and figures, from records alone.
+"""Claims C1 and C8 as tables and figures, from records alone.
 
 A record has what :mod:`ddc.report.stages` needs, the ``config``, the ``curve`` (evaluations as
 columns), the ``summary`` and whether it ``diverged``.
@@ -39,6 +39,7 @@ from ddc.report.paired import (
 from ddc.report.runs import TITLES
 from ddc.report.stages import PROTOCOLS, Record, commits, of_stage, table
 from ddc.report.statistics import holm, paired_p
+from experiments.lm_overtrain import drift
 from experiments.lm_overtrain.plan import BEST, EQUAL, EXPERIMENT, LAST, number
 from experiments.output import Results
 
@@ -54,7 +55,7 @@ QUANTITIES = (
     EQUAL,
 )
 #: By claim, the figure beside the main table.
-FIGURES = {"C1": "losses"}
+FIGURES = {"C1": "losses", "C8": "drift"}
 #: The stages whose settings were chosen on the grid, one a question.
 QUESTIONS = ("tuned", "equal_loss", "early")
 STAGE_TITLES = {
@@ -92,10 +93,17 @@ def results(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Resu
 
 
 def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Verdict]:
+    """Claims C1 and C8."""
+    return [
+        *gap_verdicts(records, claims["C1"]),
+        *drift.verdicts(records, claims["C8"], kinds_of(records)),
+    ]
+
+
+def gap_verdicts(records: Sequence[Record], claim: Claim) -> list[Verdict]:
     """Claim C1 by protocol, p-values adjusted over both: the gap where the train loss first falls
     to 0.5.
     """
-    claim = claims["C1"]
     runs = {protocol: stage_runs(records, protocol) for protocol in PROTOCOLS}
     p_values = holm([paired_p(differences(runs[protocol], EQUAL)) for protocol in PROTOCOLS])
     found = []
@@ -238,9 +246,10 @@ def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
             f" × {model['context']}, {training['steps']} steps, constant rate after warm-up. Losses"
             " in nats a byte. Seeds set initialisation and order; differences are paired by seed."
         ),
-        "## Claim C1",
+        "## Claims C1 and C8",
         verdict_table(claims, verdicts(records, claims)),
         rule(claims["C1"]),
+        rule(claims["C8"]),
     ]
     for stage, title in STAGE_TITLES.items():
         settings = "; ".join(
@@ -249,6 +258,7 @@ def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
         parts += [f"## {title}", f"{settings}.", quantity_table(stages[stage], QUANTITIES)]
     parts += [
         QUANTITY_NOTE,
+        *drift.section(stages, kinds_of(records)),
         "## Every seed",
         seeds_table(stages, (TRAIN, LAST, BEST, EQUAL), setting_title),
         "## The grid: radial rate × decay for DDCAdam, rate × decay for AdamW",

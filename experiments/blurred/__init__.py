@@ -1,0 +1,1 @@
+"""Rates at sites that a gauge can blur."""
