@@ -10,7 +10,16 @@ from ddc.gauges import (
     param_groups,
     parameter_roles,
 )
-from ddc.optim import DDCSGD, DDCAdam, DDCLion, DDCMuon, DDCShampoo, grad_norm
+from ddc.optim import (
+    DDCSGD,
+    DDCAdam,
+    DDCLion,
+    DDCMuon,
+    DDCShampoo,
+    InvariantClipping,
+    clip_grad_norm_,
+    grad_norm,
+)
 
 __all__ = [
     "DDCSGD",
@@ -18,10 +27,12 @@ __all__ = [
     "DDCLion",
     "DDCMuon",
     "DDCShampoo",
+    "InvariantClipping",
     "audit",
     "canonicalise_",
     "certify",
     "check",
+    "clip_grad_norm_",
     "find_gauges",
     "grad_norm",
     "hidden_matrices",

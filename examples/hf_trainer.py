@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from torch import nn
 
-from ddc import DDCAdam, find_gauges, grad_norm
+from ddc import DDCAdam, clip_grad_norm_, find_gauges
 from ddc.compatibility import provide_torchvision_operators
 from ddc.data import TextConfig, load_text
 from ddc.gauges import check
@@ -47,13 +46,11 @@ class ClipByInvariantNorm(TrainerCallback):  # type: ignore[misc]  # transformer
     def __init__(self, max_norm: float) -> None:
         self.max_norm = max_norm
 
-    def on_pre_optimizer_step(self, *_: Any, model: nn.Module, optimizer: Any, **__: Any) -> None:
+    def on_pre_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:
         """Once a step, on gradients that are accumulated and unscaled; accelerate has wrapped the
         optimizer.
         """
-        torch.nn.utils.clip_grads_with_norm_(
-            model.parameters(), self.max_norm, grad_norm(optimizer)
-        )
+        clip_grad_norm_(optimizer, self.max_norm)
 
 
 def blocks(tokens: np.ndarray) -> Dataset:

@@ -27,7 +27,8 @@ class Search:
     """A search in rounds, on one seed.
 
     Args:
-        axes: by optimizer, the values of each hyperparameter, in order.
+        axes: by optimizer (its name, and any overrides that belong to it), the values of each
+            hyperparameter, in order.
         first: by optimizer, the values of each that the first round crosses; as many settings for
             each optimizer.
         questions: what is asked of a run, by name; smaller is better, infinite does not qualify.
@@ -179,8 +180,7 @@ class Search:
         return {
             known[record["stages"][stage]]: record
             for record in records
-            if record["config"]["optimizer"]["name"] == optimizer
-            and (stage := self.stage_of(record))
+            if (stage := self.stage_of(record)) and record["stages"][stage] in known
         }
 
     def stage_of(self, record: Record) -> str | None:

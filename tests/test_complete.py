@@ -31,14 +31,14 @@ from ddc import (  # noqa: E402
     hidden_matrices,
 )
 from ddc.gauges import (  # noqa: E402
-    FURTHER,
-    KINDS,
     Axis,
     Gauge,
     GaugeSet,
     Rescale,
     Shift,
+    complete_kinds,
     named_parameters,
+    paper_kinds,
 )
 from ddc.gauges.affine import Translated, Translation  # noqa: E402
 from ddc.gauges.certificate import Jacobian, rank, tangents_of  # noqa: E402
@@ -162,12 +162,25 @@ def test_the_gradient_vanishes_along_every_orbit(found: tuple[nn.Module, Any, Ga
     assert all(gauge.audit(params, false) > 1e-3 for gauge in gauges)
 
 
+def test_a_certificate_explains_what_is_missing() -> None:
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 7)), (torch.randn(20, 6),)
+    gauges = find_gauges(model, inputs=inputs)
+    assert [gauge.kind for gauge in gauges] == ["logit_shift"]
+    certificate = certify(model, gauges, inputs, explain=True)
+    assert certificate.closing == {"factor_map": 16, "factor_bias": 4}
+    assert "20 unexplained, closed: 16 by factor_map, 4 by factor_bias" in str(certificate)
+    assert certify(model, gauges, inputs).closing == {}
+    complete = find_gauges(model, inputs=inputs, kinds="complete")
+    assert certify(model, complete, inputs, explain=True).complete
+
+
 def test_kinds_are_the_papers_unless_asked() -> None:
     model, inputs = MODELS["GPT, LayerNorm, biases, ReLU"]()
-    assert {gauge.kind for gauge in find_gauges(model, inputs=inputs)} <= {*KINDS}
+    assert {gauge.kind for gauge in find_gauges(model, inputs=inputs)} <= {*paper_kinds()}
     some = find_gauges(model, inputs=inputs, kinds=["key_bias", "norm_scale"])
     assert {gauge.kind for gauge in some} == {"key_bias", "norm_scale"}
-    assert {gauge.kind for gauge in find_gauges(model, kinds="complete")} <= {*KINDS, *FURTHER}
+    assert {gauge.kind for gauge in find_gauges(model, kinds="complete")} <= {*complete_kinds()}
     with pytest.raises(ValueError, match=r"Invalid kinds='all': expected paper, complete"):
         find_gauges(model, kinds="all")
     with pytest.raises(ValueError, match=r"Invalid kind='spin'"):
@@ -286,7 +299,7 @@ def test_rank_counts_overlaps_once() -> None:
 def test_optimizers_refuse_what_they_cannot_respect() -> None:
     model, inputs = MODELS["Llama"]()
     gauges = find_gauges(model, inputs=inputs, kinds=["stream_rotation"])
-    with pytest.raises(TypeError, match=r"stream_rotation at model\.embed_tokens: no optimizer"):
+    with pytest.raises(ValueError, match=r"stream_rotation at .* behind the scale 'model\.layers"):
         DDCAdam(model.named_parameters(), gauges)
 
 

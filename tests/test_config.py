@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ddc.data import ImageConfig, ModularConfig, TextConfig
-from ddc.gauges import KINDS, find_gauges
+from ddc.gauges import KINDS, complete_kinds, find_gauges, paper_kinds
 from ddc.models import (
     MODELS,
     DeepMLPConfig,
@@ -118,8 +118,8 @@ OF_GROUP = {
     "data": "shakespeare mnist_5k modular file | tinystories cifar10 nonsense [] null",
     "optimizer": (f"{' '.join(OPTIMIZERS)} | sgd [] null [adamw,muon]"),
     "gauges": (
-        f"all none [] [logit_shift,norm_scale] [all,chained_rescale] {' '.join(KINDS)} | none [x]"
-        " false"
+        f"all paper complete none [] [logit_shift,norm_scale] [all,chained_rescale]"
+        f" {' '.join(KINDS)} | none [x] false"
     ),
     "scale": "cpu | gpu nonsense [] 1",
     "slt": "none cells | nonsense false",
@@ -331,7 +331,7 @@ def assert_absent_gauges_are_absent(config: ModelConfig, **sizes: Any) -> None:
     """What the configuration says of its gauges is what is found in the model."""
     model = build_model(config, **sizes)
     found = {gauge.kind for per_layer in (False, True) for gauge in find_gauges(model, per_layer)}
-    assert found == set(KINDS) - set(config.absent_gauges), config
+    assert found == set(paper_kinds()) - set(config.absent_gauges), config
 
 
 def test_absent_gauges_are_those_that_are_not_found() -> None:
@@ -359,7 +359,9 @@ def test_how_gauges_are_asked_for_does_not_name_a_run() -> None:
     """``gauges=all`` says null for each kind, records of older runs true."""
     all_of_them = composed()
     kinds = [
-        kind for kind in KINDS if kind not in ("chained_rescale", *all_of_them.model.absent_gauges)
+        kind
+        for kind in paper_kinds()
+        if kind not in ("chained_rescale", *all_of_them.model.absent_gauges)
     ]
     assert (
         composed(f"gauges=[{','.join(kinds)}]", "gauges.relu_rescale=null").run_id
@@ -369,6 +371,34 @@ def test_how_gauges_are_asked_for_does_not_name_a_run() -> None:
     values["gauges"] = {kind: values["gauges"][kind] is not False for kind in KINDS}
     assert values["gauges"]["relu_rescale"] is True
     assert restored(values) == all_of_them
+
+
+def test_choices_of_gauges() -> None:
+    assert composed("gauges=paper").run_id == composed().run_id
+    complete = composed("gauges=complete", "gauges.leave_out=true").gauges
+    assert complete.kinds == [*complete_kinds()]
+    assert not complete.per_layer
+    assert composed("gauges=[paper,key_bias]").gauges.key_bias is True
+    with pytest.raises(ValueError, match=r"gauges.value_rotation=true with gauges.value_map=true"):
+        composed("gauges=[paper,value_map]")
+
+
+NARROW = ("model.width=16", "model.layers=1", "model.heads=2", "model.kv_heads=2", "model.hidden=8")
+
+
+def test_gauges_that_an_optimizer_refuses(caplog: pytest.LogCaptureFixture) -> None:
+    """Are an error that says what to set, or are left out with a line that says which."""
+    small = (*NARROW, "model.context=8", "optimizer=ddcadam")
+    with pytest.raises(ValueError, match=r"ddcadam refuses a gauge: .* stream_rotation at"):
+        prepare(composed(*small, "gauges=complete"))
+    setup = prepare(composed(*small, "gauges=complete", "gauges.leave_out=true"))
+    kinds = {gauge.kind for gauge in setup.gauges}
+    assert kinds == {"logit_shift", "gated_rescale", "norm_scale", "value_map", "qk_map"}
+    assert "left out: 1 of stream_rotation, which optimizer=ddcadam refuses" in caplog.text
+    with pytest.raises(ValueError, match=r"Set gauges.stream_rotation=false"):
+        prepare(composed(*small, "gauges=stream_rotation", "gauges.leave_out=true"))
+    with pytest.raises(ValueError, match=r"Invalid gauges.value_bias=true: the model has no such"):
+        prepare(composed(*small, "gauges=value_bias"))
 
 
 def test_keys_that_came_later_leave_the_names_of_older_runs() -> None:

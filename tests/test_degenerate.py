@@ -18,16 +18,17 @@ from torch.optim import AdamW, Optimizer
 
 from ddc import DDCAdam, DDCMuon, find_gauges, hidden_matrices
 from ddc.data import TextData
-from ddc.gauges import KINDS, GaugeSet, HiddenMatrix, Rescale
-from ddc.models import DeepMLP, DeepMLPConfig, cross_entropy
+from ddc.gauges import KINDS, GaugeSet, HiddenMatrix, Rescale, in_blocks
+from ddc.models import DeepMLP, DeepMLPConfig, GPTConfig, cross_entropy
 from ddc.report.runs import read_lines
 from experiments.precision.measure import CONFIGS, OPTIMIZERS, PRECISIONS, RESULTS, compare
 from experiments.precision.report import document
 from tests.conftest import MODELS
-from tests.helpers import backward, batch, make_model, relu_mlp, relu_mlp_gauges
+from tests.helpers import VOCABULARY, backward, batch, make_model, relu_mlp, relu_mlp_gauges
 
 LLAMA, LAYER, RELU2 = "rms-swiglu-rope-gqa", "layer-bias-relu-learned", "rms-relu2-partial-gqa"
 MLP, CHAIN = "deep ReLU network", "deep ReLU network, chained"
+MIXTURE = "experts and an adapter"
 PRIME = 7
 PAIRS = torch.cartesian_prod(torch.arange(PRIME), torch.arange(PRIME))
 ALL = slice(None)
@@ -35,11 +36,39 @@ ALL = slice(None)
 Place = tuple[str, Any]
 
 
+class Mixture(nn.Module):
+    """Experts, their router, and an adapter beside them, between two norms."""
+
+    def __init__(self, width: int = 16, experts: int = 3, rank: int = 4) -> None:
+        super().__init__()
+        self.config = GPTConfig(context=8)
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.norm, self.last_norm = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.router = nn.Linear(width, experts, bias=False)
+        self.up = nn.ModuleList(nn.Linear(width, 2 * width, False) for _ in range(experts))
+        self.down = nn.ModuleList(nn.Linear(2 * width, width, False) for _ in range(experts))
+        self.a, self.b = nn.Linear(width, rank, False), nn.Linear(rank, width, False)
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
+
+    def example_inputs(self) -> tuple[Tensor]:
+        return (torch.arange(8).view(2, 4),)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        h = self.norm(x)
+        shares = self.router(h).softmax(-1).unbind(-1)
+        for share, up, down in zip(shares, self.up, self.down, strict=True):
+            x = x + share.unsqueeze(-1) * down(up(h).relu())
+        return self.head(self.last_norm(x + self.b(self.a(h))))
+
+
 @functools.cache
 def original(name: str) -> nn.Module:
     if name in MODELS:
         return make_model(MODELS[name])
     torch.manual_seed(0)
+    if name == MIXTURE:
+        return Mixture().double()
     return DeepMLP(DeepMLPConfig(depth=3, width=8), PRIME, PRIME).double()
 
 
@@ -253,10 +282,14 @@ def test_dead_weights(case: str, optimizer: str, variant: str) -> None:
 
 #: What starts at zero: names of matrices by how they end, in a model of the tests or of others.
 ZERO_STARTS = {
+    "output projections in blocks": (LLAMA, ("output.weight", "down.weight")),
     "output projections": (LLAMA, ("output.weight", "down.weight")),
     "output projections, ReLU and biases": (LAYER, ("output.weight", "down.weight")),
     "output projections, ReLU²": (RELU2, ("output.weight", "down.weight")),
     "head": (LLAMA, ("head.weight",)),
+    "router": (MIXTURE, ("router.weight",)),
+    "adapter": (MIXTURE, ("b.weight",)),
+    "router, adapter and experts": (MIXTURE, ("router.weight", "b.weight", "down.0.weight")),
 }
 
 
@@ -273,12 +306,13 @@ def test_zero_starts_grow_and_stay_equivariant(start: str, optimizer: str) -> No
     for model in models:
         for each in zero:
             nn.init.zeros_(named(model)[each])
+    gauges = in_blocks(gauges_of(name)) if "blocks" in start else gauges_of(name)
     kinds = UNSHIFTED if start == "head" else tuple(KINDS)
-    moved = gauges_of(name).only([k for k in kinds if k in {g.kind for g in gauges_of(name)}])
+    moved = gauges.only([kind for kind in kinds if kind in {gauge.kind for gauge in gauges}])
     moved.transform_(models[1], torch.Generator().manual_seed(1))
     before, optimizers = function(models[0]), []
     for model in models:
-        optimizers.append(MAKERS[optimizer](model, gauges_of(name)))
+        optimizers.append(MAKERS[optimizer](model, gauges))
         train(model, optimizers[-1], 100)
     torch.testing.assert_close(function(models[0]), function(models[1]), rtol=0, atol=1e-7)
     assert (function(models[0]) - before).abs().max() > 0.1

@@ -51,6 +51,8 @@ class TextConfig(DataConfig):
         validation_fraction: share of the tokens, at the end of the text, that is never trained on
             (data sets of the hub bring their own validation split).
         train_tokens: train on the first so many tokens only; null for all.
+        skip_tokens: of the training split, leave out so many at its beginning; ``train_tokens``
+            count from there.
 
     Raises:
         ValueError: on construction, a value out of range or keys that contradict each other.
@@ -64,6 +66,7 @@ class TextConfig(DataConfig):
     tokenizer: str = "bytes"
     validation_fraction: float = 0.1
     train_tokens: int | None = None
+    skip_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.name not in SOURCES:
@@ -79,6 +82,10 @@ class TextConfig(DataConfig):
             raise ValueError(
                 f"Invalid data.validation_fraction={self.validation_fraction}: expected a number in"
                 " (0, 1)"
+            )
+        if self.skip_tokens < 0:
+            raise ValueError(
+                f"Invalid data.skip_tokens={self.skip_tokens}: expected a number of tokens, or 0"
             )
         if self.train_tokens is not None and self.train_tokens < 1:
             raise ValueError(
@@ -169,7 +176,7 @@ def load_text(config: TextConfig, context: int) -> TextData:
         DataError: the text cannot be had, is empty, or is too short for the context.
     """
     data = SOURCES[config.name](config, context)
-    train = data.train if config.train_tokens is None else data.train[: config.train_tokens]
+    train = data.train[config.skip_tokens :][: config.train_tokens]
     for split, tokens, fix in (
         ("train", train, "a larger data.train_tokens, a longer text"),
         ("validation", data.validation, "a larger data.validation_fraction, a longer text"),

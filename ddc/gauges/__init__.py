@@ -1,16 +1,18 @@
 """What the symmetries of a network are: actions, discovery from a model, check and audit."""
 
 from ddc.gauges.actions import Axis, Chain, Rescale, RotatedAxis, Rotation, Shift
+from ddc.gauges.affine import General
 from ddc.gauges.base import (
-    FURTHER,
     KINDS,
     Gauge,
     Kind,
     Refusal,
     add_kind,
+    complete_kinds,
     is_fake,
     is_split,
     named_parameters,
+    paper_kinds,
     plain_name,
     plain_names,
     whole,
@@ -31,7 +33,6 @@ from ddc.gauges.routing import ROLES, ParameterRole, Roles, param_groups, parame
 from ddc.gauges.traced import Finding, NotProved, rule
 
 __all__ = [
-    "FURTHER",
     "KINDS",
     "ROLES",
     "Axis",
@@ -40,6 +41,7 @@ __all__ = [
     "Finding",
     "Gauge",
     "GaugeSet",
+    "General",
     "HiddenMatrix",
     "Kind",
     "NotProved",
@@ -57,6 +59,7 @@ __all__ = [
     "canonicalise_",
     "certify",
     "check",
+    "complete_kinds",
     "find_gauges",
     "hidden_matrices",
     "in_blocks",
@@ -65,6 +68,7 @@ __all__ = [
     "named_parameters",
     "nearest_turn",
     "orbit_distance",
+    "paper_kinds",
     "param_groups",
     "parameter_roles",
     "plain_name",

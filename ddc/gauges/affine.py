@@ -233,7 +233,7 @@ class Translation(Gauge):
     @torch.no_grad()
     def act_(self, params: Params, element: Tensor) -> None:
         for slot in self.slots:
-            rows, index = _coordinates(params[slot.parameter], slot)
+            rows, index = coordinates(params[slot.parameter], slot)
             rows[index] += slot.rate * element.to(rows)[:, None]
 
     def squares(self, params: Params) -> tuple[Tensor, Tensor]:
@@ -242,7 +242,7 @@ class Translation(Gauge):
         """
         curvature, slope = torch.zeros(2, self.dimension(params), dtype=torch.float64)
         for slot in self.slots:
-            rows, index = _coordinates(params[slot.parameter].detach().double().cpu(), slot)
+            rows, index = coordinates(params[slot.parameter].detach().double().cpu(), slot)
             curvature += slot.rate**2 * rows.shape[1]
             slope += slot.rate * rows[index].sum(1)
         return curvature, slope
@@ -262,7 +262,7 @@ class Translation(Gauge):
             shape = params[slot.parameter].shape
             each = torch.zeros(count, *shape, dtype=torch.float64)
             for i in range(count):
-                rows, index = _coordinates(each[i], slot)
+                rows, index = coordinates(each[i], slot)
                 rows[index[i]] += slot.rate
             moved[slot.parameter] = moved.get(slot.parameter, 0) + each
         return moved
@@ -272,7 +272,7 @@ class Translation(Gauge):
         total = torch.zeros(self.dimension(params), dtype=torch.float64)
         length, size = 0.0, 0.0
         for slot in self.slots:
-            rows, index = _coordinates(grads[slot.parameter].double().cpu(), slot)
+            rows, index = coordinates(grads[slot.parameter].double().cpu(), slot)
             total += slot.rate * rows[index].sum(1)
             length += slot.rate**2 * rows.shape[1]
             size += float(rows[index].square().sum())
@@ -286,7 +286,7 @@ def typical(grads: Params) -> float:
     return squares / sum(grad.numel() for grad in grads.values())
 
 
-def _coordinates(tensor: Tensor, slot: Translated) -> tuple[Tensor, Tensor]:
+def coordinates(tensor: Tensor, slot: Translated) -> tuple[Tensor, Tensor]:
     """A view (coordinates, entries that move alike), and the coordinates that a translation
     moves.
     """
@@ -432,7 +432,7 @@ class Shear(Gauge):
         # gradients times velocities, which are not formed: they are as large as n weights
         along, size = torch.zeros(self.dimension(params), dtype=torch.float64), 0.0
         for slot in self.slots:
-            rows, index = _coordinates(slopes[slot.parameter], slot)
+            rows, index = coordinates(slopes[slot.parameter], slot)
             part = pace * slot.rate * rows[index]
             along, size = along + part.sum(1), size + float(part.square().sum())
         for reader, matrix in self._responses(held):

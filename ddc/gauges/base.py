@@ -28,11 +28,16 @@ class Kind:
         name: in code, configurations and records.
         title: in figures and text.
         default: whether it is among those of ``gauges=all``.
+        further: whether it is beyond the paper's: found where it is asked for, by its name or as
+            one of ``kinds="complete"``.
+        within: the kind whose group contains this one's, beside which it has nothing to add.
     """
 
     name: str
     title: str
     default: bool = True
+    further: bool = False
+    within: str | None = None
 
 
 #: Every kind of gauge the package knows by name, in the order in which tables list them.
@@ -53,30 +58,38 @@ def add_kind(kind: Kind) -> None:
 for _kind in (
     Kind("logit_shift", "logit shift"),
     Kind("relu_rescale", "ReLU rescale"),
-    Kind("chained_rescale", "chained rescale", default=False),
+    Kind("chained_rescale", "chained rescale", default=False, within="relu_rescale"),
     Kind("gated_rescale", "gated rescale"),
     Kind("norm_scale", "norm scale"),
-    Kind("value_rotation", "value rotation"),
-    Kind("qk_rotation", "query-key rotation"),
+    Kind("value_rotation", "value rotation", within="value_map"),
+    Kind("qk_rotation", "query-key rotation", within="qk_map"),
+    # with these they are all continuous symmetries of a transformer
+    Kind("factor_map", "factor map", default=False, further=True),
+    Kind("factor_bias", "factor bias", default=False, further=True),
+    Kind("value_map", "value map", default=False, further=True),
+    Kind("value_bias", "value bias", default=False, further=True),
+    Kind("qk_map", "query-key map", default=False, further=True),
+    Kind("key_bias", "key bias", default=False, further=True),
+    Kind("qk_norm_scale", "query-key norm scale", default=False, further=True),
+    Kind("stream_rotation", "stream rotation", default=False, further=True),
+    Kind("stream_mean", "stream mean", default=False, further=True),
+    Kind("translation", "translation", default=False, further=True),
+    Kind("reader_shift", "reader shift", default=False, further=True),
+    Kind("norm_shift", "norm shift", default=False, further=True),
+    Kind("router_shift", "router shift", default=False, further=True),
+    Kind("layer_scale", "layer scale", default=False, further=True),
 ):
     add_kind(_kind)
 
-#: Kinds beyond the paper's, which with these are all continuous symmetries of a transformer. No
-#: configuration names them: most are respected by no optimizer yet.
-FURTHER = (
-    "value_map",
-    "value_bias",
-    "qk_map",
-    "key_bias",
-    "qk_norm_scale",
-    "stream_rotation",
-    "stream_mean",
-    "translation",
-    "reader_shift",
-    "norm_shift",
-    "router_shift",
-    "layer_scale",
-)
+
+def paper_kinds() -> tuple[str, ...]:
+    """Names of the kinds that are not further ones: the paper's, and those that extensions add."""
+    return tuple(name for name, kind in KINDS.items() if not kind.further)
+
+
+def complete_kinds() -> tuple[str, ...]:
+    """Names of all kinds but those whose group another's contains."""
+    return tuple(name for name, kind in KINDS.items() if kind.within is None)
 
 
 class Gauge(ABC):
@@ -87,7 +100,7 @@ class Gauge(ABC):
     can be batched over its units.
 
     Attributes:
-        kind: one of :data:`KINDS` or :data:`FURTHER`.
+        kind: one of :data:`KINDS`.
         where: the place in the model, in the model's own names, for tables and messages.
     """
 
@@ -183,9 +196,9 @@ class Refusal:
 
 
 def check_kind(kind: str) -> None:
-    """Raise ValueError unless ``kind`` is one of :data:`KINDS` or :data:`FURTHER`."""
-    if kind not in (known := (*KINDS, *FURTHER)):
-        raise ValueError(f"Invalid {kind=}: expected one of {', '.join(known)}")
+    """Raise ValueError unless ``kind`` is one of :data:`KINDS`."""
+    if kind not in KINDS:
+        raise ValueError(f"Invalid {kind=}: expected one of {', '.join(KINDS)}")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

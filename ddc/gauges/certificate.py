@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only
 
 from ddc.gauges.base import (
+    KINDS,
     Gauge,
     first_line,
     is_fake,
@@ -27,6 +28,7 @@ from ddc.gauges.base import (
     place_of,
     unwrapped,
 )
+from ddc.gauges.discovery import find_gauges
 from ddc.gauges.double import InDouble, double
 from ddc.gauges.gauge_set import gauges_of
 from ddc.gauges.trace import Inputs, example, running
@@ -68,6 +70,8 @@ class Certificate:
             not, relative to the largest of all.
         leak: the largest norm of J t, t a gauge's unit tangent, relative to the largest singular
             value: rounding, if all of them are symmetries.
+        closing: with ``explain``, by kind, how many of the unexplained dimensions its gauges add to
+            the orbit and to the kinds before it; empty without.
     """
 
     parameters: int
@@ -78,6 +82,7 @@ class Certificate:
     zero: float
     smallest: float
     leak: float
+    closing: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def unexplained(self) -> int:
@@ -91,6 +96,9 @@ class Certificate:
 
     def __str__(self) -> str:
         verdict = "complete" if self.complete else f"{self.unexplained} unexplained"
+        if self.closing:
+            of_kinds = ", ".join(f"{count} by {kind}" for kind, count in self.closing.items())
+            verdict += f", closed: {of_kinds}"
         if self.leak > LEAK:
             verdict = f"not all gauges are symmetries (leak {self.leak:.0e})"
         dead = f", {self.dead} dead on these inputs" if self.dead else ""
@@ -108,6 +116,7 @@ def certify(
     centred: bool = True,
     rows: float = ROWS,
     seed: int = 0,
+    explain: bool = False,
 ) -> Certificate:
     """Compare the orbit of some gauges with all that a small model's loss cannot see.
 
@@ -127,6 +136,8 @@ def certify(
             softmax cross-entropy.
         rows: of J for each parameter, at least 1; ReLU networks may need more.
         seed: of weights, inputs and combinations.
+        explain: look for all kinds of gauge in the model, and tell how much of what is unexplained
+            each of them would close (:attr:`Certificate.closing`).
 
     Raises:
         TypeError, ValueError: gauges that are not the model's; a model that is too large or cannot
@@ -134,7 +145,14 @@ def certify(
             vocabulary and all positions, are needed.
     """
     found = gauges_of(model, gauges)
-    return Jacobian.of(model, inputs, centred=centred, rows=rows, seed=seed).certificate(found)
+    jacobian = Jacobian.of(model, inputs, centred=centred, rows=rows, seed=seed)
+    certificate = jacobian.certificate(found)
+    if not explain or certificate.unexplained <= 0:
+        return certificate
+    given = inputs(torch.Generator().manual_seed(seed)) if callable(inputs) else inputs
+    loss = "cross_entropy" if centred else "other"
+    every = find_gauges(model, inputs=given, kinds="complete", loss=loss, verify=False)
+    return replace(certificate, closing=jacobian.closing(found, every))
 
 
 @dataclass(frozen=True)
@@ -203,11 +221,33 @@ class Jacobian:
         tangents = tangents_of(found, named_parameters(self.model))
         orbit = rank(tangents)
         leak = _leak(self.triangle, tangents) / float(values[0])
-        unreached = self.triangle.norm(dim=0) <= ZERO * values[0]
-        alone = torch.eye(len(values), dtype=torch.float64)[unreached]
+        alone = torch.eye(len(values), dtype=torch.float64)[self._unreached()]
         dead = rank(torch.cat([tangents, alone])) - orbit
         faint = int(((relative > ZERO) & (relative < 1e-6)).sum())
         return Certificate(len(values), kernel, orbit, dead, faint, zero, smallest, leak)
+
+    def _unreached(self) -> Tensor:
+        """Which single parameters change no log-probability."""
+        largest = torch.linalg.svdvals(self.triangle)[0]
+        return self.triangle.norm(dim=0) <= ZERO * largest
+
+    def closing(self, gauges: Iterable[Gauge], others: Iterable[Gauge]) -> dict[str, int]:
+        """By kind, how many dimensions of the kernel others add to the orbit of some gauges, to
+        what is dead, and to the kinds before it; what is no symmetry adds none.
+        """
+        params = named_parameters(self.model)
+        largest = float(torch.linalg.svdvals(self.triangle)[0])
+        alone = torch.eye(self.triangle.shape[1], dtype=torch.float64)[self._unreached()]
+        spanned = torch.cat([tangents_of(gauges, params), alone])
+        reached, found = rank(spanned), {}
+        for kind in KINDS:
+            tangents = tangents_of((each for each in others if each.kind == kind), params)
+            if not len(tangents) or _leak(self.triangle, tangents) > LEAK * largest:
+                continue
+            spanned = torch.cat([spanned, tangents])
+            if (more := rank(spanned)) > reached:
+                found[kind], reached = more - reached, more
+        return found
 
 
 def _require_plain(params: Mapping[str, Tensor]) -> None:

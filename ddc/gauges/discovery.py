@@ -10,7 +10,7 @@ from functools import singledispatch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ddc.gauges.base import FURTHER, KINDS, check_kind, unwrapped
+from ddc.gauges.base import check_kind, complete_kinds, paper_kinds, unwrapped
 from ddc.gauges.further import gauges_of_kinds
 from ddc.gauges.gauge_set import GaugeSet
 from ddc.gauges.trace import Inputs, example, traced
@@ -56,8 +56,8 @@ def find_gauges(
             speaks against it (one output, several, ``config.problem_type``).
         verify: whether to try the gauges. It takes copies of the weights in float64, and some
             fifteen forward passes.
-        kinds: ``"paper"``, those of :data:`ddc.gauges.KINDS`; ``"complete"``, these and those of
-            :data:`ddc.gauges.FURTHER`; or names of kinds.
+        kinds: ``"paper"``, the paper's (:func:`ddc.gauges.paper_kinds`); ``"complete"``, all
+            (:func:`ddc.gauges.complete_kinds`); or names of kinds.
 
     Raises:
         ValueError: the model cannot be traced, ``inputs`` are needed, or an unknown ``loss`` or
@@ -95,9 +95,9 @@ def kinds_named(kinds: str | Collection[str]) -> tuple[str, ...]:
         ValueError: an unknown one.
     """
     if kinds == "paper":
-        return tuple(KINDS)
-    if kinds == "complete":  # a map of a head contains its rotations
-        return (*(kind for kind in KINDS if not kind.endswith("_rotation")), *FURTHER)
+        return paper_kinds()
+    if kinds == "complete":
+        return complete_kinds()
     if isinstance(kinds, str):
         raise ValueError(f"Invalid {kinds=}: expected paper, complete, or a list of kinds")
     for kind in kinds:
@@ -116,13 +116,13 @@ def _found(
     """The gauges that rules find, and what is left of them after they were tried, if they are to
     be.
     """
-    if {*kinds} <= {*KINDS}:
+    if {*kinds} <= {*paper_kinds()}:
         gauges = read_gauges(model, per_layer, inputs, loss)
         further = [prove for prove in RULES if prove not in OF_READERS]
         if further and read_gauges.dispatch(type(model)) is not read_gauges.dispatch(nn.Module):
             more = gauges_of_trace(traced(model, inputs), per_layer, loss, further)
             gauges = GaugeSet(gauges.found + more.found, gauges.refused + more.refused)
-        gauges = gauges if kinds == tuple(KINDS) else gauges.only(kinds)
+        gauges = gauges if kinds == paper_kinds() else gauges.only(kinds)
     else:
         gauges = gauges_of_kinds(traced(model, inputs), kinds, loss)
     if loss == "other":

@@ -26,12 +26,13 @@ from ddc.gauges.affine import (
     Translated,
     Translation,
 )
-from ddc.gauges.base import KINDS, Gauge, Refusal
+from ddc.gauges.base import Gauge, Refusal, paper_kinds
 from ddc.gauges.gauge_set import GaugeSet
 from ddc.gauges.stream import Norm, Stream, patches_of, streams
 from ddc.gauges.trace import (
     KEEPS,
     MOVES,
+    Flow,
     LinearMap,
     Trace,
     apply,
@@ -45,7 +46,16 @@ from ddc.gauges.trace import (
     readers,
     value_of,
 )
-from ddc.gauges.traced import ATTENTION, Finding, NotProved, gauges_of_trace, heads_of, owner
+from ddc.gauges.traced import (
+    ATTENTION,
+    RULES,
+    Finding,
+    NotProved,
+    heads_of,
+    once,
+    owner,
+    proved,
+)
 
 
 def gauges_of_kinds(trace: Trace, kinds: Collection[str], loss: str | None = None) -> GaugeSet:
@@ -53,13 +63,16 @@ def gauges_of_kinds(trace: Trace, kinds: Collection[str], loss: str | None = Non
 
     Args:
         trace: of the model.
-        kinds: of :data:`ddc.gauges.base.KINDS` and :data:`ddc.gauges.base.FURTHER`.
+        kinds: of :data:`ddc.gauges.base.KINDS`.
         loss: as for :func:`ddc.find_gauges`.
     """
-    paper = gauges_of_trace(trace, "chained_rescale" in kinds and "relu_rescale" not in kinds, loss)
     finding = Finding(trace, loss)
+    turned = {"value_rotation", "qk_rotation"} & {*kinds}
+    rules = [prove for prove in RULES if turned or prove is not Finding.rotations]
+    paper = proved(finding, "chained_rescale" in kinds and "relu_rescale" not in kinds, rules)
+    finding.found, finding.refused = [], []
     Further(finding).find(kinds)
-    kept = paper.only({*kinds} & {*KINDS})
+    kept = paper.only({*kinds} & {*paper_kinds()})
     return GaugeSet((*kept.found, *finding.found), (*kept.refused, *finding.refused))
 
 
@@ -71,7 +84,7 @@ class Further:
     """
 
     def __init__(self, finding: Finding) -> None:
-        self.finding, self.trace = finding, finding.trace
+        self.finding, self.trace, self.kept = finding, finding.trace, finding.kept
 
     def find(self, kinds: Collection[str]) -> None:
         """Add the gauges of these kinds, and what of them is refused, to the finding's."""
@@ -85,6 +98,11 @@ class Further:
 
     def _attempts(self) -> Iterator[tuple[str, str, Callable[[], Sequence[Gauge]]]]:
         """Kind, place and proof of each gauge that is looked for."""
+        for name, flow, plus in self.finding.flows():
+            onward = [arrival.node in self.trace.linear_maps for arrival in flow.arrivals]
+            if onward and all(onward) and not flow.activations and not flow.gated:
+                yield "factor_map", owner(name), partial(self.factor_map, flow, plus)
+                yield "factor_bias", owner(name), partial(self.factor_bias, flow, plus)
         for node in self.trace.graph.nodes:
             if operation(node) == ATTENTION:
                 where = module_path(node) or "attention"
@@ -111,8 +129,46 @@ class Further:
                 yield "norm_shift", at, partial(self.norm_shift, norm)
 
     # ------------------------------------------------------------------------------------------
+    # factors
+
+    def factor_map(self, flow: Flow, plus: tuple[Axis, ...]) -> list[General]:
+        """Outputs of one linear map, or of an embedding, by G; what reads them by its inverse."""
+        if flow.dropout:
+            raise NotProved("entries are dropped at random between the two maps")
+        if flow.uneven:
+            raise NotProved("entries are scaled apart between the two maps")
+        gauge = self.finding.rescale("factor_map", plus[0].parameter, flow, plus)
+        if gauge.degree != 1:
+            raise NotProved("what is between the two maps is not linear")
+        units = np.arange(self.trace.tensors[plus[0].parameter].shape[plus[0].axis])[None, None]
+        plus_slots, minus_slots = (
+            tuple(RotatedAxis(name, axis, units) for name, axis in side)
+            for side in (gauge.plus, gauge.minus)
+        )
+        return [General("factor_map", gauge.where, plus_slots, minus_slots)]
+
+    def factor_bias(self, flow: Flow, plus: tuple[Axis, ...]) -> list[Gauge]:
+        """A vector added to the bias of one linear map, and taken back by those of what reads
+        it.
+        """
+        if len(plus) == 1:
+            return []
+        (gauge,) = self.factor_map(flow, plus)
+        (bias,) = plus[1:]
+        for linear in self.trace.linear_maps.values():
+            if linear.weight == plus[0].parameter:
+                self._require_passed_on(linear.output)
+        readers = []
+        for weight, axis, indices in gauge.minus:
+            if (taking := self._bias_of(weight)) is None:
+                raise NotProved(f"{owner(weight)} has no bias of its own")
+            readers.append(Sheared(weight, axis, indices[0], taking))
+        return [Shear("factor_bias", gauge.where, (Translated(bias.parameter, 0),), tuple(readers))]
+
+    # ------------------------------------------------------------------------------------------
     # attention
 
+    @once
     def value_map(self, node: Node, where: str) -> list[General]:
         """Values by G, the output projection by its inverse: attention is linear in them."""
         (rotation,) = self.finding.value_rotation(node, where, single=True)
@@ -144,6 +200,7 @@ class Further:
         reader = Sheared(columns.parameter, columns.axis, copies, bias)
         return [Shear("value_bias", where, (slot,), (reader,))]
 
+    @once
     def qk_map(self, node: Node, where: str) -> list[General]:
         """Keys by G, queries by its inverse transpose; under a rotary embedding what commutes with
         it.
@@ -486,6 +543,7 @@ class Further:
     # ------------------------------------------------------------------------------------------
     # behind norms
 
+    @once
     def _behind(self, norm: Norm) -> tuple[str | None, str | None, list[Axis]]:
         """Scale and shift of a norm, and the columns of all linear maps that read it.
 

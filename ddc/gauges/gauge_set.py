@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ddc.gauges.base import FURTHER, KINDS, Gauge, Refusal, check_kind, named_parameters, whole
+from ddc.gauges.actions import Shift
+from ddc.gauges.base import (
+    KINDS,
+    Gauge,
+    Refusal,
+    check_kind,
+    named_parameters,
+    plain_names,
+    whole,
+)
 from ddc.gauges.double import InDouble
 
 Entry = TypeVar("Entry", Gauge, Refusal)
@@ -56,6 +65,38 @@ class GaugeSet(Sequence[Gauge]):
             {gauge: reason for gauge, reason in self.unchecked.items() if gauge.kind in kinds},
         )
 
+    def among(self, parameters: Iterable[tuple[str, Tensor]]) -> GaugeSet:
+        """The gauges that move nothing but these parameters, as far as they are trainable: those of
+        a model that is partly frozen, or trained by several optimizers.
+
+        A gauge of which a part is frozen is no symmetry of what is left to train, and is refused.
+        A logit shift of a head without its bias remains one.
+
+        Args:
+            parameters: pairs as ``named_parameters()`` gives them; ``requires_grad`` counts as it
+                is now.
+        """
+        pairs = list(parameters)
+        known = {name for gauge in self.found for name in gauge.parameters}
+        names = plain_names([name for name, _ in pairs], known)
+        trainable = {
+            name: param.requires_grad for name, (_, param) in zip(names, pairs, strict=True)
+        }
+        found, refused, unchecked = [], list(self.refused), {}
+        for gauge in self.found:
+            kept = gauge
+            if isinstance(gauge, Shift) and gauge.bias and not trainable.get(gauge.bias):
+                kept = replace(gauge, bias=None)
+            still = [name for name in kept.parameters if not trainable.get(name)]
+            if still:
+                what = "frozen" if still[0] in trainable else "not among the parameters"
+                refused.append(Refusal(gauge.kind, gauge.where, f"{still[0]!r} is {what}"))
+                continue
+            found.append(kept)
+            if gauge in self.unchecked:
+                unchecked[kept] = self.unchecked[gauge]
+        return GaugeSet(tuple(found), tuple(refused), unchecked)
+
     def dimension(self, model: nn.Module) -> int:
         """Dimension of the product group: how many directions of parameter space the loss cannot
         see.
@@ -88,7 +129,7 @@ class GaugeSet(Sequence[Gauge]):
 
 def _rows(entries: Iterable[Entry], verdict: Callable[[Entry], str]) -> list[tuple[str, str, str]]:
     """Table rows, entries that differ only in the number of their block drawn together."""
-    order = (*KINDS, *FURTHER)
+    order = (*KINDS,)
 
     def key(entry: Entry) -> tuple[int, str, str]:
         place = ".".join("*" if part.isdigit() else part for part in entry.where.split("."))

@@ -347,9 +347,9 @@ def heads_of_matrices(trace: Trace) -> dict[str, tuple[int, int]]:
             found[output.weight] = value_of(node).shape[-3], 1 - output.rows
     for weight, by_width in rows.items():
         size = trace.tensors[weight].shape[trace_rows(trace, weight)]
-        for width, heads in by_width.items():
-            if len(by_width) == 1 and len(heads) * width == size and len(heads) > 1:
-                found[weight] = len(heads), trace_rows(trace, weight)
+        (width, whole), *others = by_width.items()
+        if not others and len(whole) * width == size and len(whole) > 1:
+            found[weight] = len(whole), trace_rows(trace, weight)
     return found
 
 

@@ -993,10 +993,11 @@ def example(
 
 
 def _without_cache(model: nn.Module) -> dict[str, Any]:
-    """What tells a model of transformers not to return keys and values of a cache, which training
-    does not use.
+    """What tells a model of transformers, adapters of peft around it or not, to return no keys and
+    values of a cache, which training does not use.
     """
-    takes = "use_cache" in inspect.signature(model.forward).parameters
+    adapted: Any = getattr(model, "get_base_model", lambda: model)
+    takes = "use_cache" in inspect.signature(adapted().forward).parameters
     return (
         {"use_cache": False}
         if takes and hasattr(getattr(model, "config", None), "use_cache")

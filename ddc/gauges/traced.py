@@ -6,12 +6,13 @@ for messages alone.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -107,7 +108,13 @@ def gauges_of_trace(
         loss: as for :func:`ddc.find_gauges`.
         rules: which; None for all.
     """
-    finding = Finding(trace, loss)
+    return proved(Finding(trace, loss), per_layer, rules)
+
+
+def proved(
+    finding: Finding, per_layer: bool = False, rules: Sequence[Rule] | None = None
+) -> GaugeSet:
+    """The same of a finding that has proved nothing yet; what its rules have read it keeps."""
     for prove in RULES if rules is None else rules:
         prove(finding)
     finding.drop_overlaps()
@@ -136,6 +143,29 @@ def chained(gauges: Sequence[Gauge]) -> list[Gauge]:
     return [*chains, *(gauge for gauge in gauges if gauge not in links.values())]
 
 
+Proof = TypeVar("Proof", bound=Callable[..., Any])
+
+
+def once(prove: Proof) -> Proof:
+    """Have a method prove the same but once: what it gives, or why not, is kept in ``kept`` of its
+    object by its arguments.
+    """
+
+    @functools.wraps(prove)
+    def kept(self: Any, *args: Any) -> Any:
+        key = prove.__name__, *args
+        if key not in self.kept:
+            try:
+                self.kept[key] = prove(self, *args)
+            except NotProved as reason:
+                self.kept[key] = reason
+        if isinstance(found := self.kept[key], NotProved):
+            raise found
+        return found
+
+    return cast(Proof, kept)
+
+
 class Finding:
     """Collects what is found and refused in one trace.
 
@@ -152,6 +182,8 @@ class Finding:
         self.modules = dict(trace.model.named_modules())
         self.found: list[Gauge] = []
         self.refused: list[Refusal] = []
+        #: What :func:`once` has proved.
+        self.kept: dict[tuple[Any, ...], Any] = {}
         #: Of the slots of a query-key rotation, those of the keys.
         self.key_slots: dict[Rotation, tuple[RotatedAxis, ...]] = {}
         #: Heads by what is done between a linear map and attention.
@@ -225,6 +257,7 @@ class Finding:
         view = self.trace.parameter(argument)
         return view is not None and self.trace.tensors[view[0]].shape == value_of(node).shape[-1:]
 
+    @once
     def norm_scale(self, source: Node, plus: Sequence[str], where: str) -> Rescale:
         if not has_fixed_shape(source):
             raise NotProved("how many positions it has depends on values")
@@ -234,6 +267,7 @@ class Finding:
         self.require_single(plus)
         return Rescale("norm_scale", where, tuple(Axis(name) for name in plus), tuple(readers))
 
+    @once
     def readers_of(self, source: Node) -> list[Axis]:
         """The columns of the linear maps that alone read what a norm gives."""
         flow = self.trace.flow({source: labels_of(source)})
@@ -296,8 +330,7 @@ class Finding:
         between them.
         """
         taken: dict[Axis, str] = {}
-        for name, sources, plus in self._rescale_sources():
-            flow = self.trace.flow(sources)
+        for name, flow, plus in self.flows():
             if not flow.arrivals or not self._is_between(flow):
                 continue
             # which of the two kinds the flow suggests
@@ -312,7 +345,7 @@ class Finding:
             kind = "gated_rescale" if gated else "relu_rescale"
             # proved, or refused with the reason
             try:
-                gauge = self._rescale(kind, name, flow, plus)
+                gauge = self.rescale(kind, name, flow, plus)
                 if (
                     clash := next((axis for axis in gauge.minus if axis in taken), None)
                 ) is not None:
@@ -322,6 +355,14 @@ class Finding:
                 continue
             taken.update(dict.fromkeys(gauge.minus, name))
             self.found.append(gauge)
+
+    @once
+    def flows(self) -> list[tuple[str, Flow, tuple[Axis, ...]]]:
+        """Where the output units of weights go: name, flow, and what gives them."""
+        return [
+            (name, self.trace.flow(sources), plus)
+            for name, sources, plus in self._rescale_sources()
+        ]
 
     def _rescale_sources(self) -> list[tuple[str, dict[Node, Tensor], tuple[Axis, ...]]]:
         """Weights whose output units may be scaled: name, nodes of the outputs with their labels,
@@ -395,7 +436,7 @@ class Finding:
             else None
         )
 
-    def _rescale(self, kind: str, name: str, flow: Flow, plus: tuple[Axis, ...]) -> Rescale:
+    def rescale(self, kind: str, name: str, flow: Flow, plus: tuple[Axis, ...]) -> Rescale:
         # all that the flow reaches must be a linear map, at one degree
         other = [
             arrival.node for arrival in flow.arrivals if arrival.node not in self.trace.linear_maps
@@ -470,6 +511,7 @@ class Finding:
         found = [maps[each] for each in self.trace.ancestors(node, stop=maps) if each in maps]
         return found[0] if len(found) == 1 else None
 
+    @once
     def _heads(self, node: Node, argument: int, what: str) -> tuple[LinearMap, Heads]:
         """The linear map of an argument of attention, and its heads, whose outputs go nowhere
         else.

@@ -84,6 +84,10 @@ class Averaging:
         ]
         return torch.cat(means, self.dim)
 
+    def mean_square(self, x: Tensor) -> Tensor:
+        """Average of the squares of x over each group of indices."""
+        return self.mean(x.square())
+
     def divide(self, x: Tensor, divisor: Tensor) -> Tensor:
         """X over an averaged ``divisor``, each index by its group's."""
         if self.regular is not None:

@@ -10,10 +10,20 @@ from torch import Tensor
 
 from ddc.gauges import HiddenMatrix, Rescale, is_fake, whole
 from ddc.optim.chain import ChainStack
+from ddc.optim.factor import FactorStack, part_of
 from ddc.optim.frames import Frames, Member
 from ddc.optim.free import FreeStack
 from ddc.optim.hidden import HiddenStack, Matrices
-from ddc.optim.plan import ChainPlan, Dressing, InnerPlan, Plan, PolarPlan, Role
+from ddc.optim.plan import (
+    ChainPlan,
+    Dressing,
+    FactorPlan,
+    InnerPlan,
+    Plan,
+    PolarPlan,
+    Role,
+    without,
+)
 from ddc.optim.polar import PolarStack
 from ddc.optim.rules import Rule
 from ddc.optim.sharding import check_split_alike, shards_of
@@ -92,7 +102,7 @@ class Builder:
         """
         polar, chains = self.polar(plan.polar), self.chains(plan.chains)
         hidden = [self.hidden(plan)] if plan.hidden else []
-        return [*polar, *chains, *hidden, *self.free(plan.free)]
+        return [*polar, *chains, *hidden, *self.factors(plan.factors), *self.free(plan.free)]
 
     def polar(self, plans: list[PolarPlan]) -> list[PolarStack]:
         """Stacks of rescale gauges, in the order of their levels."""
@@ -143,6 +153,58 @@ class Builder:
                 layers = [self.stack(tuple(roles)) for roles in alike.values()]
                 stacks.append(ChainStack(layers, plan.still, vertical=group["vertical"] == "adam"))
         return stacks
+
+    def factors(self, plans: list[FactorPlan]) -> list[FactorStack]:
+        """Stacks of general linear maps."""
+        alike: dict[object, list[FactorPlan]] = {}
+        for plan in plans:
+            self._check_maps(plan)
+            alike.setdefault(self._factor_key(plan), []).append(plan)
+        stacks = []
+        for members in alike.values():
+            parameters = [
+                self.stack(roles) for roles in zip(*(plan.roles for plan in members), strict=True)
+            ]
+            first = members[0]
+            place = {role.name: i for i, role in enumerate(first.roles)}
+            like = [self.params[role.name] for role in first.roles]
+            parts = [part_of(gauge, place, like) for gauge in first.gauges]
+            stacks.append(FactorStack(parameters, parts))
+        return stacks
+
+    def _check_maps(self, plan: FactorPlan) -> None:
+        """Raise ValueError for what a stack of maps cannot step."""
+        gauge, params = plan.gauges[0], {role.name: self.params[role.name] for role in plan.roles}
+        if not self.rule.takes_maps:
+            raise ValueError(
+                f"{gauge}: {type(self.rule).__name__} respects rotations, and no general linear"
+                f" map; {without(gauge)}"
+            )
+        for name, param in params.items():
+            if shards_of(param).layout is not None:
+                raise ValueError(
+                    f"{gauge}: {name!r} is split over ranks, and a step under a map needs all of"
+                    f" it. Keep it whole, or {without(gauge)}"
+                )
+        for each in plan.gauges:
+            side = {slot.parameter: params[slot.parameter] for slot in each.plus}
+            why = f"under {each} its steps are in proportion to it"
+            check_not_zero(side, why, "leave the gauge out")
+
+    def _factor_key(self, plan: FactorPlan) -> object:
+        place = {role.name: i for i, role in enumerate(plan.roles)}
+        gauges = tuple(
+            (
+                gauge.kind,
+                gauge.group,
+                *(
+                    tuple((place[n], axis, i.shape, i.tobytes()) for n, axis, i in side)
+                    for side in (gauge.plus, gauge.minus)
+                ),
+            )
+            for gauge in plan.gauges
+        )
+        return gauges, tuple(map(self._role_key, plan.roles))
 
     def free(self, roles: list[Role]) -> list[FreeStack]:
         """Stacks of parameters that no rescale decomposes."""

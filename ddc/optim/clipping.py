@@ -1,24 +1,20 @@
-"""The norm to clip by, whatever a training tool has put around the optimizer."""
+"""Clipping by the invariant norm, whatever a training tool has put around the optimizer."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ddc.optim.lift import Lift
 
 
-def grad_norm(optimizer: Any) -> Tensor:
-    """:meth:`DDCAdam.grad_norm` of an optimizer, or of what accelerate or Lightning made of it.
-
-    These keep what they were given as an ``optimizer`` of theirs. Gradients must be unscaled: with
-    accelerate in float16, call ``accelerator.unscale_gradients(optimizer)`` first. Use with
-    ``torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, ddc.grad_norm(optimizer))``
-    in the place of ``accelerator.clip_grad_norm_``, which goes by the Euclidean norm.
+def lift_of(optimizer: Any) -> Lift:
+    """The optimizer of this package that a training tool has wrapped, or that this one is.
 
     Raises:
-        TypeError: it is, and holds, no :class:`ddc.DDCAdam` or :class:`ddc.DDCMuon`.
+        TypeError: it is, and holds, none.
     """
     inner, seen = optimizer, [optimizer]
     while not isinstance(inner, Lift):
@@ -30,4 +26,59 @@ def grad_norm(optimizer: Any) -> Tensor:
                 " torch.nn.utils.clip_grad_norm_"
             )
         seen.append(inner)
-    return inner.grad_norm()
+    return inner
+
+
+def grad_norm(optimizer: Any) -> Tensor:
+    """:meth:`DDCAdam.grad_norm` of an optimizer, or of what accelerate or Lightning made of it.
+
+    These keep what they were given as an ``optimizer`` of theirs. Gradients must be unscaled: with
+    accelerate in float16, call ``accelerator.unscale_gradients(optimizer)`` first.
+
+    Raises:
+        TypeError: it is, and holds, no :class:`ddc.DDCAdam` or :class:`ddc.DDCMuon`.
+    """
+    return lift_of(optimizer).grad_norm()
+
+
+def clip_grad_norm_(optimizer: Any, max_norm: float) -> Tensor:
+    """Scale the gradients of all parameters of an optimizer, in place, so that their
+    :func:`invariant norm <grad_norm>` is at most ``max_norm``; returns the norm before.
+
+    It stands for ``torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)`` and for
+    ``accelerator.clip_grad_norm_``, which go by the Euclidean norm.
+
+    Raises:
+        TypeError: as :func:`grad_norm`.
+    """
+    lift = lift_of(optimizer)
+    norm = lift.grad_norm()
+    parameters = [param for group in lift.param_groups for param in group["params"]]
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+class InvariantClipping:
+    """For a ``LightningModule``, before it among the bases: ``Trainer(gradient_clip_val=...)``,
+    which goes by the Euclidean norm, then goes by the invariant one.
+    """
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """What Lightning calls once a step, on unscaled gradients.
+
+        Raises:
+            ValueError: clipping by value, which depends on the gauge however it is done.
+            TypeError: as :func:`grad_norm`.
+        """
+        if gradient_clip_algorithm not in (None, "norm"):
+            raise ValueError(
+                f"Invalid gradient_clip_algorithm={str(gradient_clip_algorithm)!r}: entries of a"
+                " gradient depend on the gauge; leave it out, or take 'norm'"
+            )
+        if gradient_clip_val:
+            clip_grad_norm_(optimizer, gradient_clip_val)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ddc.gauges import Gauge, Rescale, Rotation, Shift, nearest_turn, whole
 from ddc.gauges.base import Params, unit_view
 from ddc.optim.plan import Role, make_plan
+from ddc.optim.sections import Sections
 
 
 @torch.no_grad()
@@ -24,9 +25,12 @@ def gauge_coordinates(params: Mapping[str, Tensor], gauges: Iterable[Gauge]) -> 
       dresses them (:mod:`ddc.optim.plan`), and 2 log rho_P where all readers are dressed. The group
       element c moves it by 2 log c; for k = 1 it is log(rho_P / rho_M);
     - chain: twice each layer's log-norm less the mean over layers;
-    - shift: the mean row, in the unit of the weights: a norm scale on the head moves it as well.
+    - shift: the mean row, in the unit of the weights: a norm scale on the head moves it as well;
+    - gauges that add: the element by which weights lie away from their section
+      (:mod:`ddc.optim.sections`).
 
-    Rotations have no coordinate of this kind (:class:`GaugeDrift` gives their angles).
+    Rotations have no coordinate of this kind (:class:`GaugeDrift` gives their angles), general
+    linear maps none.
 
     Args:
         params: parameters by name; those that are split over ranks are gathered, so all ranks must
@@ -69,6 +73,7 @@ def gauge_coordinates(params: Mapping[str, Tensor], gauges: Iterable[Gauge]) -> 
             found[gauge] = torch.cat(
                 [params[name].double().mean(0).reshape(-1) for name in gauge.parameters]
             )
+    found |= Sections(gauges, params).elements({n: p.double() for n, p in params.items()})
     return found
 
 
@@ -106,8 +111,10 @@ class GaugeDrift:
                 angles = torch.linalg.eigvals(turn).angle()
                 # the angles of a plane come with both signs
                 change = (angles.square().sum(-1) / 2).sqrt()
-            else:
+            elif gauge in before:
                 change = after[gauge].cpu() - before[gauge].cpu()
+            else:
+                continue
             changes.setdefault(gauge.kind, []).append(change[change.isfinite()])
         joined = {kind: torch.cat(each) for kind, each in changes.items()}
         return {kind: float(x.square().mean().sqrt()) for kind, x in joined.items() if len(x)}

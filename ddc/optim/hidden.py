@@ -340,11 +340,11 @@ class HiddenStack(Stack):
         scales, waking = self._scales([read.norm for read in reads])
         self.modes[WAKING].copy_(torch.cat([each.flatten() for each in waking]))
         changes = self._radial(torch.cat([read.log_norm_grad.flatten() for read in reads]), context)
-        for each, read, change, scale, awake in zip(
-            self.matrices, reads, changes, scales, waking, strict=True
+        for each, read, scale, wakes, change in zip(
+            self.matrices, reads, scales, waking, changes, strict=True
         ):
             change = change.view_as(read.norm)
-            each.step(read, scale, awake, change, self.step_count, context)
+            each.step(read, scale, wakes, change, self.step_count, context)
 
     def _scales(self, norms: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """What is rho in the step of each block, and which blocks are waking, as ``norms``, (L, H)

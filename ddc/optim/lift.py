@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, zip_longest
 from typing import Any, ClassVar, TypedDict, overload
 
@@ -26,6 +27,7 @@ from ddc.optim.saved import (
     parameter_names,
     saved_ids,
 )
+from ddc.optim.sections import Sections
 from ddc.optim.sharding import restore_
 from ddc.optim.stack import LIFT, Context, Stack
 
@@ -64,6 +66,7 @@ class Lift(Optimizer):
     kept: ClassVar[tuple[str, ...]] = (
         "compiled",
         "_stacks",
+        "_sections",
         "_built",
         "_ready",
         "_advance",
@@ -93,8 +96,9 @@ class Lift(Optimizer):
             "additive": additive,
         }
         self._stacks: list[Stack] = []
+        self._sections: list[Sections] = []
         self._built: list[tuple[Sequence[int], list[Gauge]]] = []
-        self._placed: list[tuple[Tensor, torch.device]] = []
+        self._placed: list[tuple[Tensor, torch.device, torch.dtype]] = []
         self._ready = False
         self.compiled = compiled
         super().__init__(listed(params, type(self).__name__), defaults)
@@ -148,19 +152,23 @@ class Lift(Optimizer):
         for stack in self._stacks_of(params, group_of, gauges):
             self.state.update(stack.states())
             self._stacks.append(stack)
+        if (sections := Sections(gauges, params)).gauges:
+            self._sections.append(sections)
         device = next(
             (param.device for group in self.param_groups for param in group["params"]),
             torch.device("cpu"),
         )
         self._advance, self._norm = Arithmetic(advance, device), Arithmetic(invariant_norm, device)
         self._placed = [
-            (param, param.device) for group in self.param_groups for param in group["params"]
+            (param, param.device, param.dtype)
+            for group in self.param_groups
+            for param in group["params"]
         ]
         self._check_groups()
 
     def _follow_parameters(self) -> None:
-        """Go with what was done to the groups elsewhere: parameters moved to another device, groups
-        put beside them.
+        """Go with what was done to the groups elsewhere: parameters moved to another device or
+        dtype, groups put beside them.
 
         Raises:
             ValueError: they hold other parameters than the optimizer was made for.
@@ -170,12 +178,13 @@ class Lift(Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         if any(
             param is not mine
-            for param, (mine, _) in zip_longest(params, self._placed, fillvalue=(None, None))
+            for param, (mine, *_) in zip_longest(params, self._placed, fillvalue=(None, None))
         ):
             self._build_groups_put_beside(params)
-        if any(param.device != device for param, device in self._placed):
+        if any(p.device != device or p.dtype != dtype for p, device, dtype in self._placed):
             before = self.state
-            built, self._built, self._stacks, self._ready = self._built, [], [], False
+            built, self._built = self._built, []
+            self._stacks, self._sections, self._ready = [], [], False
             self.state = defaultdict(dict)
             for group_indices, gauges in built:
                 self._build(group_indices, gauges)
@@ -190,7 +199,7 @@ class Lift(Optimizer):
         first = sum(len(indices) for indices, _ in self._built)
         known = sum(len(group["params"]) for group in self.param_groups[:first])
         if known != len(self._placed) or any(
-            p is not mine for p, (mine, _) in zip(params, self._placed, strict=False)
+            p is not mine for p, (mine, *_) in zip(params, self._placed, strict=False)
         ):
             raise ValueError(
                 "param_groups hold other parameters than those that the optimizer was made for:"
@@ -217,11 +226,13 @@ class Lift(Optimizer):
         loss = loss_of(closure)
         self._follow_parameters()
         self._check_groups()
-        if any(param.is_meta for param, _ in self._placed):
-            for name, (param, _) in zip(parameter_names(self), self._placed, strict=True):
+        if any(param.is_meta for param, *_ in self._placed):
+            for name, (param, *_) in zip(parameter_names(self), self._placed, strict=True):
                 check_has_values(name, param)
         whole = self._in_one_go()
-        self._advance(whole, self._stacks, self._settings(), self.compiled and not whole)
+        compiled = self.compiled and not whole
+        with self._at_sections() as grads:
+            self._advance(whole, self._stacks, self._settings(), compiled, grads)
         return loss
 
     @torch.no_grad()
@@ -240,10 +251,21 @@ class Lift(Optimizer):
         """
         self._follow_parameters()
         whole = self._in_one_go()
-        norm: Tensor = self._norm(
-            whole, self._stacks, self._settings(), self.compiled and not whole
-        )
+        compiled = self.compiled and not whole
+        with self._at_sections(restore=True) as grads:
+            norm: Tensor = self._norm(whole, self._stacks, self._settings(), compiled, grads)
         return norm
+
+    @contextlib.contextmanager
+    def _at_sections(self, restore: bool = False) -> Iterator[dict[Tensor, Tensor]]:
+        """Within, weights are where gauges that add have nothing to add; gradients that differ
+        there.
+        """
+        grads: dict[Tensor, Tensor] = {}
+        with contextlib.ExitStack() as entered:
+            for each in self._sections:
+                entered.enter_context(each.entered(grads, restore))
+            yield grads
 
     def _settings(self) -> list[Hyper]:
         """What a step reads of each group: settings, rate and the factor of decay. A compiled step
@@ -262,13 +284,17 @@ class Lift(Optimizer):
         """Whether to compile all of a step as one function: each stack is taken at once, and no
         gradient is missing.
         """
-        return self.compiled and all(
-            stack.single_chunk
+        return (
+            self.compiled
+            and not self._sections
             and all(
-                p.compilable and all(param.grad is not None for param in p.params)
-                for p in stack.parameters
+                stack.single_chunk
+                and all(
+                    p.compilable and all(param.grad is not None for param in p.params)
+                    for p in stack.parameters
+                )
+                for stack in self._stacks
             )
-            for stack in self._stacks
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -349,16 +375,20 @@ class Lift(Optimizer):
                             )
 
 
-def advance(stacks: Sequence[Stack], groups: list[Hyper], compiled: bool) -> None:
+def advance(
+    stacks: Sequence[Stack], groups: list[Hyper], compiled: bool, grads: dict[Tensor, Tensor]
+) -> None:
     """One step of all stacks, each of which may read the norms of those before it."""
-    context = Context(groups, compiled)
+    context = Context(groups, compiled, grads)
     for stack in stacks:
         stack.step(context)
 
 
-def invariant_norm(stacks: Sequence[Stack], groups: list[Hyper], compiled: bool) -> Tensor:
+def invariant_norm(
+    stacks: Sequence[Stack], groups: list[Hyper], compiled: bool, grads: dict[Tensor, Tensor]
+) -> Tensor:
     """:meth:`Lift.grad_norm`."""
-    context = Context(groups, compiled)
+    context = Context(groups, compiled, grads)
     terms = [stack.grad_norm_squared(context) for stack in stacks] or [torch.zeros(())]
     return torch.stack([term.to(terms[0]) for term in terms]).sum().sqrt()
 

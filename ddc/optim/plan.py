@@ -17,13 +17,19 @@ The rules, from which all overlaps follow (docs/method.md):
   nothing, for a hidden matrix steps in its norm and its direction by itself;
 - a parameter under a logit shift is centred over the vocabulary;
 - a rotation averages the second moment over the indices it turns;
+- a parameter under a general linear map (an adapter, a head) is never decomposed: it steps together
+  with the other side of its map, and every rescale of its other axis only dresses it. Where a
+  rescale has it on the plus side, the minus side decomposes and dresses, and what shares a side
+  with it (a bias) is dressed and else free;
+- what writes to or reads a stream that turns is averaged over its width, but for hidden matrices,
+  whose step turns by itself; what reads it is only dressed, by the scale of its norm;
 - what nothing decomposes is *free*: plain Adam, centred, averaged and dressed where the above says
   so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise, product
@@ -32,8 +38,10 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ddc.gauges import Axis, Chain, Gauge, Rescale, Rotation, Shift
+from ddc.gauges import Axis, Chain, Gauge, General, Rescale, RotatedAxis, Rotation, Shift
+from ddc.gauges.affine import Shear, StreamRotation
 from ddc.optim.averaging import Averaging
+from ddc.optim.sections import is_section
 
 
 @dataclass(frozen=True)
@@ -100,9 +108,17 @@ class InnerPlan:
 
 
 @dataclass(frozen=True)
+class FactorPlan:
+    """Gauges of general linear maps that share parameters, and the roles of all of these."""
+
+    gauges: tuple[General, ...]
+    roles: tuple[Role, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Every parameter of the optimizer has a role in exactly one of ``polar``, ``chains``, ``free``
-    and ``hidden``.
+    """Every parameter of the optimizer has a role in exactly one of ``polar``, ``chains``,
+    ``factors``, ``free`` and ``hidden``.
 
     ``hidden`` has the dressings of each hidden matrix; ``linked``, pairs of hidden matrices (P, M,
     k) whose norms a gauge moves against each other, by c and c^-k; ``moved``, those of them that
@@ -112,6 +128,7 @@ class Plan:
     polar: list[PolarPlan] = field(default_factory=list)
     chains: list[ChainPlan] = field(default_factory=list)
     inner: list[InnerPlan] = field(default_factory=list)
+    factors: list[FactorPlan] = field(default_factory=list)
     free: list[Role] = field(default_factory=list)
     hidden: dict[str, tuple[Dressing, ...]] = field(default_factory=dict)
     linked: list[tuple[str, str, float]] = field(default_factory=list)
@@ -138,17 +155,25 @@ def make_plan(
     chains = [gauge for gauge in gauges if isinstance(gauge, Chain)]
     rescales = [gauge for gauge in gauges if isinstance(gauge, Rescale)]
     _check_chains(chains, rescales)
-    sorted_ = _sort_rescales(rescales, hidden)
+    streams = [gauge for gauge in gauges if isinstance(gauge, StreamRotation)]
+    for stream in streams:
+        _check_stream(stream, gauges)
+    mapped = _mapped(gauges, hidden)
+    sorted_ = _sort_rescales(rescales, hidden, mapped)
     dressings = _hidden_dressings(sorted_, hidden)
-    roles = _Roles(params, gauges, sorted_.sided, dressings)
+    read = {each.weight for stream in streams for each in stream.readers} - {*hidden}
+    roles = _Roles(params, gauges, sorted_.sided, dressings, mapped, read, hidden)
     inner = _inner_plans(sorted_.inner, hidden)
-    decomposed = {*roles.plus_of, *roles.minus_of, *hidden}
+    decomposed = {*roles.plus_of, *(roles.minus_of.keys() - read), *hidden, *mapped}
     decomposed.update(name for chain in chains for name in chain.weights)
     return Plan(
         polar=_polar_plans(sorted_.sided, roles),
         chains=_chain_plans(chains, roles, hidden),
         inner=inner,
-        free=[roles.of(name, 0) for name in params if name not in decomposed],
+        factors=_factor_plans(gauges, roles),
+        free=[
+            roles.of(name, None if name in read else 0) for name in params if name not in decomposed
+        ],
         hidden={name: tuple(dressings[name]) for name in hidden},
         linked=_linked(chains, [*sorted_.blocks, *(each.gauge for each in inner)], hidden),
         moved=_linked([], sorted_.blocks, hidden),
@@ -160,16 +185,20 @@ def make_plan(
 
 class _Rescales(NamedTuple):
     """Rescales by what they do: ``sided`` ones decompose a side or two, ``inner`` ones dress hidden
-    matrices on both sides, ``blocks`` of hidden matrices dress nothing.
+    matrices on both sides, ``blocks`` of hidden matrices dress nothing. Of the sided ones, all
+    that is on the minus side of one that is ``turned`` round is dressed.
     """
 
     sided: list[Rescale]
     inner: list[Rescale]
     blocks: list[Rescale]
+    turned: list[Rescale]
 
 
-def _sort_rescales(rescales: list[Rescale], hidden: Collection[str]) -> _Rescales:
-    found = _Rescales([], [], [])
+def _sort_rescales(
+    rescales: list[Rescale], hidden: Collection[str], mapped: Mapping[str, General]
+) -> _Rescales:
+    found = _Rescales([], [], [], [])
     for gauge in rescales:
         plus_hidden, minus_hidden = (
             any(a.parameter in hidden for a in side) for side in (gauge.plus, gauge.minus)
@@ -177,15 +206,35 @@ def _sort_rescales(rescales: list[Rescale], hidden: Collection[str]) -> _Rescale
         if gauge.block and (plus_hidden or minus_hidden):
             _check_block(gauge, hidden)
             found.blocks.append(gauge)
+        elif of_map := [name for name, _ in gauge.plus if name in mapped]:
+            found.sided.append(_turned(gauge, mapped[of_map[0]], hidden, mapped))
+            found.turned.append(found.sided[-1])
         elif plus_hidden and minus_hidden:
             found.inner.append(gauge)
         elif plus_hidden:  # the side that dresses comes first
-            found.sided.append(
-                Rescale(gauge.kind, gauge.where, gauge.minus, gauge.plus, 1 / gauge.degree)
-            )
+            found.sided.append(_other_way_round(gauge))
         else:
             found.sided.append(gauge)
     return found
+
+
+def _other_way_round(gauge: Rescale) -> Rescale:
+    """The same gauge with its sides exchanged."""
+    return Rescale(gauge.kind, gauge.where, gauge.minus, gauge.plus, 1 / gauge.degree, gauge.block)
+
+
+def _turned(
+    gauge: Rescale, of_map: General, hidden: Collection[str], mapped: Mapping[str, General]
+) -> Rescale:
+    """A rescale whose plus side a map holds as well, so that its minus side is what decomposes."""
+    held = [name for name, _ in gauge.minus if name in mapped or name in hidden]
+    if held or gauge.block:
+        what = f"{held[0]!r} on its other side" if held else "a block as a whole"
+        raise ValueError(
+            f"{gauge} scales outputs of what {of_map} maps, and {what}, neither of which has norms"
+            f" to dress the other by. Of these, {without(gauge, of_map)}"
+        )
+    return _other_way_round(gauge)
 
 
 def _hidden_dressings(rescales: _Rescales, hidden: Collection[str]) -> dict[str, list[Dressing]]:
@@ -193,7 +242,7 @@ def _hidden_dressings(rescales: _Rescales, hidden: Collection[str]) -> dict[str,
     dressings: dict[str, list[Dressing]] = {name: [] for name in hidden}
     # by the norms of the other side
     for gauge in rescales.sided:
-        if any(axis.parameter in hidden for axis in gauge.minus):
+        if gauge in rescales.turned or any(axis.parameter in hidden for axis in gauge.minus):
             for name, axis in gauge.minus:
                 dressings.setdefault(name, []).append(Dressing(gauge, axis, gauge.degree))
     # by frames
@@ -220,7 +269,9 @@ class _Roles:
     """The role of each parameter, given all that acts on it.
 
     ``plus_of`` and ``minus_of`` are, of each parameter on a side that is decomposed, the gauge and
-    the axis; ``dressings``, of those that hidden matrices bring with them, what dresses them.
+    the axis; ``dressings``, of those that hidden matrices bring with them, what dresses them;
+    ``mapped``, of each parameter under a general linear map, one such gauge; ``read`` has the
+    readers of streams that turn.
     """
 
     def __init__(
@@ -229,12 +280,15 @@ class _Roles:
         gauges: list[Gauge],
         sided: list[Rescale],
         dressings: Mapping[str, list[Dressing]],
+        mapped: Mapping[str, General],
+        read: Collection[str],
+        hidden: Collection[str],
     ) -> None:
-        self.gauges, self.dressings = gauges, dressings
+        self.gauges, self.dressings, self.mapped, self.read = gauges, dressings, mapped, read
         self.plus_of = _sides(sided, plus=True)
         self.minus_of = _sides(sided, plus=False, but=dressings)
         self.centred = _centred(gauges)
-        self.averagings = _averagings(params, gauges)
+        self.averagings = _averagings(params, gauges, hidden)
 
     def of(self, name: str, axis: int | None) -> Role:
         """The role of a parameter whose units are along this axis."""
@@ -247,7 +301,15 @@ class _Roles:
         return [g for g in self.gauges if isinstance(g, kinds) and name in g.parameters]
 
     def _check_axis(self, name: str, axis: int | None) -> None:
-        """Raise ValueError where something else acts on the axis that a rescale scales."""
+        """Raise ValueError where something else acts on the axis that a rescale scales, or a map
+        mixes.
+        """
+        if name in self.mapped and name in self.centred and self._mixed(name) == 0:
+            both = self._over(name, Shift, General)
+            raise ValueError(
+                f"{name!r}: {named(*both)} act on the same axis, which an optimizer does not"
+                f" combine. Of these, {without(*both)}"
+            )
         if name not in self.plus_of and name not in self.minus_of:
             return
         averaging = self.averagings.get(name)
@@ -266,6 +328,8 @@ class _Roles:
 
     def _dressing(self, name: str, axis: int | None) -> Dressing | None:
         """What dresses a parameter that is no hidden matrix."""
+        if name in self.mapped:
+            return self._dressing_of_mapped(name)
         if name in self.plus_of and name in self.minus_of:
             gauge, minus_axis = self.minus_of[name]
             if minus_axis is None or minus_axis == axis:
@@ -273,6 +337,10 @@ class _Roles:
                 raise ValueError(
                     f"{name!r}: {named(*both)} rescale the same axis. Of these, {without(*both)}"
                 )
+            return Dressing(gauge, minus_axis, gauge.degree)
+        if name in self.read and name in self.minus_of:
+            gauge, minus_axis = self.minus_of[name]
+            assert minus_axis is not None
             return Dressing(gauge, minus_axis, gauge.degree)
         if name not in self.dressings:
             return None
@@ -286,13 +354,34 @@ class _Roles:
             )
         return dressing
 
+    def _mixed(self, name: str) -> int:
+        """The axis of a parameter that a map mixes."""
+        gauge = self.mapped[name]
+        return next(slot.axis for slot in gauge.plus + gauge.minus if slot.parameter == name)
+
+    def _dressing_of_mapped(self, name: str) -> Dressing | None:
+        """What dresses a parameter under a general linear map: one rescale of its other axis."""
+        found = list(self.dressings.get(name, ()))
+        if name in self.minus_of:
+            gauge, axis = self.minus_of[name]
+            found.append(Dressing(gauge, -1 if axis is None else axis, gauge.degree))
+        if len(found) > 1 or any(each.axis != 1 - self._mixed(name) for each in found):
+            acting = [self.mapped[name], *(each.gauge for each in found)]
+            raise ValueError(
+                f"{name!r}: {named(*acting)} do not combine: a map goes with one rescale, of units"
+                f" along the other axis. Of these, {without(*acting)}"
+            )
+        return found[0] if found else None
+
 
 # ---- what is decomposed, by what
 
 
 def _polar_plans(sided: list[Rescale], roles: _Roles) -> list[PolarPlan]:
-    """Each rescale with its sides; a reader that another one decomposes is only dressed."""
-    plans = []
+    """Each rescale with its sides; a reader that another one decomposes, or that is under a map, is
+    only dressed.
+    """
+    plans, only_dressed = [], {*roles.plus_of, *roles.mapped, *roles.read}
     for gauge, level in _levels(sided, roles.plus_of, roles.minus_of).items():
         readers = [axis for axis in gauge.minus if axis.parameter in roles.minus_of]
         plans.append(
@@ -302,9 +391,9 @@ def _polar_plans(sided: list[Rescale], roles: _Roles) -> list[PolarPlan]:
                 minus=tuple(
                     roles.of(name, gauge.unit_axis(axis))
                     for name, axis in readers
-                    if name not in roles.plus_of
+                    if name not in only_dressed
                 ),
-                dressed=tuple(Role(*axis) for axis in readers if axis.parameter in roles.plus_of),
+                dressed=tuple(Role(*axis) for axis in readers if axis.parameter in only_dressed),
                 level=level,
             )
         )
@@ -318,6 +407,24 @@ def _chain_plans(chains: list[Chain], roles: _Roles, hidden: Collection[str]) ->
         layers = tuple(roles.of(name, None) for name in chain.weights if name not in hidden)
         plans.append(ChainPlan(chain, layers, still=len(layers) < len(chain.weights)))
     return plans
+
+
+def _factor_plans(gauges: Sequence[Gauge], roles: _Roles) -> list[FactorPlan]:
+    """Maps, those together that share parameters."""
+    together: list[list[General]] = []
+    for gauge in gauges:
+        if isinstance(gauge, General):
+            names = {*gauge.parameters}
+            alike = [each for each in together if any(names & {*g.parameters} for g in each)]
+            together = [each for each in together if each not in alike]
+            together.append([*(g for each in alike for g in each), gauge])
+    return [
+        FactorPlan(
+            tuple(each),
+            tuple(roles.of(n, None) for n in dict.fromkeys(n for g in each for n in g.parameters)),
+        )
+        for each in together
+    ]
 
 
 def _linked(
@@ -344,7 +451,8 @@ def _check_gauges(
     params: Mapping[str, Tensor], gauges: list[Gauge], hidden: Collection[str]
 ) -> None:
     for gauge in gauges:
-        if not isinstance(gauge, Rescale | Chain | Rotation | Shift):
+        known = Rescale | Chain | Rotation | General | Shift | StreamRotation
+        if not isinstance(gauge, known) and not is_section(gauge):
             if isinstance(gauge, Gauge):
                 raise TypeError(f"{gauge}: no optimizer respects this kind; {without(gauge)}")
             raise TypeError(
@@ -364,7 +472,8 @@ def _check_gauges(
                 )
             if not params[name].requires_grad:
                 raise ValueError(
-                    f"{gauge}: its parameter {name!r} is frozen. Unfreeze it, or {without(gauge)}"
+                    f"{gauge}: its parameter {name!r} is frozen. Unfreeze it, or take the gauges of"
+                    " what is trained, gauges.among(model.named_parameters())"
                 )
             if params[name].is_complex():
                 raise ValueError(
@@ -376,13 +485,16 @@ def _check_gauges(
 
 def _check_sizes(params: Mapping[str, Tensor], gauge: Gauge) -> None:
     """Raise ValueError for a gauge of parameters that have these names and other shapes."""
-    if not isinstance(gauge, Rescale | Rotation):
-        return
-    slots = (
-        [(*side, None) for side in gauge.plus + gauge.minus]
-        if isinstance(gauge, Rescale)
-        else gauge.slots
-    )
+    slots: list[tuple[str, int, np.ndarray | None]]
+    match gauge:
+        case Rescale():
+            slots = [(*side, None) for side in gauge.plus + gauge.minus]
+        case General():
+            slots = [*gauge.plus, *gauge.minus]
+        case Rotation():
+            slots = [*gauge.slots]
+        case _:
+            return
     sizes = [
         params[name].shape[axis] if axis < params[name].ndim else -1 for name, axis, _ in slots
     ]
@@ -436,6 +548,32 @@ def _check_block(gauge: Rescale, hidden: Collection[str]) -> None:
         )
 
 
+def _check_stream(stream: StreamRotation, gauges: Sequence[Gauge]) -> None:
+    """Raise ValueError for a stream whose norms do not dress all that reads it, or have a shift
+    that turns with it.
+    """
+    scaled = {
+        (plus.parameter, minus.parameter)
+        for gauge in gauges
+        if isinstance(gauge, Rescale) and not gauge.block
+        for plus in gauge.plus
+        for minus in gauge.minus
+    }
+    still = {gauge.slots[0].parameter for gauge in gauges if isinstance(gauge, Shear)}
+    for reader in stream.readers:
+        if reader.scale is not None and (reader.scale, reader.weight) not in scaled:
+            raise ValueError(
+                f"{stream}: {reader.weight!r} reads it behind the scale {reader.scale!r}, which"
+                f" must dress it: add the norm_scale of that norm, by units, or {without(stream)}"
+            )
+    for shift, _ in stream.shifts:
+        if shift not in still:
+            raise ValueError(
+                f"{stream}: the shift {shift!r} of a norm turns with it, unless it is a gauge of"
+                f" its own: add the norm_shift of that norm, or {without(stream)}"
+            )
+
+
 def _check_inner(gauge: Rescale, inner: list[Rescale], hidden: Collection[str]) -> None:
     """Raise ValueError for a hidden matrix on the plus side of this inner rescale and of
     another.
@@ -450,6 +588,24 @@ def _check_inner(gauge: Rescale, inner: list[Rescale], hidden: Collection[str]) 
 
 
 # ---- sides, averages, orders
+
+
+def _mapped(gauges: Iterable[Gauge], hidden: Collection[str]) -> dict[str, General]:
+    """For each parameter under general linear maps, one of them."""
+    found: dict[str, General] = {}
+    for gauge in gauges:
+        if isinstance(gauge, General):
+            axes: dict[str, int] = {}
+            for name, axis, _ in gauge.plus + gauge.minus:
+                if name in hidden:
+                    raise ValueError(
+                        f"{gauge}: {name!r} is a hidden matrix, which is orthogonalised, and that"
+                        f" does not commute with it. Leave it out of hidden, or {without(gauge)}"
+                    )
+                if axes.setdefault(name, axis) != axis:
+                    raise ValueError(f"{gauge} mixes two axes of {name!r}; {without(gauge)}")
+                found[name] = gauge
+    return found
 
 
 def _sides(
@@ -485,18 +641,26 @@ def _centred(gauges: list[Gauge]) -> set[str]:
     return set(found)
 
 
-def _averagings(params: Mapping[str, Tensor], gauges: list[Gauge]) -> dict[str, Averaging]:
-    slots: dict[str, list[tuple[Rotation, int, np.ndarray]]] = {}
+def _averagings(
+    params: Mapping[str, Tensor], gauges: list[Gauge], hidden: Collection[str]
+) -> dict[str, Averaging]:
+    slots: dict[str, list[tuple[Gauge, int, np.ndarray]]] = {}
     for gauge in gauges:
+        turned_by: Sequence[RotatedAxis] = ()
         if isinstance(gauge, Rotation):
-            for name, axis, indices in gauge.slots:
-                slots.setdefault(name, []).append(
-                    (gauge, axis, indices.reshape(-1, indices.shape[2]))
-                )
+            turned_by = gauge.slots
+        elif isinstance(gauge, General) and gauge.group != "scale":  # which mixes nothing
+            turned_by = gauge.plus + gauge.minus
+        elif isinstance(gauge, StreamRotation):
+            width = np.arange(gauge.width)[None, None]
+            sides = [*gauge.writers, *((each.weight, each.axis) for each in gauge.readers)]
+            turned_by = [RotatedAxis(*side, width) for side in sides if side[0] not in hidden]
+        for name, axis, indices in turned_by:
+            slots.setdefault(name, []).append((gauge, axis, indices.reshape(-1, indices.shape[2])))
     averagings = {}
     for name, entries in slots.items():
         axis = entries[0][1]
-        turned: dict[int, Rotation] = {}
+        turned: dict[int, Gauge] = {}
         for gauge, other, block in entries:
             if other != axis:
                 both = [entries[0][0], gauge]

@@ -112,10 +112,16 @@ class PolarStack(Stack):
         """Of each side, what is rho in its step, and which units are waking, (L, U).
 
         A side that is zero has no direction, and its norm, which moves by multiplication, would
-        take for ever to grow. Until it is as long as the other side asks for, at which the product
-        of both is 1, it steps in that length, which scales with the gauge as its own norm does.
+        take for ever to grow. Until it is as long as the other side asks for, so that both together
+        are as at the 1/√fan_in initialisation, it steps in that length, which scales with the gauge
+        as its own norm does.
         """
-        instead = safe_power(minus, -1 / self.degree), safe_power(plus, -self.degree)
+        assert self.minus is not None
+        usual = 1 / self.plus.init_scale, 1 / self.minus.init_scale
+        instead = (
+            usual[0] * safe_power(minus / usual[1], -1 / self.degree),
+            usual[1] * safe_power(plus / usual[0], -self.degree),
+        )
         scales = []
         for norm, length, key in zip((plus, minus), instead, WAKING, strict=True):
             waking = (norm == 0) | ((modes[key] > 0) & (norm < length))
@@ -145,7 +151,7 @@ class PolarStack(Stack):
         self.step_count[rows] += 1
         plus = self.plus.gather(rows, context)
         minus = self.minus.gather(rows, context) if self.minus is not None else []
-        dressed = [Pairs(*p.pairs(rows), context.decay(p)) for p in self.dressed]
+        dressed = [Pairs(*p.pairs(rows, context.grads), context.decay(p)) for p in self.dressed]
         modes = {key: value[rows] for key, value in self.modes.items()}
         hyper = context.hyper(self.plus.parameters[0])
         old, new = self.move(

@@ -253,6 +253,10 @@ class CutAveraging:
         placed = self.shards.placed(x, self.averaging.dim, self.shards.axis)
         return self.shards.scattered(self.averaging.mean(placed), self.averaging.dim)
 
+    def mean_square(self, x: Tensor) -> Tensor:
+        """As of :class:`Averaging`."""
+        return self.mean(x.square())
+
     def divide(self, x: Tensor, divisor: Tensor) -> Tensor:
         """As of :class:`Averaging`."""
         divisor = self.shards.gathered(divisor, self.averaging.dim, self.averaging.groups)

@@ -69,12 +69,14 @@ class Context:
     each stack that has moved, the norms of its plus sides before and after, both (L, U);
     ``relaxed``, for each of the frames of hidden matrices that has relaxed, what its plus side was
     multiplied by, (L, U). ``log_forward``, ``log_backward`` and ``log_frames`` are the logarithms
-    of f, b and the frame that :class:`ddc.optim.frames.Frames` defines, (G, U). With ``compiled``,
-    each stack compiles a function of its own.
+    of f, b and the frame that :class:`ddc.optim.frames.Frames` defines, (G, U). ``grads`` has what
+    stands for the gradients of some parameters. With ``compiled``, each stack compiles a function
+    of its own.
     """
 
     groups: list[Hyper]
     compiled: bool = False
+    grads: dict[Tensor, Tensor] = field(default_factory=dict)
     norms: dict[Hashable, tuple[Tensor, Tensor]] = field(default_factory=dict)
     relaxed: dict[Hashable, Tensor] = field(default_factory=dict)
     log_forward: dict[Hashable, Tensor] = field(default_factory=dict)
@@ -99,7 +101,7 @@ class Context:
             relaxed = None if relaxed is None else relaxed[layers]
         moments = {key: value[rows] for key, value in parameter.moments.items()}
         decay = self.decay(parameter)
-        return Layers(*parameter.pairs(rows), moments, before, after, relaxed, decay)
+        return Layers(*parameter.pairs(rows, self.grads), moments, before, after, relaxed, decay)
 
     def compiles(self, parameter: StackedParameter) -> bool:
         """Whether the arithmetic on a parameter is compiled."""

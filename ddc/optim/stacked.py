@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -29,9 +29,18 @@ def local_weights(params: Sequence[Tensor], shards: Whole) -> list[Tensor]:
     return [shards.local(p) for p in params]
 
 
-def local_grads(params: Sequence[Tensor], shards: Whole) -> list[Tensor]:
-    """The same of their gradients; a missing one is zero."""
-    return [shards.local(torch.zeros_like(p) if p.grad is None else p.grad) for p in params]
+def local_grads(
+    params: Sequence[Tensor], shards: Whole, grads: Mapping[Tensor, Tensor]
+) -> list[Tensor]:
+    """The same of their gradients, or of what ``grads`` has in their place; a missing one is
+    zero.
+    """
+    # a compiler knows no tensors as keys; where a step is compiled as a whole there are none
+    found = [grads.get(p, p.grad) if grads else p.grad for p in params]
+    return [
+        shards.local(torch.zeros_like(p) if grad is None else grad)
+        for p, grad in zip(params, found, strict=True)
+    ]
 
 
 class Dressed(NamedTuple):
@@ -103,11 +112,12 @@ class StackedParameter:
             for key, value in self.moments.items()
         }
 
-    def pairs(self, rows: slice) -> tuple[list[Tensor], list[Tensor]]:
-        """Weights and gradients of these layers."""
-        return local_weights(self.params[rows], self.shards), local_grads(
-            self.params[rows], self.shards
-        )
+    def pairs(
+        self, rows: slice, grads: Mapping[Tensor, Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights of these layers, and their gradients or what ``grads`` has in their place."""
+        params = self.params[rows]
+        return local_weights(params, self.shards), local_grads(params, self.shards, grads)
 
     def stack(self, tensors: Sequence[Tensor]) -> Tensor:
         """A copy of one tensor a layer, stacked, in the dtype of the arithmetic."""

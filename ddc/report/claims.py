@@ -1,4 +1,6 @@
-"""The claims of the paper as data, and the one rule by which effects become a verdict."""
+"""The claims of the paper, and our own, as data, and the one rule by which effects become a
+verdict.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,11 @@ FEW_SEEDS = (
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper, and what counts as reproducing it.
+    """A claim of the paper, and what counts as reproducing it; or one of our own, and what it takes
+    to hold.
 
     Attributes:
-        id: C1 to C8.
+        id: C1 to C8; W1 and so on, of our own.
         title: in words.
         paper: the paper's figures, as text.
         values: the same as numbers, by optimizer.
@@ -43,6 +46,7 @@ class Claim:
             it.
         enough: share of the paper's effect that *reproduced* needs; 0 where the rule has no such
             number.
+        own: whether it is ours. Its verdicts have words of their own (:data:`OWN`).
     """
 
     id: str
@@ -59,6 +63,11 @@ class Claim:
     level: float
     fixed: dict[str, str]
     enough: float = 0.0
+    own: bool = False
+
+
+#: The verdicts on our own claims, by those on the paper's.
+OWN = {"reproduced": "holds", "not reproduced": "does not hold"}
 
 
 @dataclass(frozen=True)
@@ -211,7 +220,8 @@ def verdict_table(claims: Mapping[str, Claim], verdicts: Iterable[Verdict]) -> s
                 v.seeds,
                 v.tested,
             ),
-            *(claim.fixed.get(v.protocol, "–"), v.scale, v.against, f"**{v.verdict}**"),
+            *(claim.fixed.get(v.protocol, "–"), v.scale, v.against),
+            f"**{OWN.get(v.verdict, v.verdict) if claim.own else v.verdict}**",
         ]
         for claim in claims.values()
         for v in verdicts
@@ -222,8 +232,9 @@ def verdict_table(claims: Mapping[str, Claim], verdicts: Iterable[Verdict]) -> s
 
 def rule(claim: Claim) -> str:
     """The rule of a claim's verdict in a sentence."""
+    yes, no = ("Holds", "does not hold") if claim.own else ("Reproduced", "not reproduced")
     return (
-        f"{claim.id}: {claim.metric}; {claim.comparison}. *Reproduced*: {claim.reproduced}."
-        f" *Direction only*: {claim.direction_only}. Else not reproduced. Rule written"
+        f"{claim.id}: {claim.metric}; {claim.comparison}. *{yes}*: {claim.reproduced}."
+        f" *Direction only*: {claim.direction_only}. Else {no}. Rule written"
         f" {'; '.join(f'{when} ({protocol})' for protocol, when in claim.fixed.items())}."
     )

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ddc.data import ImageConfig, ModularConfig, TextConfig
-from ddc.gauges import KINDS
+from ddc.gauges import KINDS, complete_kinds
 from ddc.models import MODELS
 from ddc.training.errors import explained, unknown_key
 from ddc.training.schema import DATA, LARGEST_FLOAT, OPTIMIZERS, Config, require
@@ -58,7 +58,12 @@ def made_choices() -> dict[str, dict[str, Any]]:
     defaults = {name: None for name, kind in KINDS.items() if kind.default}
     return {
         "experiment": {name: OmegaConf.load(path) for name, path in experiments().items()},
-        "gauges": {"all": defaults, "none": {}, **{kind: {kind: True} for kind in KINDS}},
+        "gauges": {
+            **dict.fromkeys(("all", "paper"), defaults),
+            "complete": dict.fromkeys(complete_kinds()),
+            "none": {},
+            **{kind: {kind: True} for kind in KINDS},
+        },
         "optimizer": {
             name: OmegaConf.create({"defaults": [f"schema_{name}", "_self_"]})
             for name in optimizers

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from ddc.gauges import audit, named_parameters
+from ddc.gauges import audit, canonicalise_, named_parameters
 from ddc.models import cross_entropy
 from ddc.optim import Lift
 from ddc.optim.drift import GaugeDrift
@@ -95,6 +95,7 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
     rows, timed, read = ranks.on_first(lambda: begin(setup, last, tables))
     start = last or 0
     elapsed, observing = (sum(row[key] for row in timed) for key in ("seconds", "reading_seconds"))
+    every = config.optimizer.canonicalise_every
     observer, reading_steps = setup.observer, set(setup.observer.steps if setup.observer else ())
     evaluations = {0, *spread(training.evaluations, training.steps)}
     saves = (
@@ -171,6 +172,8 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
                 matrix_step = relative_steps(before, named_parameters(model))
             else:
                 train_step(setup, step, scaler, audited=False)
+            if every and (step + 1) % every == 0:
+                canonicalise_(model, setup.gauges, verify=False)
             display.advance()
 
     summary = {

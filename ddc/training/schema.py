@@ -39,11 +39,16 @@ class OptimizerConfig:
     Args:
         lr: learning rate, at its peak.
         weight_decay: decoupled; of matrices, not of vectors.
+        canonicalise: move the weights to the balanced point of their gauge orbit
+            (:func:`ddc.canonicalise_`, along the gauges of the group ``gauges``): ``start``, before
+            the first step; a number, then and after every so many steps; null, never. The state of
+            the optimizer stays as it is: moments of the coordinates before.
     """
 
     name: str = MISSING
     lr: float = 1e-3
     weight_decay: float = 0.1
+    canonicalise: str | None = None
 
     def __post_init__(self) -> None:
         own = type(self).name
@@ -58,6 +63,18 @@ class OptimizerConfig:
                 require(f"optimizer.{key}", value, value > 0, "a positive number")
             wanted = expected(key, value)
             require(f"optimizer.{key}", value, wanted is None, wanted or "")
+        when = self.canonicalise
+        require(
+            "optimizer.canonicalise",
+            when,
+            when in (None, "start") or (when.isdecimal() and int(when) >= 1),
+            "start, a positive number of steps, or null",
+        )
+
+    @property
+    def canonicalise_every(self) -> int | None:
+        """After how many steps, each time."""
+        return None if self.canonicalise in (None, "start") else int(self.canonicalise)
 
     def check_by(self, rule: Rule) -> None:
         """Raise ValueError, with the key, for what a rule does not take."""
@@ -262,7 +279,8 @@ class GaugesConfig(_Wanted):
     """Which kinds of gauge the optimizer respects: a key for each of :data:`ddc.gauges.KINDS`.
 
     ``true``: the model must have the kind; ``null``: if the model has it; ``false``: not.
-    ``gauges=all`` says null for all that are on by default.
+    ``gauges=all`` says null for all that are on by default, which are the paper's
+    (``gauges=paper``), and ``gauges=complete`` for all there are.
 
     Args:
         logit_shift: one vector added to all rows of the head.
@@ -273,12 +291,29 @@ class GaugesConfig(_Wanted):
         norm_scale: the scale of a norm against the matrices that read it.
         value_rotation: of the values of a head, against its output.
         qk_rotation: of queries and keys of a head alike.
+        factor_map: between two linear maps in a row, as of an adapter.
+        factor_bias: of the first of two linear maps in a row, against that of the second.
+        value_map: of the values of a head, against its output; contains ``value_rotation``.
+        value_bias: of the values, against that of the output.
+        qk_map: of keys against queries of a head; contains ``qk_rotation``.
+        key_bias: added to all keys.
+        qk_norm_scale: of normed queries against normed keys.
+        stream_rotation: of the residual stream.
+        stream_mean: added to all entries of what writes to a stream of LayerNorms.
+        translation: of two tables, or biases, that are added.
+        reader_shift: of what reads a LayerNorm.
+        norm_shift: the shift of a norm against the biases of its readers.
+        router_shift: one vector added to all rows of an expert router.
+        layer_scale: rows of a matrix against the vector that multiplies them.
+        leave_out: go without the gauges that the optimizer refuses, and say which, in place of an
+            error; not of kinds that are ``true``.
         granularity: of ReLU and gated rescales: ``unit``, a scale for each hidden unit, or
             ``block``, one for a pair of matrices, or for a layer of a chain
             (:func:`ddc.gauges.in_blocks`).
     """
 
     granularity: str = "unit"
+    leave_out: bool = False
 
     def __post_init__(self) -> None:
         require_one_of("gauges.granularity", self.granularity, GRANULARITIES)
@@ -287,6 +322,12 @@ class GaugesConfig(_Wanted):
                 "gauges.chained_rescale=true with gauges.relu_rescale=true: rescales of all neurons"
                 " contain those of their layers; set one of them to false"
             )
+        for kind in self.kinds:
+            if (larger := KINDS[kind].within) in self.kinds:
+                raise ValueError(
+                    f"gauges.{kind}=true with gauges.{larger}=true: the second contains the first;"
+                    " set one of them to false"
+                )
 
     @property
     def kinds(self) -> list[str]:
@@ -411,6 +452,25 @@ class TrainingConfig:
 
 
 @dataclass
+class StartConfig:
+    """Where the weights begin, if not at the model's initialisation.
+
+    Args:
+        weights: a folder of weights and configuration (:func:`ddc.models.save_model`) of this
+            architecture; null for the initialisation.
+        spread: scales of every unit under a rescale gauge (of the group ``gauges``) are drawn
+            log-normal with this standard deviation, and applied: another point of the same orbit,
+            which computes the same. 0 for none.
+    """
+
+    weights: str | None = None
+    spread: float = 0.0
+
+    def __post_init__(self) -> None:
+        require("start.spread", self.spread, 0 <= self.spread <= 5, "a number from 0 to 5")
+
+
+@dataclass
 class LauncherConfig:
     """How the processes of one run are started.
 
@@ -497,6 +557,7 @@ class Config:
     optimizer: OptimizerConfig = MISSING
     gauges: GaugesConfig = field(default_factory=GaugesConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    start: StartConfig = field(default_factory=StartConfig)
     slt: SLTConfig = field(default_factory=SLTConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -527,6 +588,20 @@ class Config:
                 "training.batch_size=null takes the whole training split, which only data=modular"
                 " allows"
             )
+        for key, given in (
+            ("optimizer.canonicalise", self.optimizer.canonicalise),
+            ("start.spread", self.start.spread),
+        ):
+            if given and not self.gauges.kinds:
+                raise ValueError(
+                    f"Invalid {key}={given} with gauges=none: there is no orbit to move on;"
+                    " gauges=all takes all kinds of the model"
+                )
+        if self.optimizer.canonicalise_every and self.launcher.parallel == "fsdp":
+            raise ValueError(
+                f"Invalid optimizer.canonicalise={self.optimizer.canonicalise} with"
+                " launcher.parallel=fsdp: it moves whole tensors; use start, or ddp"
+            )
         by_heads = isinstance(self.optimizer, DDCMuonConfig) and self.optimizer.per_head
         if by_heads and not isinstance(self.model, GPTConfig):
             raise ValueError(
@@ -540,6 +615,7 @@ class Config:
         del values["launcher"], values["wandb"], values["runs"], values["training"]["resume"]
         del values["training"]["checkpoints"]
         granularity = values["gauges"].pop("granularity")
+        leave_out = values["gauges"].pop("leave_out")
         values["gauges"] = {
             kind: wanted is not False
             for kind, wanted in values["gauges"].items()
@@ -549,12 +625,20 @@ class Config:
         # their names
         if granularity != "unit":
             values["gauges"]["granularity"] = granularity
+        if leave_out:
+            values["gauges"]["leave_out"] = leave_out
         if not values["optimizer"].get("additive", True):
             del values["optimizer"]["additive"]
         if not self.slt.readings:
             del values["slt"]
         if values["optimizer"].get("compiled", False) is None:
             del values["optimizer"]["compiled"]
+        if values["optimizer"]["canonicalise"] is None:
+            del values["optimizer"]["canonicalise"]
+        if self.start == StartConfig():
+            del values["start"]
+        if not values["data"].get("skip_tokens", True):
+            del values["data"]["skip_tokens"]
         return values
 
     @property

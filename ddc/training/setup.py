@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -27,13 +32,18 @@ from ddc.data import (
     load_text,
 )
 from ddc.gauges import (
+    Gauge,
     GaugeSet,
     HiddenMatrix,
+    Rescale,
+    canonicalise_,
     find_gauges,
     hidden_matrices,
     in_blocks,
     named_parameters,
+    paper_kinds,
 )
+from ddc.gauges.base import Params, first_line
 from ddc.models import (
     DeepMLPConfig,
     GPTConfig,
@@ -42,6 +52,8 @@ from ddc.models import (
     build_model,
     check_fit,
 )
+from ddc.models.saved import WEIGHTS
+from ddc.optim import respected
 from ddc.optim.factory import make_optimizer
 from ddc.training.allocator import keep_freed_memory
 from ddc.training.checkpoint import read_checkpoint
@@ -53,6 +65,7 @@ from ddc.training.run_folder import INFO, RECORDS, SNAPSHOTS
 from ddc.training.schema import Config, GaugesConfig, RelativeAdamWConfig, TrainingConfig
 
 Batch = tuple[Tensor, Tensor]
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -126,8 +139,15 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     torch.set_num_threads(config.training.threads)
     keep_freed_memory()
     torch.manual_seed(config.seed)
-    model = build_model(config.model, **data.sizes).to(device)
+    model = build_model(config.model, **data.sizes)
+    if config.start.weights is not None:
+        load_weights(model, Path(config.start.weights))
+    model = model.to(device)
     gauges = configured_gauges(config.gauges, model)
+    if config.start.spread:
+        scale_units_(named_parameters(model), gauges, config.start.spread, config.seed)
+    if config.optimizer.canonicalise is not None:
+        canonicalise_(model, gauges)
     start = {name: p.detach().to("cpu", copy=True) for name, p in named_parameters(model).items()}
     hidden = configured_hidden(config, model)
     folder = Path(config.runs) / config.name / config.run_id
@@ -140,6 +160,9 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
             )
         observer = make_observer(config, device, data, model, folder / SNAPSHOTS)
     trained = ranks.parallelized(model)
+    with torch.device("meta"):
+        shapes = build_model(config.model, **data.sizes)
+    gauges = taken_gauges(config, shapes, gauges, hidden)
     optimizer = configured_optimizer(config, model, gauges, hidden)
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
     return Setup(
@@ -239,8 +262,54 @@ def configured_gauges(config: GaugesConfig, model: nn.Module, verify: bool = Tru
     """The gauges of a model that the optimizer is told of; ``verify`` as of
     :func:`ddc.find_gauges`.
     """
-    gauges = find_gauges(model, config.per_layer, verify=verify).only(config.kinds)
+    if {*config.kinds} <= {*paper_kinds()}:
+        gauges = find_gauges(model, config.per_layer, verify=verify).only(config.kinds)
+    else:
+        gauges = find_gauges(model, kinds=config.kinds, verify=verify)
+    for kind in config.kinds:
+        if getattr(config, kind) and not gauges.only([kind]).found:
+            reasons = [each.reason for each in gauges.only([kind]).refused]
+            why = reasons[0] if reasons else "nothing in it could have one"
+            raise ValueError(
+                f"Invalid gauges.{kind}=true: the model has no such gauge ({why}); set it to false,"
+                " or to null for where there is one"
+            )
     return in_blocks(gauges) if config.granularity == "block" else gauges
+
+
+def taken_gauges(
+    config: Config, model: nn.Module, gauges: GaugeSet, hidden: Sequence[HiddenMatrix]
+) -> GaugeSet:
+    """The gauges without those that the optimizer refuses, which are said.
+
+    Args:
+        config: of the run.
+        model: or one of its shapes without values.
+        gauges: as found.
+        hidden: of :func:`configured_hidden`.
+
+    Raises:
+        ValueError: it refuses one, and is not to leave it out, or one of a kind that is true.
+    """
+
+    def make(_: Any, some: Sequence[Gauge]) -> Optimizer:
+        return configured_optimizer(config, model, GaugeSet(tuple(some)), hidden)
+
+    if {gauge.kind for gauge in gauges} <= {*paper_kinds()}:
+        return gauges  # which all optimizers take, or say themselves why not
+    kept = respected(make, model.named_parameters(), gauges)
+    left_out = kept.refused[len(gauges.refused) :]
+    for each in left_out:
+        if not config.gauges.leave_out or getattr(config.gauges, each.kind):
+            raise ValueError(
+                f"optimizer={config.optimizer.name} refuses a gauge: {each.reason}. Set"
+                f" gauges.{each.kind}=false, or gauges.leave_out=true to go without all such gauges"
+            )
+    for kind, count in Counter(each.kind for each in left_out).items():
+        reason = next(each.reason for each in left_out if each.kind == kind)
+        name = config.optimizer.name
+        log.warning("left out: %d of %s, which optimizer=%s refuses: %s", count, kind, name, reason)
+    return kept
 
 
 def configured_hidden(config: Config, model: nn.Module) -> Sequence[HiddenMatrix]:
@@ -261,6 +330,7 @@ def configured_optimizer(
     """The optimizer of a config."""
     options = dataclasses.asdict(config.optimizer)
     name, weight_decay = options.pop("name"), options.pop("weight_decay")
+    options.pop("canonicalise")  # is the loop's
     options.pop("per_head", None)  # is in ``hidden``
     if isinstance(config.optimizer, RelativeAdamWConfig):
         folder = options.pop("steps_of")
@@ -283,6 +353,34 @@ def recorded_steps(folder: Path) -> dict[str, float]:
         )
     lengths = {name: [step[name] for step in steps if step[name] is not None] for name in steps[0]}
     return {name: statistics.median(each) for name, each in lengths.items() if each}
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Give a model the weights of ``start.weights``.
+
+    Raises:
+        ValueError: the folder holds none, or those of another architecture.
+    """
+    path = folder / WEIGHTS
+    try:
+        safetensors.torch.load_model(model, str(path))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"Invalid start.weights={folder}: expected a folder with {WEIGHTS} of this architecture"
+            f" ({first_line(error)})"
+        ) from error
+
+
+@torch.no_grad()
+def scale_units_(params: Params, gauges: GaugeSet, spread: float, seed: int) -> None:
+    """Scale every unit under a rescale gauge by a random number, log-normal with this spread, as a
+    seed draws it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for gauge in gauges:
+        if isinstance(gauge, Rescale):
+            drawn = torch.randn(gauge.units(params), generator=generator, dtype=torch.float64)
+            gauge.act_(params, (spread * drawn).exp().to(params[gauge.parameters[0]]))
 
 
 def choose_device(config: TrainingConfig) -> torch.device:

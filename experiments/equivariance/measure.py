@@ -27,7 +27,7 @@ from torch.optim import AdamW, Optimizer
 
 from ddc import DDCAdam, DDCMuon, find_gauges, hidden_matrices
 from ddc.data import ModularConfig, PairData, TextConfig, TextData, load_modular, load_text
-from ddc.gauges import KINDS, GaugeSet
+from ddc.gauges import GaugeSet, paper_kinds
 from ddc.models import GPT, DeepMLP, DeepMLPConfig, GPTConfig, cross_entropy
 from ddc.optim import Lift
 from ddc.optim.factory import make_muon
@@ -187,15 +187,17 @@ def cases() -> list[Case]:
     text, pairs = load_text(TextConfig(), CONTEXT), load_modular(ModularConfig(), seed=0)
     found = []
     for i, (name, config) in enumerate(MODELS.items()):
-        found.append(Case(name, config, text, BATCH, "all", (*KINDS,)))
+        found.append(Case(name, config, text, BATCH, "all", paper_kinds()))
         if i < 2:
             kinds = {gauge.kind for gauge in find_gauges(GPT(config, text.vocab_size))}
             found += [
-                Case(name, config, text, BATCH, kind, (kind,)) for kind in KINDS if kind in kinds
+                Case(name, config, text, BATCH, kind, (kind,))
+                for kind in paper_kinds()
+                if kind in kinds
             ]
     return [
         *found,
-        Case("ReLU network without biases, depth 8", DEEP, pairs, DEEP_BATCH, "all", (*KINDS,)),
+        Case("ReLU network without biases, depth 8", DEEP, pairs, DEEP_BATCH, "all", paper_kinds()),
     ]
 
 

@@ -40,6 +40,8 @@ REFUSED = {
         "slt.readings=5",
         "model.norm=batch",
         "gauges.granularity=layer",
+        "optimizer.canonicalise=often",
+        "start.spread=9",
     ),
     "Sizes that do not fit together": (
         "model.heads=3",
@@ -74,6 +76,7 @@ REFUSED = {
         f"{VIT} optimizer=ddcmuon optimizer.per_head=true",
         "optimizer=ddcmuon gauges.granularity=block model.bias=true",
         "optimizer=ddcadam_paper optimizer.retract=true",
+        "optimizer.canonicalise=start gauges=none",
         "launcher.parallel=fsdp",
         "launcher=torchrun launcher.parallel=tcp",
     ),

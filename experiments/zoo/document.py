@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ddc.gauges import KINDS
+from ddc.gauges import paper_kinds
 from ddc.gauges.base import first_line
 
 Record = dict[str, Any]
 LIBRARIES = {"transformers": "transformers", "timm": "timm", "named": "picked by hand"}
-SHOWN = [kind for kind in KINDS if kind != "chained_rescale"]
+SHOWN = [kind for kind in paper_kinds() if kind != "chained_rescale"]
 TEXT = """# Gauges of models that others wrote
 
 Which gauges `find_gauges` finds in the architectures of transformers and timm, whether they are
@@ -157,7 +157,7 @@ def _reasons(traced: Sequence[Record]) -> dict[tuple[str, str], int]:
     for record in traced:
         for kind, reason, count in record["refused"]:
             times[kind, general(reason)] += count
-    ordered = sorted(times, key=lambda each: ([*KINDS].index(each[0]), -times[each]))
+    ordered = sorted(times, key=lambda each: ([*paper_kinds()].index(each[0]), -times[each]))
     return {each: number for number, each in enumerate(ordered, 1)}
 
 
@@ -206,7 +206,7 @@ def _numbers(records: Sequence[Record]) -> list[list[object]]:
 
 
 def _kinds(traced: Sequence[Record]) -> Iterator[list[object]]:
-    for kind in KINDS:
+    for kind in paper_kinds():
         false = sum(each[0] == kind for record in traced for each in record.get("false", ()))
         unchecked = sum(
             count for record in traced for each, _, count in record["unchecked"] if each == kind

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ddc import DDCAdam, DDCMuon, find_gauges, hidden_matrices
-from ddc.gauges import KINDS, Gauge, GaugeSet, check
+from ddc.gauges import Gauge, GaugeSet, check, paper_kinds
 from ddc.gauges.base import first_line
 from ddc.gauges.double import double
 from ddc.gauges.trace import example
@@ -213,7 +213,7 @@ def verdicts(made: Made, gauges: GaugeSet) -> Record:
         "largest_change": max(changes.values(), default=None),
         "largest_change_by_kind": {
             kind: max(change for gauge, change in changes.items() if gauge.kind == kind)
-            for kind in KINDS
+            for kind in paper_kinds()
             if any(gauge.kind == kind for gauge in changes)
         },
         "false": [

@@ -62,13 +62,13 @@ class Adam(Rule):
         (first, second), averaging = hyper["betas"], of.averaging
         approach_(exp_avg, x, 1 - first)
         if isinstance(second, Tensor):
-            square = x.square() if averaging is None else averaging.mean(x.square())
+            square = x.square() if averaging is None else averaging.mean_square(x)
             exp_avg_sq.mul_(second).add_(square * (1 - second))
         elif averaging is None:
             exp_avg_sq.mul_(second).addcmul_(x, x, value=1 - second)
         else:
             # no lerp_, which makes nan of what has overflowed to inf
-            exp_avg_sq.mul_(second).add_(averaging.mean(x.square()), alpha=1 - second)
+            exp_avg_sq.mul_(second).add_(averaging.mean_square(x), alpha=1 - second)
         denominator = exp_avg_sq.sqrt().add_(per_layer(hyper["eps"] * clock.root_second, x))
         ratio = clock.root_second / clock.first
         if averaging is None:

@@ -9,9 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ddc.optim.averaging import Averaging
 from ddc.optim.compiled import Hyper, Number, per_layer
-from ddc.optim.sharding import CutAveraging
 
 Moments = dict[str, Tensor]
 
@@ -31,12 +29,26 @@ class Direction(NamedTuple):
         return self.u * per_layer(rate * self.factor, self.u)
 
 
+class Averages(Protocol):
+    """Averages over the indices that a gauge mixes."""
+
+    def mean_square(self, x: Tensor) -> Tensor:
+        """Average of the squares of x over each group of indices, in which the gauge leaves it as
+        it is.
+        """
+
+    def divide(self, x: Tensor, divisor: Tensor) -> Tensor:
+        """X over an averaged ``divisor``, each index by its group's."""
+
+
 class Subject(Protocol):
     """What an input belongs to: a stacked parameter, or numbers that stand each for itself."""
 
     @property
-    def averaging(self) -> Averaging | CutAveraging | None:
-        """Averages over the indices that a rotation gauge turns; None where none does."""
+    def averaging(self) -> Averages | None:
+        """Averages over the indices that a rotation gauge, or a map, mixes; None where none
+        does.
+        """
 
     def on_whole(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """A function of whole matrices, (B, rows, columns), of x, which may be split by heads and
@@ -66,6 +78,9 @@ class Rule(ABC):
     moments: ClassVar[tuple[str, ...]] = ()
     #: Moments of the input's shape with the turned indices averaged.
     averaged: ClassVar[tuple[str, ...]] = ()
+    #: Whether a general linear map, which moves x by its inverse transpose, moves the direction
+    #: alike, given averages in its metric: not of what reads x in any other way.
+    takes_maps: ClassVar[bool] = True
     #: Whether a compiler takes it.
     compilable: ClassVar[bool] = True
 
@@ -103,7 +118,7 @@ class Rule(ABC):
 class Numbers:
     """The :class:`Subject` of numbers: nothing turns them, and they are whole on every rank."""
 
-    averaging = None
+    averaging: Averages | None = None
 
     def on_whole(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         raise TypeError("numbers are no matrices")

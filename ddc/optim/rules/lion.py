@@ -40,7 +40,7 @@ class Lion(Rule):
         first, second = hyper["betas"]
         mixed = approach_(momentum.clone(), x, 1 - first)
         approach_(momentum, x, 1 - second)
-        size = mixed.abs() if averaging is None else averaging.mean(mixed.square()).sqrt()
+        size = mixed.abs() if averaging is None else averaging.mean_square(mixed).sqrt()
         # zero has sign zero; and what is no number stays none, which torch.sign would hide
         size = torch.where(size == 0, torch.inf, size)
         return Direction(mixed / size if averaging is None else averaging.divide(mixed, size))

@@ -33,6 +33,7 @@ class Shampoo(Rule):
 
     settings = ("betas", "eps")
     moments = ("exp_avg",)
+    takes_maps = False  # a root does not turn with what is no rotation
     compilable = False  # eigenvalues are not
 
     def check(self, group: Mapping[str, Any]) -> None:

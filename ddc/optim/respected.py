@@ -1,0 +1,67 @@
+"""Which gauges an optimizer takes, and why not the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ddc.gauges import KINDS, Gauge, GaugeSet, Refusal, is_split
+
+#: Makes an optimizer of named parameters and gauges.
+Maker = Callable[[list[tuple[str, Tensor]], list[Gauge]], Optimizer]
+
+
+def respected(make: Maker, params: Iterable[tuple[str, Tensor]], gauges: GaugeSet) -> GaugeSet:
+    """The gauges that an optimizer takes together, tried in the order of their kinds.
+
+    A kind that is refused beside those before it is tried gauge by gauge. Nothing is allocated: the
+    optimizers that are made for this hold parameters without values.
+
+    Args:
+        make: ``DDCAdam``, or a function as ``lambda params, gauges: DDCMuon(params, gauges,
+            hidden)``.
+        params: ``model.named_parameters()``.
+        gauges: what :func:`ddc.find_gauges` returns.
+
+    Returns:
+        The set with those that are left out among the refused, each with the reason.
+    """
+    shapes: list[tuple[str, Tensor]] = [
+        (name, p if is_split(p) else without_values(p)) for name, p in params
+    ]
+    order = [*KINDS]
+    kept: list[Gauge] = []
+    refused = list(gauges.refused)
+
+    def taken(some: list[Gauge]) -> str:
+        """Why the optimizer does not take some gauges beside what is kept; empty if it does."""
+        try:
+            make(shapes, [*kept, *some])
+        except (ValueError, TypeError) as error:
+            return str(error).split("; leave ")[0].split(". Of these, leave ")[0]
+        return ""
+
+    by_kind = sorted(gauges, key=lambda gauge: order.index(gauge.kind))
+    for _, members in groupby(by_kind, key=lambda gauge: gauge.kind):
+        some = list(members)
+        if not taken(some):
+            kept += some
+            continue
+        for gauge in some:
+            if reason := taken([gauge]):
+                refused.append(Refusal(gauge.kind, gauge.where, reason))
+            else:
+                kept.append(gauge)
+    found = tuple(gauge for gauge in gauges if gauge in kept)
+    unchecked = {gauge: why for gauge, why in gauges.unchecked.items() if gauge in kept}
+    return GaugeSet(found, tuple(refused), unchecked)
+
+
+def without_values(param: Tensor) -> nn.Parameter:
+    """A parameter like another on the meta device."""
+    like = torch.empty_like(param, device="meta")
+    return nn.Parameter(like, requires_grad=param.requires_grad)

@@ -1,0 +1,206 @@
+r"""Gauges that add: a step is taken at the point of the orbit where what they add is zero.
+
+Shifts of biases, norms and tables form a solvable group, and each has a *coordinate*, the element
+by which the weights lie away from a section of its orbit: β of a norm, the bias of the values, the
+mean of a table's rows. Weights are moved to the section, gradients are pulled back to it, all other
+gauges and the rule see these, and afterwards weights are moved back by the same element. What the
+step reads is then the same at every point of the orbit, and maps and scales of other gauges act on
+it as they do on the weights (docs/method.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
+
+import torch
+from torch import Tensor
+
+from ddc.gauges import Gauge, is_split
+from ddc.gauges.affine import ScaledShift, Shear, Translated, Translation, coordinates
+from ddc.gauges.base import unit_view
+
+#: Of these kinds all that the first parameter is may be gauge: it keeps still, for its gradient at
+#: the section is no more than rounding, or what others have taken over.
+STILL = ("norm_shift", "factor_bias", "value_bias", "key_bias")
+
+Params = Mapping[str, Tensor]
+
+
+def is_section(gauge: Gauge) -> bool:
+    """Whether a gauge is respected by moving to a section."""
+    return isinstance(gauge, Translation | Shear | ScaledShift)
+
+
+class Sections:
+    """The gauges of an optimizer that add.
+
+    Args:
+        gauges: those of its gauges; others are left out.
+        params: its parameters by name.
+
+    Raises:
+        ValueError: a gauge whose coordinate is not defined everywhere, or parameters that cannot be
+            moved to and fro.
+    """
+
+    def __init__(self, gauges: Sequence[Gauge], params: Params) -> None:
+        self.gauges = _in_order([gauge for gauge in gauges if is_section(gauge)])
+        names = {name for gauge in self.gauges for name in gauge.parameters}
+        self.params = {name: param for name, param in params.items() if name in names}
+        for gauge in self.gauges:
+            _check(gauge, self.params)
+
+    @contextlib.contextmanager
+    def entered(self, grads: dict[Tensor, Tensor], restore: bool = False) -> Iterator[None]:
+        """Within, weights are at the section, and ``grads`` has the gradients there that differ.
+
+        Args:
+            grads: by parameter; written to.
+            restore: put back the weights as they were, where nothing has moved them.
+        """
+        held = {name: param.detach() for name, param in self.params.items()}
+        before = {name: each.clone() for name, each in held.items()} if restore else {}
+        slopes = {
+            name: torch.zeros_like(held[name]) if param.grad is None else param.grad
+            for name, param in self.params.items()
+        }
+        elements = []
+        for gauge in self.gauges:
+            elements.append(element := coordinate(gauge, held))
+            gauge.act_(held, -element)
+            pull_back(gauge, held, slopes, element)
+        for gauge in self.gauges:
+            if gauge.kind in STILL:
+                assert isinstance(gauge, Translation | Shear)
+                name = gauge.slots[0].parameter
+                slopes[name] = slopes[name].clone()
+                rows, index = coordinates(slopes[name], gauge.slots[0])
+                rows[index] = 0
+        grads.update(
+            (param, slopes[name])
+            for name, param in self.params.items()
+            if slopes[name] is not param.grad and param.grad is not None
+        )
+        try:
+            yield
+        finally:
+            if restore:
+                for name, each in before.items():
+                    held[name].copy_(each)
+            else:
+                for gauge, element in zip(reversed(self.gauges), reversed(elements), strict=True):
+                    gauge.act_(held, element)
+
+    def elements(self, params: Params) -> dict[Gauge, Tensor]:
+        """By which element each gauge has moved some weights from the section."""
+        held = {name: params[name].detach().clone() for name in self.params}
+        found = {}
+        for gauge in self.gauges:
+            found[gauge] = coordinate(gauge, held)
+            gauge.act_(held, -found[gauge])
+        return found
+
+
+def _in_order(gauges: Sequence[Gauge]) -> list[Gauge]:
+    """Gauges so that none moves what another, which came before, has at zero: the shift of a norm
+    goes to the biases of its readers first, that of the values to the output's then.
+    """
+
+    def moved(gauge: Gauge) -> set[str | None]:
+        match gauge:
+            case Shear(readers=readers):
+                return {reader.bias for reader in readers}
+            case ScaledShift(bias=bias):
+                return {bias}
+            case Translation(slots=(_, *others)):
+                return {slot.parameter for slot in others}
+        return set()
+
+    def zero(gauge: Gauge) -> str:
+        return gauge.slots[0].parameter if isinstance(gauge, Shear | Translation) else ""
+
+    before = {
+        i: {j for j, other in enumerate(gauges) if j != i and zero(gauge) in moved(other)}
+        for i, gauge in enumerate(gauges)
+    }
+    try:
+        return [gauges[i] for i in TopologicalSorter(before).static_order()]
+    except CycleError as error:
+        circle = [gauges[i] for i in dict.fromkeys(error.args[1])]
+        names = " and ".join(map(str, circle))
+        raise ValueError(
+            f"gauges take up each other's shifts in a circle: {names}; leave one of them out:"
+            f" [gauge for gauge in gauges if str(gauge) != {str(circle[-1])!r}]"
+        ) from None
+
+
+def _check(gauge: Gauge, params: Params) -> None:
+    """Raise ValueError for a gauge that has no section, or weights that would suffer."""
+    leave_out = f"leave it out: [gauge for gauge in gauges if str(gauge) != {str(gauge)!r}]"
+    if isinstance(gauge, Shear) and gauge.scale is not None:
+        raise ValueError(
+            f"{gauge}: a reader without a bias takes the shift back by its rows, over Σ β/γ, which"
+            f" may be zero, so that no step respects it everywhere; {leave_out}"
+        )
+    for name in gauge.parameters:
+        param = params[name]
+        if is_split(param):
+            raise ValueError(f"{gauge}: {name!r} is split over ranks; {leave_out}")
+        if param.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{gauge}: {name!r} is {param.dtype}, and moved along the gauge and back in every"
+                f" step, which would round it each time; keep it in float32, or {leave_out}"
+            )
+        if param.ndim > 2 and not param.is_contiguous():
+            raise ValueError(
+                f"{gauge}: {name!r} is not contiguous, as channels_last is not; {leave_out}"
+            )
+
+
+def coordinate(gauge: Gauge, params: Params) -> Tensor:
+    """By which element the weights lie away from the section."""
+    match gauge:
+        case Translation(slots=(slot, *_)) | Shear(slots=(slot, *_)):
+            return _mean(params[slot.parameter], slot)
+        case ScaledShift():
+            rows = unit_view(params[gauge.weight], gauge.axis)
+            return (rows if gauge.scale is None else rows * params[gauge.scale]).mean(1)
+    raise TypeError(f"{gauge} is none that adds")
+
+
+def _mean(param: Tensor, slot: Translated) -> Tensor:
+    """What a slot has of the vector that a gauge adds to it, as the mean of all places."""
+    rows, index = coordinates(param, slot)
+    return rows[index].mean(1) / slot.rate
+
+
+def pull_back(gauge: Gauge, params: Params, grads: dict[str, Tensor], element: Tensor) -> None:
+    """Gradients at the section, of those where the weights are: by the transposed derivative of the
+    action of an element, which for a translation is one.
+
+    Args:
+        gauge: whose element.
+        params: at the section.
+        grads: by name; what changes is replaced, not written to.
+        element: that moves from the section to the weights.
+    """
+    match gauge:
+        case Shear():
+            for reader in gauge.readers:
+                assert reader.bias is not None
+                grads[reader.weight] = grads[reader.weight].clone()
+                rows = unit_view(grads[reader.weight], reader.axis)
+                columns = torch.from_numpy(reader.columns).to(rows.device)
+                rows[columns] -= element[:, None] * grads[reader.bias]
+        case ScaledShift(scale=scale, shift=shift):
+            rows = unit_view(grads[gauge.weight], gauge.axis)
+            felt = element @ rows  # how the readers feel 1/γ
+            inverse = 1.0 if scale is None else 1 / params[scale]
+            if shift is not None and gauge.bias is not None:
+                along = element @ grads[gauge.bias]
+                grads[shift] = grads[shift] - along * inverse
+                felt = felt - along * params[shift]
+            if scale is not None:
+                grads[scale] = grads[scale] - felt / params[scale].square()

@@ -1,0 +1,49 @@
+"""Verdicts on our own claims: several comparisons, each of several effects that are paired by seed,
+with one adjustment over all tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from ddc.report.claims import Claim, Verdict, effect, not_complete, tested, verdict
+from ddc.report.paired import interval, p_cell
+from ddc.report.statistics import holm, paired_p
+
+#: By comparison, in the words of the claim, and by effect: subject less baseline, seed by seed.
+Differences = Mapping[str, Mapping[str, Sequence[float]]]
+
+
+def verdicts(
+    claim: Claim, differences: Differences, sign: int, scale: str, against: str, form: str
+) -> list[Verdict]:
+    """One row a comparison that any seed has; one for all others.
+
+    Args:
+        claim: whose rule asks for all effects of a comparison.
+        differences: of the seeds that have both; no seed where runs are missing.
+        sign: of a difference that is in the claim's direction.
+        scale: model and data in a few words.
+        against: what is known against every row.
+        form: of the numbers.
+    """
+    tests = [(each, title) for each, effects in differences.items() for title in effects]
+    adjusted = holm([paired_p(differences[each][title]) for each, title in tests])
+    p_values = dict(zip(tests, adjusted, strict=True))
+    found = []
+    for comparison, effects in differences.items():
+        seeds = min(map(len, effects.values()))
+        if not seeds:
+            continue
+        ps = [p_values[comparison, title] for title in effects]
+        shown = [
+            effect([sign * d for d in each], p, claim.level)
+            for each, p in zip(effects.values(), ps, strict=True)
+        ]
+        ours = "; ".join(f"{title} {interval(each, form)}" for title, each in effects.items())
+        row = (ours, ", ".join(map(p_cell, ps)), str(seeds), tested(ps[0]), scale)
+        found.append(Verdict(claim.id, comparison, *row, verdict(shown), against))
+    waiting = [each for each in differences if each not in {row.protocol for row in found}]
+    missing = not_complete(claim, waiting, scale)
+    return [*found, *(replace(each, against=against) for each in missing)]

@@ -1,0 +1,1 @@
+"""The range of learning rates that end near the best, from well and from badly scaled starts."""

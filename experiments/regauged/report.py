@@ -1,0 +1,265 @@
+"""Claim W1 as tables and a figure, from the records that are there, with what is missing said."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from ddc.report.claims import Claim, Verdict, rule, verdict_table
+from ddc.report.figures import Drawing, nth_style, save_figure, subplots
+from ddc.report.paired import interval, p_cell
+from ddc.report.stages import Record, commits, table
+from ddc.report.statistics import paired_p
+from experiments import own
+from experiments.output import Results
+from experiments.regauged.plan import (
+    ADAMW,
+    DDCADAM,
+    DDCMUON,
+    EXPERIMENT,
+    MUON,
+    OPTIMIZERS,
+    ORIGINAL,
+    RESULTS,
+    RETUNED,
+    RIVAL,
+    SEARCH,
+    STARTS,
+    TOOLS,
+    last_loss,
+)
+
+SCALE = "GPT, 0.12M parameters, fine-tuned on 0.26 MB of text"
+FIGURES = {"W1": "starts"}
+COMPARED = {
+    "against AdamW": (DDCADAM, ADAMW),
+    "against AdamW, balanced once": (DDCADAM, RIVAL),
+    "DDCMuon against Muon": (DDCMUON, MUON),
+}
+#: Last validation losses by optimizer and seed, and by start.
+Losses = dict[tuple[str, int], dict[str, float]]
+
+
+def load() -> list[Record]:
+    """The committed records, complete or not."""
+    return EXPERIMENT.records
+
+
+def optimizer_of(record: Record) -> str:
+    """One of :data:`OPTIMIZERS`."""
+    optimizer = record["config"]["optimizer"]
+    return RIVAL if optimizer.get("canonicalise") else str(optimizer["name"])
+
+
+def losses_of(records: Sequence[Record], stage: str) -> Losses:
+    """What the runs of a stage end with."""
+    found: Losses = {}
+    for record in records:
+        if stage in record["stages"]:
+            start = Path(record["config"]["start"]["weights"]).name
+            found.setdefault((optimizer_of(record), record["seed"]), {})[start] = last_loss(record)
+    return found
+
+
+def complete(losses: Losses, optimizer: str) -> dict[int, dict[str, float]]:
+    """The seeds of an optimizer on which it ran from every start."""
+    return {
+        seed: each
+        for (name, seed), each in sorted(losses.items())
+        if name == optimizer and each.keys() >= {*STARTS}
+    }
+
+
+def spread(losses: Mapping[str, float]) -> float:
+    """Largest less smallest over the starts."""
+    return max(losses[each] for each in STARTS) - min(losses[each] for each in STARTS)
+
+
+def mean_regauged(losses: Mapping[str, float]) -> float:
+    """Mean over the re-gauged starts."""
+    return statistics.mean(losses[each] for each in TOOLS)
+
+
+EFFECTS = {"spread": spread, "mean at re-gauged starts": mean_regauged}
+
+
+def differences(losses: Losses) -> dict[str, dict[str, list[float]]]:
+    """By comparison and effect, subject less baseline."""
+    found = {}
+    for comparison, (subject, baseline) in COMPARED.items():
+        mine, theirs = complete(losses, subject), complete(losses, baseline)
+        seeds = sorted(mine.keys() & theirs.keys())
+        found[comparison] = {
+            title: [of(mine[seed]) - of(theirs[seed]) for seed in seeds]
+            for title, of in EFFECTS.items()
+        }
+    return found
+
+
+def regrets(losses: Losses, optimizer: str) -> list[float]:
+    """Mean over the re-gauged starts less AdamW's loss from the original, by seed."""
+    tuned = {
+        seed: each[ORIGINAL]
+        for (name, seed), each in losses.items()
+        if name == ADAMW and ORIGINAL in each
+    }
+    mine = complete(losses, optimizer)
+    return [mean_regauged(mine[seed]) - tuned[seed] for seed in sorted(mine.keys() & tuned.keys())]
+
+
+def against(records: Sequence[Record]) -> str:
+    """What the same records hold against every verdict."""
+    notes = []
+    tried = {name: SEARCH.recorded(records, name) for name in OPTIMIZERS}
+    edges = [
+        OPTIMIZERS[name]
+        for name, cells in tried.items()
+        for point in SEARCH.choices(cells).values()
+        if SEARCH.untried(name, [point], cells) or SEARCH.is_at_an_end(name, point)
+    ]
+    if edges:
+        notes.append(f"not interior: {', '.join(edges)}")
+    retuned, reported = losses_of(records, "retuned"), losses_of(records, "reported")
+    for name in RETUNED:
+        gains = [
+            mean_regauged(reported[key]) - mean_regauged(each)
+            for key, each in retuned.items()
+            if key[0] == name
+            and each.keys() >= {*TOOLS}
+            and reported.get(key, {}).keys() >= {*TOOLS}
+        ]
+        if gains:
+            notes.append(f"{OPTIMIZERS[name]} retuned there gains {interval(gains, '.4f')}")
+    if left := EXPERIMENT.missing():
+        notes.append(left)
+    return "; ".join(notes) or "–"
+
+
+def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Verdict]:
+    """One row a comparison."""
+    found = differences(losses_of(records, "reported"))
+    return own.verdicts(claims["W1"], found, -1, SCALE, against(records), ".4f")
+
+
+def starts_table(losses: Losses) -> str:
+    """Mean losses by start, spread and regret: one row an optimizer."""
+    rows = []
+    for name, title in OPTIMIZERS.items():
+        seeds = complete(losses, name)
+        if seeds:
+            means = [statistics.mean(each[start] for each in seeds.values()) for start in STARTS]
+            spreads = [spread(each) for each in seeds.values()]
+            shown = [interval(spreads, ".4f"), interval(regrets(losses, name), ".4f")]
+            rows.append([title, str(len(seeds)), *(f"{each:.4f}" for each in means), *shown])
+    header = ["", "seeds", *STARTS, "spread (95%)", "regret (95%)"]
+    return table(header, rows) if rows else "No optimizer has run from every start yet."
+
+
+def differences_table(losses: Losses) -> str:
+    """One row a comparison."""
+    rows = [
+        [
+            comparison,
+            *(f"{interval(each, '.4f')}, p {p_cell(paired_p(each))}" for each in effects.values()),
+        ]
+        for comparison, effects in differences(losses).items()
+    ]
+    return table(["", *EFFECTS], rows, left=3)
+
+
+def retuned_table(records: Sequence[Record]) -> str:
+    """AdamW and Muon tuned at each re-gauged start: mean losses there."""
+    losses = losses_of(records, "retuned")
+    rows = []
+    for name in RETUNED:
+        seeds = [each for (other, _), each in losses.items() if other == name]
+        columns = [[each[tool] for each in seeds if tool in each] for tool in TOOLS]
+        if seeds:
+            cells = [f"{statistics.mean(each):.4f}" if each else "–" for each in columns]
+            rows.append([OPTIMIZERS[name], str(len(seeds)), *cells])
+    return table(["", "seeds", *TOOLS], rows) if rows else "None of these is recorded yet."
+
+
+def tuning_table(records: Sequence[Record]) -> str:
+    """One row a setting that was tried at the original checkpoint; bold where it was chosen."""
+    rows = []
+    for name, title in OPTIMIZERS.items():
+        cells = SEARCH.recorded(records, name)
+        chosen = SEARCH.choices(cells).get("last")
+        for point, record in sorted(cells.items()):
+            optimizer = record["config"]["optimizer"]
+            rates = ", ".join(f"{key} {optimizer[key]:g}" for key in SEARCH.axes[name])
+            mark = "**" if point == chosen else ""
+            rows.append([title, f"{mark}{rates}{mark}", f"{last_loss(record):.4f}"])
+    header = ["optimizer", "setting", "validation loss, last"]
+    return table(header, rows, left=2) if rows else "No setting is recorded yet."
+
+
+def plot(losses: Losses, stem: Path) -> list[Path]:
+    """The last validation loss by start, less AdamW's from the original: a panel an optimizer, a
+    line a seed.
+    """
+    figure, axes = subplots(1, len(OPTIMIZERS), figsize=(14, 3.6), sharey=True)
+    for i, (panel, (name, title)) in enumerate(zip(axes, OPTIMIZERS.items(), strict=True)):
+        for seed, each in complete(losses, name).items():
+            tuned = losses.get((ADAMW, seed), {}).get(ORIGINAL)
+            if tuned is not None:
+                panel.plot(
+                    STARTS, [each[start] - tuned for start in STARTS], **nth_style(i, marker=True)
+                )
+        panel.set_title(title)
+        panel.tick_params(axis="x", rotation=40)
+    axes[0].set_ylabel("loss less AdamW's\nfrom the original (nats)")
+    return save_figure(figure, stem)
+
+
+def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
+    """All tables."""
+    if not records:
+        return "No run is recorded yet.\n"
+    claim, losses = claims["W1"], losses_of(records, "reported")
+    left = EXPERIMENT.missing()
+    hours = sum(record["seconds"] for record in records) / 3600
+    parts = [
+        f"**Not complete.** {left}" if left else "All planned runs are recorded.",
+        "## Claim W1",
+        verdict_table({claim.id: claim}, verdicts(records, claims)),
+        rule(claim),
+        "## Where fine-tuning ends",
+        starts_table(losses),
+        (
+            "Last validation loss in nats a byte, mean over seeds. Spread: largest less smallest"
+            " over the five starts; regret: mean over the four re-gauged ones less AdamW's from the"
+            " original. All at the rates that were tuned on the original checkpoint of another"
+            " seed."
+        ),
+        "## Differences",
+        differences_table(losses),
+        "Paired by seed, 95% (Student's t); p unadjusted.",
+        "## Retuned at each re-gauged checkpoint",
+        retuned_table(records),
+        "## The tuning",
+        tuning_table(records),
+        "Seed 100, at the original checkpoint. Bold: chosen.",
+        (
+            f"{len(records)} runs, {sum(record['diverged'] for record in records)} diverged,"
+            f" {hours:.1f} hours. Commit {commits(records)}. Made by `make report` from"
+            " `runs.jsonl` beside this file."
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def results(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Results]:
+    """Tables, and the figure where an optimizer has run from every start."""
+    losses = losses_of(records, "reported")
+    drawing = Drawing(
+        partial(plot, losses),
+        "Fine-tuning from a checkpoint and from four that compute the same, re-gauged as tools of"
+        " deployment do: the last validation loss less AdamW's from the original. A line a seed.",
+    )
+    there = any(complete(losses, name) for name in OPTIMIZERS)
+    tables = {"table": lambda: markdown(records, claims)}
+    return [Results(RESULTS, tables, {"starts": drawing} if there else {})]
