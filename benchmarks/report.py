@@ -47,6 +47,7 @@ def results() -> Results:
         "mirror": mirror_table,
         "probe": reading_table,
         "learning_coefficient": sampling_table,
+        "discovery": discovery_table,
     }
     records = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in makers}
     tables = {name: partial(make, records[name]) for name, make in makers.items()}
