@@ -108,10 +108,11 @@ def summary(claims: Mapping[str, Claim], verdicts: list[Verdict]) -> tuple[str, 
             " those that begin with W are our own, on what a user gains, and *hold* or do not. Each"
             " was tested at the scale that the table names, on CPUs, far below the paper's. A"
             " verdict is about that scale. Differences are paired by seed; intervals are nominally"
-            " 95%: Student's t below ten seeds, bootstrap from there on, Newcombe's for differences"
-            " of shares. p-values are adjusted by Holm's method within an experiment: Student's"
-            f" t-test of paired differences, Fisher's exact test of counts. {FEW_SEEDS} The verdict"
-            " is what the rule says; what the same records hold against it stands beside it."
+            " 95%: Student's t below ten seeds, bootstrap from there on, Newcombe's for"
+            " differences of shares. p-values are adjusted by Holm's method within an experiment:"
+            f" Student's t-test of paired differences, Fisher's exact test of counts. {FEW_SEEDS}"
+            " The verdict is what the rule says; what the same records hold against it stands"
+            " beside it."
         ),
         (
             "The paper has 28 figures and 9 tables. We know its abstract alone, from which they"
