@@ -97,10 +97,11 @@ docs: $(STAMP)  ## the documentation site: build/docs/index.html
 memory: $(STAMP)  ## memory of a training step by model and optimizer, on fake tensors: results/benchmark/memory.md
 	$(RUN) -m benchmarks.memory
 
-benchmark: memory  ## times of a step, of a reading, of SGLD beside devinterp's, and of W&B: results/benchmark
+benchmark: memory  ## times of a step, of find_gauges, of a reading, of SGLD beside devinterp's, and of W&B: results/benchmark
 	$(PIP) install -q -c requirements.lock -e '.[benchmark]'
 	OMP_NUM_THREADS=1 $(RUN) -m benchmarks.speed
 	$(RUN) -m benchmarks.probe
+	$(RUN) -m benchmarks.discovery
 	$(RUN) -m benchmarks.learning_coefficient
 	$(RUN) -m benchmarks.mirror
 

@@ -47,6 +47,7 @@ def results() -> Results:
         "mirror": mirror_table,
         "probe": reading_table,
         "learning_coefficient": sampling_table,
+        "discovery": discovery_table,
     }
     records = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in makers}
     tables = {name: partial(make, records[name]) for name, make in makers.items()}
@@ -171,7 +172,7 @@ def discovery_table(discovery: Record) -> str:
     rows = [
         [
             r["model"],
-            f"{r['parameters'] / 1e9:.2f}",
+            f"{r['parameters'] / 1e9:.2f}B",
             "tried" if r["verify"] else "by rules",
             f"{r['cpu_seconds']:.1f}",
             f"{r['grown_gib']:.2f}",
@@ -181,7 +182,7 @@ def discovery_table(discovery: Record) -> str:
         ]
         for r in discovery["rows"]
     ]
-    header = ["model", "parameters, 10⁹", "gauges", "CPU seconds", "memory grown, GiB"]
+    header = ["model", "parameters", "gauges", "CPU seconds", "memory grown, GiB"]
     header += ["peak, GiB", "found", "not tried"]
     commits = ", ".join(sorted({str(r["commit"]) for r in discovery["rows"]}))
     return (

@@ -233,6 +233,8 @@ def test_a_model_of_others_is_orthogonalised_by_heads() -> None:
 def test_per_head_needs_values() -> None:
     with torch.device("meta"):
         model = transformers.GPTNeoXForCausalLM(make("GPT-NeoX")[0].config)
+    assert any(matrix.heads > 1 for matrix in hidden_matrices(model, per_head=True))
+    model.gpt_neox.rotary_emb.config = None  # by which its angles are known
     with pytest.raises(ValueError, match=r"per_head=True: which outputs .* not known"):
         hidden_matrices(model, per_head=True)
 
