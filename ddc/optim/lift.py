@@ -351,7 +351,8 @@ class Lift(Optimizer):
         """As in ``torch.optim``: states that were saved before a hyperparameter came have its
         default.
         """
-        super().__setstate__({"_sections": [], **state})
+        super().__setstate__(state)  # by load_state_dict too, which brings no sections
+        self.__dict__.setdefault("_sections", [])
         for group in self.param_groups:
             group.setdefault("additive", False)
 
