@@ -9,7 +9,7 @@ FASHION_MNIST := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ddc/fashion-mnist
 # Each folder with a plan or a measurement is a question; its name is its target.
 QUESTIONS := $(sort $(notdir $(patsubst %/,%,$(dir $(wildcard experiments/*/plan.py experiments/*/measure.py)))))
 
-.PHONY: $(QUESTIONS) test-torch lock help tables figures FORCE compare fashion-mnist report slurm-test test lint docs status reproduce benchmark memory clean images
+.PHONY: $(QUESTIONS) gpu wheels test-torch lock help tables figures FORCE compare fashion-mnist report slurm-test test lint docs status reproduce benchmark memory clean images
 
 help:  ## this list
 	@awk -F ':.*  ## ' '/^[a-z_%\/-]+:.*  ## / {printf "%-24s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -103,6 +103,13 @@ benchmark: memory  ## times of a step, of a reading, of SGLD beside devinterp's,
 	$(RUN) -m benchmarks.probe
 	$(RUN) -m benchmarks.learning_coefficient
 	$(RUN) -m benchmarks.mirror
+
+MINUTES ?= 9
+gpu: $(STAMP)  ## checks, speed, over-training and vision on a GPU, in MINUTES=9, recorded as they come: results/gpu
+	$(RUN) -m benchmarks.gpu --minutes $(MINUTES)
+
+wheels: $(STAMP)  ## what make gpu needs on a machine with torch and no network, and the command for there: build/wheels
+	$(RUN) scripts/wheels.py
 
 clean:  ## removes the virtual environment, runs and built documentation
 	rm -rf $(VENV) runs build *.egg-info

@@ -166,6 +166,30 @@ def reading_table(probe: Record) -> str:
     )
 
 
+def discovery_table(discovery: Record) -> str:
+    """One row a model: what finding its gauges takes, by rules alone and with the trial."""
+    rows = [
+        [
+            r["model"],
+            f"{r['parameters'] / 1e9:.2f}",
+            "tried" if r["verify"] else "by rules",
+            f"{r['cpu_seconds']:.1f}",
+            f"{r['grown_gib']:.2f}",
+            f"{r['peak_gib']:.2f}",
+            str(sum(r["gauges"].values())),
+            str(r["unchecked"]),
+        ]
+        for r in discovery["rows"]
+    ]
+    header = ["model", "parameters, 10⁹", "gauges", "CPU seconds", "memory grown, GiB"]
+    header += ["peak, GiB", "found", "not tried"]
+    commits = ", ".join(sorted({str(r["commit"]) for r in discovery["rows"]}))
+    return (
+        f"{table(header, rows)}\n\nOne thread; the model itself is in the peak. Commit {commits}."
+        " Made by `python -m benchmarks.discovery`.\n"
+    )
+
+
 def speed_table(speed: Record) -> str:
     """Times, then memory and traffic, one row a model and optimizer; then slopes. What was not
     measured is a dash.

@@ -18,7 +18,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,8 +137,9 @@ SCALING: dict[str, dict[int, GPTConfig]] = {
 class Subject:
     """A model with its gauges, and its parameters as Muon and AdamW share them."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.gauges, self.hidden = model, find_gauges(model), hidden_matrices(model)
+    def __init__(self, model: nn.Module, verify: bool = True) -> None:
+        self.model, self.hidden = model, hidden_matrices(model)
+        self.gauges = find_gauges(model, verify=verify)
         names = {matrix.parameter for matrix in self.hidden}
         parameters = named_parameters(model)
         self.matrices = [(name, p) for name, p in parameters.items() if name in names]
@@ -275,16 +276,79 @@ def least_bytes(optimizer: Optimizer, subject: Subject) -> int:
     return total
 
 
-def measure(case: Case, turns: int, device: torch.device) -> dict[str, Any]:
-    """One model with all optimizers: whole training steps with clipping, and the optimizer's step
-    within each.
+def captured(optimizer: Optimizer) -> Optimizer:
+    """The optimizer whose step another one replays, or the optimizer itself."""
+    inner: Optimizer = getattr(optimizer, "captured", optimizer)
+    return inner
+
+
+class Bench:
+    """A model and a batch, on which optimizers take turns: whole training steps with clipping, and
+    the optimizer's step within each.
+
+    Args:
+        case: model and batch.
+        device: where.
+        autocast: what the forward and backward pass are cast to; None for float32.
+        verify: as for :func:`ddc.find_gauges`.
     """
-    torch.manual_seed(0)
-    subject = Subject(case.build().to(device))
-    model = subject.model
-    inputs, targets = (each.to(device) for each in case.batch())
-    optimizers: dict[str, Optimizer] = {}
-    results: dict[str, dict[str, Any]] = {}
+
+    def __init__(
+        self,
+        case: Case,
+        device: torch.device,
+        autocast: torch.dtype | None = None,
+        verify: bool = True,
+    ) -> None:
+        torch.manual_seed(0)
+        self.case, self.device = case, device
+        self.subject = Subject(case.build().to(device), verify)
+        self.inputs, self.targets = (each.to(device) for each in case.batch())
+        self.mixed = torch.autocast(device.type, autocast, enabled=autocast is not None)
+        self.optimizers: dict[str, Optimizer] = {}
+        self.steps: dict[str, list[float]] = {}
+
+    def add(self, name: str, optimizer: Optimizer) -> None:
+        self.optimizers[name], self.steps[name] = optimizer, []
+
+    def gradients(self, optimizer: Optimizer) -> None:
+        """Forward and backward pass, and clipping, as an optimizer asks for it."""
+        model = self.subject.model
+        optimizer.zero_grad()
+        with self.mixed:
+            loss = cross_entropy(model(self.inputs), self.targets)
+        loss.backward()
+        norm = grad_norm(model, captured(optimizer))
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, norm)
+
+    def training_step(self, name: str) -> None:
+        self.gradients(self.optimizers[name])
+        self.steps[name].append(seconds(self.optimizers[name].step, self.device))
+
+    def measure(self, names: Collection[str], turns: int) -> dict[str, dict[str, Any]]:
+        """Times, state and least traffic of some of the optimizers, by name."""
+        whole = {name: functools.partial(self.training_step, name) for name in names}
+        for name in track(names, f"{self.case.title}: warming up"):
+            whole[name]()
+            whole[name]()
+        for name in names:
+            self.steps[name].clear()
+        times = {"whole": take_turns(whole, turns, self.device, self.case.title)}
+        times["step"] = {name: self.steps[name] for name in names}
+        summaries = {kind: summarize(by_optimizer) for kind, by_optimizer in times.items()}
+        return {
+            name: {
+                **{kind: summaries[kind][name] for kind in ("step", "whole")},
+                "state_bytes": sum(map(bytes_of, self.optimizers[name].state.values())),
+                "least_bytes": least_bytes(captured(self.optimizers[name]), self.subject),
+            }
+            for name in names
+        }
+
+
+def measure(case: Case, turns: int, device: torch.device) -> dict[str, Any]:
+    """One model with all optimizers."""
+    bench, results = Bench(case, device), dict[str, dict[str, Any]]()
     for name, make in OPTIMIZERS.items():
         if case.only and name not in case.only:
             continue
@@ -293,38 +357,14 @@ def measure(case: Case, turns: int, device: torch.device) -> dict[str, Any]:
             results[name]["skipped"] = "it takes too long on a CPU"
             continue
         try:
-            optimizers[name] = make(subject)
+            bench.add(name, make(bench.subject))
         except ImportError as error:
             results[name]["skipped"] = f"{error.name} is not installed"
-
-    steps: dict[str, list[float]] = {name: [] for name in optimizers}
-
-    def training_step(name: str) -> None:
-        model.zero_grad()
-        cross_entropy(model(inputs), targets).backward()
-        torch.nn.utils.clip_grads_with_norm_(
-            model.parameters(), 1.0, grad_norm(model, optimizers[name])
-        )
-        steps[name].append(seconds(optimizers[name].step, device))
-
-    whole = {name: functools.partial(training_step, name) for name in optimizers}
-    for name in track(optimizers, f"{case.title}: warming up"):
-        whole[name]()
-        whole[name]()
     bandwidth = copy_bandwidth(device)
-    for each in steps.values():
-        each.clear()
-    times = {"step": steps, "whole": take_turns(whole, turns, device, case.title)}
+    results |= bench.measure(bench.optimizers.keys(), turns)
     bandwidth += copy_bandwidth(device)
-    summaries = {kind: summarize(by_optimizer) for kind, by_optimizer in times.items()}
-    for name, optimizer in optimizers.items():
-        results[name] = {
-            **{kind: by_optimizer[name] for kind, by_optimizer in summaries.items()},
-            "state_bytes": sum(map(bytes_of, optimizer.state.values())),
-            "least_bytes": least_bytes(optimizer, subject),
-        }
     return {
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for p in bench.subject.model.parameters()),
         "batch": case.batch_title,
         "copy_bandwidth": statistics.median(bandwidth),
         "optimizers": results,

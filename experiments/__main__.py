@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 from joblib import Parallel, delayed
@@ -103,12 +106,13 @@ def summary(claims: Mapping[str, Claim], verdicts: list[Verdict]) -> tuple[str, 
         (
             "Claims that begin with C are those of arXiv:2606.29176, as its abstract states them;"
             " those that begin with W are our own, on what a user gains, and *hold* or do not. Each"
-            " was tested at the scale that the table names, on CPUs, far below the paper's. A verdict"
-            " is about that scale. Differences are paired by seed; intervals are nominally 95%:"
-            " Student's t below ten seeds, bootstrap from there on, Newcombe's for differences of"
-            " shares. p-values are adjusted by Holm's method within an experiment: Student's"
-            f" t-test of paired differences, Fisher's exact test of counts. {FEW_SEEDS} The verdict"
-            " is what the rule says; what the same records hold against it stands beside it."
+            " was tested at the scale that the table names, on CPUs, far below the paper's. A"
+            " verdict is about that scale. Differences are paired by seed; intervals are nominally"
+            " 95%: Student's t below ten seeds, bootstrap from there on, Newcombe's for"
+            " differences of shares. p-values are adjusted by Holm's method within an experiment:"
+            f" Student's t-test of paired differences, Fisher's exact test of counts. {FEW_SEEDS}"
+            " The verdict is what the rule says; what the same records hold against it stands"
+            " beside it."
         ),
         (
             "The paper has 28 figures and 9 tables. We know its abstract alone, from which they"
@@ -209,20 +213,24 @@ def report(console: Console) -> None:
     """Every table and figure, the main table, and the pages that show them."""
     began = time.perf_counter()
     claims = load_claims(EXPERIMENTS)
+    reported = [each for each in questions(claims) if each.module("report") is not None]
     sections, verdicts = [], []
-    for question in questions(claims):
-        if question.module("report") is None:
-            continue
-        console.print(f"[bold]{question.name}")
-        verdicts += verdicts_of(question, claims)
-        try:
-            sections.append(question.section(claims))
-        except ValueError as error:  # its runs are not there yet
-            console.print(f"[yellow]not reported: {error}")
-            reason = f"Not reported: {str(error).removeprefix(f'{ROOT}/')}."
-            ids = question.ids(claims)
-            sections.append(Section(question.title, ids, f"make {question.name}", reason, {}))
-    sections.append(cost_section())
+    # drawing takes most of the time: a question a process, on all cores
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ProcessPoolExecutor(cores, mp_context=get_context("fork")) as processes:
+        cost = processes.submit(cost_section)
+        making = [processes.submit(each.section, claims) for each in reported]
+        for question, section in zip(reported, making, strict=True):
+            verdicts += verdicts_of(question, claims)
+            try:
+                sections.append(section.result())
+                console.print(f"[bold]{question.name}")
+            except ValueError as error:  # its runs are not there yet
+                console.print(f"[bold]{question.name}[/bold] [yellow]not reported: {error}")
+                reason = f"Not reported: {str(error).removeprefix(f'{ROOT}/')}."
+                ids = question.ids(claims)
+                sections.append(Section(question.title, ids, f"make {question.name}", reason, {}))
+        sections.append(cost.result())
     save_document(REPORT / "claims.md", document(claims, verdicts))
     fill(ROOT)
     whole = page(sections, *summary(claims, verdicts), ROOT)

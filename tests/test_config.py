@@ -395,8 +395,16 @@ def test_gauges_that_an_optimizer_refuses(caplog: pytest.LogCaptureFixture) -> N
     kinds = {gauge.kind for gauge in setup.gauges}
     assert kinds == {"logit_shift", "gated_rescale", "norm_scale", "value_map", "qk_map"}
     assert "left out: 1 of stream_rotation, which optimizer=ddcadam refuses" in caplog.text
+    muon = ("optimizer=ddcmuon", "gauges=complete", "gauges.leave_out=true")
+    kinds = {gauge.kind for gauge in prepare(composed(*small, *muon)).gauges}
+    assert kinds >= {"value_rotation", "qk_rotation", "stream_rotation"}  # in the place of maps
+    adamw = prepare(composed(*small, *muon, "optimizer=adamw")).gauges
+    assert {gauge.kind for gauge in adamw} == kinds - {"value_rotation", "qk_rotation"} | {
+        "value_map",
+        "qk_map",
+    }
     with pytest.raises(ValueError, match=r"Set gauges.stream_rotation=false"):
-        prepare(composed(*small, "gauges=stream_rotation", "gauges.leave_out=true"))
+        prepare(composed(*small, "gauges=[value_map,stream_rotation,norm_scale]"))
     with pytest.raises(ValueError, match=r"Invalid gauges.value_bias=true: the model has no such"):
         prepare(composed(*small, "gauges=value_bias"))
 

@@ -21,7 +21,7 @@ from ddc.data import TextData
 from ddc.gauges import KINDS, Axis, GaugeSet, Rescale, RotatedAxis, Rotation, Shift, in_blocks
 from ddc.gauges import named_parameters as params_of
 from ddc.models import GPT, DeepMLP, DeepMLPConfig, GPTConfig
-from ddc.optim.drift import gauge_drift
+from ddc.optim.drift import GaugeDrift
 from ddc.optim.factory import decay_groups
 from experiments.equivariance.measure import MODELS as TABLE_MODELS
 from experiments.equivariance.measure import adamw, ddcadam, ddcmuon, orbit_divergence, random_model
@@ -308,8 +308,8 @@ def test_blocks_keep_still_along_their_orbits() -> None:
     for seed in range(10):
         backward(model, seed)
         optimizer.step()
-    assert gauge_drift(start, params_of(model), in_blocks(units))["gated_rescale"] < 1e-13
-    assert gauge_drift(start, params_of(model), units)["gated_rescale"] > 1e-3
+    assert GaugeDrift(start, in_blocks(units)).at(params_of(model))["gated_rescale"] < 1e-13
+    assert GaugeDrift(start, units).at(params_of(model))["gated_rescale"] > 1e-3
 
 
 @pytest.mark.parametrize("vertical", ["freeze", "adam", "balance"])

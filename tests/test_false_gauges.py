@@ -879,6 +879,13 @@ def test_weights_on_the_meta_device_are_tried_on_a_narrow_twin() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         gauges = find_gauges(model)
+    assert str(gauges) == str(find_gauges(llama(), verify=False))
+    assert not gauges.unchecked
+    # where a buffer follows from nothing that is known, its values are not made up
+    model.model.rotary_emb.config = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gauges = find_gauges(model)
     assert kinds(gauges) == {"logit_shift", "gated_rescale", "norm_scale", "value_rotation"}
     assert any(
         "inv_freq is on the meta device and has no values" in r.reason for r in gauges.refused

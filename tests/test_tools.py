@@ -120,6 +120,7 @@ def test_among_goes_by_what_is_given() -> None:
     assert "'norm.weight' is not among the parameters" in str(few)
 
 
+@pytest.mark.slow
 @both
 def test_adapters_of_peft(make_optimizer) -> None:
     """B starts at zero, and wakes; nothing else moves but the adapters."""
@@ -145,7 +146,7 @@ def test_adapters_of_peft(make_optimizer) -> None:
         losses.append(float(loss.detach()))
         loss.backward()
         optimizer.step()
-    assert losses[-1] < losses[0] - 0.5
+    assert losses[-1] < losses[0] - 0.2
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) != p.requires_grad, name
 
@@ -191,6 +192,7 @@ def test_a_compiled_model_is_trained_as_the_model_itself(make_optimizer) -> None
 # ---- averages and schedules
 
 
+@pytest.mark.slow
 @both
 def test_averages_along_a_run_respect_the_gauge(make_optimizer) -> None:
     """A gauge acts linearly, and from both starts by one element all along: so averages of weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,9 @@ import torch
 from torch import nn
 
 from ddc.compatibility import provide_torchvision_operators
-from ddc.gauges import find_gauges
+from ddc.gauges import GaugeSet, Rotation, find_gauges
+from ddc.gauges.signature import signature
+from ddc.gauges.trace import operation, traced
 from ddc.gauges.twin import narrow_config, narrow_twin
 
 provide_torchvision_operators()
@@ -114,3 +117,89 @@ def test_there_is_no_twin_without_a_config_that_builds_the_model() -> None:
         ValueError, match=r"cannot be built from its config with small widths: .*labels"
     ):
         narrow_twin(Headed(config, 3))
+
+
+def names(gauges: GaugeSet) -> set[tuple[str, str, tuple[str, ...]]]:
+    return {(gauge.kind, gauge.where, gauge.parameters) for gauge in gauges}
+
+
+@pytest.mark.slow
+def test_a_wide_model_without_values_has_the_gauges_of_the_narrow_one() -> None:
+    """Those of a 70B-parameter Llama of two layers, from its config, and in less memory than a
+    layer's weights take.
+    """
+    config = transformers.LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=2, num_attention_heads=64,
+        num_key_value_heads=8, vocab_size=128256,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    gauges = find_gauges(model, verify=False)
+    assert names(gauges) == names(find_gauges(narrow_twin(model), verify=False))
+    assert {gauge.kind for gauge in gauges} == {
+        "logit_shift", "gated_rescale", "norm_scale", "value_rotation", "qk_rotation",
+    }  # fmt: skip
+
+
+def test_rotations_are_those_of_a_model_with_values() -> None:
+    sizes = {"vocab_size": 67, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=2)
+    model = transformers.LlamaForCausalLM(config)
+    with torch.device("meta"):
+        empty = transformers.LlamaForCausalLM(config)
+    found = [
+        [gauge for gauge in find_gauges(each, verify=False) if isinstance(gauge, Rotation)]
+        for each in (model, empty)
+    ]
+    assert len(found[0]) == 4
+    for a, b in zip(*found, strict=True):
+        assert (a.kind, a.where) == (b.kind, b.where)
+        for one, other in zip(a.slots, b.slots, strict=True):
+            assert one[:2] == other[:2]
+            assert (one[2] == other[2]).all()
+
+
+class Attention(nn.Module):
+    """Heads whose queries and keys are turned by position, next to each other or half a head
+    apart.
+    """
+
+    def __init__(self, heads: int, near: bool) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.output = (nn.Linear(16, 16) for _ in range(4))
+        self.heads, self.near = heads, near
+
+    def turned(self, x: torch.Tensor) -> torch.Tensor:
+        angles = torch.arange(x.shape[-2])[:, None] * torch.tensor([1.0, 0.3])
+        a, b = (x[..., ::2], x[..., 1::2]) if self.near else (x[..., :2], x[..., 2:])
+        c, s = angles.cos(), angles.sin()
+        pair = (a * c - b * s, a * s + b * c)
+        return torch.stack(pair, -1).flatten(-2) if self.near else torch.cat(pair, -1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (
+            each(x).unflatten(-1, (-1, 4)).transpose(1, 2)
+            for each in (self.query, self.key, self.value)
+        )
+        given = nn.functional.scaled_dot_product_attention(self.turned(q), self.turned(k), v)
+        return x + self.output(given.transpose(1, 2).flatten(-2))
+
+
+def test_layers_that_differ_are_not_taken_for_each_other() -> None:
+    """The way into attention is read once for layers that do the same; these two do not."""
+    model = nn.Sequential(Attention(4, near=True), Attention(4, near=False))
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    gauges = find_gauges(model, inputs=(x,))  # and tries them
+    turned = [gauge.slots[0][2] for gauge in gauges if gauge.kind == "qk_rotation"]
+    assert [planes[:2, 0].tolist() for planes in turned] == [[[0, 1], [2, 3]], [[0, 2], [1, 3]]]
+    assert not gauges.unchecked
+
+    def signatures(*layers: Attention) -> list[str]:
+        trace = traced(nn.Sequential(*layers), (x,))
+        nodes = [n for n in trace.graph.nodes if operation(n) == "scaled_dot_product_attention"]
+        maps = [*trace.linear_maps.values()]
+        return [signature(trace, maps[4 * i].output, n.args[0]) for i, n in enumerate(nodes)]
+
+    alike, other = Attention(4, near=True), Attention(4, near=False)
+    first, second, third = signatures(alike, copy.deepcopy(alike), other)
+    assert first == second != third

@@ -206,7 +206,7 @@ class Rescale(Gauge):
 
     @torch.no_grad()
     def balancing(self, params: Params) -> tuple[Tensor, float] | None:
-        """|plus|² = degree · |minus|²; a unit with a side of norm zero stays as it is."""
+        """``|plus|² = degree · |minus|²``; a unit with a side of norm zero stays as it is."""
         log_plus, log_minus = self.log_norms(params)
         # |P|² c² + |M|² c^-2k is least where c^(2 + 2k) = k |M|² / |P|²
         log_ratio = torch.tensor(float(self.degree)).log() / 2 + log_minus - log_plus

@@ -1,8 +1,8 @@
 """A representative of each gauge orbit, and the distance between two orbits.
 
 On the orbit of a point under shifts, scales and linear maps of heads there is one point of least
-norm: logits centred, for every unit the two sides in balance, |plus|² = degree · |minus|², and for
-every head Σ x xᵀ the same on both sides (Kempf and Ness: such points are unique up to the
+norm: logits centred, for every unit the two sides in balance, ``|plus|² = degree · |minus|²``, and
+for every head Σ x xᵀ the same on both sides (Kempf and Ness: such points are unique up to the
 isometries of the group, here the rotations). What is measured there is a function of the orbit
 alone.
 """

@@ -16,6 +16,7 @@ from ddc.gauges.gauge_set import GaugeSet
 from ddc.gauges.trace import Inputs, example, traced
 from ddc.gauges.traced import OF_READERS, RULES, gauges_of_trace
 from ddc.gauges.twin import narrow_twin
+from ddc.gauges.unsplit import unsplit
 from ddc.gauges.verify import refuse, unchecked, unfit, verified, verified_by_twin
 
 #: What may be said of a loss.
@@ -41,7 +42,8 @@ def find_gauges(
     with a warning; what cannot be tried is marked in :attr:`GaugeSet.unchecked`, with another.
 
     Args:
-        model: any model that ``torch.export`` traces; left as it is.
+        model: any model that ``torch.export`` traces; left as it is. Its weights may be on any
+            device, without values (``torch.device("meta")``) or split by ``fully_shard``.
         per_layer: where a chain of ReLU layers can be rescaled neuron by neuron, take the smaller
             group that rescales it layer by layer instead (the chained rescale).
         inputs: an example of what the model takes, as a tuple or, by keyword, a mapping: three
@@ -69,7 +71,7 @@ def find_gauges(
             "Invalid per_layer=True: it goes with kinds='paper'; elsewhere name chained_rescale in"
             " kinds, and not relu_rescale"
         )
-    gauges, checked = _found(unwrapped(model), per_layer, inputs, loss, verify, wanted)
+    gauges, checked = _found(unsplit(unwrapped(model)), per_layer, inputs, loss, verify, wanted)
     reason_of = {(refusal.kind, refusal.where): refusal.reason for refusal in checked.refused}
     for gauge in gauges:
         if gauge not in checked.found:

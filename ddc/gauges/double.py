@@ -70,8 +70,17 @@ class InDouble(TorchDispatchMode):
         return double(value)
 
 
+def computing_device(device: torch.device) -> torch.device:
+    """Where to compute what a model computes on a device: on the CPU what it has no values for."""
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def double(value: Any) -> Any:
-    """The value as it is in double precision: tensors and types of lower one are replaced."""
+    """The value as it is in double precision: tensors and types of lower one are replaced, and the
+    meta device, where nothing is computed.
+    """
+    if isinstance(value, torch.device):
+        return computing_device(value)
     if isinstance(value, torch.dtype):
         return (
             torch.float64
@@ -97,8 +106,10 @@ def grouped_product(x: Tensor, weight: Tensor, ends: Tensor, *_: Any, **__: Any)
     return torch.cat([*parts, rest])
 
 
-#: What stands in for operations that have no kernel for float64, by their names.
+#: What stands in for operations that have no kernel for float64, or mean nothing in it, by their
+#: names.
 REPLACEMENTS: dict[str, Callable[..., Any]] = {
+    "aten::_assert_tensor_metadata": lambda *_, **__: None,  # of the type and device before
     "aten::_grouped_mm": grouped_product,
     "transformers::grouped_mm_fallback": grouped_product,
 }

@@ -18,6 +18,7 @@ from ddc.gauges.base import unwrapped
 from ddc.gauges.packed import attention_parts
 from ddc.gauges.routing import gives_output, heads_of_matrices
 from ddc.gauges.trace import Inputs, NoValue, arguments, traced
+from ddc.gauges.unsplit import unsplit
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ def hidden_matrices(
         ValueError: the model cannot be traced, ``inputs`` are needed, or ``per_head`` is asked of a
             model without values.
     """
-    if (inner := unwrapped(model)) is not model:
-        return hidden_matrices(inner, per_head, inputs, apart)  # wrapped by torch.compile or DDP
+    if (inner := unsplit(unwrapped(model))) is not model:  # wrapped by torch.compile, DDP or FSDP2
+        return hidden_matrices(inner, per_head, inputs, apart)
     trace = traced(model, inputs)
     try:
         heads = heads_of_matrices(trace) if per_head else {}

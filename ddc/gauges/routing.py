@@ -33,6 +33,7 @@ from ddc.gauges.trace import (
     value_of,
 )
 from ddc.gauges.traced import Finding
+from ddc.gauges.unsplit import unsplit
 
 #: Roles, and what has them.
 ROLES = {
@@ -154,7 +155,7 @@ def parameter_roles(model: nn.Module, inputs: Inputs | None = None) -> Roles:
         ValueError: the model cannot be traced, or ``inputs`` are needed.
     """
     model = unwrapped(model)
-    trace = traced(model, inputs)
+    trace = traced(unsplit(model), inputs)
     reading = _Reading(trace)
     try:
         heads = heads_of_matrices(trace)

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,8 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves, tree_map_only, tree_unflatten
 
 from ddc.gauges.base import first_line, is_split, place_of, plain_name
-from ddc.gauges.double import InDouble, Untouched
+from ddc.gauges.buffers import with_values
+from ddc.gauges.double import InDouble, Untouched, computing_device
 
 #: Operations that put entries elsewhere, or leave them where they are.
 MOVES = frozenset(
@@ -100,6 +101,8 @@ CLOSED += (type, ModuleType, FunctionType, MethodType, BuiltinFunctionType)
 
 #: At how many positions a head is looked at.
 POSITIONS = 8
+#: How many numbers a value may have of which those of several unit vectors are worked out at once.
+AT_ONCE = 2**21
 
 
 @contextlib.contextmanager
@@ -348,6 +351,22 @@ class Flow:
     uneven: bool = False
 
 
+class Entering(NamedTuple):
+    """How outputs of a linear map enter the heads of attention, without the many zeros: an output
+    meets few heads.
+
+    ``outputs`` and ``head``, (pairs,): which output meets which head, outputs ascending;
+    ``blocks``, (pairs, positions, entries): as which entries of the head. ``heads`` and ``entries``
+    say how many there are.
+    """
+
+    outputs: Tensor
+    head: Tensor
+    blocks: Tensor
+    heads: int
+    entries: int
+
+
 class NoValue(Exception):
     """A value that is asked for follows from tensors on the meta device, which have none."""
 
@@ -420,7 +439,8 @@ class Trace:
             node: self.tensors[name] for node, name in self.parameters.items()
         }
         for node, name in signature.inputs_to_buffers.items():
-            values[placeholders[node]] = program.state_dict.get(name, program.constants.get(name))
+            buffer = program.state_dict.get(name, program.constants.get(name))
+            values[placeholders[node]] = with_values(self.model, name, buffer)
         for node, name in getattr(signature, "inputs_to_lifted_tensor_constants", {}).items():
             values[placeholders[node]] = program.constants[name]
         flat = tree_leaves((tuple(args), dict(kwargs)))
@@ -838,6 +858,12 @@ class Trace:
     # ------------------------------------------------------------------------------------------
     # values
 
+    def constant(self, node: Node) -> Any:
+        """The value of a node that nothing is computed for: what the model holds, or is given."""
+        if node.op == "get_attr":
+            return operator.attrgetter(str(node.target))(self._module)
+        return self._constants.get(node)
+
     def value(self, node: Node, given: dict[Node, Any]) -> Any:
         """Compute the value of a node, on the example inputs, and keep it in ``given`` with all
         that it took.
@@ -857,7 +883,7 @@ class Trace:
                 if isinstance(given[each], Tensor) and given[each].is_meta:
                     raise NoValue(f"{each.name} is on the meta device and has no values")
             elif each.op == "get_attr":
-                given[each] = operator.attrgetter(str(each.target))(self._module)
+                given[each] = self.constant(each)
             elif operation(each) == "type_as":
                 given[each] = given[inputs(each)[0]]
             else:
@@ -872,20 +898,15 @@ class Trace:
 
     @torch.no_grad()
     def matrix(
-        self,
-        source: LinearMap | Node,
-        target: Node,
-        transposed: bool = False,
-        at_once: int = 256,
-    ) -> Tensor | None:
+        self, source: LinearMap | Node, target: Node, transposed: bool = False
+    ) -> Entering | None:
         """How the outputs of a linear map, the same at every position, enter attention; with
         ``transposed``, where entries lie before positions.
 
         Returns:
-            (outputs, heads, positions, entries) in float64, of the first example and of at most
-                :data:`POSITIONS`
-            positions, evenly spread; None if an operation between the two is not linear, or depends
-                on parameters.
+            In float64, of the first example and of at most :data:`POSITIONS` positions, evenly
+                spread; None if an operation between the two is not linear, or depends on
+                parameters.
 
         Raises:
             NoValue: a constant on the way is on the meta device.
@@ -913,17 +934,29 @@ class Trace:
             positions = torch.linspace(0, length - 1, min(POSITIONS, length)).round().long()
 
             def enter(outputs: Tensor) -> Tensor:
-                value = torch.as_tensor(
-                    self.value(target, {**fixed, start: outputs.broadcast_to(shape)})
-                )
+                given = {**fixed, start: outputs.broadcast_to(shape)}
+                value = torch.as_tensor(self.value(target, given))
+                given.clear()  # of a wide model they are large
                 value = value.mT if transposed else value
                 return value.reshape(-1, *value.shape[-3:])[0]
 
-            units = torch.eye(shape[-1], dtype=torch.float64, device=self.device_of(source))
-            if enter(torch.zeros_like(units[0])).any():
+            zero = torch.zeros(shape[-1], dtype=torch.float64, device=self.device_of(source))
+            if enter(zero).any():
                 return None  # a constant is added on the way
             enter_all = torch.func.vmap(lambda outputs: enter(outputs)[:, positions])
-            return torch.cat([enter_all(part) for part in units.split(at_once)]).cpu()
+            heads, entries = (
+                value_of(target).shape[-3],
+                value_of(target).shape[-2 if transposed else -1],
+            )
+            parts = []
+            at_once = max(1, AT_ONCE // value_of(start).numel())
+            for outputs in torch.arange(shape[-1], device=zero.device).split(at_once):
+                units = zero.expand(len(outputs), -1).scatter(1, outputs[:, None], 1.0)
+                entered = enter_all(units)  # (outputs, heads, positions, entries)
+                output, head = (entered != 0).flatten(2).any(2).nonzero().T
+                parts.append((outputs[output], head, entered[output, head]))
+            output, head, blocks = (torch.cat(each).cpu() for each in zip(*parts, strict=True))
+            return Entering(output, head, blocks, heads, entries)
 
 
 def overlapping(named: Mapping[str, Tensor], others: Sequence[Tensor]) -> set[str]:
@@ -954,11 +987,6 @@ def overlapping(named: Mapping[str, Tensor], others: Sequence[Tensor]) -> set[st
             if whose != place_of(parameter) and start < where[2] and where[1] < end:
                 found.add(plain_name(name))
     return found
-
-
-def computing_device(device: torch.device) -> torch.device:
-    """Where to compute what a model computes on a device: on the CPU what it has no values for."""
-    return torch.device("cpu") if device.type == "meta" else device
 
 
 def module_path(node: Node) -> str:
@@ -1122,6 +1150,8 @@ def example(
         raise ValueError(
             "Invalid inputs, a tensor: pass a tuple of what the model takes, inputs=(x,)"
         )
+    if next(iter(parameters.values())).is_meta:  # and with them all that is computed
+        inputs = tree_map_only(Tensor, lambda x: x.to("meta"), inputs)
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
     return args, _without_cache(model) | kwargs
 

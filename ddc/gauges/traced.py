@@ -7,6 +7,7 @@ for messages alone.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -24,8 +25,10 @@ from ddc.gauges.attention import ATTENTION, Attention, Read, attentions_of
 from ddc.gauges.base import Gauge, Refusal, axes_of
 from ddc.gauges.gauge_set import GaugeSet
 from ddc.gauges.parts import named_part, part_named
+from ddc.gauges.signature import signature
 from ddc.gauges.trace import (
     Arrival,
+    Entering,
     ExpertMap,
     Flow,
     LinearMap,
@@ -219,6 +222,8 @@ class Finding:
         self.kept: dict[tuple[Any, ...], Any] = {}
         #: Of the slots of a query-key rotation, those of the keys.
         self.key_slots: dict[Rotation, tuple[RotatedAxis, ...]] = {}
+        #: Heads by what is done between a linear map and attention.
+        self._ways: dict[tuple[str, bool, str], Heads] = {}
 
     # ------------------------------------------------------------------------------------------
     # norm scale
@@ -603,21 +608,28 @@ class Finding:
         if linear is None:
             raise NotProved(f"its {what} do not come from one linear map")
         self.require_single([linear.weight])
-        try:
-            matrix = self.trace.matrix(linear, read.value, read.transposed)
-        except NoValue as error:
-            raise NotProved(f"how its {what} enter attention is not known: {error}") from None
-        if matrix is None:
-            raise NotProved(
-                f"its {what} pass through what is not linear (a QK-norm, say) before they meet"
-            )
-        heads = heads_of(matrix, what)
+        # one layer does as the next: the way from the linear map to attention is read once
+        way = what, read.transposed, signature(self.trace, linear.output, read.value)
+        if way not in self._ways:
+            self._ways[way] = self._enter(linear, read, what)
+        heads = self._ways[way]
         rows = [*heads.outputs()]
         if (user := self.trace.leak(linear, rows, read.node, read.argument)) is not None:
             raise NotProved(f"its {what} are read by {self.describe(user)} as well")
         return linear, heads
 
-        # values as they are, head by head
+    def _enter(self, linear: LinearMap, read: Read, what: str) -> Heads:
+        try:
+            entering = self.trace.matrix(linear, read.value, read.transposed)
+        except NoValue as error:
+            raise NotProved(f"how its {what} enter attention is not known: {error}") from None
+        if entering is None:
+            raise NotProved(
+                f"its {what} pass through what is not linear (a QK-norm, say) before they meet"
+            )
+        return heads_of(entering, what)
+
+    # values as they are, head by head
 
     def value_rotation(self, attention: Attention, single: bool = False) -> list[Rotation]:
         """What turns values; ``single`` entries too, which have nothing to turn."""
@@ -813,13 +825,18 @@ class Finding:
         """Refuse rotations that turn the same index: each by itself may be a symmetry, but they do
         not commute.
         """
-        turned: dict[tuple[str, int, int], set[Gauge]] = defaultdict(set)
+        on_axis: dict[tuple[str, int], list[tuple[Gauge, set[int]]]] = defaultdict(list)
         for gauge in self.found:
             if isinstance(gauge, Rotation):
                 for name, axis, indices in gauge.slots:
-                    for index in indices.flatten().tolist():
-                        turned[name, axis, index].add(gauge)
-        clashing = {gauge for gauges in turned.values() if len(gauges) > 1 for gauge in gauges}
+                    on_axis[name, axis].append((gauge, {*indices.flatten().tolist()}))
+        clashing = {
+            gauge
+            for turned in on_axis.values()
+            for (a, of_a), (b, of_b) in itertools.combinations(turned, 2)
+            if a is not b and of_a & of_b
+            for gauge in (a, b)
+        }
         reason = "another rotation turns the same heads"
         self.refused += [
             Refusal(gauge.kind, gauge.where, reason) for gauge in self.found if gauge in clashing
@@ -892,11 +909,11 @@ def grouped(keys: Sequence[Key], count: int) -> dict[Key, list[int]]:
     return groups
 
 
-def heads_of(matrix: Tensor, what: str) -> Heads:
+def heads_of(entering: Entering, what: str) -> Heads:
     """Read heads from how the outputs of a linear map enter attention.
 
     Args:
-        matrix: (outputs, heads, positions, entries), from :meth:`Trace.matrix`.
+        entering: from :meth:`Trace.matrix`.
         what: for messages.
 
     Raises:
@@ -904,14 +921,15 @@ def heads_of(matrix: Tensor, what: str) -> Heads:
             position.
     """
     heads = Heads([], [])
-    met_by = (matrix != 0).any(2)
-    for head in range(matrix.shape[1]):
+    for head in range(entering.heads):
         # (outputs, positions, entries), (outputs, entries)
-        block, met = matrix[:, head], met_by[:, head]
-        outputs = met.any(1).nonzero().flatten().tolist()
+        block = entering.blocks[entering.head == head]
+        met = (block != 0).any(1)
+        names = entering.outputs[entering.head == head].tolist()
         planes, rest, scales = {}, {}, []
-        for rows, entries in components(met[outputs], outputs):
-            at = block[rows][:, :, entries].permute(1, 2, 0)  # (positions, entries, outputs)
+        for places, entries in components(met, range(len(names))):
+            at = block[places][:, :, entries].permute(1, 2, 0)  # (positions, entries, outputs)
+            rows = [names[i] for i in places]
             # one entry: left alone, at one scale
             if len(rows) == len(entries) == 1:
                 scales.append(at[0, 0, 0])
@@ -932,10 +950,10 @@ def heads_of(matrix: Tensor, what: str) -> Heads:
             if not bool((determinant > 0).all() | (determinant < 0).all()):
                 raise NotProved(f"its {what} are mixed in pairs, but not turned")
             if determinant[0] < 0:
-                rows = rows[::-1]
+                rows.reverse()
             planes[entries[0], entries[1]] = (rows[0], rows[1])
         # every entry accounted for, at one scale for the whole head
-        if len(planes) * 2 + len(rest) != matrix.shape[-1]:
+        if len(planes) * 2 + len(rest) != entering.entries:
             raise NotProved(f"entries of its {what} do not come from the linear map")
         if scales and (torch.stack(scales) - scales[0]).abs().max() > CLOSE * scales[0].abs():
             raise NotProved(f"entries of its {what} are scaled apart")

@@ -351,7 +351,7 @@ class Lift(Optimizer):
         """As in ``torch.optim``: states that were saved before a hyperparameter came have its
         default.
         """
-        super().__setstate__(state)
+        super().__setstate__({"_sections": [], **state})
         for group in self.param_groups:
             group.setdefault("additive", False)
 

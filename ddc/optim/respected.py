@@ -18,7 +18,8 @@ Maker = Callable[[list[tuple[str, Tensor]], list[Gauge]], Optimizer]
 def respected(make: Maker, params: Iterable[tuple[str, Tensor]], gauges: GaugeSet) -> GaugeSet:
     """The gauges that an optimizer takes together, tried in the order of their kinds.
 
-    A kind that is refused beside those before it is tried gauge by gauge. Nothing is allocated: the
+    A kind that is refused beside those before it is tried gauge by gauge. One whose group another's
+    contains comes last, for what was refused of that one. Nothing is allocated: the
     optimizers that are made for this hold parameters without values.
 
     Args:
@@ -33,7 +34,7 @@ def respected(make: Maker, params: Iterable[tuple[str, Tensor]], gauges: GaugeSe
     shapes: list[tuple[str, Tensor]] = [
         (name, p if is_split(p) else without_values(p)) for name, p in params
     ]
-    order = [*KINDS]
+    order = sorted(KINDS, key=lambda kind: KINDS[kind].within is not None)
     kept: list[Gauge] = []
     refused = list(gauges.refused)
 
@@ -47,7 +48,7 @@ def respected(make: Maker, params: Iterable[tuple[str, Tensor]], gauges: GaugeSe
 
     by_kind = sorted(gauges, key=lambda gauge: order.index(gauge.kind))
     for _, members in groupby(by_kind, key=lambda gauge: gauge.kind):
-        some = list(members)
+        some = [gauge for gauge in members if not contained(gauge, kept)]
         if not taken(some):
             kept += some
             continue
@@ -59,6 +60,13 @@ def respected(make: Maker, params: Iterable[tuple[str, Tensor]], gauges: GaugeSe
     found = tuple(gauge for gauge in gauges if gauge in kept)
     unchecked = {gauge: why for gauge, why in gauges.unchecked.items() if gauge in kept}
     return GaugeSet(found, tuple(refused), unchecked)
+
+
+def contained(gauge: Gauge, others: Iterable[Gauge]) -> bool:
+    """Whether one of the others has the group of a gauge in its own."""
+    names = {*gauge.parameters}
+    larger = KINDS[gauge.kind].within
+    return any(each.kind == larger and names & {*each.parameters} for each in others)
 
 
 def without_values(param: Tensor) -> nn.Parameter:

@@ -12,7 +12,12 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from ddc.data import Data
 from ddc.models import build_model, cross_entropy
 from ddc.training.schema import Config, LiftConfig
-from ddc.training.setup import configured_gauges, configured_hidden, configured_optimizer
+from ddc.training.setup import (
+    configured_gauges,
+    configured_hidden,
+    configured_optimizer,
+    taken_gauges,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +49,7 @@ def estimate_memory(config: Config, data: Data) -> MemoryEstimate:
     with FakeCopyMode(fake):
         model = copy.deepcopy(real)
     hidden = configured_hidden(config, real)
+    gauges = taken_gauges(config, data, gauges, hidden)
     del real
     precision = getattr(torch, training.precision)
     batch = data.batch(

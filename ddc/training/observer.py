@@ -75,15 +75,16 @@ class Observer:
         """The reading at a step, as a row for the records, given the row of the reading before
         it.
         """
-        weights = {name: p.detach().cpu() for name, p in named_parameters(self.model).items()}
+        weights = {name: p.detach() for name, p in named_parameters(self.model).items()}
         arc_length = 0.0
         if before is not None:
-            last = load_snapshot(self.folder, before["step"])
+            saved = load_snapshot(self.folder, before["step"])
+            last = {name: w.to(weights[name].device) for name, w in saved.items()}
             arc_length = before["arc_length"] + float(orbit_distance(last, weights, self.gauges))
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = snapshot_path(self.folder, step).with_suffix(".tmp")
         safetensors.torch.save_file(
-            {name: w.contiguous().clone() for name, w in weights.items()}, temporary
+            {name: w.cpu().contiguous().clone() for name, w in weights.items()}, temporary
         )
         temporary.replace(snapshot_path(self.folder, step))
         row = {"step": step, "arc_length": arc_length, **self.observe()}

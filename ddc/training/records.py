@@ -113,8 +113,8 @@ def provenance() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of the code, with ``+`` where tracked files differ from it; None outside a
-    checkout.
+    """The commit of the code, with ``+`` where tracked files differ from it; outside a checkout
+    what the environment variable ``DDC_COMMIT`` says, or None.
     """
     root = Path(__file__).resolve().parents[2]
 
@@ -127,7 +127,7 @@ def commit() -> str | None:
         dirty = git("status", "--porcelain", "--untracked-files=no").strip()
         return git("rev-parse", "HEAD").strip() + ("+" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("DDC_COMMIT")
 
 
 def cpu_name() -> str:

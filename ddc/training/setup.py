@@ -32,6 +32,7 @@ from ddc.data import (
     load_text,
 )
 from ddc.gauges import (
+    KINDS,
     Gauge,
     GaugeSet,
     HiddenMatrix,
@@ -160,9 +161,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
             )
         observer = make_observer(config, device, data, model, folder / SNAPSHOTS)
     trained = ranks.parallelized(model)
-    with torch.device("meta"):
-        shapes = build_model(config.model, **data.sizes)
-    gauges = taken_gauges(config, shapes, gauges, hidden)
+    gauges = taken_gauges(config, data, gauges, hidden)
     optimizer = configured_optimizer(config, model, gauges, hidden)
     peak_lrs = [group["lr"] for group in optimizer.param_groups]
     return Setup(
@@ -262,10 +261,13 @@ def configured_gauges(config: GaugesConfig, model: nn.Module, verify: bool = Tru
     """The gauges of a model that the optimizer is told of; ``verify`` as of
     :func:`ddc.find_gauges`.
     """
-    if {*config.kinds} <= {*paper_kinds()}:
-        gauges = find_gauges(model, config.per_layer, verify=verify).only(config.kinds)
+    kinds = config.kinds
+    if config.leave_out:  # what takes the place of a larger kind, if that is left out
+        kinds += [name for name, kind in KINDS.items() if kind.default and kind.within in kinds]
+    if {*kinds} <= {*paper_kinds()}:
+        gauges = find_gauges(model, config.per_layer, verify=verify).only(kinds)
     else:
-        gauges = find_gauges(model, kinds=config.kinds, verify=verify)
+        gauges = find_gauges(model, kinds=kinds, verify=verify)
     for kind in config.kinds:
         if getattr(config, kind) and not gauges.only([kind]).found:
             reasons = [each.reason for each in gauges.only([kind]).refused]
@@ -278,13 +280,13 @@ def configured_gauges(config: GaugesConfig, model: nn.Module, verify: bool = Tru
 
 
 def taken_gauges(
-    config: Config, model: nn.Module, gauges: GaugeSet, hidden: Sequence[HiddenMatrix]
+    config: Config, data: Data, gauges: GaugeSet, hidden: Sequence[HiddenMatrix]
 ) -> GaugeSet:
     """The gauges without those that the optimizer refuses, which are said.
 
     Args:
         config: of the run.
-        model: or one of its shapes without values.
+        data: of the run, by which its model has its sizes.
         gauges: as found.
         hidden: of :func:`configured_hidden`.
 
@@ -297,6 +299,8 @@ def taken_gauges(
 
     if {gauge.kind for gauge in gauges} <= {*paper_kinds()}:
         return gauges  # which all optimizers take, or say themselves why not
+    with torch.device("meta"):
+        model = build_model(config.model, **data.sizes)
     kept = respected(make, model.named_parameters(), gauges)
     left_out = kept.refused[len(gauges.refused) :]
     for each in left_out:

@@ -10,11 +10,12 @@ difference of log-probabilities on held-out data.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
 import itertools
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from ddc import find_gauges
 from ddc.data import TextConfig, TextData, load_text
+from ddc.gauges import GaugeSet
 from ddc.models import GPTConfig, cross_entropy
 from ddc.training.records import provenance
 from experiments.equivariance.measure import (
@@ -61,12 +63,13 @@ OPTIMIZERS: dict[str, OptimizerMaker] = {
 @dataclass(frozen=True)
 class Precision:
     """What weights are stored in, and what the forward and backward pass are cast to; float16 has
-    its loss scaled.
+    its loss scaled. ``products`` is torch's precision of products in float32: ``high`` is TF32.
     """
 
     name: str
     weights: torch.dtype
     autocast: torch.dtype | None = None
+    products: str = "highest"
 
 
 PRECISIONS = (
@@ -89,27 +92,38 @@ class Reading:
     loss: float
 
 
+@contextlib.contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """Products of float32 in another precision, on devices that have it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def run(
     start: nn.Module,
+    gauges: GaugeSet,
     make_optimizer: OptimizerMaker,
     data: TextData,
     precision: Precision,
     seed: int,
     read_at: Collection[int] = READ_AT,
 ) -> dict[int, Reading]:
-    """Train from float64 weights, rounded, and read the weights at these steps.
+    """Train from float64 weights, rounded, on their device, and read the weights at these steps.
 
     Raises:
         ArithmeticError: the loss scaler skipped a step, and so the run is not to be compared step
             by step.
     """
     model = copy.deepcopy(start).to(precision.weights)
-    optimizer = make_optimizer(model, find_gauges(model))
-    scaler = GradScaler("cpu", enabled=precision.autocast == torch.float16)
+    optimizer, device = make_optimizer(model, gauges), next(model.parameters()).device
+    scaler = GradScaler(device.type, enabled=precision.autocast == torch.float16)
     scale = scaler.get_scale()
-    probe, targets = map(
-        torch.cat, zip(*data.evaluation_batches("validation", 2, BATCH), strict=True)
-    )
+    batches = data.evaluation_batches("validation", 2, BATCH)
+    probe, targets = (torch.cat(each).to(device) for each in zip(*batches, strict=True))
     found = {}
     for step in range(max(read_at) + 1):
         if step in read_at:
@@ -120,12 +134,16 @@ def run(
                 found[step] = Reading(
                     weights, logits.log_softmax(-1), float(cross_entropy(logits, targets))
                 )
-        x, y = data.batch(step, BATCH, seed)
+        x, y = (each.to(device) for each in data.batch(step, BATCH, seed))
         optimizer.zero_grad()
-        with torch.autocast("cpu", precision.autocast, enabled=precision.autocast is not None):
-            loss = cross_entropy(model(x), y)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
+        mixed = torch.autocast(
+            device.type, precision.autocast, enabled=precision.autocast is not None
+        )
+        with products_in(precision.products):
+            with mixed:
+                loss = cross_entropy(model(x), y)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
         scaler.update()
     if scaler.get_scale() != scale:
         raise ArithmeticError(f"a step in {precision.name} overflowed")
@@ -138,21 +156,28 @@ def difference(a: Reading, b: Reading) -> float:
 
 
 def compare(
-    config: GPTConfig, name: str, data: TextData, seed: int, read_at: Collection[int] = READ_AT
+    config: GPTConfig,
+    name: str,
+    data: TextData,
+    seed: int,
+    read_at: Collection[int] = READ_AT,
+    precisions: Sequence[Precision] = PRECISIONS,
+    device: str | torch.device = "cpu",
 ) -> Iterable[dict[str, Any]]:
-    """Errors of one optimizer in every precision, by step.
+    """Errors of one optimizer in every precision, of which the first is float64, by step.
 
     ``error`` and ``orbit`` are in log-probabilities; ``weights`` is the distance from the float64
     run's weights, over the length of the way that these have gone.
     """
-    start = random_model(config, data.vocab_size, seed, torch.float64)
-    moved = copy.deepcopy(start)
-    find_gauges(moved).transform_(moved, torch.Generator().manual_seed(seed))
+    start = random_model(config, data.vocab_size, seed, torch.float64).to(device)
+    moved, gauges = copy.deepcopy(start), find_gauges(start)
+    gauges.transform_(moved, torch.Generator().manual_seed(seed))
     exact: dict[int, Reading] = {}
-    for precision in PRECISIONS:
+    for precision in precisions:
         began = time.perf_counter()
         here, there = (
-            run(each, OPTIMIZERS[name], data, precision, seed, read_at) for each in (start, moved)
+            run(each, gauges, OPTIMIZERS[name], data, precision, seed, read_at)
+            for each in (start, moved)
         )
         exact = exact or here
         way = {
