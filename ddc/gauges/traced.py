@@ -302,7 +302,7 @@ class Finding:
         0.
         """
         x, offset = factor, 0.0
-        while isinstance(x, Node) and len(readers(x)) == 1:
+        while isinstance(x, Node) and len(readers(x)) == 1 and value_of(x).is_floating_point():
             if operation(x) == "add":
                 _, *others = arguments(x)
                 if len(others) != 1 or not isinstance(others[0], int | float) or x.kwargs:
@@ -584,7 +584,7 @@ class Finding:
             ):
                 try:
                     self.found += rule(attention)
-                except NotProved as reason:
+                except (NotProved, NoValue) as reason:
                     self.refused.append(Refusal(kind, attention.where, str(reason)))
 
     @cached_property
@@ -605,6 +605,8 @@ class Finding:
         node = weights
         while len(users := readers(node)) == 1 and operation(users[0]) in {*KEEPS, "clone"}:
             node = users[0]
+        if node in self.trace.rewritten:
+            return None
         for user in readers(node):
             match operation(user), arguments(user):
                 case (("matmul" | "bmm"), (a, b)) if a is node and b is not node:
@@ -764,7 +766,14 @@ class Finding:
         return rotation
 
     def _row_slots(self, linear: LinearMap, rows: np.ndarray) -> list[RotatedAxis]:
-        """Rows of a weight, and the same entries of its bias."""
+        """Rows of a weight, and the same entries of its bias.
+
+        Raises:
+            NotProved: units share a row, which cannot turn with both.
+        """
+        of_units = [index for unit in rows for index in {*unit.ravel().tolist()}]
+        if len({*of_units}) < len(of_units):
+            raise NotProved("its heads share some of their entries, but not all")
         slots = [RotatedAxis(linear.weight, linear.rows, rows)]
         for name, start, size in self._bias_parts(linear):
             inside = (rows >= start) & (rows < start + size)
@@ -931,6 +940,8 @@ def grouped(keys: Sequence[Key], count: int) -> dict[Key, list[int]]:
     apart.
     """
     groups: dict[Key, list[int]] = {}
+    if count % len(keys):
+        raise NotProved("its key-value heads are not as many as its query heads, or a part")
     group = count // len(keys)
     for head in range(count):
         groups.setdefault(keys[head // group], []).append(head)
