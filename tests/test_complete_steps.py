@@ -209,6 +209,19 @@ def test_a_step_goes_on_from_its_state() -> None:
     assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
 
 
+@pytest.mark.parametrize("name", ["head.bias", "blocks.0.attention.output.bias", "position.weight"])
+def test_what_takes_up_a_shift_cannot_be_frozen_later(name: str) -> None:
+    model, gauges = made("GPT, LayerNorm, biases, ReLU")
+    here = moved(model)
+    optimizer = DDCAdam(here.named_parameters(), gauges)
+    dict(here.named_parameters())[name].requires_grad_(False)
+    backward(here)
+    before = [p.detach().clone() for p in here.parameters()]
+    with pytest.raises(ValueError, match=rf"'{name}' was frozen after the optimizer was made"):
+        optimizer.step()
+    assert all(map(torch.equal, before, here.parameters()))
+
+
 def test_muon_moves_to_sections_too() -> None:
     name = "GPT, LayerNorm, biases, ReLU"
     model, gauges = made(name)
