@@ -351,7 +351,9 @@ class Lift(Optimizer):
         """As in ``torch.optim``: states that were saved before a hyperparameter came have its
         default.
         """
-        super().__setstate__({"_sections": [], **state})
+        super().__setstate__(state)  # torch calls it in load_state_dict as well, with groups alone
+        self.__dict__.setdefault("_sections", [])
+        self.__dict__.setdefault("_parts", Views())
         for group in self.param_groups:
             group.setdefault("additive", False)
 
