@@ -269,6 +269,17 @@ def test_muon_turns_with_the_stream(name: str) -> None:
     assert difference(name, 8, (rotation,), **options) > 1e-3
 
 
+def test_drift_is_measured_beside_a_stream_that_turns() -> None:
+    """Also of heads that turn, which DDCMuon takes together with it and DDCAdam does not."""
+    name = "GPT, RMSNorm, SwiGLU, RoPE, grouped heads"
+    gauges = turning(name, heads=True)
+    start = {key: p.detach() for key, p in made(name)[0].named_parameters()}
+    drift = GaugeDrift(start, gauges).at(start)
+    assert drift["norm_scale"] == 0
+    assert drift["value_rotation"] < 1e-3
+    assert "stream_rotation" not in drift
+
+
 @pytest.mark.parametrize("name", STREAMS)
 def test_adam_turns_with_the_stream_where_heads_do_not(name: str) -> None:
     gauges = turning(name, heads=False)

@@ -366,8 +366,9 @@ class Lift(Optimizer):
             for p in stack.parameters:
                 if any(param.grad is not None and param.grad.is_sparse for param in p.params):
                     raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-        for each in (*self._stacks, *self._sections):
-            check_frozen(each.tied(), self._gauges_of)
+            check_frozen(stack.tied(), self._gauges_of)
+        for sections in self._sections:
+            check_frozen(sections.tied(), self._gauges_of)
 
     def _gauges_of(self, names: Iterable[str]) -> str:
         """The gauges that several of these parameters are under, for messages."""
