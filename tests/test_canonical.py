@@ -297,6 +297,19 @@ def test_a_gauge_that_is_none_leaves_the_model_as_it_is() -> None:
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_stay_as_they_are(value: float) -> None:
+    model = relu_mlp(bias=False)
+    gauges = find_gauges(model, inputs=(torch.ones(3, 6, dtype=torch.float64),))
+    first = next(iter(model.parameters()))
+    first.data[0, 0] = value
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"weight' is not finite"):
+        canonicalise_(model, gauges, verify=False)
+    for old, new in zip(before, model.parameters(), strict=True):
+        assert torch.equal(old.nan_to_num(), new.nan_to_num())
+
+
 def test_a_model_that_cannot_be_tried_is_an_error() -> None:
     class Unknown(torch.nn.Module):
         def __init__(self) -> None:

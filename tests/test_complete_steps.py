@@ -209,6 +209,19 @@ def test_a_step_goes_on_from_its_state() -> None:
     assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
 
 
+@pytest.mark.parametrize("name", ["head.bias", "blocks.0.attention.output.bias", "position.weight"])
+def test_what_takes_up_a_shift_cannot_be_frozen_later(name: str) -> None:
+    model, gauges = made("GPT, LayerNorm, biases, ReLU")
+    here = moved(model)
+    optimizer = DDCAdam(here.named_parameters(), gauges)
+    dict(here.named_parameters())[name].requires_grad_(False)
+    backward(here)
+    before = [p.detach().clone() for p in here.parameters()]
+    with pytest.raises(ValueError, match=rf"'{name}' was frozen after the optimizer was made"):
+        optimizer.step()
+    assert all(map(torch.equal, before, here.parameters()))
+
+
 def test_muon_moves_to_sections_too() -> None:
     name = "GPT, LayerNorm, biases, ReLU"
     model, gauges = made(name)
@@ -254,6 +267,17 @@ def test_muon_turns_with_the_stream(name: str) -> None:
     (rotation,) = [gauge for gauge in gauges if gauge.kind == "stream_rotation"]
     options["known"] = tuple(gauge for gauge in gauges if gauge is not rotation)
     assert difference(name, 8, (rotation,), **options) > 1e-3
+
+
+def test_drift_is_measured_beside_a_stream_that_turns() -> None:
+    """Also of heads that turn, which DDCMuon takes together with it and DDCAdam does not."""
+    name = "GPT, RMSNorm, SwiGLU, RoPE, grouped heads"
+    gauges = turning(name, heads=True)
+    start = {key: p.detach() for key, p in made(name)[0].named_parameters()}
+    drift = GaugeDrift(start, gauges).at(start)
+    assert drift["norm_scale"] == 0
+    assert drift["value_rotation"] < 1e-3
+    assert "stream_rotation" not in drift
 
 
 @pytest.mark.parametrize("name", STREAMS)

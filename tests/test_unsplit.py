@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from ddc import DDCAdam, find_gauges, hidden_matrices
+from ddc.gauges.buffers import with_values
 from ddc.gauges.unsplit import unsplit
 from ddc.models import GPTConfig
 from tests.helpers import make_model
@@ -95,3 +96,27 @@ def test_a_split_model_has_the_gauges_of_the_whole_one(name: str, mesh: DeviceMe
 def test_a_whole_model_is_left_alone() -> None:
     model = nn.Linear(3, 3)
     assert unsplit(model) is model
+
+
+def test_a_buffer_that_is_saved_is_not_made_anew() -> None:
+    """A checkpoint may bring other values than the config says."""
+
+    class Constant(nn.Module):
+        def __init__(self, config: list[float], persistent: bool) -> None:
+            super().__init__()
+            self.config = config
+            self.register_buffer("w", torch.tensor(config), persistent=persistent)
+
+    class Saved(Constant):
+        def __init__(self, config: list[float]) -> None:
+            super().__init__(config, persistent=True)
+
+    class Derived(Constant):
+        def __init__(self, config: list[float]) -> None:
+            super().__init__(config, persistent=False)
+
+    for kind, known in ((Saved, False), (Derived, True)):
+        model = nn.Sequential(kind([1.0, 2.0])).to("meta")
+        buffer = with_values(model, "0.w", model[0].w)
+        assert buffer.is_meta is not known
+        assert not known or buffer.tolist() == [1.0, 2.0]

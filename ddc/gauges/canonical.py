@@ -91,9 +91,9 @@ def canonicalise_(
 
     Raises:
         TypeError: something that is no gauge.
-        ValueError: a gauge of other parameters, weights that are split or have no values, no
-            ``inputs`` where they are needed, or the model would compute something else: then it is
-            left as it was.
+        ValueError: a gauge of other parameters, weights that are split, not finite or have no
+            values, no ``inputs`` where they are needed, or the model would compute something else:
+            then it is left as it was.
         RuntimeError: no balanced point was found.
     """
     gauges = gauges_of(model, gauges)
@@ -102,6 +102,8 @@ def canonicalise_(
         if is_split(p) or is_fake(p):
             why = "split over processes" if is_split(p) else "on the meta device, without values"
             raise ValueError(f"{name!r} is {why}: canonicalise the model before")
+        if not p.isfinite().all():
+            raise ValueError(f"{name!r} is not finite: what the model computes cannot be kept")
     if reason := unfit(model) if verify else "":
         raise ValueError(f"the model cannot be tried: {reason}; verify=False moves it untried")
     before = {name: p.detach().double() for name, p in params.items()}

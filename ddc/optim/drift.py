@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ddc.gauges import Gauge, Rescale, Rotation, Shift, nearest_turn, whole
+from ddc.gauges.affine import StreamRotation
 from ddc.gauges.base import Params, spread_units, unit_view
 from ddc.optim.parts import cut
 from ddc.optim.plan import Role, make_plan
@@ -31,7 +32,8 @@ def gauge_coordinates(params: Mapping[str, Tensor], gauges: Iterable[Gauge]) -> 
       (:mod:`ddc.optim.sections`).
 
     Rotations have no coordinate of this kind (:class:`GaugeDrift` gives their angles), general
-    linear maps none.
+    linear maps and rotations of a stream none; the last are left out, since they do not go into one
+    plan with those of heads, and an optimizer that is told of both need not be one.
 
     Args:
         params: parameters by name; those that are split over ranks are gathered, so all ranks must
@@ -41,7 +43,7 @@ def gauge_coordinates(params: Mapping[str, Tensor], gauges: Iterable[Gauge]) -> 
     Returns:
         Float64 vectors; infinite or nan where a side has norm zero.
     """
-    gauges = list(gauges)
+    gauges = [gauge for gauge in gauges if not isinstance(gauge, StreamRotation)]
     params = {name: whole(p.detach()) for name, p in params.items()}
     parts = cut({name: p.requires_grad_() for name, p in params.items()}, gauges)
     params, plan = parts.params, make_plan(parts.params, parts.gauges)

@@ -351,8 +351,9 @@ class Lift(Optimizer):
         """As in ``torch.optim``: states that were saved before a hyperparameter came have its
         default.
         """
-        super().__setstate__(state)  # by load_state_dict too, which brings no sections
+        super().__setstate__(state)  # torch calls it in load_state_dict as well, with groups alone
         self.__dict__.setdefault("_sections", [])
+        self.__dict__.setdefault("_parts", Views())
         for group in self.param_groups:
             group.setdefault("additive", False)
 
@@ -365,7 +366,9 @@ class Lift(Optimizer):
             for p in stack.parameters:
                 if any(param.grad is not None and param.grad.is_sparse for param in p.params):
                     raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-            check_frozen(stack, self._gauges_of)
+            check_frozen(stack.tied(), self._gauges_of)
+        for sections in self._sections:
+            check_frozen(sections.tied(), self._gauges_of)
 
     def _gauges_of(self, names: Iterable[str]) -> str:
         """The gauges that several of these parameters are under, for messages."""
@@ -408,12 +411,16 @@ def invariant_norm(
     return torch.stack([term.to(terms[0]) for term in terms]).sum().sqrt()
 
 
-def check_frozen(stack: Stack, gauges_of: Callable[[Iterable[str]], str]) -> None:
+def check_frozen(
+    tied: Iterable[Sequence[tuple[str, Tensor]]], gauges_of: Callable[[Iterable[str]], str]
+) -> None:
     """Raise ValueError where a parameter is frozen, and others that a gauge ties it to are not.
 
-    ``gauges_of`` gives the gauges of some parameters, for the message.
+    Args:
+        tied: parameters, with their names, that gauges move together.
+        gauges_of: the gauges of some parameters, for the message.
     """
-    for together in stack.tied():
+    for together in tied:
         if any(param.grad is not None for _, param in together):
             for name, param in together:
                 if param.grad is None and not param.requires_grad:

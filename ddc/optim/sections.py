@@ -52,6 +52,10 @@ class Sections:
         for gauge in self.gauges:
             _check(gauge, self.params)
 
+    def tied(self) -> list[list[tuple[str, Tensor]]]:
+        """Parameters, with their names, that a gauge moves together, as of a stack."""
+        return [[(name, self.params[name]) for name in g.parameters] for g in self.gauges]
+
     @contextlib.contextmanager
     def entered(self, grads: dict[Tensor, Tensor], restore: bool = False) -> Iterator[None]:
         """Within, weights are at the section, and ``grads`` has the gradients there that differ.
