@@ -1,5 +1,7 @@
 """DDCMuon in Lightning, whose ``gradient_clip_val`` goes by the invariant norm here: a GPT of this
 package learns to write like Shakespeare, byte by byte.
+
+``python examples/lightning_module.py [STEPS]`` takes half a minute on one core.
 """
 
 import sys

@@ -1,5 +1,7 @@
 """DDCAdam from timm's factory of optimizers: registered by name, with named groups. A vision
 transformer learns to read handwritten digits.
+
+``python examples/timm_factory.py [STEPS]`` takes half a minute on one core.
 """
 
 import sys

@@ -388,6 +388,18 @@ def test_stacked_experts_step_as_single_ones_do(hidden: bool) -> None:
         torch.testing.assert_close(p, theirs[name], rtol=1e-11, atol=1e-12)
 
 
+def test_groups_that_disagree_over_a_part_are_told_the_gauge() -> None:
+    params = random_tensors({"gamma": (5,), "w": (12, 5), "down": (5, 6)}, 0)
+    gauges: list[Gauge] = [
+        Rescale("gated_rescale", "mlp", (Axis("w[6:12]"),), (Axis("down", 1),)),
+        Rescale("norm_scale", "norm", (Axis("gamma"),), (Axis("w", 1),)),
+    ]
+    named = [(name, p.requires_grad_()) for name, p in params.items()]
+    groups = [{"params": named[:1], "lr": 0.1}, {"params": named[1:]}]
+    with pytest.raises(ValueError, match=r"disagree in lr .* leave the gauge out \(norm_scale at"):
+        DDCAdam(groups, gauges, lr=1e-3)
+
+
 def test_one_more_than_a_parameter_steps_as_a_parameter_of_that() -> None:
     shapes = {"gamma": (5,), "w": (4, 5)}
     whole, grads = random_tensors(shapes, 0), [random_tensors(shapes, 1 + i) for i in range(5)]
@@ -479,6 +491,8 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         DDCAdam(params.items(), gated("w[0:6]", "w[3:9]"))
     with pytest.raises(ValueError, match="cannot be cut into"):
         DDCAdam(params.items(), gated("w[8:14]"))
+    with pytest.raises(ValueError, match="cannot be cut into"):
+        DDCAdam(params.items(), gated("w[6:6]"))
     with pytest.raises(ValueError, match=r"'u\[0:6\]' is not among the optimizer's"):
         DDCAdam(params.items(), gated("u[0:6]"))
     with pytest.raises(ValueError, match="one rate is for all of a parameter"):

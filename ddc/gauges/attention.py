@@ -68,16 +68,18 @@ def attentions_of(trace: Trace) -> list[Attention]:
         where = module_path(node) or "attention"
         if operation(node) == ATTENTION:
             found.append(Attention(where, node, node, *(Read(node, i) for i in range(3))))
-        elif operation(node) in ("softmax", "_softmax") and (mixing := _mixing(node)):
+        elif operation(node) in ("softmax", "_softmax") and (mixing := _mixing(trace, node)):
             found.append(_spelt_out(node, mixing, where))
     return found
 
 
-def _mixing(weights: Node) -> Node | None:
+def _mixing(trace: Trace, weights: Node) -> Node | None:
     """The product by which weights of attention mix values, if a node gives such weights."""
     node = weights
     while len(users := readers(node)) == 1 and operation(users[0]) in {*KEEPS, "clone"}:
         node = users[0]
+    if node in trace.rewritten:
+        return None
     for user in readers(node):
         match operation(user), arguments(user):
             case (("matmul" | "bmm"), (a, b)) if a is node and b is not node:

@@ -6,6 +6,7 @@ transformer; :mod:`ddc.gauges.certificate` tells by rank whether they are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -36,6 +37,7 @@ from ddc.gauges.trace import (
     Arrival,
     Flow,
     LinearMap,
+    NoValue,
     Trace,
     apply,
     arguments,
@@ -97,7 +99,7 @@ class Further:
                 continue
             try:
                 self.finding.found += prove()
-            except NotProved as reason:
+            except (NotProved, NoValue) as reason:
                 self.finding.refused.append(Refusal(kind, where, str(reason)))
 
     def _attempts(self) -> Iterator[tuple[str, str, Callable[[], Sequence[Gauge]]]]:
@@ -218,6 +220,11 @@ class Further:
             mask = args[3] if len(args) > 3 else None
             if isinstance(mask, Node) and self.trace.ancestors(mask) & self.trace.inputs:
                 raise NotProved("a mask that is given may mask a whole row, whose weights are zero")
+            if isinstance(mask, Node):
+                values = self.trace.value(mask, {})
+                unmasked = values if values.dtype == torch.bool else values > -math.inf
+                if not bool(unmasked.any(-1).all()):
+                    raise NotProved("its mask masks a whole row, whose weights are zero")
             return
         self._require_over_positions(attention)
         between = attention.weights

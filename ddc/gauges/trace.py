@@ -368,7 +368,9 @@ class Entering(NamedTuple):
 
 
 class NoValue(Exception):
-    """A value that is asked for follows from tensors on the meta device, which have none."""
+    """A value that is asked for follows from tensors on the meta device, which have none, from
+    what is written to in place, or from random numbers.
+    """
 
 
 class Trace:
@@ -463,6 +465,8 @@ class Trace:
                 transposed += _swaps(node)
             elif name not in ("alias", "detach", "contiguous", "to", "clone"):
                 return None
+            if not value_of(node).is_floating_point() and not value_of(node).is_complex():
+                return None  # rounded to integers
             node = arguments(node)[0]
         if isinstance(node, Node) and node in self.parameters:
             return self.parameters[node], transposed
@@ -562,7 +566,7 @@ class Trace:
                     found = self._experts(node, weight, 0, x, slots)
                 case _:
                     continue
-            if found is not None:
+            if found is not None and found.slots not in self.rewritten:
                 maps[node] = found
         return maps
 
@@ -804,9 +808,12 @@ class Trace:
         after: dict[Node, Any] = {start: moved}
 
         def changes(node: Node) -> bool:
-            with InDouble():
-                values = (tree_leaves(self.value(node, each)) for each in (before, after))
-                return not all(torch.equal(a, b) for a, b in zip(*values, strict=True))
+            try:
+                with InDouble():
+                    values = (tree_leaves(self.value(node, each)) for each in (before, after))
+                    return not all(torch.equal(a, b) for a, b in zip(*values, strict=True))
+            except NoValue:
+                return True
 
         # along what differs; whatever reads that, and is not on the way to the target, is a leak
         waiting = [start]
@@ -864,6 +871,30 @@ class Trace:
             return operator.attrgetter(str(node.target))(self._module)
         return self._constants.get(node)
 
+    @cached_property
+    def rewritten(self) -> set[Node]:
+        """Nodes whose value in the graph is not all that there is to it: what shares their memory
+        is written to, and they, or other views of it, are read afterwards.
+        """
+        of_base: dict[Node, list[Node]] = {}
+        base: dict[Node, Node] = {}
+        for node in self.graph.nodes:
+            base[node] = base[arguments(node)[0]] if _is_view(node) else node
+            of_base.setdefault(base[node], []).append(node)
+        found: set[Node] = set()
+        for write in self.graph.nodes:
+            if not _writes(write):
+                continue
+            place, after = self.order[write], {write, *self.descendants(write)}
+            sharing = [each for each in of_base[base[write]] if each not in after]
+            if any(
+                self.order[user] > place and operation(user) != "_assert_tensor_metadata"
+                for each in sharing
+                for user in each.users
+            ):
+                found.update(of_base[base[write]])
+        return found
+
     def value(self, node: Node, given: dict[Node, Any]) -> Any:
         """Compute the value of a node, on the example inputs, and keep it in ``given`` with all
         that it took.
@@ -873,11 +904,15 @@ class Trace:
             given: values to start from, of any nodes.
 
         Raises:
-            NoValue: it takes what is on the meta device.
+            NoValue: it takes what is on the meta device, written to in place, or drawn at random.
         """
         for each in sorted(self.ancestors(node, given), key=self.order.__getitem__):
             if each in given:
                 continue
+            if each in self.rewritten:
+                raise NoValue(f"{each.name} is written to in place")
+            if _draws(each):
+                raise NoValue(f"{each.name} is drawn at random")
             if each.op == "placeholder":
                 given[each] = self._constants[each]
                 if isinstance(given[each], Tensor) and given[each].is_meta:
@@ -904,9 +939,10 @@ class Trace:
         ``transposed``, where entries lie before positions.
 
         Returns:
-            In float64, of the first example and of at most :data:`POSITIONS` positions, evenly
-                spread; None if an operation between the two is not linear, or depends on
-                parameters.
+            In float64, of at most :data:`POSITIONS` positions of each example, evenly spread;
+                None if an operation between the two is not linear, or depends on parameters.
+                Examples that differ from the first count as positions too, for heads may lie among
+                them.
 
         Raises:
             NoValue: a constant on the way is on the meta device.
@@ -938,23 +974,28 @@ class Trace:
                 value = torch.as_tensor(self.value(target, given))
                 given.clear()  # of a wide model they are large
                 value = value.mT if transposed else value
-                return value.reshape(-1, *value.shape[-3:])[0]
+                value = value[(None,) * (3 - value.ndim)]  # one head, perhaps
+                return value.reshape(-1, *value.shape[-3:])[:, :, positions]
 
             zero = torch.zeros(shape[-1], dtype=torch.float64, device=self.device_of(source))
             if enter(zero).any():
                 return None  # a constant is added on the way
-            enter_all = torch.func.vmap(lambda outputs: enter(outputs)[:, positions])
-            heads, *_ = value_of(target).shape[-3:]
             entries = value_of(target).shape[-2 if transposed else -1]
+            heads = (1, *value_of(target).shape)[-3]
             parts = []
             at_once = max(1, AT_ONCE // value_of(start).numel())
             for outputs in torch.arange(shape[-1], device=zero.device).split(at_once):
                 units = zero.expand(len(outputs), -1).scatter(1, outputs[:, None], 1.0)
-                entered = enter_all(units)  # (outputs, heads, positions, entries)
+                entered = torch.func.vmap(enter)(units).transpose(1, 2)
+                # (outputs, heads, examples, positions, entries); of alike examples one says all
+                if bool((entered == entered[:, :, :1]).all()):
+                    entered = entered[:, :, :1]
                 output, head = (entered != 0).flatten(2).any(2).nonzero().T
                 parts.append((outputs[output], head, entered[output, head]))
-            output, head, blocks = (torch.cat(each).cpu() for each in zip(*parts, strict=True))
-            return Entering(output, head, blocks, heads, entries)
+            examples = max(blocks.shape[1] for *_, blocks in parts)
+            output, head = (torch.cat([part[i] for part in parts]).cpu() for i in (0, 1))
+            blocks = torch.cat([each.expand(-1, examples, -1, -1) for *_, each in parts]).cpu()
+            return Entering(output, head, blocks.flatten(1, 2), heads, entries)
 
 
 def overlapping(named: Mapping[str, Tensor], others: Sequence[Tensor]) -> set[str]:
@@ -1018,6 +1059,29 @@ def _varies_with(factor: Node, labels: Tensor) -> bool:
     return any(
         size > 1 and bool((labels.amin(axis) != labels.amax(axis)).any())
         for axis, size in enumerate(sizes)
+    )
+
+
+def _writes(node: Node) -> bool:
+    """Whether an operation changes its first argument in place."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _draws(node: Node) -> bool:
+    """Whether an operation draws random numbers; dropout is told by its own."""
+    tags = node.target.tags if isinstance(node.target, torch._ops.OpOverload) else ()
+    return torch.Tag.nondeterministic_seeded in tags and operation(node) not in (
+        "dropout",
+        "scaled_dot_product_attention",
+    )
+
+
+def _is_view(node: Node) -> bool:
+    """Whether what a node gives may lie in the memory of its first argument."""
+    if operation(node) == "getitem":  # one of several views, or one of several results
+        return _is_view(arguments(node)[0])
+    return isinstance(node.target, torch._ops.OpOverload) and any(
+        each.alias_info is not None for each in node.target._schema.returns
     )
 
 

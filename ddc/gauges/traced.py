@@ -297,7 +297,7 @@ class Finding:
         0.
         """
         x, offset = factor, 0.0
-        while isinstance(x, Node) and len(readers(x)) == 1:
+        while isinstance(x, Node) and len(readers(x)) == 1 and value_of(x).is_floating_point():
             if operation(x) == "add":
                 _, *others = arguments(x)
                 if len(others) != 1 or not isinstance(others[0], int | float) or x.kwargs:
@@ -585,7 +585,7 @@ class Finding:
             ):
                 try:
                     self.found += rule(attention)
-                except NotProved as reason:
+                except (NotProved, NoValue) as reason:
                     self.refused.append(Refusal(kind, attention.where, str(reason)))
 
     @cached_property
@@ -729,7 +729,14 @@ class Finding:
         return rotation
 
     def _row_slots(self, linear: LinearMap, rows: np.ndarray) -> list[RotatedAxis]:
-        """Rows of a weight, and the same entries of its bias."""
+        """Rows of a weight, and the same entries of its bias.
+
+        Raises:
+            NotProved: units share a row, which cannot turn with both.
+        """
+        of_units = [index for unit in rows for index in {*unit.ravel().tolist()}]
+        if len({*of_units}) < len(of_units):
+            raise NotProved("its heads share some of their entries, but not all")
         slots = [RotatedAxis(linear.weight, linear.rows, rows)]
         for name, start, size in self._bias_parts(linear):
             inside = (rows >= start) & (rows < start + size)
@@ -901,6 +908,8 @@ def grouped(keys: Sequence[Key], count: int) -> dict[Key, list[int]]:
     apart.
     """
     groups: dict[Key, list[int]] = {}
+    if count % len(keys):
+        raise NotProved("its key-value heads are not as many as its query heads, or a part")
     group = count // len(keys)
     for head in range(count):
         groups.setdefault(keys[head // group], []).append(head)

@@ -19,7 +19,7 @@ from ddc.optim.closure import loss_of
 from ddc.optim.compiled import Arithmetic, Hyper, as_tensors
 from ddc.optim.parameters import check_has_values, is_plain, listed, names_of, names_under, prepared
 from ddc.optim.parts import Cut, Views, cut
-from ddc.optim.plan import acted_on, make_plan
+from ddc.optim.plan import make_plan
 from ddc.optim.ranges import check_ranges
 from ddc.optim.rules import Rule
 from ddc.optim.saved import (
@@ -372,9 +372,9 @@ class Lift(Optimizer):
 
     def _gauges_of(self, names: Iterable[str]) -> str:
         """The gauges that several of these parameters are under, for messages."""
-        wanted = set(names)
+        wanted = {*map(whole_name, names)}  # parts have the gauges of what they are parts of
         gauges = [gauge for _, gauges in self._built for gauge in gauges]
-        return ", ".join(str(gauge) for gauge in gauges if len(wanted & {*acted_on(gauge)}) > 1)
+        return ", ".join(str(gauge) for gauge in gauges if len(wanted & {*gauge.parameters}) > 1)
 
     def _check_agreement(self) -> None:
         """Parameters under one gauge must share what the step shares."""

@@ -69,8 +69,9 @@ def cut(
     for name, param in params.items():
         if name not in parts:
             made[name] = param
+        whole = param.detach()  # compilers take views of one tensor alone
         for part in parts.get(name, ()):
-            view = part.of(param.detach()).requires_grad_(param.requires_grad)
+            view = part.of(whole).requires_grad_(param.requires_grad)
             made[part.name] = view
             views.append((view, param, part))
     given = {each: gauge for gauge in gauges for each in among(gauge, parts)}
@@ -88,12 +89,13 @@ def cover(name: str, param: Tensor, named: Collection[Part]) -> list[Part]:
     axis, *others = {part.axis for part in named}
     size = param.shape[axis] if axis < param.ndim else 0
     taken = [index for part in named for index in part.indices]
-    if others or len({*taken}) < len(taken) or max(taken) >= size:
+    empty = any(not part.indices for part in named)
+    if others or empty or len({*taken}) < len(taken) or max(taken) >= size:
         names = ", ".join(part.name for part in sorted(named))
         raise ValueError(
             f"{name!r}, of shape {tuple(param.shape)}, cannot be cut into {names}: expected parts"
-            " along one axis that do not overlap. Find gauges and hidden matrices of this very"
-            " model"
+            " along one axis that do not overlap, none empty. Find gauges and hidden matrices of"
+            " this very model"
         )
     rest = np.setdiff1d(np.arange(size), taken)
     runs = np.split(rest, np.flatnonzero(np.diff(rest) > 1) + 1) if len(rest) else []

@@ -34,6 +34,13 @@ Made by `make zoo` ({hours:.1f} hours of a core; `experiments/zoo`) from
 Of the {known} architectures that are known, {without} have no record yet; `make zoo` run again
 makes these.
 """
+#: Commits of records that are older than gauges on parts of parameters.
+BEFORE_PARTS = ("1294617", "d03b4d8", "86c9c59")
+OLDER = """
+{count} of the records are older than gauges on packed weights, on experts, on 1 + weight and on
+attention that is spelt out ([The gauges, derived](gauges.md)). Some of what they refuse is found
+now, as in Phi-3, Mixtral and Gemma.
+"""
 LEGEND = """Numbers are gauges; r1, r2, … are the reasons above for which others of the kind were
 refused; – is a kind that nothing in the model suggests. *change* is the largest of all gauges of
 the model. The optimizers' columns are the first and last loss. *seconds* are those of
@@ -92,6 +99,8 @@ def document(records: Sequence[Record], names: Sequence[str], seconds: str, memo
         known=len(names),
         without=len({*names} - {each["model"] for each in records}),
     )
+    if older := sum(each["commit"].startswith(BEFORE_PARTS) for each in records):
+        head += OLDER.format(count=older)
     sections = (
         ("## In numbers", "", ["", *LIBRARIES.values()], _numbers(records)),
         ("## Gauges", "", GAUGES, _kinds(traced)),
