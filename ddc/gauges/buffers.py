@@ -23,8 +23,9 @@ def with_values(model: nn.Module, name: str, buffer: Any) -> Any:
 
     It is the one that is remembered; else a module without parameters that is made from its config
     alone, as the rotary embeddings of transformers are, is made anew on the CPU, and the buffer
-    taken from there, unless it is saved with the weights, which may bring other values. Where that
-    cannot be done, or gives another shape or type, the buffer is returned as it is, without values.
+    taken from there, unless it is saved with the weights, which may bring other
+    values. Where that cannot be done, or gives another shape or type, the buffer is returned as it
+    is, without values.
 
     Args:
         model: the buffer's.
