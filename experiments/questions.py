@@ -115,7 +115,8 @@ class Question:
         """Its part of the report: its own tables and figures, made."""
         own = self.results(claims)[0]
         documents = {name: own.table(name) for name in own.tables}
-        leading = getattr(self.module("report"), "FIGURES", {})
+        named = getattr(self.module("report"), "FIGURES", {})
+        leading = {claim: name for claim, name in named.items() if name in own.figures}
         return Section(
             self.title,
             self.ids(claims),

@@ -111,7 +111,11 @@ def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Ver
         for protocol, runs in protocols(records).items()
         for name in (DDCADAM, AUTHOR)
     }
-    pairs = {key: against_adamw(*both) for key, both in compared.items() if all(both)}
+    pairs = {
+        key: against_adamw(*both)
+        for key, both in compared.items()
+        if all({run["seed"] for run in each} >= {*SEEDS} for each in both)
+    }
     left = EXPERIMENT.missing()
     tests = [(key, quantity) for key in pairs for quantity in (GAP, EQUAL)]
     adjusted = holm([paired_p(differences(pairs[key], quantity)) for key, quantity in tests])
