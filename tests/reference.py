@@ -287,7 +287,7 @@ class ReferencePaperStep:
             names = (
                 [[n] for n in gauge.weights]
                 if chain
-                else [[n for n, _ in s] for s in (gauge.plus, gauge.minus)]
+                else [[n for n, *_ in s] for s in (gauge.plus, gauge.minus)]
             )
             blocks.append(
                 (gauge, [[(name, ...) for name in side] for side in names], [0.0] * len(names))

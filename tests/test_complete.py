@@ -431,9 +431,17 @@ def test_a_mask_of_ones_proves_nothing() -> None:
     assert by_rules(masked, (X, torch.ones(4, 5))) == {"logit_shift", "norm_scale", "stream_mean"}
 
 
-@pytest.mark.parametrize("one", [True, False])
-def test_a_scale_of_one_plus_weight_is_no_scale(one: bool) -> None:
-    assert "stream_rotation" not in by_rules(Behind(lambda m, x: x, Gemma(one)), (X,))
+def test_a_scale_of_one_plus_weight_is_read_where_it_is_spelt_out() -> None:
+    """As one operation it is no scale; spelt out, the rotation goes through 1 + weight."""
+    assert "stream_rotation" not in by_rules(Behind(lambda m, x: x, Gemma(True)), (X,))
+    model = Behind(lambda m, x: x, Gemma(False)).double()
+    with torch.no_grad():
+        model.norm.weight.copy_(torch.linspace(-0.5, 0.5, 8))
+    inputs = X.double()
+    found = find_gauges(model, inputs=(inputs,), kinds="complete", verify=False)
+    assert {"norm_scale", "stream_rotation"} <= {gauge.kind for gauge in found}
+    changes = check(model, found, lambda m: m(inputs).log_softmax(-1))
+    assert max(changes.values()) < 1e-12
 
 
 class Attention(nn.Module):

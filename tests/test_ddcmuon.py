@@ -528,8 +528,7 @@ def test_roles_not_names_or_shapes_decide() -> None:
     assert {m.parameter for m in hidden_matrices(torch.compile(model))} == hidden
     with pytest.raises(ValueError, match="pass an example"):
         hidden_matrices(nn.Bilinear(2, 2, 2))
-    with pytest.raises(ValueError, match="name matrices and heads yourself"):
-        hidden_matrices(nn.Linear(2, 2), per_head=True)
+    assert hidden_matrices(nn.Linear(2, 2), per_head=True, inputs=(torch.randn(1, 2),)) == []
 
 
 @pytest.mark.parametrize(

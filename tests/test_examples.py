@@ -52,6 +52,7 @@ def test_an_example_learns(script: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # see below
 @pytest.mark.parametrize(
     ("example", "steps", "by"),
     [
@@ -111,6 +112,8 @@ def test_the_sweep_is_one_of_runs_that_there_are() -> None:
         assert config.optimizer.lr == choices["optimizer.lr"][i % 2]
 
 
+# A warning of Lightning's own class would have each process of the tests import Lightning.
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("mixin", "same"), [(True, True), (False, False)])
 def test_lightning_clips_by_the_invariant_norm(
     mixin: bool, same: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

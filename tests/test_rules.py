@@ -276,7 +276,11 @@ def test_state_is_no_larger_than_the_originals(rule: str) -> None:
         "shampoo": lambda p: p.numel() + sum(n * n for n in p.shape),
     }[rule]
     for p, state in optimizer.state.items():
-        modes = sum(v.numel() for k, v in state.items() if k == "step" or k.startswith("radial"))
+        modes = sum(
+            v.numel()
+            for k, v in state.items()
+            if k == "step" or k.startswith("radial") or k.endswith("waking")
+        )
         assert sum(v.numel() for v in state.values()) - modes <= own(p)
     before = {p: {k: v.shape for k, v in state.items()} for p, state in optimizer.state.items()}
     backward(model, 0)

@@ -289,6 +289,7 @@ class GaugesConfig(_Wanted):
             two.
         gated_rescale: of each unit of a gated block, value against out.
         norm_scale: the scale of a norm against the matrices that read it.
+        channel_scale: the scale of a batch norm against the convolutions that read it.
         value_rotation: of the values of a head, against its output.
         qk_rotation: of queries and keys of a head alike.
         factor_map: between two linear maps in a row, as of an adapter.
