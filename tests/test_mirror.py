@@ -171,7 +171,7 @@ def test_the_table_of_c1_follows_from_wandb(tmp_path: Path) -> None:
             rows = [{**row, "gap": row["validation_loss"] - row["train_loss"]} for row in rows]
             found = mirrored(config, tmp_path / name, rows, [], record["summary"])
             assert found.group == "lm_overtrain"
-            assert found.tags == ["C1", stage]
+            assert found.tags == ["C1", "C8", stage]
             levels = found.config["training"]["gap_levels"]
             rebuilt.append(
                 {
