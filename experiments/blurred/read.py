@@ -9,14 +9,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddc.gauges import GaugeSet, balance_, find_gauges, named_parameters
 from ddc.models import GPT
@@ -26,7 +26,7 @@ from ddc.slt.rates import RateRule, log_approach, read_cells, read_rate, safe_lo
 from ddc.slt.sample_gradients import sample_gradient_spectra, smallest_positive
 from ddc.training.compose import restored
 from ddc.training.display import print_plainly
-from ddc.training.observer import PROBE_SEED, LossMeter, load_snapshot, snapshot_steps
+from ddc.training.observer import PROBE_SEED, LossMeter, restore, snapshot_steps
 from ddc.training.records import provenance, write_json
 from ddc.training.setup import make_observer, prepare
 from experiments.blurred.sites import linear_maps, sites
@@ -77,31 +77,22 @@ def read_run(folder: Path) -> Row:
     gauges = find_gauges(model)
     rows: dict[str, list[Row]] = {"raw": [], "balanced": []}
     for step in track(steps, "snapshots"):
-        weights = load_snapshot(observer.folder, step)
-        for name, row in read_both(model, weights, gauges, observer.probe).items():
+        restore(model, observer.folder, step)
+        for name, row in read_both(model, gauges, observer.probe).items():
             rows[name].append({"step": step, **row})
-    put(model, load_snapshot(observer.folder, steps[-1]))
+    restore(model, observer.folder, steps[-1])
     moved = moved_cells(model, gauges, observer.probe)
     found = {name: cells_of(each, rule, moved) for name, each in rows.items()}
     return {**found, "seconds": time.perf_counter() - began, **provenance()}
 
 
-def read_both(
-    model: GPT, weights: Mapping[str, Tensor], gauges: GaugeSet, probe: Probe
-) -> dict[str, Row]:
-    """Readings of weights as they are, and at the balanced point of their orbit."""
-    put(model, weights)
+def read_both(model: GPT, gauges: GaugeSet, probe: Probe) -> dict[str, Row]:
+    """Readings of weights as they are, and at the balanced point of their orbit, where the model is
+    left.
+    """
     raw = reading(model, probe)
     balance_(named_parameters(model), gauges)
     return {"raw": raw, "balanced": reading(model, probe)}
-
-
-@torch.no_grad()
-def put(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Give a model these weights, in its own dtype."""
-    parameters = named_parameters(model)
-    for name, value in weights.items():
-        parameters[name].copy_(value)
 
 
 def reading(model: GPT, probe: Probe) -> Row:
