@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from ddc.report.claims import Claim, Verdict, effect, not_complete, tested, verdict
 from ddc.report.paired import interval, p_cell
+from ddc.report.stages import Record, commits
 from ddc.report.statistics import holm, paired_p
 
 #: By comparison, in the words of the claim, and by effect: subject less baseline, seed by seed.
@@ -47,3 +48,13 @@ def verdicts(
     waiting = [each for each in differences if each not in {row.protocol for row in found}]
     missing = not_complete(claim, waiting, scale)
     return [*found, *(replace(each, against=against) for each in missing)]
+
+
+def runs_note(records: Sequence[Record]) -> str:
+    """How many runs a table is of, and where they come from."""
+    hours = sum(record["seconds"] for record in records) / 3600
+    return (
+        f"{len(records)} runs, {sum(record['diverged'] for record in records)} diverged,"
+        f" {hours:.1f} hours. Commit {commits(records)}. Made by `make report` from `runs.jsonl`"
+        " beside this file."
+    )

@@ -11,7 +11,7 @@ from pathlib import Path
 from ddc.report.claims import Claim, Verdict, rule, verdict_table
 from ddc.report.figures import Drawing, nth_style, plain_log_ticks, save_figure, subplots
 from ddc.report.paired import interval, p_cell
-from ddc.report.stages import Record, commits, table
+from ddc.report.stages import Record, table
 from ddc.report.statistics import mean_interval, paired_p
 from experiments import own
 from experiments.output import Results
@@ -177,7 +177,6 @@ def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
         return "No run is recorded yet.\n"
     claim, ranges = claims["W2"], ranges_of(records)
     left = EXPERIMENT.missing()
-    hours = sum(record["seconds"] for record in records) / 3600
     parts = [
         f"**Not complete.** {left}" if left else "All planned runs are recorded.",
         "## Claim W2",
@@ -193,11 +192,7 @@ def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
         "## Differences",
         differences_table(ranges),
         "Decades, paired by seed, 95% (Student's t); p unadjusted.",
-        (
-            f"{len(records)} runs, {sum(record['diverged'] for record in records)} diverged,"
-            f" {hours:.1f} hours. Commit {commits(records)}. Made by `make report` from"
-            " `runs.jsonl` beside this file."
-        ),
+        own.runs_note(records),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from ddc.report.claims import Claim, Verdict, rule, verdict_table
 from ddc.report.figures import Drawing, nth_style, save_figure, subplots
 from ddc.report.paired import interval, p_cell
-from ddc.report.stages import Record, commits, table
+from ddc.report.stages import Record, table
 from ddc.report.statistics import paired_p
 from experiments import own
 from experiments.output import Results
@@ -221,7 +221,6 @@ def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
         return "No run is recorded yet.\n"
     claim, losses = claims["W1"], losses_of(records, "reported")
     left = EXPERIMENT.missing()
-    hours = sum(record["seconds"] for record in records) / 3600
     parts = [
         f"**Not complete.** {left}" if left else "All planned runs are recorded.",
         "## Claim W1",
@@ -243,11 +242,7 @@ def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
         "## The tuning",
         tuning_table(records),
         "Seed 100, at the original checkpoint. Bold: chosen.",
-        (
-            f"{len(records)} runs, {sum(record['diverged'] for record in records)} diverged,"
-            f" {hours:.1f} hours. Commit {commits(records)}. Made by `make report` from"
-            " `runs.jsonl` beside this file."
-        ),
+        own.runs_note(records),
     ]
     return "\n\n".join(parts) + "\n"
 
