@@ -1,7 +1,8 @@
 """Runs of ``train.py`` at ``scale=gpu``: over-training of a language model of 12 layers and width
 768, as the paper's is, and a vision transformer of ViT-S's size.
 
-The language model has 256 kB of text, which it can memorise. Runs are in order of worth: all
+The language model has 256 kB of text, which it can memorise; batches are a 32nd of it, so that
+there are many steps in a minute. Runs are in order of worth: all
 optimizers on one seed, then the next seed. A run that time cuts off is recorded as far as it came;
 where its folder is still there, it goes on from its checkpoint. A run that is recorded is not run
 again, whatever the commit: its configuration is its identity.
@@ -42,7 +43,8 @@ OVERTRAINING = (
     "scale=gpu",
     "name=gpu_overtrain",
     "data.train_tokens=262144",
-    "training.steps=1200",
+    "training.batch_size=8",
+    "training.steps=2400",
     "training.evaluations=12",
     "training.checkpoints=3",
     "slt=cells",
