@@ -6,18 +6,26 @@ import copy
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from ddc import DDCAdam, DDCMuon, find_gauges, hidden_matrices
-from ddc.gauges import GaugeSet, in_blocks
+from ddc.gauges import Axis, GaugeSet, HiddenMatrix, Rescale, in_blocks
 from ddc.models import GPT, DeepMLP, DeepMLPConfig, GPTConfig
 from ddc.optim import fused
+from ddc.optim.fused import Kernels
+from ddc.optim.plan import Role
+from ddc.optim.rules import Adam
+from ddc.optim.stacked import StackedParameter
 
 ROOT = Path(__file__).parents[1]
 GPTS = {
@@ -278,3 +286,129 @@ def test_gradients_that_are_not_contiguous() -> None:
     for each in (model, other):
         DDCAdam(each.named_parameters(), gauges, lr=0.01).step()
     assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+class Experts(nn.Module):
+    """Two experts' layers with biases, stacked: units along two axes, of a bias as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = (nn.Parameter(torch.randn(2, *s)) for s in ((3, 4), (4, 3)))
+        self.bias = nn.Parameter(torch.randn(2, 3))
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_what_two_axes_dress_together_is_left_to_torch() -> None:
+    units = Axis("up", (0, 1)), Axis("bias", (0, 1))
+    gauges = [Rescale("relu_rescale", "mlp", units, (Axis("down", (0, 2)),))]
+    hidden = [HiddenMatrix("up"), HiddenMatrix("down")]
+    a, b = same_steps(
+        Experts(), lambda m, f: DDCMuon(m.named_parameters(), gauges, hidden, fused=f)
+    )
+    assert_same(a, b, 1e-5)
+    assert not any(by_kernels(a).values())
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("betas", [(0.0, 0.9), (torch.tensor(0.9), torch.tensor(0.99))], ids=str)
+def test_betas_that_are_zero_or_tensors(betas: tuple[Any, Any]) -> None:
+    """Without a first average the last gradient is all of it, however much larger others were."""
+    models = nn.Linear(4, 3), nn.Linear(4, 3)
+    models[1].load_state_dict(models[0].state_dict())
+    for model, by_kernels in zip(models, (True, False), strict=True):
+        optimizer = DDCAdam(model.named_parameters(), betas=betas, fused=by_kernels)
+        for size in (1e9, 1.0):
+            fill(model, 0)
+            torch._foreach_mul_([p.grad for p in model.parameters()], size)
+            optimizer.step()
+        if betas[0] == 0:
+            means = [optimizer.state[p]["exp_avg"] for p in model.parameters()]
+            assert all(map(torch.equal, means, [p.grad for p in model.parameters()]))
+    torch.testing.assert_close(models[0].weight, models[1].weight)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_sums_are_in_float32_whatever_tensors_are_by_default() -> None:
+    model = DeepMLP(DeepMLPConfig(depth=2, width=8), 7, 7)
+    gauges = find_gauges(model)
+    other = copy.deepcopy(model)
+    for each, default in ((model, torch.float32), (other, torch.bfloat16)):
+        optimizer = DDCAdam(each.named_parameters(), gauges)
+        fill(each, 0)
+        torch.set_default_dtype(default)
+        try:
+            optimizer.step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("shape", [(262_145, 256), (4, 2**26)], ids=str)
+def test_large_matrices_fit_the_grid(shape: tuple[int, int]) -> None:
+    """Along all axes of a grid but the first there are at most 65,535 programs."""
+    param = nn.Parameter(torch.zeros(1).expand(shape))
+    p = StackedParameter(Role("w", None), ["w"], [param], [0], Adam())
+    k = Kernels(p)
+    assert k.tiles * k.br * k.bc >= param.numel()
+    _, parts, _ = k.parts
+    assert parts < 2**16
+    assert k.tiles < 2**31
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_what_a_cuda_graph_reads_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay reads the tables of offsets again, which steps outside it must not free."""
+    layers = [torch.zeros(2, 3) for _ in range(2)]
+    k = Kernels(StackedParameter(Role("w", None), ["a", "b"], layers, [0, 0], Adam()))
+    eager = k.offsets(layers)
+    monkeypatch.setattr(fused, "capturing", lambda _: True)
+    assert k.offsets(layers) is eager
+    new = k.offsets(layers[::-1])
+    assert new.tolist() == [-each for each in eager.tolist()]
+    monkeypatch.undo()
+    kept = weakref.ref(eager)
+    del eager
+    room = torch.zeros(100, 2, 3)
+    for i in range(1, 2 * fused.KNOWN):
+        assert k.offsets([room[0], room[i]]).tolist() == [0, 6 * i]
+    assert kept() is not None
+    # what was made in a capture has no values before the first replay
+    assert all(new is not each for each in k.known.values())
+
+
+class NoCompiler:
+    """Triton's driver where there is no C compiler."""
+
+    @property
+    def active(self) -> Any:
+        raise RuntimeError("Failed to find C compiler")
+
+
+def test_a_triton_that_does_not_work_leaves_all_to_torch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Or a GPU that is older than what Triton compiles for."""
+    runtime = SimpleNamespace(driver=NoCompiler())
+    monkeypatch.setitem(sys.modules, "triton.runtime", runtime)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert not fused.works()
+    assert "Failed to find C compiler" in caplog.text
+    monkeypatch.setattr(runtime, "driver", MagicMock())
+    assert fused.works()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1))
+    assert not fused.works()
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_fake_tensors_are_left_to_torch() -> None:
+    """They lie nowhere."""
+    with FakeTensorMode():
+        model = nn.Linear(4, 3)
+        optimizer = DDCAdam(model.named_parameters())
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    assert not any(by_kernels(optimizer).values())

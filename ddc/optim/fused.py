@@ -8,7 +8,9 @@ gauge scales takes one. Nothing of the size of the weights is written but weight
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
+import logging
 import os
 from typing import Any
 
@@ -16,11 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddc.gauges.base import axes_of
+from ddc.gauges.base import axes_of, is_fake
 from ddc.optim.averaging import Averaging
 from ddc.optim.compiled import Hyper, safe_power
 from ddc.optim.rules.adam import Adam, Bias
 from ddc.optim.stacked import Layers, StackedParameter
+
+log = logging.getLogger(__name__)
 
 #: Entries of a tile, and the most that registers hold.
 TILE, LARGEST = 1024, 8192
@@ -30,16 +34,47 @@ ROWS_PER_PART = 32
 ALIGNED = 16
 #: Tables of offsets that are kept: gradients that are made anew mostly lie where others did.
 KNOWN = 8
+#: The first compute capability of NVIDIA that Triton compiles for.
+OLDEST = (7, 0)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
 def available(device_type: str) -> bool:
-    """Whether there are kernels for a device: a GPU of NVIDIA or AMD with Triton, or any where
-    Triton interprets them (``TRITON_INTERPRET=1``).
+    """Whether there are kernels for a device: a GPU of NVIDIA or AMD with a Triton that works, or
+    any where Triton interprets them (``TRITON_INTERPRET=1``).
     """
-    on_gpu = device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    return on_gpu and importlib.util.find_spec("triton") is not None
+    if importlib.util.find_spec("triton") is None:
+        return False
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return True
+    return device_type == "cuda" and torch.cuda.is_available() and works()
+
+
+def works() -> bool:
+    """Whether Triton can compile for the GPUs here: not for those of NVIDIA before Volta, nor
+    without a C compiler, which images of containers may lack.
+    """
+    capabilities = [
+        torch.cuda.get_device_capability(each) for each in range(torch.cuda.device_count())
+    ]
+    if torch.version.hip is None and min(capabilities) < OLDEST:
+        return False
+    try:
+        importlib.import_module("triton.runtime").driver.active.get_current_target()
+    except Exception as error:
+        log.warning(
+            "Triton does not work here, so steps are taken by torch's operations, which are"
+            " slower (fused=False does so without this warning): %s",
+            error,
+        )
+        return False
+    return True
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched goes to a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class Kernels:
@@ -63,6 +98,7 @@ class Kernels:
             )
             self.groups, largest = averaging.groups, int(counts.max())
         self.known: dict[tuple[int, ...], Tensor] = {}
+        self.captured: list[Tensor] = []
         self.br, self.bc = self._tile(largest)
 
     def _tile(self, largest: int) -> tuple[int, int]:
@@ -82,7 +118,8 @@ class Kernels:
         first, averaging, axes = p.params[0], p.averaging, axes_of(p.role.axis)
         dressed = axes_of(p.dressed.axis) if p.dressed is not None else ()
         if not (
-            available(first.device.type)
+            not is_fake(first)
+            and available(first.device.type)
             and isinstance(p.rule, Adam)
             and "exp_avg" in p.moments
             and p.dtype == torch.float32
@@ -93,7 +130,7 @@ class Kernels:
             and all(param.dtype == first.dtype for param in p.params)
             and first.dtype in DTYPES
             and (averaging is None or (isinstance(averaging, Averaging) and first.ndim <= 2))
-            and {*dressed} <= ({0, 1} if first.ndim == 2 else {0})
+            and (p.dressed is None or dressed == (0,) or (dressed == (1,) and first.ndim == 2))
         ):
             return False
         kernels = p.kernels
@@ -109,13 +146,23 @@ class Kernels:
     # ------------------------------------------------------------------------------------------
 
     def offsets(self, tensors: list[Tensor]) -> Tensor:
-        """How many entries after the first layer's those of each begin, (L,), on the device."""
-        first, size = tensors[0].data_ptr(), tensors[0].element_size()
+        """How many entries after the first layer's those of each begin, (L,), on the device.
+
+        A CUDA graph reads the same memory at every replay, so what it reads stays.
+        """
+        first, size, device = tensors[0].data_ptr(), tensors[0].element_size(), tensors[0].device
         key = tuple((tensor.data_ptr() - first) // size for tensor in tensors)
+        if capturing(device):
+            if key in self.known:
+                self.captured.append(self.known[key])
+                return self.known[key]
+            # no copy, which would read the host's memory again at every replay
+            return torch.cat(
+                [torch.full((1,), each, dtype=torch.int64, device=device) for each in key]
+            )
         if key not in self.known:
-            if len(self.known) > KNOWN:
+            if len(self.known) >= KNOWN:
                 self.known.clear()
-            device = tensors[0].device
             table = torch.tensor(key, dtype=torch.int64, pin_memory=device.type == "cuda")
             self.known[key] = table.to(device, non_blocking=True)
         return self.known[key]
@@ -140,14 +187,12 @@ class Kernels:
         return cdiv(self.columns, self.bc), cdiv(pieces, steps), steps
 
     @property
-    def tiles(self) -> tuple[int, int]:
-        """Blocks of a tile each: of columns and of rows, or of groups in the place of what is
-        averaged.
-        """
+    def tiles(self) -> int:
+        """Tiles of a layer: those of groups in the place of what is averaged."""
         if self.averaged == 1:
-            return cdiv(self.rows, self.br), self.groups
+            return cdiv(self.rows, self.br) * self.groups
         rows = self.groups if self.averaged == 0 else cdiv(self.rows, self.br)
-        return cdiv(self.columns, self.bc), rows
+        return cdiv(self.columns, self.bc) * rows
 
     def launch(self, name: str, grid: tuple[int, ...], *arguments: Any) -> None:
         """Launch a kernel, on the device of the weights, whichever is the current one."""
@@ -160,7 +205,9 @@ class Kernels:
     def sums(self, layers: int, parts: int, kinds: int) -> Tensor:
         """Room for the sums of all programs."""
         units = self.columns if self.unit == 1 else self.rows
-        return torch.empty((kinds, layers, parts, units), device=self.order.device)
+        return torch.empty(
+            (kinds, layers, parts, units), dtype=torch.float32, device=self.order.device
+        )
 
 
 class Places:
@@ -244,7 +291,7 @@ class FusedPart:
         k, moments = self.kernels, self.layers.moments
         blocks, parts, steps = k.parts
         sums = k.sums(self.count, parts, 3)
-        first, second = hyper["betas"]
+        first, second = map(float, hyper["betas"])
         self.floor = floor(clock, hyper, self.count)
         k.launch(
             "direct", (blocks, self.count, parts),
@@ -266,15 +313,14 @@ class FusedPart:
         k, moments, p, undress = self.kernels, self.layers.moments, self.p, self.kernels.order
         if self.layers.after is not None:
             undress = factors(p, self.layers.after)[1]
-        blocks, pieces = k.tiles
         k.launch(
-            "write", (blocks, self.count, pieces),
+            "write", (k.tiles, self.count),
             *self.places.weights, self.factor, undress, self.means, moments["exp_avg"],
             moments["exp_avg_sq"], keep.contiguous(), turn.contiguous(), self.floor, self.mean_u,
             k.order, k.starts, k.groups, k.rows, k.columns, self.places.aligned, k.unit,
             self.factor_axis, p.role.centred, k.averaged,
         )  # fmt: skip
-        torch.autograd.graph.increment_version(self.layers.weights)
+        moved(self.layers)
 
 
 def step_free(p: StackedParameter, layers: Layers, clock: Bias, hyper: Hyper) -> None:
@@ -290,19 +336,24 @@ def step_free(p: StackedParameter, layers: Layers, clock: Bias, hyper: Hyper) ->
             inverse, undress = factors(p, layers.before)[1], factors(p, layers.after)[1]
         if layers.relaxed is not None:
             relaxed_axis, relaxed = dressed_axis, factors(p, layers.relaxed)[0]
-    first, second = hyper["betas"]
+    first, second = map(float, hyper["betas"])
     turn = hyper["lr"] * clock.root_second / clock.first
     keep = torch.ones_like(turn).expand(count) * layers.decay
-    blocks, pieces = k.tiles
     k.launch(
-        "free", (blocks, count, pieces),
+        "free", (k.tiles, count),
         *places.both, inverse, undress, relaxed,
         layers.moments["exp_avg"], layers.moments["exp_avg_sq"], keep.contiguous(),
         turn.expand(count).contiguous(), floor(clock, hyper, count), k.order, k.starts, k.groups,
         1 - first, second, 1 - second, k.rows, k.columns, places.aligned, axis, relaxed_axis,
         k.averaged,
     )  # fmt: skip
-    torch.autograd.graph.increment_version(layers.weights)
+    moved(layers)
+
+
+def moved(layers: Layers) -> None:
+    """Tell autograd that the weights have moved."""
+    for weight in layers.weights:  # torch 2.6 takes one at a time
+        torch.autograd.graph.increment_version(weight)
 
 
 def floor(clock: Bias, hyper: Hyper, layers: int) -> Tensor:

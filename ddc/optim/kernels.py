@@ -10,7 +10,9 @@ the indices group by group, group i from ``starts[i]`` to ``starts[i + 1]``.
 
 A program has a block of one layer: some units, and all of their entries (rows) or those of some
 rows (columns), whose sums go to ``sums``, (kinds, L, parts, units), to be added up in a fixed
-order. All arithmetic is in float32. :mod:`ddc.optim.fused` calls them.
+order. Where it has one tile, blocks of rows and columns are counted together along the first axis
+of the grid, for the others end at 65,535. All arithmetic is in float32. :mod:`ddc.optim.fused`
+calls them.
 """
 
 # mypy: ignore-errors
@@ -88,6 +90,13 @@ def _dressed(
         weight *= _of_tile(factor, layer, rows, columns, ROWS, COLUMNS, FACTOR)
         grad *= _of_tile(inverse, layer, rows, columns, ROWS, COLUMNS, FACTOR)
     return weight, grad
+
+
+@triton.jit
+def _moved(mean, x, first):
+    """The mean, moved to x by a share ``first``: all of the way where that is 1."""
+    way = x - mean
+    return tl.where(first < 0.5, mean + first * way, x - (1 - first) * way)
 
 
 @triton.jit
@@ -238,7 +247,7 @@ def direct(
         x -= weight * _of_tile(leaning, layer, rows, columns, ROWS, COLUMNS, UNIT)
         places = (layer.to(tl.int64) * ROWS + rows[:, None]) * COLUMNS + columns[None, :]
         mean = tl.load(exp_avg + places, mask=there, other=0.0)
-        mean += first * (x - mean)
+        mean = _moved(mean, x, first)
         tl.store(exp_avg + places, mean, mask=there)
         if AVERAGED == 0:
             count = tl.sum(row_there.to(tl.float32), 0)
@@ -293,10 +302,11 @@ def write(
     BC: tl.constexpr,
 ):
     """Weights become keep · w - turn · u, undressed, with the mean of each column back."""
-    layer, group = tl.program_id(1), tl.program_id(2)
+    blocks = tl.cdiv(COLUMNS, BC)
+    layer, block, group = tl.program_id(1), tl.program_id(0) % blocks, tl.program_id(0) // blocks
     epsilon = tl.load(floor + layer)
     rows, row_there = _indices(order, starts, group, groups, BR, AVERAGED == 0)
-    columns = tl.program_id(0) * BC + tl.arange(0, BC)
+    columns = block * BC + tl.arange(0, BC)
     there = row_there[:, None] & (columns < COLUMNS)[None, :]
     inside = rows[:, None].to(tl.int64) * COLUMNS + columns[None, :]
     places = layer.to(tl.int64) * ROWS * COLUMNS + inside
@@ -363,17 +373,16 @@ def free(
     """All of a step of what no gauge scales: moments, and w becomes (keep · w - turn · u) with
     ``keep`` and ``turn`` one number a layer, (L,); gradients dressed, u undressed.
     """
-    layer = tl.program_id(1)
+    blocks = tl.cdiv(ROWS, BR) if AVERAGED == 1 else tl.cdiv(COLUMNS, BC)
+    layer, block, group = tl.program_id(1), tl.program_id(0) % blocks, tl.program_id(0) // blocks
     epsilon = tl.load(floor + layer)
     if AVERAGED == 1:
-        group = tl.program_id(2)
-        rows = tl.program_id(0) * BR + tl.arange(0, BR)
+        rows = block * BR + tl.arange(0, BR)
         row_there = rows < ROWS
         columns, column_there = _indices(order, starts, group, groups, BC, True)
     else:
-        group = tl.program_id(2)
         rows, row_there = _indices(order, starts, group, groups, BR, AVERAGED == 0)
-        columns = tl.program_id(0) * BC + tl.arange(0, BC)
+        columns = block * BC + tl.arange(0, BC)
         column_there = columns < COLUMNS
     there = row_there[:, None] & column_there[None, :]
     inside = rows[:, None].to(tl.int64) * COLUMNS + columns[None, :]
@@ -386,7 +395,7 @@ def free(
     if FACTOR >= 0:
         x *= _of_tile(inverse, layer, rows, columns, ROWS, COLUMNS, FACTOR)
     mean = tl.load(exp_avg + places, mask=there, other=0.0)
-    mean += first * (x - mean)
+    mean = _moved(mean, x, first)
     tl.store(exp_avg + places, mean, mask=there)
     square = tl.where(there, x * x, 0.0)
     if AVERAGED == 0:
