@@ -40,7 +40,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
-def available(device_type: str) -> bool:
+def available(device: torch.device) -> bool:
     """Whether there are kernels for a device: a GPU of NVIDIA or AMD with a Triton that works, or
     any where Triton interprets them (``TRITON_INTERPRET=1``).
     """
@@ -48,17 +48,14 @@ def available(device_type: str) -> bool:
         return False
     if os.environ.get("TRITON_INTERPRET") == "1":
         return True
-    return device_type == "cuda" and torch.cuda.is_available() and works()
+    return device.type == "cuda" and torch.cuda.is_available() and works(device)
 
 
-def works() -> bool:
-    """Whether Triton can compile for the GPUs here: not for those of NVIDIA before Volta, nor
-    without a C compiler, which images of containers may lack.
+def works(device: torch.device) -> bool:
+    """Whether Triton can compile for a GPU: not for one of NVIDIA before Volta, nor without a C
+    compiler, which images of containers may lack.
     """
-    capabilities = [
-        torch.cuda.get_device_capability(each) for each in range(torch.cuda.device_count())
-    ]
-    if torch.version.hip is None and min(capabilities) < OLDEST:
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST:
         return False
     try:
         importlib.import_module("triton.runtime").driver.active.get_current_target()
@@ -119,7 +116,7 @@ class Kernels:
         dressed = axes_of(p.dressed.axis) if p.dressed is not None else ()
         if not (
             not is_fake(first)
-            and available(first.device.type)
+            and available(first.device)
             and isinstance(p.rule, Adam)
             and "exp_avg" in p.moments
             and p.dtype == torch.float32
