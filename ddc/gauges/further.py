@@ -27,7 +27,7 @@ from ddc.gauges.affine import (
     Translated,
     Translation,
 )
-from ddc.gauges.attention import ATTENTION, Attention, Read
+from ddc.gauges.attention import ATTENTION, Attention, Read, product_of, softmax_axis
 from ddc.gauges.base import Gauge, Refusal, paper_kinds
 from ddc.gauges.gauge_set import GaugeSet
 from ddc.gauges.stream import Norm, Stream, patches_of, streams
@@ -226,17 +226,29 @@ class Further:
                 if not bool(unmasked.any(-1).all()):
                     raise NotProved("its mask masks a whole row, whose weights are zero")
             return
-        self._require_over_positions(attention)
-        between = attention.weights
-        while between is not args[0]:
-            (between,) = readers(between)
-            if _drops(between):
-                raise NotProved("weights of attention are dropped at random")
-
-    def _require_over_positions(self, attention: Attention) -> None:
-        """A softmax that is spelt out is over the last axis, that of positions."""
+        # each row of the softmax arrives whole
         softmax = attention.weights
-        if int(arguments(softmax)[1]) not in (-1, value_of(softmax).ndim - 1):
+        assert attention.mixed is not None
+        numbers = torch.arange(value_of(softmax).numel()).view(value_of(softmax).shape)
+        along = softmax_axis(softmax)
+        rows = _without_axis(numbers.shape, along)
+        way = [attention.mixed.value]
+        while way[-1] is not softmax:
+            way.append(inputs(way[-1])[0])
+        arrived = numbers
+        for each in reversed(way[:-1]):
+            if _drops(each):
+                raise NotProved("weights of attention are dropped at random")
+            if operation(each) in MOVES:
+                arrived = apply(each, arrived)
+        arrived = arrived.permute(*attention.mixed.order)
+        row = rows.flatten()[arrived]
+        ordered = arrived.sort(-1).values
+        if (
+            arrived.shape[-1] != numbers.shape[along]
+            or bool((row != row[..., :1]).any())
+            or bool((ordered[..., 1:] == ordered[..., :-1]).any())
+        ):
             raise NotProved("its softmax is not over positions")
 
     def _require_softmax_of_scores(self, attention: Attention) -> None:
@@ -246,18 +258,35 @@ class Further:
         if operation(attention.node) == ATTENTION:
             return
         assert attention.key is not None
-        self._require_over_positions(attention)
+        shape = value_of(attention.key.node).shape
+        product = product_of(attention.key.node)
+        assert product is not None
+        over = product.order[-1 if product.right.argument == attention.key.argument else -2]
+        # all scores of a query have its number
+        queries = {attention.key.node: _without_axis(shape, over)}
+        scores = {attention.key.node, *self.trace.descendants(attention.key.node)}
         waiting = [attention.key.node]
         while waiting:
-            for user in readers(waiting.pop()):
+            node = waiting.pop()
+            for user in readers(node):
+                labels = queries[node]
                 if user is attention.weights:
+                    along = softmax_axis(user)
+                    if not torch.equal(labels.amin(along), labels.amax(along)):
+                        raise NotProved("its softmax is not over positions")
                     continue
-                others = [x for x in arguments(user) if x is not user and not isinstance(x, Node)]
+                others = [x for x in arguments(user) if x is not node and not isinstance(x, Node)]
                 name = operation(user)
                 by_number = name in ("mul", "div") and len(others) == 1 and not user.kwargs
                 adds = name in ("add", "add_") and not user.kwargs and len(inputs(user)) == 2
-                if not (by_number or adds or name in KEEPS - {"dropout"}):
+                adds = adds and len({*inputs(user)} & scores) == 1
+                moves = name in MOVES and len(inputs(user)) == 1
+                if not (by_number or adds or moves or name in KEEPS - {"dropout"}):
                     raise NotProved(f"{name or 'the output of the model'} reads its scores")
+                labels = apply(user, labels) if moves else labels
+                if not isinstance(labels, Tensor) or labels.shape != value_of(user).shape:
+                    raise NotProved(f"{name} gives its scores another shape")
+                queries[user] = labels
                 waiting.append(user)
 
     @once
@@ -331,7 +360,7 @@ class Further:
             self.finding.require_single([name])
             if self.trace.leak(scaled, range(value_of(scaled).shape[-1]), read.node, read.argument):
                 raise NotProved(f"its {what} are read elsewhere as well")
-            matrix = self.trace.matrix(scaled, read.value, read.transposed)
+            matrix = self.trace.matrix(scaled, read.value, read.order)
             if matrix is None:
                 raise NotProved(f"its {what} pass through what is not linear behind their norm")
             turned.append((name, heads_of(matrix, what)))
@@ -742,6 +771,13 @@ def channels_of(node: Node) -> Tensor:
     """Labels of a node whose units lie along axis 1."""
     shape = value_of(node).shape
     return torch.arange(shape[1]).view(-1, *[1] * (len(shape) - 2)).expand(shape)
+
+
+def _without_axis(shape: Sequence[int], axis: int) -> Tensor:
+    """Labels that differ between all entries but those along an axis."""
+    sizes = [*shape]
+    sizes[axis] = 1
+    return torch.arange(math.prod(sizes)).view(sizes).expand(tuple(shape))
 
 
 def _drops(node: Node) -> bool:
