@@ -249,6 +249,19 @@ def test_equations_that_are_no_attention_of_heads(equation: str) -> None:
     assert not kinds(attend) & QK
 
 
+def test_heads_that_are_averaged_are_refused_and_averages_of_positions_are_not() -> None:
+    """Columns of the output map that all heads share could turn with all of them alone."""
+
+    def over_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return split(einsum(q, k, v)).mean(2)
+
+    def over_positions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return einsum(q, k, v).mean(1)
+
+    assert kinds(over_heads, outputs=2) == QK
+    assert kinds(over_positions) == QK | VALUE
+
+
 # ---- what else reads, or is read
 
 

@@ -1067,6 +1067,11 @@ def _writes(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
+def drops(node: Node) -> bool:
+    """Whether an operation drops entries at random in training."""
+    return operation(node) == "dropout" and float(arguments(node)[1]) > 0
+
+
 def _draws(node: Node) -> bool:
     """Whether an operation draws random numbers; dropout is told by its own."""
     tags = node.target.tags if isinstance(node.target, torch._ops.OpOverload) else ()
