@@ -107,6 +107,7 @@ class DDCAdam(Lift):
         retract: bool = True,
         additive: bool = False,
         compiled: bool = False,
+        fused: bool = True,
     ) -> None:
         super().__init__(
             params,
@@ -118,4 +119,5 @@ class DDCAdam(Lift):
             retract=retract,
             additive=additive,
             compiled=compiled,
+            fused=fused,
         )

@@ -97,6 +97,7 @@ class DDCMuon(Lift):
         retract: bool = True,
         additive: bool = False,
         compiled: bool = False,
+        fused: bool = True,
     ) -> None:
         self._hidden = {matrix.parameter: matrix for matrix in hidden}
         gauges = list(gauges)
@@ -118,6 +119,7 @@ class DDCMuon(Lift):
             retract=retract,
             additive=additive,
             compiled=compiled,
+            fused=fused,
         )
 
     @property
