@@ -175,6 +175,24 @@ def test_an_output_that_is_read_elsewhere_keeps_its_shift() -> None:
     assert kinds == {"stream_mean": 1, "reader_shift": 2, "norm_shift": 1}
 
 
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_sum_that_is_made_in_place(writes: bool) -> None:
+    """What is read by another name afterwards is the sum."""
+
+    class InPlace(PostNorm):
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self.norms[0](self.table(tokens)) * 1.0
+            normed = self.norms[1](x)
+            view = normed.view(normed.shape)
+            total = normed.add_(self.o(x)) if writes else normed + self.o(x)
+            return self.head(self.norms[2](total)) + self.up(view).sum()
+
+    where = {gauge.where for gauge in found(InPlace()) if gauge.kind == "norm_shift"}
+    assert ("norms.1" in where) is not writes
+    means = {gauge.where for gauge in found(InPlace()) if gauge.kind == "stream_mean"}
+    assert ("o" in means) is not writes
+
+
 @pytest.mark.slow
 def test_ddcadam_is_equivariant_under_all_of_them() -> None:
     model = PostNorm().double().eval()

@@ -232,11 +232,13 @@ def test_heads_that_overlap() -> None:
         "bihd,bjgd->bhgij",  # each head with each
         "bihd,bjhe->bhij",  # the sum of entries of each by itself
         "bihd,bihd->bhi",  # no product
+        "bihd,bjhd->bhij, of one entry",
     ],
 )
 def test_equations_that_are_no_attention_of_heads(equation: str) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = torch.einsum(equation, split(q), split(k))
+        keys = split(k)[..., :1] if "," in equation[9:] else split(k)
+        scores = torch.einsum(equation.removesuffix(", of one entry"), split(q), keys)
         match scores.ndim:
             case 3 if equation.endswith("bij"):
                 scores = scores[:, None].expand(-1, HEADS, -1, -1)
@@ -285,6 +287,7 @@ def test_heads_that_are_averaged_are_refused_and_averages_of_positions_are_not()
         ("a value is written to", QK),
         ("scores are written to", {"qk_map"} | VALUE),
         ("weights are written to", set()),
+        ("weights are written to, then kept", QK | {"value_map"}),
         ("values are gated", QK),
     ],
 )
@@ -324,8 +327,10 @@ def test_what_is_done_around_the_products(spelt: str, how: str, found: set[str])
             weights, v = weights[..., 1:], v[:, 1:]
         if how == "weighted by values":
             weights = weights * v.sum(-1)[:, None]
-        if how == "weights are written to":
+        if how.startswith("weights are written to"):
             weights[..., 0] = 0.0
+        if how == "weights are written to, then kept":
+            weights = F.dropout(weights, 0.0)
         y = joined(product("nij,njd->nid", weights, v))
         return (y * y.sigmoid() if how == "values are gated" else y, *returned)
 

@@ -135,6 +135,11 @@ def _einsum(node: Node) -> Product | None:
             (given, lefts + rights),
         )
     )
+    sums = {
+        value_of(each).shape[axes[-1]] for each, axes in zip(factors, (left, right), strict=True)
+    }
+    if len(sums) > 1:  # one entry, taken for all
+        return None
     return Product(Read(node, 1, left), Read(node, 2, right), order)
 
 

@@ -237,6 +237,8 @@ class Further:
         way = [attention.mixed.value]
         while way[-1] is not softmax:
             way.append(inputs(way[-1])[0])
+        if self.trace.rewritten & {*way}:
+            raise NotProved("weights of attention are written to in place")
         arrived = numbers
         for each in reversed(way[:-1]):
             if drops(each):
@@ -556,6 +558,8 @@ class Further:
             node = waiting.pop()
             if node not in stream.nodes:
                 raise NotProved(f"{operation(node)} reads it")
+            if node in self.trace.rewritten:
+                raise NotProved("it is written to in place")
             for user in readers(node):
                 norm = inside.get(user)
                 if norm is not None and norm.input is node:

@@ -170,6 +170,8 @@ class NormReaders:
         waiting, seen = [source], {source}
         while waiting:
             node = waiting.pop()
+            if node in self.trace.rewritten:
+                raise NotProved("it is written to in place")
             for user in readers(node):
                 name = operation(user) or "the output of the model"
                 try:
@@ -213,7 +215,7 @@ class NormReaders:
         waiting = [other]
         while waiting:
             each = waiting.pop()
-            if len(readers(each)) != 1 or value_of(each).shape[-1:] != (width,):
+            if len(readers(each)) != 1 or each in self.trace.rewritten:
                 continue
             linear = self.trace.maps_by_output.get(each)
             if linear is not None:
