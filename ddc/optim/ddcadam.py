@@ -69,6 +69,8 @@ class DDCAdam(Lift):
             ranks, of lower precision than float32 or complex; and all of it no longer once
             hyperparameters that are no numbers have changed often. Numbers, such as lr and betas,
             may change at every step.
+        fused: on a GPU, let kernels in Triton step what there are kernels for; docs/speed.md says
+            what. False leaves all to torch's operations, as a compiled step does.
 
     Weights of lower precision than float32 have their state, and their arithmetic, in float32.
     State is complete from construction: ``exp_avg`` and ``exp_avg_sq`` as Adam's (the latter
