@@ -114,8 +114,8 @@ def _in_order(gauges: Sequence[Gauge]) -> list[Gauge]:
 
     def moved(gauge: Gauge) -> set[str | None]:
         match gauge:
-            case Shear(readers=readers):
-                return {reader.bias for reader in readers}
+            case Shear(slots=(_, *others), readers=readers):
+                return {*(slot.parameter for slot in others), *(each.bias for each in readers)}
             case ScaledShift(bias=bias):
                 return {bias}
             case Translation(slots=(_, *others)):
