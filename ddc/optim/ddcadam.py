@@ -69,6 +69,9 @@ class DDCAdam(Lift):
             ranks, of lower precision than float32 or complex; and all of it no longer once
             hyperparameters that are no numbers have changed often. Numbers, such as lr and betas,
             may change at every step.
+        approximate: take gauges that are symmetries at eps = 0 alone
+            (:func:`ddc.gauges.approximate_kinds`) too, which are refused otherwise. The step is
+            equivariant under them, the loss up to their size.
 
     Weights of lower precision than float32 have their state, and their arithmetic, in float32.
     State is complete from construction: ``exp_avg`` and ``exp_avg_sq`` as Adam's (the latter
@@ -84,9 +87,10 @@ class DDCAdam(Lift):
 
     Raises:
         ValueError: a hyperparameter out of range, gauges that do not fit the parameters or each
-            other, parameters that are all zero and would stay so under their gauge, or parameters
-            under one gauge in param groups that differ in anything but weight decay; in ``step``, a
-            parameter that was frozen since while what shares its gauge was not.
+            other, or hold at eps = 0 alone, parameters that are all zero and would stay so under
+            their gauge, or parameters under one gauge in param groups that differ in anything but
+            weight decay; in ``step``, a parameter that was frozen since while what shares its gauge
+            was not.
         RuntimeError: in ``step``, a sparse gradient.
     """
 
@@ -107,6 +111,7 @@ class DDCAdam(Lift):
         retract: bool = True,
         additive: bool = False,
         compiled: bool = False,
+        approximate: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -118,4 +123,5 @@ class DDCAdam(Lift):
             retract=retract,
             additive=additive,
             compiled=compiled,
+            approximate=approximate,
         )

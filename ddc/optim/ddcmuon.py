@@ -62,7 +62,7 @@ class DDCMuon(Lift):
         weight_decay: as for :class:`DDCAdam`.
         step_scale, retract, additive: as for :class:`DDCAdam`; hidden matrices have their own step,
             above.
-        compiled: as for :class:`DDCAdam`.
+        compiled, approximate: as for :class:`DDCAdam`.
 
     The state of a hidden matrix is its ``momentum_buffer``, half of AdamW's. A matrix that starts
     at zero moves by ``lr`` times its usual norm until it has that (docs/method.md). A hidden matrix
@@ -97,6 +97,7 @@ class DDCMuon(Lift):
         retract: bool = True,
         additive: bool = False,
         compiled: bool = False,
+        approximate: bool = False,
     ) -> None:
         self._hidden = {matrix.parameter: matrix for matrix in hidden}
         gauges = list(gauges)
@@ -118,6 +119,7 @@ class DDCMuon(Lift):
             retract=retract,
             additive=additive,
             compiled=compiled,
+            approximate=approximate,
         )
 
     @property
