@@ -14,6 +14,9 @@ from ddc.optim.compiled import Hyper, Number, safe_power, scaled
 from ddc.optim.stack import Context
 from ddc.optim.stacked import Layers, StackedParameter, Term, unit_sums
 
+#: A centred unit is zero if it is no longer than this many roundings of the mean row.
+CENTRED_ROUNDING = 16
+
 
 @dataclass
 class Side:
@@ -64,6 +67,7 @@ class Side:
         after decay.
         """
         originals, weights, grads, means = [], [], [], []
+        taken: list[Tensor | None] = []  # the mean rows, in the coordinates of the weights
         for p, each in zip(self.parameters, layers, strict=True):
             weight, grad, mean = p.read(each), p.stack(each.grads), None
             originals.append(weight)
@@ -72,8 +76,11 @@ class Side:
                 weight, grad = weight - mean, p.centre(grad)
             if decayed:
                 weight = weight * each.decay
+            shift = mean
             if (factor := p.factor(each.before)) is not None:
                 weight, grad = weight * factor, scaled(grad, safe_power(factor, -1))
+                shift = None if mean is None else mean * factor
+            taken.append(shift)
             weights.append(weight)
             grads.append(grad)
             means.append(mean)
@@ -81,9 +88,21 @@ class Side:
             lambda p, i: p.unit_sum(weights[i].square()),
             lambda p, i: p.unit_sum(weights[i] * grads[i]),
         )
-        return Block(
-            self, layers, decayed, originals, weights, grads, means, squares.sqrt(), log_norm_grad
-        )
+        if any(mean is not None for mean in means):
+            # of rows that are all alike, centring leaves rounding, which is no direction
+            size = self.sums(lambda p, i: _sum_of_rows(p, weights[i], taken[i]))[0]
+            rounding = CENTRED_ROUNDING * torch.finfo(squares.dtype).eps
+            alive = squares > rounding**2 * size
+            squares, log_norm_grad = squares * alive, log_norm_grad * alive
+        norm = squares.sqrt()
+        return Block(self, layers, decayed, originals, weights, grads, means, norm, log_norm_grad)
+
+
+def _sum_of_rows(p: StackedParameter, weight: Tensor, row: Tensor | None) -> Tensor:
+    """Squares of a row, summed per unit, (L, U), as if all rows of the weight were this one."""
+    if row is None:
+        return weight.new_zeros(())
+    return p.unit_sum(row.square()) * weight.shape[1]
 
 
 @dataclass
