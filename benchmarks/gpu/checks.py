@@ -116,6 +116,27 @@ class Checks:
             )
             yield row(name, distance(here, there, self.start()), EXACT)
 
+    def kernels(self) -> Iterable[Row]:
+        """Weights after some steps by kernels in float32 are as near to float64 as those of steps
+        in torch.
+        """
+        self.need_cuda("for kernels in Triton")
+        for name in MINE:
+            exact = self.trained(self.start(), OPTIMIZERS[name])
+            by_kernels, in_torch = (
+                distance(
+                    self.trained(
+                        self.start(torch.float32),
+                        with_options(OPTIMIZERS[name], fused=fused),
+                        FLOAT32,
+                    ),
+                    exact,
+                    self.start(),
+                )
+                for fused in (True, False)
+            )
+            yield row(name, by_kernels, 3 * in_torch)
+
     def no_waiting(self) -> Iterable[Row]:
         """A step, the invariant norm and clipping never wait for the device."""
         self.need_cuda("to see what waits for the device")
@@ -215,8 +236,7 @@ class Checks:
             eager = self.start(torch.float32)
             self.backward(eager, 0)
             captured = copy.deepcopy(eager)
-            gradients = [p.grad.clone() for p in eager.parameters() if p.grad is not None]
-            graph = InGraph(OPTIMIZERS[name](captured, self.gauges), gradients)
+            graph = InGraph(OPTIMIZERS[name](captured, self.gauges))
             optimizer = OPTIMIZERS[name](eager, self.gauges)
             for _ in range(InGraph.WARM + 5):
                 optimizer.step()
@@ -231,9 +251,11 @@ class Checks:
         if self.device.type != "cuda":
             raise NotHere(f"a GPU is needed {why}")
 
-    def trained(self, start: nn.Module, make: OptimizerMaker) -> Tensor:
-        """All weights after some steps in float64, on the CPU."""
-        read = run(start, self.gauges, make, self.data, FLOAT64, SEED, (self.steps,))
+    def trained(
+        self, start: nn.Module, make: OptimizerMaker, precision: Precision = FLOAT64
+    ) -> Tensor:
+        """All weights after some steps, on the CPU."""
+        read = run(start, self.gauges, make, self.data, precision, SEED, (self.steps,))
         return read[self.steps].weights.cpu()
 
 
@@ -269,6 +291,7 @@ PARTS: Mapping[str, Callable[[Checks], Iterable[Row]]] = {
     "gauges are found": Checks.gauges_found,
     "equivariance": Checks.equivariance,
     "trajectory as on the CPU": Checks.trajectory,
+    "kernels as in torch": Checks.kernels,
     "nothing waits for the device": Checks.no_waiting,
     "loss scaler": Checks.loss_scaler,
     "state from CPU to device and back": Checks.state_moves,

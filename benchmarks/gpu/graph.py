@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from benchmarks.gpu.record import NotHere
@@ -17,8 +15,7 @@ class InGraph(Optimizer):
     rates are those of the capture.
 
     Args:
-        optimizer: steps :data:`WARM` times, uncaptured, on the gradients as they are.
-        gradients: of its parameters, in their order; None for zero.
+        optimizer: steps :data:`WARM` times, uncaptured, on the gradients as they are, or zero.
 
     Raises:
         NotHere: there is no CUDA.
@@ -27,15 +24,14 @@ class InGraph(Optimizer):
     #: Steps before the capture, which make what is made once.
     WARM = 3
 
-    def __init__(self, optimizer: Optimizer, gradients: Sequence[Tensor] | None = None) -> None:
+    def __init__(self, optimizer: Optimizer) -> None:
         if not torch.cuda.is_available():
             raise NotHere("CUDA graphs need a GPU")
         self.captured = optimizer
         self.param_groups, self.state = optimizer.param_groups, optimizer.state
         self.parameters = [p for group in self.param_groups for p in group["params"]]
         self.gradients = [
-            torch.zeros_like(p) if gradients is None else gradients[i].clone()
-            for i, p in enumerate(self.parameters)
+            torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters
         ]
         self.place_gradients()
         side = torch.cuda.Stream()

@@ -68,14 +68,16 @@ class Record:
         self.path = place.folder / place.card / f"{stage}.json"
         self.parts: dict[str, Part] = read(self.path)["parts"] if self.path.exists() else {}
 
-    def is_done(self, name: str, whatever_commit: bool = False) -> bool:
-        """Whether a part is recorded: of this commit, unless its code may be another one, and with
-        no change to it.
+    def is_done(self, name: str, overrides: list[str] | None = None) -> bool:
+        """Whether a part is recorded: of this commit, with no change to it; or for a run of these
+        settings, of whatever commit.
         """
         part, mine = self.parts.get(name), commit()
         if part is None or "error" in part or not part.get("complete", True):
             return False
-        return whatever_commit or (part["commit"] == mine and not str(mine).endswith("+"))
+        if overrides is not None:
+            return bool(part.get("overrides") == overrides)
+        return part["commit"] == mine and not str(mine).endswith("+")
 
     def write(self, name: str, part: Mapping[str, Any]) -> None:
         """Put a part into the file, as it stands."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,34 +23,41 @@ from benchmarks.gpu.graph import InGraph
 from benchmarks.gpu.record import NotHere, Place, Record
 from benchmarks.speed import (
     GPT_124M,
+    LR,
     OPTIMIZERS,
     Bench,
     Case,
+    Subject,
     bytes_of,
     copy_bandwidth,
+    ddcmuon,
     text_case,
     vit_s,
 )
+from ddc import DDCAdam
 from ddc.models import GPTConfig
 
 TURNS = 10
-EAGER = (
-    "AdamW fused",
-    "AdamW foreach",
-    "torch.optim.Muon",
-    "DDCAdam eager",
-    "DDCMuon eager",
-)
+BASES = ("AdamW fused", "torch.optim.Muon")
 #: What is measured together; the first of each are what the others are compared to.
 GROUPS: Mapping[str, tuple[str, ...]] = {
-    "eager": EAGER,
+    "fused": (*BASES, "DDCAdam fused", "DDCMuon fused"),
+    "in a graph": (*BASES, "DDCAdam in a graph", "DDCMuon in a graph"),
+    "eager": (*BASES, "AdamW foreach", "DDCAdam eager", "DDCMuon eager"),
     "DDCAdam compiled": ("AdamW fused", "DDCAdam compiled"),
-    "DDCAdam in a graph": ("AdamW fused", "DDCAdam in a graph"),
-    "DDCMuon in a graph": ("torch.optim.Muon", "DDCMuon in a graph"),
     "DDCMuon compiled": ("torch.optim.Muon", "DDCMuon compiled"),
 }
+#: How torch's Muon orthogonalises.
+AS_TORCH: dict[str, Any] = {"orthogonalizer": "newton_schulz_bfloat16"}
+MAKERS: Mapping[str, Callable[[Subject], Optimizer]] = {
+    **OPTIMIZERS,
+    "DDCAdam fused": lambda s: DDCAdam(s.model.named_parameters(), s.gauges, lr=LR),
+    "DDCMuon eager": lambda s: ddcmuon(s, **AS_TORCH),
+    "DDCMuon fused": lambda s: ddcmuon(s, fused=True, **AS_TORCH),
+    "DDCMuon compiled": lambda s: ddcmuon(s, compiled=True, **AS_TORCH),
+}
 #: Of the smallest form: a compiler takes longer than all else.
-TINY_GROUPS = ("eager", "DDCAdam in a graph")
+TINY_GROUPS = ("eager", "in a graph")
 
 
 def cases(tiny: bool) -> dict[str, list[Case]]:
@@ -97,7 +105,7 @@ class Speed:
             for name in names:
                 found[name] |= self.counted(bench, name)
         finally:
-            for name in set(bench.optimizers) - set(EAGER):  # their state would fill the card
+            for name in set(bench.optimizers) - set(BASES):  # their state would fill the card
                 del bench.optimizers[name], bench.steps[name]
         return {
             "model": bench.case.title,
@@ -135,7 +143,11 @@ class Speed:
             torch.cuda.synchronize(self.device)
         events = profiler.events() or []
         launches = sum("Launch" in each.name and each.name.startswith("cu") for each in events)
-        kernels = sum(each.device_type.name == "CUDA" for each in events)
+        kernels = [
+            each
+            for each in events
+            if each.device_type.name == "CUDA" and not each.is_user_annotation
+        ]
         optimizer.zero_grad()
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -143,14 +155,19 @@ class Speed:
         peak = torch.cuda.max_memory_allocated(self.device) - before
         own = bytes_of([*bench.subject.model.parameters()])
         own += sum(bytes_of(dict(each)) for each in optimizer.state.values())
-        return {"launches": launches, "kernels": kernels, "peak_bytes": peak + own}
+        return {
+            "launches": launches,
+            "kernels": len(kernels),
+            "device_ms": sum(each.time_range.elapsed_us() for each in kernels) / 1e3,
+            "peak_bytes": peak + own,
+        }
 
 
-def made(name: str, bench: Bench) -> Any:
+def made(name: str, bench: Bench) -> Optimizer:
     """An optimizer for a bench, by its name in a table."""
     if name.endswith(" in a graph"):
-        return InGraph(OPTIMIZERS[name.replace(" in a graph", " eager")](bench.subject))
-    return OPTIMIZERS[name](bench.subject)
+        return InGraph(MAKERS[name.replace(" in a graph", " fused")](bench.subject))
+    return MAKERS[name](bench.subject)
 
 
 class Operations(TorchDispatchMode):

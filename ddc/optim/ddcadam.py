@@ -111,6 +111,7 @@ class DDCAdam(Lift):
         retract: bool = True,
         additive: bool = False,
         compiled: bool = False,
+        fused: bool = True,
         approximate: bool = False,
     ) -> None:
         super().__init__(
@@ -123,5 +124,6 @@ class DDCAdam(Lift):
             retract=retract,
             additive=additive,
             compiled=compiled,
+            fused=fused,
             approximate=approximate,
         )

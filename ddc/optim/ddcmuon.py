@@ -97,6 +97,7 @@ class DDCMuon(Lift):
         retract: bool = True,
         additive: bool = False,
         compiled: bool = False,
+        fused: bool = True,
         approximate: bool = False,
     ) -> None:
         self._hidden = {matrix.parameter: matrix for matrix in hidden}
@@ -119,6 +120,7 @@ class DDCMuon(Lift):
             retract=retract,
             additive=additive,
             compiled=compiled,
+            fused=fused,
             approximate=approximate,
         )
 

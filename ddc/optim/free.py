@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ddc.optim.compiled import Arithmetic, Hyper, per_layer, safe_power, scaled
+from ddc.optim.fused import step_free
 from ddc.optim.stack import Context, Stack, layers_at_once, states_of
 from ddc.optim.stacked import Layers, StackedParameter
 
@@ -59,9 +60,13 @@ class FreeStack(Stack):
             self.move(compiled, self, context.gather(p, rows), self.step_count[rows], hyper)
 
     def _move(self, layers: Layers, step_count: Tensor, hyper: Hyper) -> None:
-        p, weight = self.parameter, self.parameter.stack(layers.weights)
-        # the rule's direction
+        p = self.parameter
         clock = self.rule.clock(step_count, hyper, p.dtype)
+        if layers.fused and p.fuses(layers, of_side=False):
+            step_free(p, layers, clock, hyper)
+            return
+        # the rule's direction
+        weight = p.stack(layers.weights)
         u, ratio = self.rule.direction(self._gradient(layers), layers.moments, clock, hyper, p)
         if p.role.centred:
             u = p.centre(u)

@@ -45,6 +45,7 @@ class LiftOptions(TypedDict, total=False):
     retract: bool
     additive: bool
     compiled: bool
+    fused: bool
     approximate: bool
 
 
@@ -68,6 +69,7 @@ class Lift(Optimizer):
     #: Attributes that copies and pickles keep.
     kept: ClassVar[tuple[str, ...]] = (
         "compiled",
+        "fused",
         "_stacks",
         "_sections",
         "_built",
@@ -90,6 +92,7 @@ class Lift(Optimizer):
         retract: bool = True,
         additive: bool = False,
         compiled: bool = False,
+        fused: bool = True,
         approximate: bool = False,
     ) -> None:
         gauges = list(gauges)
@@ -109,7 +112,7 @@ class Lift(Optimizer):
         self._built: list[tuple[Sequence[int], list[Gauge]]] = []
         self._placed: list[tuple[Tensor, torch.device, torch.dtype]] = []
         self._ready = False
-        self.compiled = compiled
+        self.compiled, self.fused = compiled, fused
         super().__init__(listed(params, type(self).__name__), defaults)
         self._build(range(len(self.param_groups)), gauges)
         self._ready = True
@@ -250,7 +253,7 @@ class Lift(Optimizer):
             whole = self._in_one_go()
             compiled = self.compiled and not whole
             with self._at_sections() as grads:
-                self._advance(whole, self._stacks, self._settings(), compiled, grads)
+                self._advance(whole, self._stacks, self._settings(), compiled, self._fuses, grads)
         return loss
 
     @torch.no_grad()
@@ -272,8 +275,15 @@ class Lift(Optimizer):
             whole = self._in_one_go()
             compiled = self.compiled and not whole
             with self._at_sections(restore=True) as grads:
-                norm: Tensor = self._norm(whole, self._stacks, self._settings(), compiled, grads)
+                norm: Tensor = self._norm(
+                    whole, self._stacks, self._settings(), compiled, self._fuses, grads
+                )
         return norm
+
+    @property
+    def _fuses(self) -> bool:
+        """Whether kernels step what there are kernels for; a compiler makes its own."""
+        return self.fused and not self.compiled
 
     @contextlib.contextmanager
     def _at_sections(self, restore: bool = False) -> Iterator[dict[Tensor, Tensor]]:
@@ -359,6 +369,7 @@ class Lift(Optimizer):
         super().__setstate__(state)  # torch calls it in load_state_dict as well, with groups alone
         self.__dict__.setdefault("_sections", [])
         self.__dict__.setdefault("_parts", Views())
+        self.__dict__.setdefault("fused", True)
         for group in self.param_groups:
             group.setdefault("additive", False)
 
@@ -399,19 +410,27 @@ class Lift(Optimizer):
 
 
 def advance(
-    stacks: Sequence[Stack], groups: list[Hyper], compiled: bool, grads: dict[Tensor, Tensor]
+    stacks: Sequence[Stack],
+    groups: list[Hyper],
+    compiled: bool,
+    fused: bool,
+    grads: dict[Tensor, Tensor],
 ) -> None:
     """One step of all stacks, each of which may read the norms of those before it."""
-    context = Context(groups, compiled, grads)
+    context = Context(groups, compiled, fused, grads)
     for stack in stacks:
         stack.step(context)
 
 
 def invariant_norm(
-    stacks: Sequence[Stack], groups: list[Hyper], compiled: bool, grads: dict[Tensor, Tensor]
+    stacks: Sequence[Stack],
+    groups: list[Hyper],
+    compiled: bool,
+    fused: bool,
+    grads: dict[Tensor, Tensor],
 ) -> Tensor:
     """:meth:`Lift.grad_norm`."""
-    context = Context(groups, compiled, grads)
+    context = Context(groups, compiled, fused, grads)
     terms = [stack.grad_norm_squared(context) for stack in stacks] or [torch.zeros(())]
     return torch.stack([term.to(terms[0]) for term in terms]).sum().sqrt()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ddc.optim.compiled import Hyper, Number, safe_power, scaled
+from ddc.optim.fused import FusedPart
 from ddc.optim.stack import Context
 from ddc.optim.stacked import Layers, StackedParameter, Term, unit_sums
 
@@ -66,61 +69,107 @@ class Side:
         """Weights and gradients in the coordinates in which the side is decomposed; ``decayed``:
         after decay.
         """
-        originals, weights, grads, means = [], [], [], []
-        taken: list[Tensor | None] = []  # the mean rows, in the coordinates of the weights
-        for p, each in zip(self.parameters, layers, strict=True):
-            weight, grad, mean = p.read(each), p.stack(each.grads), None
-            originals.append(weight)
-            if p.role.centred:
-                mean = p.shards.row_mean(weight)
-                weight, grad = weight - mean, p.centre(grad)
-            if decayed:
-                weight = weight * each.decay
-            shift = mean
-            if (factor := p.factor(each.before)) is not None:
-                weight, grad = weight * factor, scaled(grad, safe_power(factor, -1))
-                shift = None if mean is None else mean * factor
-            taken.append(shift)
-            weights.append(weight)
-            grads.append(grad)
-            means.append(mean)
-        squares, log_norm_grad = self.sums(
-            lambda p, i: p.unit_sum(weights[i].square()),
-            lambda p, i: p.unit_sum(weights[i] * grads[i]),
-        )
-        if any(mean is not None for mean in means):
+        parts: list[Part | FusedPart] = [
+            FusedPart(p, each)
+            if each.fused and not decayed and p.fuses(each, of_side=True)
+            else Part(p, each, decayed)
+            for p, each in zip(self.parameters, layers, strict=True)
+        ]
+        squares, log_norm_grad = self.reduced([part.sums for part in parts])
+        if any(p.role.centred for p in self.parameters):
             # of rows that are all alike, centring leaves rounding, which is no direction
-            size = self.sums(lambda p, i: _sum_of_rows(p, weights[i], taken[i]))[0]
+            (means,) = self.reduced([(part.mean_squares,) for part in parts])
             rounding = CENTRED_ROUNDING * torch.finfo(squares.dtype).eps
-            alive = squares > rounding**2 * size
+            alive = squares > rounding**2 * means
             squares, log_norm_grad = squares * alive, log_norm_grad * alive
-        norm = squares.sqrt()
-        return Block(self, layers, decayed, originals, weights, grads, means, norm, log_norm_grad)
+        return Block(self, layers, decayed, parts, squares.sqrt(), log_norm_grad)
+
+    def reduced(self, sums: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
+        """Sums per unit, one after the other of each parameter, over the parameters and over all
+        ranks that have parts of them, each (L, U).
+        """
+        totals = (functools.reduce(operator.add, each) for each in zip(*sums, strict=True))
+        return self.parameters[0].shards.reduced(*totals)
 
 
-def _sum_of_rows(p: StackedParameter, weight: Tensor, row: Tensor | None) -> Tensor:
-    """Squares of a row, summed per unit, (L, U), as if all rows of the weight were this one."""
-    if row is None:
-        return weight.new_zeros(())
-    return p.unit_sum(row.square()) * weight.shape[1]
+class Part:
+    """One parameter of a side at one step: weights and gradients in centred, dressed coordinates,
+    and the rule's direction.
+
+    The weights as they were are kept, and used up where those coordinates are the weights' own.
+    """
+
+    def __init__(self, p: StackedParameter, layers: Layers, decayed: bool) -> None:
+        self.p, self.layers = p, layers
+        self.original = weight = p.read(layers)
+        grad = p.stack(layers.grads)
+        self.mean: Tensor | None = None
+        if p.role.centred:
+            self.mean = p.shards.row_mean(weight)
+            weight, grad = weight - self.mean, p.centre(grad)
+        if decayed:
+            weight = weight * layers.decay
+        self.taken = self.mean  # in the coordinates of the weights
+        if (factor := p.factor(layers.before)) is not None:
+            weight, grad = weight * factor, scaled(grad, safe_power(factor, -1))
+            self.taken = None if self.mean is None else self.mean * factor
+        self.weight, self.grad = weight, grad
+        self.u: Tensor | None = None
+
+    @property
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Squares of the weights, and their products with the gradients, (L, U) each."""
+        return self.p.unit_sum(self.weight.square()), self.p.unit_sum(self.weight * self.grad)
+
+    @property
+    def mean_squares(self) -> Tensor:
+        """Squares of what centring takes off, (L, U); zero where it takes nothing."""
+        if self.taken is None:
+            return self.weight.new_zeros(())
+        rows = self.weight.shape[1] // self.taken.shape[1]
+        return self.p.unit_sum(self.taken.square()) * rows
+
+    @property
+    def grad_squares(self) -> Tensor:
+        """Squares of the gradients, (L, U)."""
+        return self.p.unit_sum(self.grad.square())
+
+    def direct(
+        self, norm: Tensor, leaning: Tensor, clock: Any, hyper: Hyper
+    ) -> tuple[Tensor, Tensor, Number]:
+        """The rule's direction of norm g - leaning w, which takes the gradients' place: its
+        products with the weights, its squares, and its factor.
+        """
+        p = self.p
+        x = scaled(self.grad, p.spread(norm)).addcmul_(self.weight, p.spread(leaning), value=-1)
+        u, factor = p.rule.direction(x, self.layers.moments, clock, hyper, p)
+        self.u = u = p.centre(u) if p.role.centred else u
+        return p.unit_sum(u * self.weight), p.unit_sum(u.square()), factor
+
+    def write(self, keep: Tensor, turn: Tensor | None) -> None:
+        """Weights become keep w - turn u, undressed by the new factors, with the mean row back."""
+        p = self.p
+        weight = scaled(self.weight, p.spread(keep))
+        if self.u is not None and turn is not None:
+            weight.addcmul_(self.u, p.spread(turn), value=-1)
+        if (factor := p.factor(self.layers.after)) is not None:
+            # what a dead factor dresses has no effect, and stays as it is
+            undress = safe_power(factor, -1)
+            weight = torch.where(undress > 0, scaled(weight, undress), self.original)
+        p.write(self.layers, weight if self.mean is None else weight + self.mean)
 
 
 @dataclass
 class Block:
-    """A side at one step: weights and gradients in centred, dressed coordinates, and what they sum
-    to.
+    """A side at one step: its parameters, and what their weights and gradients sum to.
 
-    ``decayed`` says whether weights are those after decay. ``originals`` are the weights as they
-    were, and used up where those coordinates are the weights' own.
+    ``decayed`` says whether weights are those after decay.
     """
 
     side: Side
     layers: Sequence[Layers]
     decayed: bool
-    originals: list[Tensor]
-    weights: list[Tensor]
-    grads: list[Tensor]
-    means: list[Tensor | None]
+    parts: Sequence[Part | FusedPart]
     norm: Tensor
     log_norm_grad: Tensor
 
@@ -128,7 +177,7 @@ class Block:
         """Σ over units of s² |g|², which is |g|² at the 1/√fan_in initialisation and invariant
         always; ``norm`` is rho, or what stands for it.
         """
-        squares = self.side.sums(lambda p, i: p.unit_sum(self.grads[i].square()))[0]
+        (squares,) = self.side.reduced([(part.grad_squares,) for part in self.parts])
         return (squares * self.scale(norm, step_scale).square()).sum()
 
     def scale(self, norm: Tensor, step_scale: str) -> Tensor:
@@ -162,25 +211,16 @@ class Block:
         """
         side, growth = self.side, log_change.exp()
         if side.unit_size == 1:
-            return Turn([], growth, growth, growth * self.norm)
+            return Turn(growth, None, growth * self.norm)
         # the rule's directions, of the tangential input
         inverse = safe_power(norm, -1)
         awake = self.norm > 0 if waking is None else ~waking
         leaning = self.log_norm_grad * inverse * awake
-        directions: list[Tensor] = []
-        ratio: Number = 1.0
-        for p, layers, weight, grad in zip(
-            side.parameters, self.layers, self.weights, self.grads, strict=True
-        ):
-            x = scaled(grad, p.spread(norm)).addcmul_(weight, p.spread(leaning), value=-1)
-            u, ratio = p.rule.direction(x, layers.moments, clock, hyper, p)
-            directions.append(p.centre(u) if p.role.centred else u)
+        directed = [part.direct(norm, leaning, clock, hyper) for part in self.parts]
         # how much of them is along the weights, and how much across
+        ratio: Number = directed[0][2]
         scale = torch.as_tensor(ratio, dtype=norm.dtype, device=norm.device).view(-1, 1)
-        products, squares = side.sums(
-            lambda p, i: p.unit_sum(directions[i] * self.weights[i]),
-            lambda p, i: p.unit_sum(directions[i].square()),
-        )
+        products, squares = side.reduced([each[:2] for each in directed])
         along = scale * inverse * products * awake
         across_squared = (scale.square() * squares - along.square()).clamp_(min=0)
         # the two coefficients
@@ -191,14 +231,14 @@ class Block:
             woken = self._woken_norm(before, stride, scale * growth * products, across_squared)
             new_norm = torch.hypot(before, stride * across_squared.sqrt())
             new_norm = torch.where(awake, new_norm, woken)
-            return Turn(directions, keep, stride * scale, new_norm)
+            return Turn(keep, stride * scale, new_norm)
         angle = stride * inverse
         stretch = (1 + angle.square() * across_squared).sqrt()
         if hyper["retract"]:
             growth = torch.where(awake, growth / stretch, growth)
         woken = self._woken_norm(self.norm, stride, scale * products, across_squared)
         new_norm = growth * torch.where(awake, self.norm * stretch, woken)
-        return Turn(directions, growth * (1 + angle * along), growth * stride * scale, new_norm)
+        return Turn(growth * (1 + angle * along), growth * stride * scale, new_norm)
 
     @staticmethod
     def _woken_norm(norm: Tensor, stride: Tensor, product: Tensor, squares: Tensor) -> Tensor:
@@ -209,25 +249,17 @@ class Block:
         """Write the weights after the step: combined, decayed, undressed by the new factors, with
         the mean row back.
         """
-        for i, (p, layers) in enumerate(zip(self.side.parameters, self.layers, strict=True)):
+        for part, layers in zip(self.parts, self.layers, strict=True):
             decay = 1.0 if self.decayed else layers.decay
-            weight = scaled(self.weights[i], p.spread(turn.keep * decay))
-            if turn.directions:
-                weight.addcmul_(turn.directions[i], p.spread(turn.turn * decay), value=-1)
-            if (factor := p.factor(layers.after)) is not None:
-                # what a dead factor dresses has no effect, and stays as it is
-                undress = safe_power(factor, -1)
-                weight = torch.where(undress > 0, scaled(weight, undress), self.originals[i])
-            mean = self.means[i]
-            p.write(layers, weight if mean is None else weight + mean)
+            turned = None if turn.turn is None else turn.turn * decay
+            part.write(turn.keep * decay, turned)
 
 
 class Turn(NamedTuple):
-    """The step of a side over L layers of U units: u of each parameter, two coefficients, and the
-    norms, (L, U).
+    """The step of a side over L layers of U units: two coefficients, the second None where nothing
+    turns, and the norms, (L, U).
     """
 
-    directions: list[Tensor]
     keep: Tensor
-    turn: Tensor
+    turn: Tensor | None
     norm: Tensor

@@ -71,11 +71,12 @@ class Context:
     multiplied by, (L, U). ``log_forward``, ``log_backward`` and ``log_frames`` are the logarithms
     of f, b and the frame that :class:`ddc.optim.frames.Frames` defines, (G, U). ``grads`` has what
     stands for the gradients of some parameters. With ``compiled``, each stack compiles a function
-    of its own.
+    of its own; with ``fused``, kernels step what there are kernels for.
     """
 
     groups: list[Hyper]
     compiled: bool = False
+    fused: bool = False
     grads: dict[Tensor, Tensor] = field(default_factory=dict)
     norms: dict[Hashable, tuple[Tensor, Tensor]] = field(default_factory=dict)
     relaxed: dict[Hashable, Tensor] = field(default_factory=dict)
@@ -101,7 +102,9 @@ class Context:
             relaxed = None if relaxed is None else relaxed[layers]
         moments = {key: value[rows] for key, value in parameter.moments.items()}
         decay = self.decay(parameter)
-        return Layers(*parameter.pairs(rows, self.grads), moments, before, after, relaxed, decay)
+        return Layers(
+            *parameter.pairs(rows, self.grads), moments, before, after, relaxed, decay, self.fused
+        )
 
     def compiles(self, parameter: StackedParameter) -> bool:
         """Whether the arithmetic on a parameter is compiled."""

@@ -12,7 +12,7 @@ import functools
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from ddc.optim.parameters import compute_dtype
 from ddc.optim.plan import Role
 from ddc.optim.rules import Rule
 from ddc.optim.sharding import Whole, shards_of
+
+if TYPE_CHECKING:
+    from ddc.optim.fused import Kernels
 
 
 def local_weights(params: Sequence[Tensor], shards: Whole) -> list[Tensor]:
@@ -136,6 +139,33 @@ class StackedParameter:
     def centre(self, stacked: Tensor) -> Tensor:
         """Take the mean over the rows (the vocabulary) from a stacked tensor."""
         return stacked - self.shards.row_mean(stacked)
+
+    # ---- kernels
+
+    @functools.cached_property
+    def kernels(self) -> Kernels:
+        """Those that step it on a GPU."""
+        from ddc.optim.fused import Kernels
+
+        return Kernels(self)
+
+    @functools.cached_property
+    def _fit(self) -> tuple[bool, bool]:
+        """Whether there are kernels for it alone, and as part of a side."""
+        from ddc.optim.fused import Kernels
+
+        return Kernels.fit(self, of_side=False), Kernels.fit(self, of_side=True)
+
+    def fuses(self, layers: Layers, of_side: bool) -> bool:
+        """Whether kernels step these layers."""
+        return (
+            self._fit[of_side]
+            and all(weight.is_contiguous() for weight in layers.weights)
+            and len({grad.dtype for grad in layers.grads}) == 1
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key not in ("kernels", "_fit")}
 
     # ---- units: the whole parameter, the indices of one axis or of several, or the heads along it
 
@@ -253,7 +283,8 @@ class Layers(NamedTuple):
 
     ``moments`` are the rule's; ``before`` and ``after`` the norms that dress the parameter, before
     and after they have moved, ``relaxed`` what they were multiplied by by a frame that has relaxed,
-    each (L, U); ``decay`` the factor of decoupled weight decay.
+    each (L, U); ``decay`` the factor of decoupled weight decay; ``fused`` whether kernels may step
+    them.
     """
 
     weights: list[Tensor]
@@ -263,6 +294,7 @@ class Layers(NamedTuple):
     after: Tensor | None
     relaxed: Tensor | None
     decay: float | Tensor
+    fused: bool = False
 
     def write(self, stacked: Tensor) -> None:
         """Copy stacked weights into the layers'."""

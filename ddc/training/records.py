@@ -113,9 +113,11 @@ def provenance() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of the code, with ``+`` where tracked files differ from it; outside a checkout
-    what the environment variable ``DDC_COMMIT`` says, or None.
+    """The commit of the code, with ``+`` where tracked files differ from it: what the environment
+    variable ``DDC_COMMIT`` says, for copies that are no checkout of it, or else git; or None.
     """
+    if given := os.environ.get("DDC_COMMIT"):
+        return given
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
@@ -127,7 +129,7 @@ def commit() -> str | None:
         dirty = git("status", "--porcelain", "--untracked-files=no").strip()
         return git("rev-parse", "HEAD").strip() + ("+" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("DDC_COMMIT")
+        return None
 
 
 def cpu_name() -> str:

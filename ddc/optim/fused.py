@@ -1,0 +1,336 @@
+"""Adam's step by kernels in Triton, on a GPU: what :mod:`ddc.optim.side` and :mod:`ddc.optim.free`
+do in torch, in as few passes over the weights as there can be.
+
+A side takes three: sums over units, the direction (with the moments), and the new weights; what no
+gauge scales takes one. Nothing of the size of the weights is written but weights and moments.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddc.gauges.base import axes_of
+from ddc.optim.averaging import Averaging
+from ddc.optim.compiled import Hyper, safe_power
+from ddc.optim.rules.adam import Adam, Bias
+from ddc.optim.stacked import Layers, StackedParameter
+
+#: Entries of a tile, and the most that registers hold.
+TILE, LARGEST = 1024, 8192
+#: Rows whose sums a program adds up.
+ROWS_PER_PART = 32
+#: Entries of which weights, gradients and rows should be multiples.
+ALIGNED = 16
+#: Tables of offsets that are kept: gradients that are made anew mostly lie where others did.
+KNOWN = 8
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def available(device_type: str) -> bool:
+    """Whether there are kernels for a device: a GPU of NVIDIA or AMD with Triton, or any where
+    Triton interprets them (``TRITON_INTERPRET=1``).
+    """
+    on_gpu = device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return on_gpu and importlib.util.find_spec("triton") is not None
+
+
+class Kernels:
+    """The kernels for one stacked parameter: its shape, what each program has of it, and where its
+    layers lie.
+    """
+
+    def __init__(self, p: StackedParameter) -> None:
+        shape = p.params[0].shape
+        self.rows, self.columns = int(shape[0]), int(np.prod(shape[1:], dtype=int))
+        self.unit = axes_of(p.role.axis)[0]
+        averaging = p.averaging
+        self.averaged = -1 if averaging is None else averaging.dim - 1  # type: ignore[union-attr]
+        self.groups, largest = self.rows, 0
+        self.order = self.starts = torch.zeros(1, dtype=torch.int32, device=p.params[0].device)
+        if isinstance(averaging, Averaging):
+            counts = np.bincount(averaging.group_of, minlength=averaging.groups)
+            tables = averaging.group_of.argsort(kind="stable"), np.append(0, counts.cumsum())
+            self.order, self.starts = (
+                torch.from_numpy(table.astype(np.int32)).to(p.params[0].device) for table in tables
+            )
+            self.groups, largest = averaging.groups, int(counts.max())
+        self.known: dict[tuple[int, ...], Tensor] = {}
+        self.br, self.bc = self._tile(largest)
+
+    def _tile(self, largest: int) -> tuple[int, int]:
+        """Rows and columns of a tile; it has the largest group whole."""
+        if self.averaged == 0:
+            rows = power_of_two(largest)
+            return rows, min(power_of_two(self.columns), max(TILE // rows, 64))
+        if self.averaged == 1:
+            columns = power_of_two(largest)
+            return max(TILE // columns, 16), columns
+        columns = min(power_of_two(self.columns), 128 if self.unit == 1 else 256)
+        return min(power_of_two(self.rows), TILE // columns), columns
+
+    @staticmethod
+    def fit(p: StackedParameter, of_side: bool) -> bool:
+        """Whether there are kernels for a parameter: alone, or as part of a side."""
+        first, averaging, axes = p.params[0], p.averaging, axes_of(p.role.axis)
+        dressed = axes_of(p.dressed.axis) if p.dressed is not None else ()
+        if not (
+            available(first.device.type)
+            and isinstance(p.rule, Adam)
+            and p.dtype == torch.float32
+            and p.shards.layout is None
+            and not p.role.offset
+            and not p.role.heads
+            and first.ndim > 1
+            and first.numel() > TILE
+            and all(param.dtype in DTYPES and param.is_contiguous() for param in p.params)
+            and isinstance(averaging, Averaging | None)
+            and (first.ndim == 2 or {*dressed} <= {0})
+        ):
+            return False
+        kernels = p.kernels
+        if kernels.br * kernels.bc > LARGEST:
+            return False
+        if not of_side:
+            return not p.role.centred and (first.ndim == 2 or averaging is None)
+        columns = axes == (1,) and first.ndim == 2
+        if columns:
+            return kernels.averaged != 1
+        return axes == (0,) and averaging is None and not p.role.centred
+
+    # ------------------------------------------------------------------------------------------
+
+    def offsets(self, tensors: list[Tensor]) -> Tensor:
+        """How many entries after the first layer's those of each begin, (L,), on the device."""
+        first, size = tensors[0].data_ptr(), tensors[0].element_size()
+        key = tuple((tensor.data_ptr() - first) // size for tensor in tensors)
+        if key not in self.known:
+            if len(self.known) > KNOWN:
+                self.known.clear()
+            device = tensors[0].device
+            table = torch.tensor(key, dtype=torch.int64, pin_memory=device.type == "cuda")
+            self.known[key] = table.to(device, non_blocking=True)
+        return self.known[key]
+
+    @property
+    def parts(self) -> tuple[int, int, int]:
+        """Blocks of units, parts of each, and steps of a part, where units are summed over."""
+        if self.unit == 0:
+            return cdiv(self.rows, self.br), 1, cdiv(self.columns, self.bc)
+        blocks = cdiv(self.columns, self.bc)
+        pieces = self.groups if self.averaged == 0 else cdiv(self.rows, self.br)
+        steps = min(pieces, max(1, ROWS_PER_PART // self.br))
+        return blocks, cdiv(pieces, steps), steps
+
+    @property
+    def row_parts(self) -> tuple[int, int, int]:
+        """The same for a pass that takes rows in order, whatever is averaged."""
+        if self.unit == 0:
+            return self.parts
+        pieces = cdiv(self.rows, self.br)
+        steps = min(pieces, max(1, ROWS_PER_PART // self.br))
+        return cdiv(self.columns, self.bc), cdiv(pieces, steps), steps
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """Blocks of a tile each: of columns and of rows, or of groups in the place of what is
+        averaged.
+        """
+        if self.averaged == 1:
+            return cdiv(self.rows, self.br), self.groups
+        rows = self.groups if self.averaged == 0 else cdiv(self.rows, self.br)
+        return cdiv(self.columns, self.bc), rows
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"BR": self.br, "BC": self.bc, "num_warps": 8 if self.br * self.bc > 4096 else 4}
+
+    def sums(self, layers: int, parts: int, kinds: int) -> Tensor:
+        """Room for the sums of all programs."""
+        units = self.columns if self.unit == 1 else self.rows
+        return torch.empty((kinds, layers, parts, units), device=self.order.device)
+
+
+class Places:
+    """Where weights and gradients lie, as kernels are told.
+
+    Attributes:
+        weights: those of the first layer, and offsets.
+        both: likewise, and of the gradients, which are alive as long as this is.
+        aligned: what all offsets are a multiple of.
+    """
+
+    def __init__(self, p: StackedParameter, layers: Layers) -> None:
+        grads = [grad.contiguous() for grad in layers.grads]
+        offsets, k = p.kernels.offsets, p.kernels
+        self.weights = layers.weights[0], offsets(layers.weights)
+        self.both = *self.weights, grads[0], offsets(grads)
+        self.alive = grads
+        tensors = *layers.weights, *grads
+        multiple = all(tensor.data_ptr() % (ALIGNED * 4) == 0 for tensor in tensors)
+        self.aligned = ALIGNED if multiple and k.columns % ALIGNED == 0 else 1
+
+
+class FusedPart:
+    """One parameter of a side at one step: as :class:`ddc.optim.side.Part`."""
+
+    def __init__(self, p: StackedParameter, layers: Layers) -> None:
+        self.p, self.layers, self.kernels = p, layers, p.kernels
+        self.count = len(layers.weights)
+        self.places = Places(p, layers)
+        nothing = self.kernels.order
+        self.factor = self.inverse = self.means = self.mean_u = nothing
+        self.factor_axis = -1
+        if layers.before is not None:
+            assert p.dressed is not None
+            self.factor_axis = axes_of(p.dressed.axis)[0]
+            self.factor, self.inverse = factors(p, layers.before)
+        if p.role.centred:
+            self.means = self._column_sums() / self.kernels.rows
+        self._sums = self._unit_sums()
+
+    def _column_sums(self) -> Tensor:
+        from ddc.optim import kernels as triton_kernels
+
+        k = self.kernels
+        blocks, parts, steps = k.row_parts
+        sums = k.sums(self.count, parts, 2)
+        triton_kernels.column_sums[blocks, self.count, parts](
+            *self.places.both, sums, self.count, parts, k.rows, k.columns, steps,
+            self.places.aligned, **k.options,
+        )  # fmt: skip
+        return sums.sum(2)
+
+    def _unit_sums(self) -> Tensor:
+        """Sums of w², w g and g² over each unit, (3, L, U)."""
+        from ddc.optim import kernels as triton_kernels
+
+        k = self.kernels
+        blocks, parts, steps = k.row_parts
+        sums = k.sums(self.count, parts, 3)
+        triton_kernels.unit_sums[blocks, self.count, parts](
+            *self.places.both, self.factor, self.inverse, self.means, sums, self.count, parts,
+            k.rows, k.columns, steps, self.places.aligned, k.unit, self.factor_axis,
+            self.p.role.centred, **k.options,
+        )  # fmt: skip
+        return sums.sum(2)
+
+    @property
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Squares of the weights, and their products with the gradients, (L, U) each."""
+        return self._sums[0], self._sums[1]
+
+    @property
+    def mean_squares(self) -> Tensor:
+        """Squares of what centring takes off, (L, U); zero where it takes nothing."""
+        if not self.p.role.centred:
+            return self._sums.new_zeros(())
+        squares = self.means[0].square()
+        if self.factor_axis == 0:
+            return squares * self.factor.square().sum(1, keepdim=True)
+        if self.factor_axis == 1:
+            squares = squares * self.factor.square()
+        return squares * self.kernels.rows
+
+    @property
+    def grad_squares(self) -> Tensor:
+        """Squares of the gradients, (L, U)."""
+        return self._sums[2]
+
+    def direct(
+        self, norm: Tensor, leaning: Tensor, clock: Bias, hyper: Hyper
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The rule's direction of norm g - leaning w: its products with the weights, its squares,
+        and its factor.
+        """
+        from ddc.optim import kernels as triton_kernels
+
+        k, moments = self.kernels, self.layers.moments
+        blocks, parts, steps = k.parts
+        sums = k.sums(self.count, parts, 3)
+        first, second = hyper["betas"]
+        self.floor = floor(clock, hyper, self.count)
+        triton_kernels.direct[blocks, self.count, parts](
+            *self.places.both, self.factor, self.inverse, self.means, moments["exp_avg"],
+            moments["exp_avg_sq"], norm.contiguous(), leaning.contiguous(), self.floor, sums,
+            k.order, k.starts, k.groups, 1 - first, second, 1 - second, self.count, parts, k.rows,
+            k.columns, steps, self.places.aligned, k.unit, self.factor_axis, self.p.role.centred,
+            k.averaged, **k.options,
+        )  # fmt: skip
+        products, squares, total = sums.sum(2)
+        if self.p.role.centred:
+            self.mean_u = total / k.rows
+            squares = (squares - k.rows * self.mean_u.square()).clamp_(min=0)
+        return products, squares, clock.root_second / clock.first
+
+    def write(self, keep: Tensor, turn: Tensor | None) -> None:
+        """The weights after the step, undressed by what dresses them now."""
+        from ddc.optim import kernels as triton_kernels
+
+        assert turn is not None
+        k, moments, p, undress = self.kernels, self.layers.moments, self.p, self.kernels.order
+        if self.layers.after is not None:
+            undress = factors(p, self.layers.after)[1]
+        blocks, pieces = k.tiles
+        triton_kernels.write[blocks, self.count, pieces](
+            *self.places.weights, self.factor, undress, self.means, moments["exp_avg"],
+            moments["exp_avg_sq"], keep.contiguous(), turn.contiguous(), self.floor, self.mean_u,
+            k.order, k.starts, k.groups, k.rows, k.columns, self.places.aligned, k.unit,
+            self.factor_axis, p.role.centred, k.averaged, **k.options,
+        )  # fmt: skip
+
+
+def step_free(p: StackedParameter, layers: Layers, clock: Bias, hyper: Hyper) -> None:
+    """All of the step of what no gauge scales: as ``FreeStack._move``."""
+    from ddc.optim import kernels as triton_kernels
+
+    k, count = p.kernels, len(layers.weights)
+    places = Places(p, layers)
+    nothing, axis, relaxed_axis = k.order, -1, -1
+    inverse = undress = relaxed = nothing
+    if p.dressed is not None:
+        dressed_axis = axes_of(p.dressed.axis)[0]
+        if layers.before is not None and layers.after is not None:
+            axis = dressed_axis
+            inverse, undress = factors(p, layers.before)[1], factors(p, layers.after)[1]
+        if layers.relaxed is not None:
+            relaxed_axis, relaxed = dressed_axis, factors(p, layers.relaxed)[0]
+    first, second = hyper["betas"]
+    turn = hyper["lr"] * clock.root_second / clock.first
+    keep = torch.as_tensor(layers.decay, dtype=turn.dtype, device=turn.device).expand(count)
+    blocks, pieces = k.tiles
+    triton_kernels.free[blocks, count, pieces](
+        *places.both, inverse, undress, relaxed,
+        layers.moments["exp_avg"], layers.moments["exp_avg_sq"], keep.contiguous(),
+        turn.expand(count).contiguous(), floor(clock, hyper, count), k.order, k.starts, k.groups,
+        1 - first, second, 1 - second, k.rows, k.columns, places.aligned, axis, relaxed_axis,
+        k.averaged, **k.options,
+    )  # fmt: skip
+
+
+def floor(clock: Bias, hyper: Hyper, layers: int) -> Tensor:
+    """What is added to the root of the second moment, (L,)."""
+    return (hyper["eps"] * clock.root_second).expand(layers).contiguous()
+
+
+def factors(p: StackedParameter, norm: Tensor) -> tuple[Tensor, Tensor]:
+    """What norms that dress a parameter multiply it by along their axis, and one over that."""
+    assert p.dressed is not None
+    factor = norm if p.dressed.degree == 1 else norm**p.dressed.degree
+    return factor.contiguous(), safe_power(factor, -1).contiguous()
+
+
+def power_of_two(n: int) -> int:
+    """The smallest that is not less."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    """Their quotient, rounded up."""
+    return -(-a // b)
