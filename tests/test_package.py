@@ -132,7 +132,9 @@ def test_the_library_imports_its_requirements_alone() -> None:
         for name in imported(path)
         if name.partition(".")[0] not in allowed and not own.fullmatch(name)
     }
-    assert not foreign
+    # comes with torch where there are GPUs, and is imported when kernels are launched
+    kernels = "ddc/optim/kernels.py"
+    assert foreign == {(kernels, "triton"), (kernels, "triton.language")}
 
 
 @pytest.mark.slow

@@ -1,12 +1,11 @@
 """Runs of ``train.py`` at ``scale=gpu``: over-training of a language model of 12 layers and width
 768, as the paper's is, and a vision transformer of ViT-S's size.
 
-The language model has 64 kB of text, in batches of an eighth of it: it has memorised them long
-before the end. Its rate is lower than that of narrow models: at 0.001, AdamW ends at a lower gap.
-Runs are in order of worth: all optimizers on one seed, at once, since none of them fills the card;
-then the next seed. A run that time cuts off is recorded as far as it came; where its folder is
-still there, it goes on from its checkpoint. A run that is recorded is not run again, whatever the
-commit: its settings are its identity.
+The language model has 64 kB of text, in batches of an eighth of it, which it has memorised long
+before the end. Runs are in order of worth: all optimizers on one seed, at once, since none of them
+fills the card; then the next seed. A run that time cuts off is recorded as far as it came; where
+its folder is still there, it goes on from its checkpoint. A run that is recorded is not run again,
+whatever the commit: its settings are its identity.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ import multiprocessing
 import os
 import signal
 import statistics
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import threading
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 
 from benchmarks.gpu.record import Place, Record
@@ -32,6 +32,7 @@ from ddc.training.run_folder import (
     TIMING,
     DivergedError,
 )
+from ddc.training.schema import Config
 from ddc.training.setup import prepare
 
 SEEDS = range(5)
@@ -108,14 +109,8 @@ def train_all(
     place: Place, stage: str, overrides: tuple[str, ...], optimizers: tuple[str, ...]
 ) -> None:
     """Train, as long as there is time, and record each run when it ends, or is stopped."""
-    # whoever ends the stage ends the runs, which save a checkpoint; their records are written here
-    stopped = False
-
-    def stop(*_: object) -> None:
-        nonlocal stopped
-        stopped = True
-
-    signal.signal(signal.SIGTERM, stop)
+    stopped = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     record = Record(place, stage)
     threads = 1 if place.tiny else max(1, (os.cpu_count() or 1) // (len(optimizers) + 1))
     here = (f"training.threads={threads}", f"runs={place.runs}")
@@ -128,20 +123,35 @@ def train_all(
             if record.is_done(name, run):
                 print(f"{stage}: {name} is recorded", flush=True)
                 del runs[name]
-        if runs and (stopped or place.left < LEAST):
+        if runs and (stopped.is_set() or place.left < LEAST):
             print(f"{stage}: no time is left for {', '.join(runs)} and what follows", flush=True)
             return
         with ProcessPoolExecutor(len(optimizers), multiprocessing.get_context("spawn")) as pool:
-            ends = {pool.submit(train_one, [*run, *here]): name for name, run in runs.items()}
-            for end in as_completed(ends):
-                name = ends[end]
-                record.write(name, {**end.result(), "overrides": runs[name], "at_once": len(runs)})
+            configs = {name: compose_config([*run, *here]) for name, run in runs.items()}
+            left = {name: pool.submit(train_one, config) for name, config in configs.items()}
+
+            def write(name: str, end: Row, runs: dict[str, list[str]] = runs) -> None:
+                record.write(name, {**end, "overrides": runs[name], "at_once": len(runs)})
+
+            while left:
+                wait(left.values(), timeout=1, return_when=FIRST_COMPLETED)
+                for name in [name for name, end in left.items() if end.done()]:
+                    write(name, left.pop(name).result())
+                if stopped.is_set():  # the runs are stopped as well, and save what may be large
+                    for name in left:
+                        if (folder_of(configs[name]) / INFO).exists():
+                            write(name, {"complete": False, **recorded(folder_of(configs[name]))})
+                    return
 
 
-def train_one(overrides: list[str]) -> Row:
+def folder_of(config: Config) -> Path:
+    """Where a run writes."""
+    return Path(config.runs) / config.name / config.run_id
+
+
+def train_one(config: Config) -> Row:
     """Train, and return what a record has of the run."""
-    config = compose_config(overrides)
-    folder = Path(config.runs) / config.name / config.run_id
+    folder = folder_of(config)
     try:
         train(prepare(config))
     except KeyboardInterrupt:

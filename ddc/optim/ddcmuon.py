@@ -62,7 +62,7 @@ class DDCMuon(Lift):
         weight_decay: as for :class:`DDCAdam`.
         step_scale, retract, additive: as for :class:`DDCAdam`; hidden matrices have their own step,
             above.
-        compiled, approximate: as for :class:`DDCAdam`.
+        compiled, fused, approximate: as for :class:`DDCAdam`; kernels step the part that Adam does.
 
     The state of a hidden matrix is its ``momentum_buffer``, half of AdamW's. A matrix that starts
     at zero moves by ``lr`` times its usual norm until it has that (docs/method.md). A hidden matrix

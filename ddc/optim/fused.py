@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ class Kernels:
     def __init__(self, p: StackedParameter) -> None:
         shape = p.params[0].shape
         self.rows, self.columns = int(shape[0]), int(np.prod(shape[1:], dtype=int))
-        self.unit = axes_of(p.role.axis)[0]
+        self.unit = next(iter(axes_of(p.role.axis)), 0)
         averaging = p.averaging
         self.averaged = -1 if averaging is None else averaging.dim - 1  # type: ignore[union-attr]
         self.groups, largest = self.rows, 0
@@ -83,22 +84,23 @@ class Kernels:
         if not (
             available(first.device.type)
             and isinstance(p.rule, Adam)
+            and "exp_avg" in p.moments
             and p.dtype == torch.float32
             and p.shards.layout is None
             and not p.role.offset
             and not p.role.heads
-            and first.ndim > 1
-            and first.numel() > TILE
-            and all(param.dtype in DTYPES and param.is_contiguous() for param in p.params)
-            and isinstance(averaging, Averaging | None)
-            and (first.ndim == 2 or {*dressed} <= {0})
+            and first.ndim
+            and all(param.dtype == first.dtype for param in p.params)
+            and first.dtype in DTYPES
+            and (averaging is None or (isinstance(averaging, Averaging) and first.ndim <= 2))
+            and {*dressed} <= ({0, 1} if first.ndim == 2 else {0})
         ):
             return False
         kernels = p.kernels
         if kernels.br * kernels.bc > LARGEST:
             return False
         if not of_side:
-            return not p.role.centred and (first.ndim == 2 or averaging is None)
+            return not p.role.centred
         columns = axes == (1,) and first.ndim == 2
         if columns:
             return kernels.averaged != 1
@@ -147,9 +149,13 @@ class Kernels:
         rows = self.groups if self.averaged == 0 else cdiv(self.rows, self.br)
         return cdiv(self.columns, self.bc), rows
 
-    @property
-    def options(self) -> dict[str, int]:
-        return {"BR": self.br, "BC": self.bc, "num_warps": 8 if self.br * self.bc > 4096 else 4}
+    def launch(self, name: str, grid: tuple[int, ...], *arguments: Any) -> None:
+        """Launch a kernel, on the device of the weights, whichever is the current one."""
+        from ddc.optim import kernels  # with Triton, which need not be there
+
+        warps = 8 if self.br * self.bc > 4096 else 4
+        with torch.cuda.device_of(self.order):
+            getattr(kernels, name)[grid](*arguments, BR=self.br, BC=self.bc, num_warps=warps)
 
     def sums(self, layers: int, parts: int, kinds: int) -> Tensor:
         """Room for the sums of all programs."""
@@ -196,28 +202,26 @@ class FusedPart:
         self._sums = self._unit_sums()
 
     def _column_sums(self) -> Tensor:
-        from ddc.optim import kernels as triton_kernels
-
         k = self.kernels
         blocks, parts, steps = k.row_parts
         sums = k.sums(self.count, parts, 2)
-        triton_kernels.column_sums[blocks, self.count, parts](
+        k.launch(
+            "column_sums", (blocks, self.count, parts),
             *self.places.both, sums, self.count, parts, k.rows, k.columns, steps,
-            self.places.aligned, **k.options,
+            self.places.aligned,
         )  # fmt: skip
         return sums.sum(2)
 
     def _unit_sums(self) -> Tensor:
         """Sums of w², w g and g² over each unit, (3, L, U)."""
-        from ddc.optim import kernels as triton_kernels
-
         k = self.kernels
         blocks, parts, steps = k.row_parts
         sums = k.sums(self.count, parts, 3)
-        triton_kernels.unit_sums[blocks, self.count, parts](
+        k.launch(
+            "unit_sums", (blocks, self.count, parts),
             *self.places.both, self.factor, self.inverse, self.means, sums, self.count, parts,
             k.rows, k.columns, steps, self.places.aligned, k.unit, self.factor_axis,
-            self.p.role.centred, **k.options,
+            self.p.role.centred,
         )  # fmt: skip
         return sums.sum(2)
 
@@ -249,19 +253,18 @@ class FusedPart:
         """The rule's direction of norm g - leaning w: its products with the weights, its squares,
         and its factor.
         """
-        from ddc.optim import kernels as triton_kernels
-
         k, moments = self.kernels, self.layers.moments
         blocks, parts, steps = k.parts
         sums = k.sums(self.count, parts, 3)
         first, second = hyper["betas"]
         self.floor = floor(clock, hyper, self.count)
-        triton_kernels.direct[blocks, self.count, parts](
+        k.launch(
+            "direct", (blocks, self.count, parts),
             *self.places.both, self.factor, self.inverse, self.means, moments["exp_avg"],
             moments["exp_avg_sq"], norm.contiguous(), leaning.contiguous(), self.floor, sums,
             k.order, k.starts, k.groups, 1 - first, second, 1 - second, self.count, parts, k.rows,
             k.columns, steps, self.places.aligned, k.unit, self.factor_axis, self.p.role.centred,
-            k.averaged, **k.options,
+            k.averaged,
         )  # fmt: skip
         products, squares, total = sums.sum(2)
         if self.p.role.centred:
@@ -271,25 +274,23 @@ class FusedPart:
 
     def write(self, keep: Tensor, turn: Tensor | None) -> None:
         """The weights after the step, undressed by what dresses them now."""
-        from ddc.optim import kernels as triton_kernels
-
         assert turn is not None
         k, moments, p, undress = self.kernels, self.layers.moments, self.p, self.kernels.order
         if self.layers.after is not None:
             undress = factors(p, self.layers.after)[1]
         blocks, pieces = k.tiles
-        triton_kernels.write[blocks, self.count, pieces](
+        k.launch(
+            "write", (blocks, self.count, pieces),
             *self.places.weights, self.factor, undress, self.means, moments["exp_avg"],
             moments["exp_avg_sq"], keep.contiguous(), turn.contiguous(), self.floor, self.mean_u,
             k.order, k.starts, k.groups, k.rows, k.columns, self.places.aligned, k.unit,
-            self.factor_axis, p.role.centred, k.averaged, **k.options,
+            self.factor_axis, p.role.centred, k.averaged,
         )  # fmt: skip
+        torch.autograd.graph.increment_version(self.layers.weights)
 
 
 def step_free(p: StackedParameter, layers: Layers, clock: Bias, hyper: Hyper) -> None:
     """All of the step of what no gauge scales: as ``FreeStack._move``."""
-    from ddc.optim import kernels as triton_kernels
-
     k, count = p.kernels, len(layers.weights)
     places = Places(p, layers)
     nothing, axis, relaxed_axis = k.order, -1, -1
@@ -303,15 +304,17 @@ def step_free(p: StackedParameter, layers: Layers, clock: Bias, hyper: Hyper) ->
             relaxed_axis, relaxed = dressed_axis, factors(p, layers.relaxed)[0]
     first, second = hyper["betas"]
     turn = hyper["lr"] * clock.root_second / clock.first
-    keep = torch.as_tensor(layers.decay, dtype=turn.dtype, device=turn.device).expand(count)
+    keep = torch.ones_like(turn).expand(count) * layers.decay
     blocks, pieces = k.tiles
-    triton_kernels.free[blocks, count, pieces](
+    k.launch(
+        "free", (blocks, count, pieces),
         *places.both, inverse, undress, relaxed,
         layers.moments["exp_avg"], layers.moments["exp_avg_sq"], keep.contiguous(),
         turn.expand(count).contiguous(), floor(clock, hyper, count), k.order, k.starts, k.groups,
         1 - first, second, 1 - second, k.rows, k.columns, places.aligned, axis, relaxed_axis,
-        k.averaged, **k.options,
+        k.averaged,
     )  # fmt: skip
+    torch.autograd.graph.increment_version(layers.weights)
 
 
 def floor(clock: Bias, hyper: Hyper, layers: int) -> Tensor:

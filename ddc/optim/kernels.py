@@ -243,7 +243,7 @@ def direct(
         if AVERAGED == 0:
             count = tl.sum(row_there.to(tl.float32), 0)
             square = tl.sum(tl.where(there, x * x, 0.0), 0) / tl.maximum(count, 1.0)
-            known = (columns < COLUMNS) & (group < groups)
+            known = columns < tl.where(group < groups, COLUMNS, 0)
             at = (layer.to(tl.int64) * groups + group) * COLUMNS + columns
             moment = tl.load(exp_avg_sq + at, mask=known, other=0.0) * second + square * rest
             tl.store(exp_avg_sq + at, moment, mask=known)
@@ -304,7 +304,7 @@ def write(
     original = tl.load(target, mask=there, other=0.0).to(tl.float32)
     mean = tl.load(exp_avg + places, mask=there, other=0.0)
     if AVERAGED == 0:
-        known = (columns < COLUMNS) & (group < groups)
+        known = columns < tl.where(group < groups, COLUMNS, 0)
         at = (layer.to(tl.int64) * groups + group) * COLUMNS + columns
         moment = tl.load(exp_avg_sq + at, mask=known, other=1.0)
         u = mean / (tl.sqrt_rn(moment) + epsilon)[None, :]
@@ -391,7 +391,7 @@ def free(
     square = tl.where(there, x * x, 0.0)
     if AVERAGED == 0:
         count = tl.sum(row_there.to(tl.float32), 0)
-        known = column_there & (group < groups)
+        known = columns < tl.where(group < groups, COLUMNS, 0)
         at = (layer.to(tl.int64) * groups + group) * COLUMNS + columns
         moment = tl.load(exp_avg_sq + at, mask=known, other=0.0) * second
         moment += tl.sum(square, 0) / tl.maximum(count, 1.0) * rest
@@ -399,7 +399,7 @@ def free(
         u = mean / (tl.sqrt_rn(moment) + epsilon)[None, :]
     elif AVERAGED == 1:
         count = tl.sum(column_there.to(tl.float32), 0)
-        known = row_there & (group < groups)
+        known = rows < tl.where(group < groups, ROWS, 0)
         at = (layer.to(tl.int64) * ROWS + rows) * groups + group
         moment = tl.load(exp_avg_sq + at, mask=known, other=0.0) * second
         moment += tl.sum(square, 1) / tl.maximum(count, 1.0) * rest

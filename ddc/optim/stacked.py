@@ -74,6 +74,8 @@ class StackedParameter:
     rule: Rule
     dressed: Dressed | None = None
     moments: dict[str, Tensor] = field(default_factory=dict)
+    #: Whether there are kernels for it alone, and as part of a side.
+    fit: tuple[bool, bool] = (False, False)
 
     def __post_init__(self) -> None:
         self.dtype = compute_dtype(self.params[0])
@@ -103,6 +105,9 @@ class StackedParameter:
         }
         if isinstance(self.averaging, Averaging) and self.averaging.regular is None:
             self.averaging.indices(device)
+        from ddc.optim.fused import Kernels  # which reads stacked parameters
+
+        self.fit = Kernels.fit(self, of_side=False), Kernels.fit(self, of_side=True)
 
     def state(self, layer: int) -> dict[str, Tensor]:
         """Views of one layer's moments."""
@@ -149,23 +154,17 @@ class StackedParameter:
 
         return Kernels(self)
 
-    @functools.cached_property
-    def _fit(self) -> tuple[bool, bool]:
-        """Whether there are kernels for it alone, and as part of a side."""
-        from ddc.optim.fused import Kernels
-
-        return Kernels.fit(self, of_side=False), Kernels.fit(self, of_side=True)
-
     def fuses(self, layers: Layers, of_side: bool) -> bool:
-        """Whether kernels step these layers."""
+        """Whether kernels step these layers; a compiler of the step makes its own."""
         return (
-            self._fit[of_side]
+            self.fit[of_side]
+            and not torch.compiler.is_compiling()
             and all(weight.is_contiguous() for weight in layers.weights)
             and len({grad.dtype for grad in layers.grads}) == 1
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("kernels", "_fit")}
+        return {key: value for key, value in vars(self).items() if key != "kernels"}
 
     # ---- units: the whole parameter, the indices of one axis or of several, or the heads along it
 

@@ -1,0 +1,280 @@
+"""Adam's step by kernels, against the same in torch; on a CPU Triton interprets the kernels."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ddc import DDCAdam, DDCMuon, find_gauges, hidden_matrices
+from ddc.gauges import GaugeSet, in_blocks
+from ddc.models import GPT, DeepMLP, DeepMLPConfig, GPTConfig
+from ddc.optim import fused
+
+ROOT = Path(__file__).parents[1]
+GPTS = {
+    "rms-swiglu-rope-gqa": GPTConfig(context=8, layers=2, width=16, heads=2, kv_heads=1, hidden=12),
+    "layer-relu-bias": GPTConfig(
+        context=8,
+        layers=2,
+        width=16,
+        heads=2,
+        kv_heads=2,
+        hidden=12,
+        norm="layer",
+        mlp="relu",
+        positions="learned",
+        bias=True,
+    ),
+    "tied-qk-norm": GPTConfig(
+        context=8, layers=1, width=16, heads=2, kv_heads=2, hidden=12, qk_norm=True, tied_head=True
+    ),
+}
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Triton reads the variable when the kernels are imported, which nothing else does here."""
+    if torch.cuda.is_available():
+        pytest.skip("they are compiled here: python -m benchmarks.gpu --stages checks")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    fused.available.cache_clear()
+    yield
+    fused.available.cache_clear()
+
+
+def gpt(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    model = GPT(GPTS[name], 13)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model.to(dtype)
+
+
+def vit() -> nn.Module:
+    """Packed queries, keys and values: parts, and groups that are no regular pattern."""
+    from ddc.compatibility import provide_torchvision_operators
+
+    provide_torchvision_operators()
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    return VisionTransformer(
+        img_size=8, patch_size=4, in_chans=1, num_classes=5, embed_dim=16, depth=1, num_heads=2,
+        act_layer=nn.ReLU,
+    )  # fmt: skip
+
+
+def fill(model: nn.Module, step: int) -> None:
+    """Gradients that no rounding decides: they are drawn."""
+    draw = torch.Generator().manual_seed(step)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=draw).to(p.dtype)
+
+
+def same_steps(
+    model: nn.Module, make: Callable[[nn.Module, bool], Any], steps: int = 2
+) -> tuple[Any, Any]:
+    """Optimizers after some steps, by kernels and in torch, whose norms were the same."""
+    optimizers = []
+    models = [model, copy.deepcopy(model)]
+    for each, by_kernels in zip(models, (True, False), strict=True):
+        optimizers.append(make(each, by_kernels))
+        norms = []
+        for step in range(steps):
+            fill(each, step)
+            norms.append(float(optimizers[-1].grad_norm()))
+            optimizers[-1].step()
+        optimizers[-1].norms = norms
+    return optimizers[0], optimizers[1]
+
+
+def assert_same(a: Any, b: Any, tolerance: float) -> None:
+    """Weights and all state."""
+    assert a.norms == pytest.approx(b.norms, rel=tolerance)
+    pairs = zip(a.param_groups, b.param_groups, strict=True)
+    for p, q in [pq for x, y in pairs for pq in zip(x["params"], y["params"], strict=True)]:
+        assert_close(p.detach(), q.detach(), tolerance)
+        for key, value in a.state[p].items():
+            assert_close(value, b.state[q][key], tolerance)
+
+
+def assert_close(x: Tensor, y: Tensor, tolerance: float) -> None:
+    largest = max(float(y.abs().max()), 1e-30)
+    assert float((x.double() - y.double()).abs().max()) <= tolerance * largest
+
+
+def by_kernels(optimizer: Any) -> dict[str, bool]:
+    """Whether kernels step each stacked parameter, by its first name."""
+    return {
+        p.names[0]: optimizer.fused and any(p.fit)
+        for stack in optimizer._stacks
+        for p in stack.parameters
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("name", GPTS)
+def test_kernels_step_as_torch_does(name: str) -> None:
+    model = gpt(name)
+    gauges = find_gauges(model)
+    a, b = same_steps(
+        model,
+        lambda m, f: DDCAdam(
+            m.named_parameters(), gauges, lr=0.01, weight_decay=0.1, betas=(0.8, 0.9), fused=f
+        ),
+    )
+    assert_same(a, b, 1e-5)
+    here, there = by_kernels(a), by_kernels(b)
+    assert not any(there.values())
+    matrices = {name for name, fits in here.items() if not fits}
+    # the scale of a norm alone has no direction, and a centred vector is small
+    assert all("norm" in each or each == "head.bias" for each in matrices), matrices
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"vertical": "balance", "retract": False},
+        {"step_scale": "norm", "eps": 0.1},
+        {"vertical": "adam", "radial_rate": 0.3},
+    ],
+    ids=str,
+)
+def test_options_of_a_lift_are_the_same(options: dict[str, Any]) -> None:
+    model = gpt("rms-swiglu-rope-gqa")
+    gauges = find_gauges(model)
+    assert_same(
+        *same_steps(
+            model, lambda m, f: DDCAdam(m.named_parameters(), gauges, lr=0.01, fused=f, **options)
+        ),
+        tolerance=1e-5,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+def test_packed_and_convolved_weights_are_the_same() -> None:
+    model = vit()
+    gauges = find_gauges(model)
+    assert any("qkv" in name for gauge in gauges for name in gauge.parameters)
+    assert_same(
+        *same_steps(model, lambda m, f: DDCAdam(m.named_parameters(), gauges, lr=0.01, fused=f)),
+        tolerance=1e-5,
+    )
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_blocks_chains_and_the_companions_step_are_left_to_torch() -> None:
+    torch.manual_seed(0)
+    model = DeepMLP(DeepMLPConfig(depth=3, width=8), 7, 7)
+    gauges = GaugeSet(in_blocks(find_gauges(model)))
+    a, b = same_steps(
+        model,
+        lambda m, f: DDCAdam(
+            m.named_parameters(), gauges, retract=False, additive=True, step_scale="norm", fused=f
+        ),
+    )
+    assert_same(a, b, 1e-5)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_the_adam_part_of_ddcmuon_is_the_same() -> None:
+    model = gpt("rms-swiglu-rope-gqa")
+    gauges, hidden = find_gauges(model), hidden_matrices(model)
+    a, b = same_steps(
+        model, lambda m, f: DDCMuon(m.named_parameters(), gauges, hidden, lr=0.01, fused=f)
+    )
+    assert_same(a, b, 1e-4)
+    assert by_kernels(a)["embedding.weight"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+def test_weights_of_low_precision_are_rounded_alike() -> None:
+    model = gpt("rms-swiglu-rope-gqa", torch.bfloat16)
+    gauges = find_gauges(model)
+    a, b = same_steps(
+        model, lambda m, f: DDCAdam(m.named_parameters(), gauges, lr=0.01, fused=f), steps=1
+    )
+    assert_same(a, b, 2 * torch.finfo(torch.bfloat16).eps)
+    assert all(value.dtype == torch.float32 for s in a.state.values() for value in s.values())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+def test_a_layer_without_gradients_is_left_alone() -> None:
+    model = gpt("rms-swiglu-rope-gqa")
+    gauges = find_gauges(model)
+    optimizer = DDCAdam(model.named_parameters(), gauges, lr=0.01)
+    fill(model, 0)
+    before = copy.deepcopy(model.state_dict())
+    versions = {name: p._version for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        if name.startswith("blocks.1."):
+            p.grad = None
+    optimizer.step()
+    moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved == {name for name in before if not name.startswith("blocks.1.")}
+    # autograd sees that they have moved
+    assert moved == {name for name, p in model.named_parameters() if p._version > versions[name]}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+def test_copies_and_loaded_states_go_on_alike() -> None:
+    model = gpt("rms-swiglu-rope-gqa")
+    optimizer = DDCAdam(model.named_parameters(), find_gauges(model), lr=0.01)
+    fill(model, 0)
+    optimizer.step()
+    copied, state = copy.deepcopy((model, optimizer))
+    other = DDCAdam(copied.named_parameters(), find_gauges(copied), lr=0.01)
+    other.load_state_dict(optimizer.state_dict())
+    for each, steps in ((model, optimizer), (copied, other)):
+        fill(each, 1)
+        steps.step()
+    assert all(map(torch.equal, model.parameters(), copied.parameters()))
+    assert state.fused
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_a_gpu() -> None:
+    """What Triton interprets may still be no kernel."""
+    there = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.compile_kernels"]
+    done = subprocess.run(command, capture_output=True, text=True, env=there, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "26 kernels\n"
+
+
+def test_on_a_cpu_there_are_no_kernels() -> None:
+    assert not fused.available("cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("interpreted")
+def test_gradients_that_are_not_contiguous() -> None:
+    """They are copied: no kernel reads strides."""
+    model = gpt("rms-swiglu-rope-gqa")
+    other, gauges = copy.deepcopy(model), find_gauges(model)
+    for each in (model, other):
+        fill(each, 0)
+    p = other.get_parameter("blocks.0.mlp.up.weight")
+    assert p.grad is not None
+    p.grad = p.grad.T.contiguous().T
+    assert not p.grad.is_contiguous()
+    for each in (model, other):
+        DDCAdam(each.named_parameters(), gauges, lr=0.01).step()
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
