@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
@@ -26,8 +26,9 @@ from ddc.gauges.affine import (
     Translated,
     Translation,
 )
+from ddc.gauges.approximate import CONVOLUTIONS, attempts
 from ddc.gauges.attention import ATTENTION, Attention, Read, product_of, softmax_axis
-from ddc.gauges.base import Gauge, Refusal, paper_kinds
+from ddc.gauges.base import Gauge, Refusal, approximate_kinds, paper_kinds
 from ddc.gauges.gauge_set import GaugeSet
 from ddc.gauges.norms import NormReaders, bias_of, columns_of, require_passed_on
 from ddc.gauges.stream import Stream, carries, patches_of, streams
@@ -62,8 +63,6 @@ from ddc.gauges.traced import (
     proved,
 )
 
-CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
-
 
 def gauges_of_kinds(trace: Trace, kinds: Collection[str], loss: str | None = None) -> GaugeSet:
     """All gauges of these kinds that the rules prove, and all of them that they refuse.
@@ -96,7 +95,8 @@ class Further:
 
     def find(self, kinds: Collection[str]) -> None:
         """Add the gauges of these kinds, and what of them is refused, to the finding's."""
-        for kind, where, prove in self._attempts():
+        at_eps_zero = {*kinds} & {*approximate_kinds()}
+        for kind, where, prove in chain(self._attempts(), attempts(self) if at_eps_zero else ()):
             if kind not in kinds:
                 continue
             try:
@@ -129,7 +129,7 @@ class Further:
                 where = module_path(node) or "batch_norm"
                 yield "channel_scale", where, partial(self.channel_scale, node, where)
         for stream in streams(self.trace):
-            where = self._place(stream)
+            where = self.place(stream)
             yield "stream_rotation", where, partial(self.stream_rotation, stream)
             yield "stream_mean", where, partial(self.stream_mean, stream)
             for node in sorted(stream.nodes, key=self.trace.order.__getitem__):
@@ -500,14 +500,15 @@ class Further:
     # ------------------------------------------------------------------------------------------
     # residual streams
 
-    def _place(self, stream: Stream) -> str:
+    def place(self, stream: Stream) -> str:
+        """Where a stream begins."""
         return module_path(min(stream.nodes, key=self.trace.order.__getitem__)) or "stream"
 
     def stream_rotation(self, stream: Stream) -> list[Gauge]:
         """All that writes to a stream turned, all that reads it turned back."""
-        self._require_sound(stream)
+        self.require_sound(stream)
         # a table that is looked up twice is one
-        writers = {each: None for node in stream.writers for each in self._writer(stream, node)}
+        writers = {each: None for node in stream.writers for each in self.writer(stream, node)}
         behind: list[Behind] = []
         shifts: list[tuple[str, str]] = []
         for norm in stream.norms:
@@ -519,7 +520,7 @@ class Further:
                 shifts.append((shift, gamma))
             behind += [Behind(name, axis, gamma, offset) for name, axis in linears]
         centred = any(norm.centres for norm in stream.norms)
-        where = self._place(stream)
+        where = self.place(stream)
         width = stream.width
         sides = tuple(writers), tuple(behind), tuple(shifts)
         return [StreamRotation("stream_rotation", where, *sides, width, centred)]
@@ -538,7 +539,7 @@ class Further:
                 for gauge in self._means(stream, node):
                     gauges.setdefault(gauge.parameters, gauge)
             except NotProved as reason:  # the others' means are gauges all the same
-                place = module_path(node) or self._place(stream)
+                place = module_path(node) or self.place(stream)
                 refused.append(Refusal("stream_mean", place, str(reason)))
         if not gauges:
             raise NotProved(stream.faults[0] if stream.faults else refused[0].reason)
@@ -575,7 +576,7 @@ class Further:
         """The means of what one writer adds to a stream."""
         if node in self.trace.experts_by_output:
             raise NotProved("experts write to it, whose weights are stacked")
-        written = self._writer(stream, node)
+        written = self.writer(stream, node)
         if (linear := self.trace.maps_by_output.get(node)) is not None and linear.rows == 0:
             return [Shift(linear.weight, linear.bias, owner(linear.weight), "stream_mean")]
         gauges: list[Gauge] = []
@@ -589,13 +590,14 @@ class Further:
             gauges.append(Translation("stream_mean", owner(name) or name, (slot,)))
         return gauges
 
-    def _require_sound(self, stream: Stream) -> None:
+    def require_sound(self, stream: Stream) -> None:
+        """Raise NotProved unless writers and norms that are known are all that a stream has."""
         if stream.faults:
             raise NotProved(stream.faults[0])
         if not stream.writers:
             raise NotProved("nothing that has weights writes to it")
 
-    def _writer(self, stream: Stream, node: Node) -> list[tuple[str, int]]:
+    def writer(self, stream: Stream, node: Node) -> list[tuple[str, int]]:
         """The parameters whose vectors a writer adds to the stream, and the axis along which these
         lie.
         """

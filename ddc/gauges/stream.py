@@ -206,8 +206,9 @@ def carries(user: Node, node: Node, width: int) -> bool:
         return False
     if name in ("add", "add_", "sub"):
         return len(args) == 2 and all(isinstance(each, Node) for each in args) and not user.kwargs
-    if value_of(node).shape[-1:] != (width,):
-        return False
+    before = node.meta.get("val")
+    if not isinstance(before, torch.Tensor) or before.shape[-1:] != (width,):
+        return False  # several parts of a whole, perhaps
     if name in ("mul", "div"):  # by one number, or one for each vector
         other = args[1] if args[0] is node else args[0]
         by_number = not isinstance(other, Node) or value_of(other).shape[-1:] in ((), (1,))
