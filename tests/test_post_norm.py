@@ -131,7 +131,6 @@ def test_each_writer_and_each_reader_has_its_own() -> None:
         ({"stream": lambda x: x.roll(1, 1)}, 3, 5, 3),
         ({"norm": nn.RMSNorm}, 0, 0, 0),
     ],
-    ids=str,
 )
 def test_what_is_done_on_the_way(
     options: dict[str, object], means: int, readers: int, shifts: int
