@@ -89,10 +89,11 @@ def main() -> None:
     path = arguments.output / "discovery.json"
     found = json.loads(path.read_text())["rows"] if path.exists() else []
     rows = {(row["model"], row["verify"]): row for row in found}
+    about = provenance()  # before the first record is written, which git may follow
     for title in arguments.models:
         for verify in (False, True):
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                rows[title, verify] = {**pool.apply(measure, (title, verify)), **provenance()}
+                rows[title, verify] = {**pool.apply(measure, (title, verify)), **about}
             order = [rows[key] for t in MODELS for v in (False, True) if (key := (t, v)) in rows]
             write_json(path, {"rows": order, "seed": None})
             write_atomically(path.with_suffix(".md"), discovery_table({"rows": order}).encode())

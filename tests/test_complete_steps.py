@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,8 +25,9 @@ from ddc.optim.sections import Sections
 from tests.test_complete import LAYER_NORM, MODELS, TOKENS, VOCABULARY, gpt, moved, text
 
 TARGETS = torch.randint(VOCABULARY, TOKENS.shape, generator=torch.Generator().manual_seed(1))
-#: Singular values of maps, and scales, lie within e^2 of 1: condition numbers up to 55.
-SPREAD = 2.0
+#: Singular values of maps, and scales, lie within a factor of ten of 1: condition numbers up to
+#: 100.
+SPREAD = math.log(10)
 #: By model, what is beyond the paper's kinds and respected.
 RESPECTED = {
     "GPT, RMSNorm, SwiGLU, RoPE, grouped heads": {"value_map", "qk_map"},

@@ -32,6 +32,7 @@ from ddc.slt.observables import (
     observe,
     spectrum,
 )
+from ddc.slt.zeros import MEAN_OF_STREAM
 from tests.conftest import MODELS
 from tests.helpers import VOCABULARY, make_model, relu_mlp
 
@@ -228,6 +229,47 @@ def test_the_ones_direction_is_removed_from_logits_and_from_streams_of_layer_nor
         assert float(ones @ m.gradient @ ones) < 1e-12 * float(m.gradient.trace())
     for reading in observe(gpt, layers_of(gpt), probe(config), categorical_score(0)):
         assert sum(reading.gradient.removed.values()) == 1
+
+
+def test_null_vectors_are_those_of_gauges() -> None:
+    """Each is the direction in which the tangents of gauges move the weights of a layer: outputs
+    for gradients, inputs for activations; and where there is no such gauge, nothing is removed.
+    """
+    sizes = {"context": 8, "layers": 1, "width": 8, "heads": 2, "kv_heads": 2, "hidden": 12}
+    config = GPTConfig(**sizes, norm="layer", bias=True)  # type: ignore[arg-type]
+    model = make_model(config)
+    params = dict(model.named_parameters())
+    gauges = find_gauges(model, kinds=["stream_mean", "reader_shift", "logit_shift"], verify=False)
+    moved = {
+        (gauge.kind, name): move
+        for gauge in gauges
+        for name, move in gauge.velocities(params).items()
+        if name.startswith(("blocks", "head")) and name.endswith("weight")
+    }
+    names = ["head", *(f"blocks.0.attention.{each}" for each in ("query", "key", "value"))]
+    names += ["blocks.0.mlp.gate", "blocks.0.mlp.up"]
+    layers = named_layers(model, names)
+    found = observe(model, layers, probe(config), categorical_score(0))
+    readers = {reading.layer: reading for reading in found}
+    norms = {"attention": "blocks.0.attention_norm", "mlp": "blocks.0.mlp_norm", "head": "norm"}
+    for name, reading in readers.items():
+        tangents = moved["reader_shift", f"{name}.weight"]
+        norm = norms[next(each for each in norms if each in name)]
+        inverse = 1 / params[f"{norm}.weight"].detach()
+        # every row may move along 1/γ, and along nothing else
+        assert torch.linalg.matrix_rank(tangents.flatten(1)) == len(params[f"{name}.weight"])
+        across = tangents - (tangents @ inverse / inverse.square().sum())[..., None] * inverse
+        assert across.abs().max() < 1e-12
+        assert reading.activation.removed == {"gamma^-1 after a LayerNorm": 1}
+    # outputs may move along the ones
+    for kind, name in (("logit_shift", "head"), ("stream_mean", "blocks.0.mlp.down")):
+        tangents = moved[kind, f"{name}.weight"]
+        assert (tangents - tangents.mean(1, keepdim=True)).abs().max() == 0
+    assert readers["head"].gradient.removed == {"softmax does not see the mean of the logits": 1}
+    assert {layer.gradient_ones for layer in layers_of(model)} == {MEAN_OF_STREAM}
+    # a stream of RMSNorms is seen whole
+    model = make_model(GPTConfig(**sizes))  # type: ignore[arg-type]
+    assert {layer.gradient_ones for layer in layers_of(model)} == {None}
 
 
 def test_rank_limits() -> None:

@@ -20,6 +20,7 @@ from ddc.report.rates import draw_readings
 from ddc.report.runs import Run
 from ddc.slt.config import LearningCoefficientConfig, SLTConfig
 from ddc.slt.observables import OBSERVABLES
+from ddc.slt.zeros import MEAN_OF_STREAM
 from ddc.training import loop
 from ddc.training.compose import restored
 from ddc.training.loop import train
@@ -281,6 +282,35 @@ def test_bad_values_are_refused(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
         composed(override)
     assert SLTConfig().readings == LearningCoefficientConfig().every == 0
+
+
+@pytest.mark.slow
+def test_a_run_with_complete_gauges_is_read_as_another(tmp_path: Path) -> None:
+    """The same zeros are removed of the same cells, at the start all values are the same, and what
+    differs at the end is what was trained.
+    """
+    model = ["model.norm=layer", "model.bias=true", "model.mlp=relu", "model.positions=learned"]
+    rows = {}
+    for gauges in ("paper", "complete"):
+        chosen = [*model, f"gauges={gauges}", "gauges.leave_out=true", "optimizer=ddcadam"]
+        setup = run(tmp_path / gauges, *chosen, *READ)
+        train(setup)
+        rows[gauges] = readings(setup.folder)
+    assert len(setup.gauges) > 20
+    for paper, complete in zip(*rows.values(), strict=True):
+        assert paper["step"] == complete["step"]
+        for a, b in zip(paper["layers"], complete["layers"], strict=True):
+            assert a["gradient"]["removed"] == b["gradient"]["removed"]
+            assert MEAN_OF_STREAM in a["gradient"]["removed"]
+            for side in ("activation", "gradient"):
+                assert a[side]["removed"] == b[side]["removed"]
+                assert a[side]["dimension"] == b[side]["dimension"]
+            if paper["step"] == 0:
+                assert a["values"] == b["values"]
+    last = [each[-1]["layers"][-1]["values"] for each in rows.values()]
+    assert last[0] != last[1]
+    for key, value in last[0].items():  # the function is nearly the same, after a few steps
+        assert last[1][key] == pytest.approx(value, rel=0.2), key
 
 
 @pytest.mark.slow

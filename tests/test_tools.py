@@ -241,7 +241,7 @@ def test_an_average_over_an_orbit_needs_one_place_on_it() -> None:
 @pytest.mark.parametrize("kind", ["DDCAdam", "DDCMuon", "DDCLion", "DDCSGD"])
 def test_one_cycle_with_its_momentum(kind: str) -> None:
     """It cycles the first of betas, or the momentum where there are none, and the step stays
-    equivariant.
+    equivariant. The momentum of hidden matrices, beside betas, it leaves.
     """
     models, gauges = on_one_orbit(LLAMA)
     key = "momentum" if kind == "DDCSGD" else "betas"
@@ -262,6 +262,10 @@ def test_one_cycle_with_its_momentum(kind: str) -> None:
             backward(model, seed)
             optimizer.step()
             schedule.step()
+        if kind == "DDCMuon":
+            momenta = [g["momentum"] for g in optimizer.param_groups if "momentum" in g]
+            assert momenta
+            assert {*momenta} == {0.95}
     assert min(seen) < 0.87 < 0.93 < max(seen)
     assert distance(function(models[0]), function(models[1])) < 1e-8
 

@@ -8,6 +8,7 @@ from ddc.gauges.base import (
     Kind,
     Refusal,
     add_kind,
+    approximate_kinds,
     complete_kinds,
     is_fake,
     is_split,
@@ -30,6 +31,7 @@ from ddc.gauges.gauge_set import GaugeSet, audit, check
 from ddc.gauges.granularity import in_blocks
 from ddc.gauges.roles import HiddenMatrix, hidden_matrices
 from ddc.gauges.routing import ROLES, ParameterRole, Roles, param_groups, parameter_roles
+from ddc.gauges.scales import Scale, Scaled
 from ddc.gauges.traced import Finding, NotProved, rule
 
 __all__ = [
@@ -51,9 +53,12 @@ __all__ = [
     "Roles",
     "RotatedAxis",
     "Rotation",
+    "Scale",
+    "Scaled",
     "Shift",
     "add_kind",
     "align_",
+    "approximate_kinds",
     "audit",
     "balance_",
     "canonicalise_",

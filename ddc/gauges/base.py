@@ -31,6 +31,8 @@ class Kind:
         further: whether it is beyond the paper's: found where it is asked for, by its name or as
             one of ``kinds="complete"``.
         within: the kind whose group contains this one's, beside which it has nothing to add.
+        approximate: whether it is a symmetry at eps = 0 alone: found where its name asks for it,
+            with its measured size, and in no set of kinds but :func:`approximate_kinds`.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Kind:
     default: bool = True
     further: bool = False
     within: str | None = None
+    approximate: bool = False
 
 
 #: Every kind of gauge the package knows by name, in the order in which tables list them.
@@ -79,6 +82,10 @@ for _kind in (
     Kind("router_shift", "router shift", default=False, further=True),
     Kind("layer_scale", "layer scale", default=False, further=True),
     Kind("channel_scale", "channel scale", default=False, further=True),
+    # these the eps of a norm breaks
+    Kind("stream_scale", "stream scale", default=False, further=True, approximate=True),
+    Kind("normed_scale", "normed scale", default=False, further=True, approximate=True),
+    Kind("filter_scale", "filter scale", default=False, further=True, approximate=True),
 ):
     add_kind(_kind)
 
@@ -89,8 +96,15 @@ def paper_kinds() -> tuple[str, ...]:
 
 
 def complete_kinds() -> tuple[str, ...]:
-    """Names of all kinds but those whose group another's contains."""
-    return tuple(name for name, kind in KINDS.items() if kind.within is None)
+    """Names of all kinds that are exact, but those whose group another's contains."""
+    return tuple(
+        name for name, kind in KINDS.items() if kind.within is None and not kind.approximate
+    )
+
+
+def approximate_kinds() -> tuple[str, ...]:
+    """Names of the kinds that are symmetries at eps = 0 alone."""
+    return tuple(name for name, kind in KINDS.items() if kind.approximate)
 
 
 class Gauge(ABC):

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 from ddc.gauges.base import (
     KINDS,
     Gauge,
+    approximate_kinds,
     first_line,
     is_fake,
     named_parameters,
@@ -30,7 +31,7 @@ from ddc.gauges.base import (
 )
 from ddc.gauges.discovery import find_gauges
 from ddc.gauges.double import InDouble, double
-from ddc.gauges.gauge_set import gauges_of
+from ddc.gauges.gauge_set import GaugeSet, gauges_of
 from ddc.gauges.trace import Inputs, example, running
 from ddc.gauges.verify import generic, tensors
 
@@ -72,6 +73,8 @@ class Certificate:
             value: rounding, if all of them are symmetries.
         closing: with ``explain``, by kind, how many of the unexplained dimensions its gauges add to
             the orbit and to the kinds before it; empty without.
+        approximate: with ``explain``, by kind that is a symmetry at eps = 0 alone, its dimension
+            and its largest size (:attr:`ddc.GaugeSet.sizes`); no part of the kernel.
     """
 
     parameters: int
@@ -83,6 +86,7 @@ class Certificate:
     smallest: float
     leak: float
     closing: Mapping[str, int] = field(default_factory=dict)
+    approximate: Mapping[str, tuple[int, float]] = field(default_factory=dict)
 
     @property
     def unexplained(self) -> int:
@@ -101,6 +105,12 @@ class Certificate:
             verdict += f", closed: {of_kinds}"
         if self.leak > LEAK:
             verdict = f"not all gauges are symmetries (leak {self.leak:.0e})"
+        if self.approximate:
+            of_kinds = ", ".join(
+                f"{count} by {kind} ({size:.0e})"
+                for kind, (count, size) in self.approximate.items()
+            )
+            verdict += f", at eps = 0 alone: {of_kinds}"
         dead = f", {self.dead} dead on these inputs" if self.dead else ""
         return (
             f"{self.parameters:,} parameters, kernel {self.kernel}, orbit {self.orbit}{dead}:"
@@ -137,7 +147,8 @@ def certify(
         rows: of J for each parameter, at least 1; ReLU networks may need more.
         seed: of weights, inputs and combinations.
         explain: look for all kinds of gauge in the model, and tell how much of what is unexplained
-            each of them would close (:attr:`Certificate.closing`).
+            each of them would close (:attr:`Certificate.closing`), and which kinds it has that hold
+            at eps = 0 alone (:attr:`Certificate.approximate`).
 
     Raises:
         TypeError, ValueError: gauges that are not the model's; a model that is too large or cannot
@@ -147,9 +158,13 @@ def certify(
     found = gauges_of(model, gauges)
     jacobian = Jacobian.of(model, inputs, centred=centred, rows=rows, seed=seed)
     certificate = jacobian.certificate(found)
-    if not explain or certificate.unexplained <= 0:
+    if not explain:
         return certificate
     given = inputs(torch.Generator().manual_seed(seed)) if callable(inputs) else inputs
+    at_zero = find_gauges(model, inputs=given, kinds=approximate_kinds())
+    certificate = replace(certificate, approximate=jacobian.approximate(at_zero))
+    if certificate.unexplained <= 0:
+        return certificate
     loss = "cross_entropy" if centred else "other"
     every = find_gauges(model, inputs=given, kinds="complete", loss=loss, verify=False)
     return replace(certificate, closing=jacobian.closing(found, every))
@@ -247,6 +262,17 @@ class Jacobian:
             spanned = torch.cat([spanned, tangents])
             if (more := rank(spanned)) > reached:
                 found[kind], reached = more - reached, more
+        return found
+
+    def approximate(self, gauges: GaugeSet) -> dict[str, tuple[int, float]]:
+        """By kind of gauges that hold at eps = 0 alone, the rank of their tangents and the largest
+        of their sizes.
+        """
+        params, found = named_parameters(self.model), {}
+        for kind in approximate_kinds():
+            if some := gauges.only([kind]).found:
+                size = max(gauges.sizes.get(gauge, math.nan) for gauge in some)
+                found[kind] = rank(tangents_of(some, params)), size
         return found
 
 

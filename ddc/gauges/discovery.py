@@ -10,7 +10,8 @@ from functools import singledispatch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ddc.gauges.base import check_kind, complete_kinds, paper_kinds, unwrapped
+from ddc.gauges.approximate import measured
+from ddc.gauges.base import KINDS, check_kind, complete_kinds, paper_kinds, unwrapped
 from ddc.gauges.further import gauges_of_kinds
 from ddc.gauges.gauge_set import GaugeSet
 from ddc.gauges.trace import Inputs, example, traced
@@ -56,8 +57,10 @@ def find_gauges(
             speaks against it (one output, several, ``config.problem_type``).
         verify: whether to try the gauges. It takes copies of the weights in float64, and some
             fifteen forward passes.
-        kinds: ``"paper"``, the paper's (:func:`ddc.gauges.paper_kinds`); ``"complete"``, all
-            (:func:`ddc.gauges.complete_kinds`); or names of kinds.
+        kinds: ``"paper"``, the paper's (:func:`ddc.gauges.paper_kinds`); ``"complete"``, all exact
+            ones (:func:`ddc.gauges.complete_kinds`); or names of kinds, also of those that hold at
+            eps = 0 alone (:func:`ddc.gauges.approximate_kinds`), whose size is measured if gauges
+            are tried.
 
     Raises:
         ValueError: the model cannot be traced, ``inputs`` are needed, or an unknown ``loss`` or
@@ -124,13 +127,24 @@ def _found(
             gauges = GaugeSet(gauges.found + more.found, gauges.refused + more.refused)
         gauges = gauges if kinds == paper_kinds() else gauges.only(kinds)
     else:
-        gauges = gauges_of_kinds(traced(model, inputs), kinds, loss)
+        trace = traced(model, inputs)
+        gauges = gauges_of_kinds(trace, kinds, loss)
     if loss == "other":
         shifts = [gauge for gauge in gauges if gauge.kind == "logit_shift"]
         gauges = refuse(gauges, dict.fromkeys(shifts, "the loss is not softmax cross-entropy"))
     if not verify:
         return gauges, gauges
-    return gauges, _checked(model, gauges, per_layer, inputs, loss, kinds)
+    exact = tuple(kind for kind in kinds if not KINDS[kind].approximate)
+    if exact == kinds:
+        return gauges, _checked(model, gauges, per_layer, inputs, loss, kinds)
+    checked = _checked(model, gauges.only(exact), per_layer, inputs, loss, exact)
+    others = measured(gauges.only(set(kinds) - set(exact)), trace)
+    return gauges, GaugeSet(
+        checked.found + others.found,
+        checked.refused + others.refused,
+        {**checked.unchecked, **others.unchecked},
+        others.sizes,
+    )
 
 
 def _checked(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
@@ -20,17 +20,18 @@ from ddc.gauges.actions import Axis, Rescale, RotatedAxis, Shift
 from ddc.gauges.affine import (
     Behind,
     General,
-    ScaledShift,
     Shear,
     Sheared,
     StreamRotation,
     Translated,
     Translation,
 )
-from ddc.gauges.attention import ATTENTION, Attention, Read
-from ddc.gauges.base import Gauge, Refusal, paper_kinds
+from ddc.gauges.approximate import CONVOLUTIONS, attempts
+from ddc.gauges.attention import ATTENTION, Attention, Read, product_of, softmax_axis
+from ddc.gauges.base import Gauge, Refusal, approximate_kinds, paper_kinds
 from ddc.gauges.gauge_set import GaugeSet
-from ddc.gauges.stream import Norm, Stream, patches_of, streams
+from ddc.gauges.norms import NormReaders, bias_of, columns_of, require_passed_on
+from ddc.gauges.stream import Stream, carries, patches_of, streams
 from ddc.gauges.trace import (
     KEEPS,
     MOVES,
@@ -41,6 +42,7 @@ from ddc.gauges.trace import (
     Trace,
     apply,
     arguments,
+    drops,
     has_fixed_shape,
     inputs,
     labels_of,
@@ -60,8 +62,6 @@ from ddc.gauges.traced import (
     owner,
     proved,
 )
-
-CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 
 
 def gauges_of_kinds(trace: Trace, kinds: Collection[str], loss: str | None = None) -> GaugeSet:
@@ -91,10 +91,12 @@ class Further:
 
     def __init__(self, finding: Finding) -> None:
         self.finding, self.trace, self.kept = finding, finding.trace, finding.kept
+        self.norms = NormReaders(finding)
 
     def find(self, kinds: Collection[str]) -> None:
         """Add the gauges of these kinds, and what of them is refused, to the finding's."""
-        for kind, where, prove in self._attempts():
+        at_eps_zero = {*kinds} & {*approximate_kinds()}
+        for kind, where, prove in chain(self._attempts(), attempts(self) if at_eps_zero else ()):
             if kind not in kinds:
                 continue
             try:
@@ -127,7 +129,7 @@ class Further:
                 where = module_path(node) or "batch_norm"
                 yield "channel_scale", where, partial(self.channel_scale, node, where)
         for stream in streams(self.trace):
-            where = self._place(stream)
+            where = self.place(stream)
             yield "stream_rotation", where, partial(self.stream_rotation, stream)
             yield "stream_mean", where, partial(self.stream_mean, stream)
             for node in sorted(stream.nodes, key=self.trace.order.__getitem__):
@@ -135,8 +137,8 @@ class Further:
                     yield "translation", where, partial(self.translation, terms)
             for norm in stream.norms:
                 at = module_path(norm.output) or "norm"
-                yield "reader_shift", at, partial(self.reader_shift, norm)
-                yield "norm_shift", at, partial(self.norm_shift, norm)
+                yield "reader_shift", at, partial(self.norms.reader_shift, norm)
+                yield "norm_shift", at, partial(self.norms.norm_shift, norm)
 
     # ------------------------------------------------------------------------------------------
     # factors
@@ -155,7 +157,7 @@ class Further:
         assert isinstance(columns.axis, int)
         units = np.arange(self.trace.tensors[columns.parameter].shape[columns.axis])[None, None]
         plus_slots, minus_slots = (
-            tuple(RotatedAxis(name, axis, units) for name, axis in self._columns(side))
+            tuple(RotatedAxis(name, axis, units) for name, axis in columns_of(side))
             for side in (gauge.plus, gauge.minus)
         )
         return [General("factor_map", gauge.where, plus_slots, minus_slots)]
@@ -171,10 +173,10 @@ class Further:
         (bias,) = plus[1:]
         for linear in self.trace.linear_maps.values():
             if linear.weight == plus[0].parameter:
-                self._require_passed_on(linear.output)
+                require_passed_on(self.trace, linear.output)
         readers = []
         for weight, axis, indices in gauge.minus:
-            if (taking := self._bias_of(weight)) is None:
+            if (taking := bias_of(self.trace, weight)) is None:
                 raise NotProved(f"{owner(weight)} has no bias of its own")
             readers.append(Sheared(weight, axis, indices[0], taking))
         return [Shear("factor_bias", gauge.where, (Translated(bias.parameter, 0),), tuple(readers))]
@@ -196,13 +198,13 @@ class Further:
         (gauge,) = self.value_map(attention)
         biases = [s for s in gauge.plus if self.trace.tensors[s.parameter].ndim == 1]
         (columns,) = gauge.minus
-        bias = self._bias_of(columns.parameter)
+        bias = bias_of(self.trace, columns.parameter)
         if not biases:
             return []
         self._require_sum_of_one(attention)
         assert attention.value is not None
         self._require_alike(attention.value, "values")
-        self._require_passed_on(attention.node)
+        require_passed_on(self.trace, attention.node)
         if bias is None:
             raise NotProved("the output projection has no bias of its own")
         copies = columns.indices.swapaxes(0, 1).reshape(columns.indices.shape[1], -1)
@@ -226,17 +228,31 @@ class Further:
                 if not bool(unmasked.any(-1).all()):
                     raise NotProved("its mask masks a whole row, whose weights are zero")
             return
-        self._require_over_positions(attention)
-        between = attention.weights
-        while between is not args[0]:
-            (between,) = readers(between)
-            if _drops(between):
-                raise NotProved("weights of attention are dropped at random")
-
-    def _require_over_positions(self, attention: Attention) -> None:
-        """A softmax that is spelt out is over the last axis, that of positions."""
+        # each row of the softmax arrives whole
         softmax = attention.weights
-        if int(arguments(softmax)[1]) not in (-1, value_of(softmax).ndim - 1):
+        assert attention.mixed is not None
+        numbers = torch.arange(value_of(softmax).numel()).view(value_of(softmax).shape)
+        along = softmax_axis(softmax)
+        rows = _without_axis(numbers.shape, along)
+        way = [attention.mixed.value]
+        while way[-1] is not softmax:
+            way.append(inputs(way[-1])[0])
+        if self.trace.rewritten & {*way}:
+            raise NotProved("weights of attention are written to in place")
+        arrived = numbers
+        for each in reversed(way[:-1]):
+            if drops(each):
+                raise NotProved("weights of attention are dropped at random")
+            if operation(each) in MOVES:
+                arrived = apply(each, arrived)
+        arrived = arrived.permute(*attention.mixed.order)
+        row = rows.flatten()[arrived]
+        ordered = arrived.sort(-1).values
+        if (
+            arrived.shape[-1] != numbers.shape[along]
+            or bool((row != row[..., :1]).any())
+            or bool((ordered[..., 1:] == ordered[..., :-1]).any())
+        ):
             raise NotProved("its softmax is not over positions")
 
     def _require_softmax_of_scores(self, attention: Attention) -> None:
@@ -246,18 +262,35 @@ class Further:
         if operation(attention.node) == ATTENTION:
             return
         assert attention.key is not None
-        self._require_over_positions(attention)
+        shape = value_of(attention.key.node).shape
+        product = product_of(attention.key.node)
+        assert product is not None
+        over = product.order[-1 if product.right.argument == attention.key.argument else -2]
+        # all scores of a query have its number
+        queries = {attention.key.node: _without_axis(shape, over)}
+        scores = {attention.key.node, *self.trace.descendants(attention.key.node)}
         waiting = [attention.key.node]
         while waiting:
-            for user in readers(waiting.pop()):
+            node = waiting.pop()
+            for user in readers(node):
+                labels = queries[node]
                 if user is attention.weights:
+                    along = softmax_axis(user)
+                    if not torch.equal(labels.amin(along), labels.amax(along)):
+                        raise NotProved("its softmax is not over positions")
                     continue
-                others = [x for x in arguments(user) if x is not user and not isinstance(x, Node)]
+                others = [x for x in arguments(user) if x is not node and not isinstance(x, Node)]
                 name = operation(user)
                 by_number = name in ("mul", "div") and len(others) == 1 and not user.kwargs
                 adds = name in ("add", "add_") and not user.kwargs and len(inputs(user)) == 2
-                if not (by_number or adds or name in KEEPS - {"dropout"}):
+                adds = adds and len({*inputs(user)} & scores) == 1
+                moves = name in MOVES and len(inputs(user)) == 1
+                if not (by_number or adds or moves or name in KEEPS - {"dropout"}):
                     raise NotProved(f"{name or 'the output of the model'} reads its scores")
+                labels = apply(user, labels) if moves else labels
+                if not isinstance(labels, Tensor) or labels.shape != value_of(user).shape:
+                    raise NotProved(f"{name} gives its scores another shape")
+                queries[user] = labels
                 waiting.append(user)
 
     @once
@@ -306,18 +339,6 @@ class Further:
             if any(self.trace.ancestors(other) & self.trace.inputs for other in others):
                 raise NotProved(f"its {what} are scaled by what the model is given")
 
-    def _require_passed_on(self, source: Node) -> None:
-        """Linear maps alone read a node, as it is: moved, or averaged over positions."""
-        waiting = [source]
-        while waiting:
-            for user in readers(waiting.pop()):
-                if user in self.trace.linear_maps or user in self.trace.expert_maps:
-                    continue
-                name = operation(user)
-                if _drops(user) or name not in MOVES | KEEPS | {"mean", "getitem", "index"}:
-                    raise NotProved(f"{name or 'the output of the model'} changes what it gives")
-                waiting.append(user)
-
     def qk_norm_scale(self, attention: Attention) -> list[Gauge]:
         """Scales of normed queries against those of normed keys, entry by entry or plane by
         plane.
@@ -331,7 +352,7 @@ class Further:
             self.finding.require_single([name])
             if self.trace.leak(scaled, range(value_of(scaled).shape[-1]), read.node, read.argument):
                 raise NotProved(f"its {what} are read elsewhere as well")
-            matrix = self.trace.matrix(scaled, read.value, read.transposed)
+            matrix = self.trace.matrix(scaled, read.value, read.order)
             if matrix is None:
                 raise NotProved(f"its {what} pass through what is not linear behind their norm")
             turned.append((name, heads_of(matrix, what)))
@@ -479,18 +500,19 @@ class Further:
     # ------------------------------------------------------------------------------------------
     # residual streams
 
-    def _place(self, stream: Stream) -> str:
+    def place(self, stream: Stream) -> str:
+        """Where a stream begins."""
         return module_path(min(stream.nodes, key=self.trace.order.__getitem__)) or "stream"
 
     def stream_rotation(self, stream: Stream) -> list[Gauge]:
         """All that writes to a stream turned, all that reads it turned back."""
-        self._require_sound(stream)
+        self.require_sound(stream)
         # a table that is looked up twice is one
-        writers = {each: None for node in stream.writers for each in self._writer(stream, node)}
+        writers = {each: None for node in stream.writers for each in self.writer(stream, node)}
         behind: list[Behind] = []
         shifts: list[tuple[str, str]] = []
         for norm in stream.norms:
-            scale, shift, linears = self._behind(norm)
+            scale, shift, linears = self.norms.behind(norm)
             gamma, offset = (None, 0.0) if scale is None else scale
             if shift is not None and (gamma is None or offset):
                 raise NotProved("a norm has a shift, but no scale that is a parameter")
@@ -498,7 +520,7 @@ class Further:
                 shifts.append((shift, gamma))
             behind += [Behind(name, axis, gamma, offset) for name, axis in linears]
         centred = any(norm.centres for norm in stream.norms)
-        where = self._place(stream)
+        where = self.place(stream)
         width = stream.width
         sides = tuple(writers), tuple(behind), tuple(shifts)
         return [StreamRotation("stream_rotation", where, *sides, width, centred)]
@@ -507,24 +529,54 @@ class Further:
         """The same number added to all entries of what is written: a norm that centres takes it
         off again.
         """
-        self._require_sound(stream)
-        if not all(norm.centres for norm in stream.norms):
-            raise NotProved("a norm that does not centre reads the stream")
+        if not stream.writers:
+            raise NotProved("nothing that has weights writes to it")
         gauges: dict[tuple[str, ...], Gauge] = {}  # a table that is looked up twice has one
+        refused = []
         for node in stream.writers:
             try:
+                self._require_centred(stream, node)
                 for gauge in self._means(stream, node):
                     gauges.setdefault(gauge.parameters, gauge)
             except NotProved as reason:  # the others' means are gauges all the same
-                place = module_path(node) or self._place(stream)
-                self.finding.refused.append(Refusal("stream_mean", place, str(reason)))
+                place = module_path(node) or self.place(stream)
+                refused.append(Refusal("stream_mean", place, str(reason)))
+        if not gauges:
+            raise NotProved(stream.faults[0] if stream.faults else refused[0].reason)
+        self.finding.refused += refused
         return [*gauges.values()]
+
+    def _require_centred(self, stream: Stream, writer: Node) -> None:
+        """Norms that centre, and nothing else, read what a writer adds to a stream; what others add
+        to it does not matter to its mean.
+        """
+        inside = {part: norm for norm in stream.norms for part in norm.inside}
+        waiting, seen = [writer], {writer}
+        if operation(writer) == "embedding":  # wherever the table is looked up
+            view = self.trace.parameter(arguments(writer)[0])
+            waiting += self.trace.uses[view[0]] if view is not None else []
+        while waiting:
+            node = waiting.pop()
+            if node not in stream.nodes:
+                raise NotProved(f"{operation(node)} reads it")
+            if node in self.trace.rewritten:
+                raise NotProved("it is written to in place")
+            for user in readers(node):
+                norm = inside.get(user)
+                if norm is not None and norm.input is node:
+                    if not norm.centres:
+                        raise NotProved("a norm that does not centre reads the stream")
+                elif not carries(user, node, stream.width):
+                    raise NotProved(f"{operation(user) or 'the output of the model'} reads it")
+                elif user not in seen:
+                    seen.add(user)
+                    waiting.append(user)
 
     def _means(self, stream: Stream, node: Node) -> list[Gauge]:
         """The means of what one writer adds to a stream."""
         if node in self.trace.experts_by_output:
             raise NotProved("experts write to it, whose weights are stacked")
-        written = self._writer(stream, node)
+        written = self.writer(stream, node)
         if (linear := self.trace.maps_by_output.get(node)) is not None and linear.rows == 0:
             return [Shift(linear.weight, linear.bias, owner(linear.weight), "stream_mean")]
         gauges: list[Gauge] = []
@@ -538,13 +590,14 @@ class Further:
             gauges.append(Translation("stream_mean", owner(name) or name, (slot,)))
         return gauges
 
-    def _require_sound(self, stream: Stream) -> None:
+    def require_sound(self, stream: Stream) -> None:
+        """Raise NotProved unless writers and norms that are known are all that a stream has."""
         if stream.faults:
             raise NotProved(stream.faults[0])
         if not stream.writers:
             raise NotProved("nothing that has weights writes to it")
 
-    def _writer(self, stream: Stream, node: Node) -> list[tuple[str, int]]:
+    def writer(self, stream: Stream, node: Node) -> list[tuple[str, int]]:
         """The parameters whose vectors a writer adds to the stream, and the axis along which these
         lie.
         """
@@ -611,7 +664,7 @@ class Further:
                     terms.append(Translated(view[0], self.trace.tensors[view[0]].ndim - 1))
             elif operation(each) in ("add", "add_"):
                 waiting += inputs(each)
-            elif operation(each) in MOVES | KEEPS and not _drops(each):
+            elif operation(each) in MOVES | KEEPS and not drops(each):
                 waiting.append(arguments(each)[0])
         return terms
 
@@ -642,101 +695,6 @@ class Further:
             gauges.append(Translation("translation", where, slots))
         return gauges
 
-    # ------------------------------------------------------------------------------------------
-    # behind norms
-
-    @once
-    def _behind(
-        self, norm: Norm
-    ) -> tuple[tuple[str, float] | None, str | None, list[tuple[str, int]]]:
-        """Scale of a norm, with what is added to it, its shift, and the columns of all linear maps
-        that read it.
-
-        Raises:
-            NotProved: it is read by anything else.
-        """
-        node = norm.output
-        scale = self.finding.scale(node)
-        while (
-            scale is None
-            and len(users := readers(node)) == 1
-            and operation(users[0]) in (KEEPS - {"dropout"} | {"mul"})
-        ):
-            node = users[0]
-            scale = self.finding.scale(node)
-            if operation(node) == "mul":
-                break
-        if scale is None:
-            if not has_fixed_shape(norm.output):
-                raise NotProved("how many positions it has depends on values")
-            if operation(norm.output) in ("layer_norm", "rms_norm") and any(
-                isinstance(each, Node) for each in arguments(norm.output)[2:4]
-            ):
-                raise NotProved("its scale and shift are no parameters as they stand")
-            self._require_passed_on(norm.output)
-            return None, None, self._columns(self.finding.readers_of(norm.output))
-        source, plus, reason = scale
-        if reason:
-            raise NotProved(reason)
-        self._require_passed_on(source)
-        gauge = self.finding.norm_scale(source, plus, owner(plus[0].parameter))
-        gamma, *beta = plus
-        shift = beta[0].parameter if beta else None
-        return (gamma.parameter, gamma.offset), shift, self._columns(gauge.minus)
-
-    @staticmethod
-    def _columns(readers: Sequence[Axis]) -> list[tuple[str, int]]:
-        """Weights and the axes of their columns."""
-        return [(name, axis) for name, axis, _ in readers if isinstance(axis, int)]
-
-    def _behind_matrices(self, norm: Norm) -> tuple[str | None, str | None, list[tuple[str, int]]]:
-        """The same where the scale is a parameter as it stands, and single linear maps read it."""
-        scale, shift, columns = self._behind(norm)
-        if scale is not None and scale[1]:
-            raise NotProved("its scale is more than the parameter")
-        if any(self.trace.tensors[name].ndim != 2 for name, _ in columns):
-            raise NotProved("experts read it, whose weights are stacked")
-        return None if scale is None else scale[0], shift, columns
-
-    def reader_shift(self, norm: Norm) -> list[Gauge]:
-        """Rows of what reads a norm that centres move by 1/γ, which its output does not see."""
-        if not norm.centres:
-            raise NotProved("the norm does not centre")
-        scale, shift, linears = self._behind_matrices(norm)
-        gauges: list[Gauge] = []
-        for weight, columns in linears:
-            bias = self._bias_of(weight)
-            if shift is not None and bias is None:
-                raise NotProved(f"{owner(weight)} has no bias of its own")
-            where = owner(weight)
-            gauges.append(
-                ScaledShift("reader_shift", where, weight, 1 - columns, bias, scale, shift)
-            )
-        return gauges
-
-    def norm_shift(self, norm: Norm) -> list[Gauge]:
-        """A vector added to the shift of a norm, and taken back by the biases of its readers."""
-        scale, shift, linears = self._behind_matrices(norm)
-        if shift is None:
-            return []
-        found = []
-        for weight, axis in linears:
-            bias = self._bias_of(weight)
-            if bias is None and (scale is None or not norm.centres):
-                raise NotProved(f"{owner(weight)} has no bias of its own")
-            columns = np.arange(self.trace.tensors[weight].shape[axis])[None]
-            found.append(Sheared(weight, axis, columns, bias))
-        slot = Translated(shift, 0)
-        scale = scale if any(reader.bias is None for reader in found) else None
-        return [Shear("norm_shift", owner(shift), (slot,), tuple(found), scale)]
-
-    def _bias_of(self, weight: str) -> str | None:
-        """The bias of the one linear map with this weight, if nothing else uses it."""
-        for linear in self.trace.linear_maps.values():
-            if linear.weight == weight and linear.bias is not None:
-                return linear.bias if self.trace.used_once(linear.bias) else None
-        return None
-
 
 def channels_of(node: Node) -> Tensor:
     """Labels of a node whose units lie along axis 1."""
@@ -744,6 +702,8 @@ def channels_of(node: Node) -> Tensor:
     return torch.arange(shape[1]).view(-1, *[1] * (len(shape) - 2)).expand(shape)
 
 
-def _drops(node: Node) -> bool:
-    """Whether an operation drops entries at random in training."""
-    return operation(node) == "dropout" and float(arguments(node)[1]) > 0
+def _without_axis(shape: Sequence[int], axis: int) -> Tensor:
+    """Labels that differ between all entries but those along an axis."""
+    sizes = [*shape]
+    sizes[axis] = 1
+    return torch.arange(math.prod(sizes)).view(sizes).expand(tuple(shape))

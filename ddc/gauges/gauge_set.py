@@ -35,11 +35,14 @@ class GaugeSet(Sequence[Gauge]):
         refused: what was looked for and not granted.
         unchecked: those of ``found`` that rules proved, but that could not be tried numerically,
             with the reason.
+        sizes: of those that are symmetries at eps = 0 alone, how much a random element changes the
+            centred log-probabilities, relative to another move of the same weights by as much.
     """
 
     found: tuple[Gauge, ...] = ()
     refused: tuple[Refusal, ...] = ()
     unchecked: Mapping[Gauge, str] = field(default_factory=dict)
+    sizes: Mapping[Gauge, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.found)
@@ -63,6 +66,7 @@ class GaugeSet(Sequence[Gauge]):
             tuple(gauge for gauge in self.found if gauge.kind in kinds),
             tuple(refusal for refusal in self.refused if refusal.kind in kinds),
             {gauge: reason for gauge, reason in self.unchecked.items() if gauge.kind in kinds},
+            {gauge: size for gauge, size in self.sizes.items() if gauge.kind in kinds},
         )
 
     def among(self, parameters: Iterable[tuple[str, Tensor]]) -> GaugeSet:
@@ -95,7 +99,8 @@ class GaugeSet(Sequence[Gauge]):
             found.append(kept)
             if gauge in self.unchecked:
                 unchecked[kept] = self.unchecked[gauge]
-        return GaugeSet(tuple(found), tuple(refused), unchecked)
+        sizes = {gauge: size for gauge, size in self.sizes.items() if gauge in found}
+        return GaugeSet(tuple(found), tuple(refused), unchecked, sizes)
 
     def dimension(self, model: nn.Module) -> int:
         """Dimension of the product group: how many directions of parameter space the loss cannot
@@ -111,8 +116,10 @@ class GaugeSet(Sequence[Gauge]):
             gauge.act_(params, gauge.sample(params, generator, spread))
 
     def _verdict(self, gauge: Gauge) -> str:
-        reason = self.unchecked.get(gauge)
-        return "found" if reason is None else f"found, not checked: {reason}"
+        reason, size = self.unchecked.get(gauge), self.sizes.get(gauge)
+        verdict = "found, at eps = 0 alone" if KINDS[gauge.kind].approximate else "found"
+        verdict += "" if size is None else f": changes {size:.0e} of what other moves do"
+        return verdict if reason is None else f"{verdict}, not checked: {reason}"
 
     def __str__(self) -> str:
         header = ("gauge", "where", "verdict")

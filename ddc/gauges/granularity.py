@@ -44,7 +44,7 @@ def in_blocks(gauges: GaugeSet) -> GaugeSet:
         found.append(block)
         for gauge in set(together) & set(gauges.unchecked):
             unchecked[block] = gauges.unchecked[gauge]
-    return GaugeSet((*others, *found), tuple(refused), unchecked)
+    return GaugeSet((*others, *found), tuple(refused), unchecked, gauges.sizes)
 
 
 def _connected(rescales: Sequence[Rescale]) -> list[list[Rescale]]:

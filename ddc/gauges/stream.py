@@ -140,7 +140,7 @@ def _stream(trace: Trace, start: Norm, norms: list[Norm]) -> Stream:
             if user in inside and inside[user].input is node:
                 if inside[user] not in stream.norms:
                     stream.norms.append(inside[user])
-            elif _carries(user, node, width):
+            elif carries(user, node, width):
                 waiting.append(user)
             else:
                 name = operation(user) or "the output of the model"
@@ -165,11 +165,11 @@ def _sources(trace: Trace, node: Node, width: int) -> list[Node] | None:
     if patches_of(node, width) is not None:
         return []
     if name == "mul" and len(args) == 2:
-        vectors = [each for each in args if isinstance(each, Node) and _carries(node, each, width)]
+        vectors = [each for each in args if isinstance(each, Node) and carries(node, each, width)]
         return vectors if len(vectors) == 1 else None
     if name in ("cat", "stack"):
         return list(args[0]) if _keeps_last_axis(node, args[0][0], width) else None
-    if args and isinstance(args[0], Node) and _carries(node, args[0], width):
+    if args and isinstance(args[0], Node) and carries(node, args[0], width):
         return [args[0]]
     return None
 
@@ -196,7 +196,7 @@ def patches_of(node: Node, width: int) -> Node | None:
     return convolution if alone and whole else None
 
 
-def _carries(user: Node, node: Node, width: int) -> bool:
+def carries(user: Node, node: Node, width: int) -> bool:
     """Whether what a node gives is a value of the stream if what it reads is."""
     name, args = operation(user), arguments(user)
     value = user.meta.get("val")
@@ -206,8 +206,9 @@ def _carries(user: Node, node: Node, width: int) -> bool:
         return False
     if name in ("add", "add_", "sub"):
         return len(args) == 2 and all(isinstance(each, Node) for each in args) and not user.kwargs
-    if value_of(node).shape[-1:] != (width,):
-        return False
+    before = node.meta.get("val")
+    if not isinstance(before, torch.Tensor) or before.shape[-1:] != (width,):
+        return False  # several parts of a whole, perhaps
     if name in ("mul", "div"):  # by one number, or one for each vector
         other = args[1] if args[0] is node else args[0]
         by_number = not isinstance(other, Node) or value_of(other).shape[-1:] in ((), (1,))

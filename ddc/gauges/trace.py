@@ -224,6 +224,11 @@ def inputs(node: Node) -> list[Node]:
     return node.all_input_nodes
 
 
+def operands(node: Node) -> list[Any]:
+    """All arguments of a node, those in lists one by one; then those by name."""
+    return list(_flat([node.args, list(node.kwargs.values())]))
+
+
 def readers(node: Node) -> list[Node]:
     """The nodes that compute with the value of a node; not those that only look at its type or
     shape.
@@ -796,7 +801,7 @@ class Trace:
         """
         # outputs of the linear map at random, and the same but for these rows
         start = source if isinstance(source, Node) else source.output
-        on_the_way = self.ancestors(arguments(target)[argument], [start])
+        on_the_way = self.ancestors(operands(target)[argument], [start])
         generator = torch.Generator().manual_seed(0)
         shape = value_of(start).shape
         outputs = torch.randn(shape, generator=generator, dtype=torch.float64).to(
@@ -821,11 +826,7 @@ class Trace:
             node = waiting.pop()
             for user in readers(node):
                 if user is target:
-                    taken = [
-                        i
-                        for i, each in enumerate([*user.args, *user.kwargs.values()])
-                        if each is node
-                    ]
+                    taken = [i for i, each in enumerate(operands(user)) if each is node]
                     if taken != [argument]:
                         return user
                 elif user in on_the_way or operation(user) in MOVES | KEEPS | {"getitem", "index"}:
@@ -933,10 +934,11 @@ class Trace:
 
     @torch.no_grad()
     def matrix(
-        self, source: LinearMap | Node, target: Node, transposed: bool = False
+        self, source: LinearMap | Node, target: Node, order: Sequence[int]
     ) -> Entering | None:
-        """How the outputs of a linear map, the same at every position, enter attention; with
-        ``transposed``, where entries lie before positions.
+        """How the outputs of a linear map, the same at every position, enter attention; ``order``
+        has the axes of ``target``: the batch (examples and heads, or both in one), positions,
+        entries.
 
         Returns:
             In float64, of at most :data:`POSITIONS` positions of each example, evenly spread;
@@ -966,22 +968,20 @@ class Trace:
                         self.value(argument, fixed)
             # the passage of each unit vector, at some positions
             shape = value_of(start).shape
-            length = value_of(target).shape[-1 if transposed else -2]
+            heads, length, entries = (1, *(value_of(target).shape[axis] for axis in order))[-3:]
             positions = torch.linspace(0, length - 1, min(POSITIONS, length)).round().long()
 
             def enter(outputs: Tensor) -> Tensor:
                 given = {**fixed, start: outputs.broadcast_to(shape)}
                 value = torch.as_tensor(self.value(target, given))
                 given.clear()  # of a wide model they are large
-                value = value.mT if transposed else value
+                value = value.permute(*order)
                 value = value[(None,) * (3 - value.ndim)]  # one head, perhaps
                 return value.reshape(-1, *value.shape[-3:])[:, :, positions]
 
             zero = torch.zeros(shape[-1], dtype=torch.float64, device=self.device_of(source))
             if enter(zero).any():
                 return None  # a constant is added on the way
-            entries = value_of(target).shape[-2 if transposed else -1]
-            heads = (1, *value_of(target).shape)[-3]
             parts = []
             at_once = max(1, AT_ONCE // value_of(start).numel())
             for outputs in torch.arange(shape[-1], device=zero.device).split(at_once):
@@ -1065,6 +1065,11 @@ def _varies_with(factor: Node, labels: Tensor) -> bool:
 def _writes(node: Node) -> bool:
     """Whether an operation changes its first argument in place."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def drops(node: Node) -> bool:
+    """Whether an operation drops entries at random in training."""
+    return operation(node) == "dropout" and float(arguments(node)[1]) > 0
 
 
 def _draws(node: Node) -> bool:

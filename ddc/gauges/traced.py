@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -87,6 +87,10 @@ class Heads:
 
     planes: list[dict[tuple[int, int], tuple[int, int]]]
     rest: list[dict[int, int]]
+
+    def entries(self, head: int) -> tuple[object, ...]:
+        """The outputs of which a head is made, and as which of its entries."""
+        return *sorted(self.planes[head].items()), *sorted(self.rest[head].items())
 
     def outputs(self) -> set[int]:
         """All outputs that enter attention."""
@@ -223,7 +227,7 @@ class Finding:
         #: Of the slots of a query-key rotation, those of the keys.
         self.key_slots: dict[Rotation, tuple[RotatedAxis, ...]] = {}
         #: Heads by what is done between a linear map and attention.
-        self._ways: dict[tuple[str, bool, str], Heads] = {}
+        self._ways: dict[tuple[str, str, str], Heads] = {}
 
     # ------------------------------------------------------------------------------------------
     # norm scale
@@ -517,6 +521,8 @@ class Finding:
             "cat",
             "matmul",
             "bmm",
+            "baddbmm",
+            "einsum",
             "",
         )
         # an activation: a module of several operations, or an operation that is none of those known
@@ -609,10 +615,17 @@ class Finding:
             raise NotProved(f"its {what} do not come from one linear map")
         self.require_single([linear.weight])
         # one layer does as the next: the way from the linear map to attention is read once
-        way = what, read.transposed, signature(self.trace, linear.output, read.value)
+        way = what, str(read.order), signature(self.trace, linear.output, read.value)
         if way not in self._ways:
             self._ways[way] = self._enter(linear, read, what)
         heads = self._ways[way]
+        blocks = [heads.entries(block) for block in range(len(heads.rest))]
+        one = 1 in value_of(linear.output).shape[:-1]
+        if len(read.order) == 3 and one and len({*blocks}) == len(blocks) > 1:
+            raise NotProved(
+                f"its {what} have heads and examples in one axis, and the example has one of the"
+                " latter: pass one of two or more"
+            )
         rows = [*heads.outputs()]
         if (user := self.trace.leak(linear, rows, read.node, read.argument)) is not None:
             raise NotProved(f"its {what} are read by {self.describe(user)} as well")
@@ -620,7 +633,7 @@ class Finding:
 
     def _enter(self, linear: LinearMap, read: Read, what: str) -> Heads:
         try:
-            entering = self.trace.matrix(linear, read.value, read.transposed)
+            entering = self.trace.matrix(linear, read.value, read.order)
         except NoValue as error:
             raise NotProved(f"how its {what} enter attention is not known: {error}") from None
         if entering is None:
@@ -633,29 +646,18 @@ class Finding:
 
     def value_rotation(self, attention: Attention, single: bool = False) -> list[Rotation]:
         """What turns values; ``single`` entries too, which have nothing to turn."""
-        node, where = attention.node, attention.where
+        where = attention.where
         value, heads = self._heads(attention.value, "values")
         if any(heads.planes):
             raise NotProved("its values are turned by position")
         # what attention gives must go, unchanged, to one linear map of all heads
-        query_heads, width = value_of(node).shape[-3], value_of(node).shape[-1]
-        labels = torch.arange(query_heads)[:, None, None] * width + torch.arange(width)
-        flow = self.trace.flow({node: labels.expand(value_of(node).shape)})
-        changed = flow.activations or flow.gated or flow.dropout or flow.uneven
-        if changed or len(flow.arrivals) != 1 or flow.arrivals[0].degree != 1:
-            raise NotProved("what it gives does not go to one linear map alone, as it is")
-        (arrival,) = flow.arrivals
-        output = self.trace.linear_maps.get(arrival.node)
-        columns = last_axis(arrival.labels)
-        if output is None or columns is None or len(columns) != query_heads * width:
-            raise NotProved(
-                f"what it gives goes to {self.describe(arrival.node)}, no linear map of all heads"
-            )
+        output, columns, rests = self._read_by(attention, heads)
+        query_heads = len(columns) // (width := value_of(attention.node).shape[attention.order[-1]])
         # query heads that share a value head turn its rows and their own columns together
         self.require_single([], [Axis(output.weight)])
         position = np.empty(len(columns), dtype=np.int64)
         position[columns.numpy()] = np.arange(len(columns))
-        groups = grouped([tuple(rest[i] for i in sorted(rest)) for rest in heads.rest], query_heads)
+        groups = grouped(rests, query_heads)
         rows = np.array(list(groups))[:, None, :]
         reading = np.array(
             [
@@ -673,6 +675,55 @@ class Finding:
             else []
         )
 
+    def _read_by(
+        self, attention: Attention, heads: Heads
+    ) -> tuple[LinearMap, Tensor, list[tuple[int, ...]]]:
+        """The linear map that alone reads what attention gives; which entry of which head each of
+        its columns reads; and the rows of each value head.
+        """
+        rests = [tuple(rest[i] for i in sorted(rest)) for rest in heads.rest]
+        shape = value_of(attention.node).shape
+        if len(shape) > 3:
+            return *self._columns(attention, torch.arange(shape[attention.order[-3]])), rests
+        # heads and examples in one axis: heads are what is the same in each example, and what the
+        # linear map tells apart
+        reasons = []
+        for head in numberings(rests):
+            try:
+                output, columns = self._columns(attention, head)
+            except NotProved as reason:
+                reasons.append(reason)
+                continue
+            first = [head.tolist().index(each) for each in range(int(head.max()) + 1)]
+            return output, columns, [rests[each] for each in first]
+        raise reasons[-1]
+
+    def _columns(self, attention: Attention, head: Tensor) -> tuple[LinearMap, Tensor]:
+        """The linear map that alone reads what attention gives, and what each of its columns reads:
+        by number of the head (``head``, along the last axis of the batch) and entry.
+        """
+        order = attention.order
+        shape = [value_of(attention.node).shape[axis] for axis in order]
+        labels = head[:, None, None] * shape[-1] + torch.arange(shape[-1])
+        labels = (
+            (labels if len(shape) > 2 else labels[0])
+            .expand(shape)
+            .permute(*(order.index(axis) for axis in range(len(order))))
+        )
+        flow = self.trace.flow({attention.node: labels})
+        changed = flow.activations or flow.gated or flow.dropout or flow.uneven
+        if changed or len(flow.arrivals) != 1 or flow.arrivals[0].degree != 1:
+            raise NotProved("what it gives does not go to one linear map alone, as it is")
+        (arrival,) = flow.arrivals
+        output = self.trace.linear_maps.get(arrival.node)
+        columns = last_axis(arrival.labels)
+        expected = torch.arange((int(head.max()) + 1) * shape[-1])
+        if output is None or columns is None or not torch.equal(columns.sort().values, expected):
+            raise NotProved(
+                f"what it gives goes to {self.describe(arrival.node)}, no linear map of all heads"
+            )
+        return output, columns
+
     def qk_rotation(self, attention: Attention, single: bool = False) -> list[Rotation]:
         """What turns queries and keys alike; ``single`` entries too, which have nothing to turn."""
         where, reads = attention.where, (attention.query, attention.key)
@@ -688,27 +739,34 @@ class Finding:
         kinds = {frozenset(planes) for planes in (*q.planes, *k.planes)}
         if len(kinds) != 1:
             raise NotProved("its queries and keys are turned in different planes")
-        # query heads by the key head that they meet
-        signatures = [
-            (*sorted(a.items()), *sorted(b.items())) for a, b in zip(k.planes, k.rest, strict=True)
-        ]
-        groups = list(grouped(signatures, len(q.rest)).values())
-        # query heads on a key head, where attention itself repeats these
-        repeated = len(q.rest) // len(k.rest)
+        # query heads by the key head that they meet; the same in each example
+        if len(q.rest) % len(k.rest):
+            raise NotProved("its key-value heads are not as many as its query heads, or a part")
+        repeated = len(q.rest) // len(k.rest)  # by attention itself
+        groups: dict[object, tuple[int, list[int]]] = {}
+        met = set()
+        for head in range(len(q.rest)):
+            key = head // repeated
+            _, members = groups.setdefault(k.entries(key), (key, []))
+            if (k.entries(key), q.entries(head)) not in met:
+                met.add((k.entries(key), q.entries(head)))
+                members.append(head)
+        if len({len(members) for _, members in groups.values()}) != 1:
+            raise NotProved("its key-value heads are read by different numbers of query heads")
+        units = list(groups.values())
         # turns of planes, and of what no position turns
         rotations = []
-        keys = [group[0] // repeated for group in groups]
         if planes := sorted(q.planes[0]):
             of_query: Indices = [
-                [q.planes[head][plane] for head in group] for group in groups for plane in planes
+                [q.planes[head][plane] for head in group] for _, group in units for plane in planes
             ]
-            of_key: Indices = [[k.planes[key][plane]] for key in keys for plane in planes]
+            of_key: Indices = [[k.planes[key][plane]] for key, _ in units for plane in planes]
             rotations.append(self._qk(where, query, of_query, key_map, of_key, reflections=False))
         if len(rest := sorted(q.rest[0])) > (0 if single else 1):
             of_query = [
-                [tuple(q.rest[head][i] for i in rest) for head in group] for group in groups
+                [tuple(q.rest[head][i] for i in rest) for head in group] for _, group in units
             ]
-            of_key = [[tuple(k.rest[key][i] for i in rest)] for key in keys]
+            of_key = [[tuple(k.rest[key][i] for i in rest)] for key, _ in units]
             rotations.append(self._qk(where, query, of_query, key_map, of_key, reflections=True))
         return rotations
 
@@ -734,8 +792,7 @@ class Finding:
         Raises:
             NotProved: units share a row, which cannot turn with both.
         """
-        of_units = [index for unit in rows for index in {*unit.ravel().tolist()}]
-        if len({*of_units}) < len(of_units):
+        if len({*rows.ravel().tolist()}) < rows.size:
             raise NotProved("its heads share some of their entries, but not all")
         slots = [RotatedAxis(linear.weight, linear.rows, rows)]
         for name, start, size in self._bias_parts(linear):
@@ -916,6 +973,19 @@ def grouped(keys: Sequence[Key], count: int) -> dict[Key, list[int]]:
     if len({len(members) for members in groups.values()}) != 1:
         raise NotProved("its key-value heads are read by different numbers of query heads")
     return groups
+
+
+def numberings(blocks: Sequence[Hashable]) -> Iterator[Tensor]:
+    """Ways in which blocks that differ by their head and example, in one axis, may be numbered by
+    their head: examples outside or inside, blocks of one head alike. Few heads first.
+    """
+    count = len(blocks)
+    for heads in range(len({*blocks}), count + 1):
+        if count % heads:
+            continue
+        for head in (torch.arange(count) % heads, torch.arange(count) // (count // heads)):
+            if len({*zip(head.tolist(), blocks, strict=True)}) == heads:
+                yield head
 
 
 def heads_of(entering: Entering, what: str) -> Heads:

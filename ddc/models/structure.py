@@ -30,6 +30,7 @@ from ddc.gauges.trace import Inputs
 from ddc.models.deep_mlp import DeepMLP
 from ddc.models.gpt import GPT, MLP, Attention
 from ddc.slt.observables import Layer, layers_of
+from ddc.slt.zeros import mean_of_stream
 
 
 @read_gauges.register
@@ -266,9 +267,7 @@ def _(
 
 @layers_of.register
 def _(model: GPT) -> list[Layer]:
-    ones = (
-        "read by LayerNorms only, which subtract the mean" if model.config.norm == "layer" else None
-    )
+    ones = mean_of_stream(model, "blocks.0.mlp.down.weight")
     names = [
         ("embedding", "embedding"),
         *((f"block {i + 1}", f"blocks.{i}") for i in range(len(model.blocks))),

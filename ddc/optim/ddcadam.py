@@ -71,6 +71,9 @@ class DDCAdam(Lift):
             may change at every step.
         fused: on a GPU, let kernels in Triton step what there are kernels for; docs/speed.md says
             what. False leaves all to torch's operations, as a compiled step does.
+        approximate: take gauges that are symmetries at eps = 0 alone
+            (:func:`ddc.gauges.approximate_kinds`) too, which are refused otherwise. The step is
+            equivariant under them, the loss up to their size.
 
     Weights of lower precision than float32 have their state, and their arithmetic, in float32.
     State is complete from construction: ``exp_avg`` and ``exp_avg_sq`` as Adam's (the latter
@@ -86,9 +89,10 @@ class DDCAdam(Lift):
 
     Raises:
         ValueError: a hyperparameter out of range, gauges that do not fit the parameters or each
-            other, parameters that are all zero and would stay so under their gauge, or parameters
-            under one gauge in param groups that differ in anything but weight decay; in ``step``, a
-            parameter that was frozen since while what shares its gauge was not.
+            other, or hold at eps = 0 alone, parameters that are all zero and would stay so under
+            their gauge, or parameters under one gauge in param groups that differ in anything but
+            weight decay; in ``step``, a parameter that was frozen since while what shares its gauge
+            was not.
         RuntimeError: in ``step``, a sparse gradient.
     """
 
@@ -110,6 +114,7 @@ class DDCAdam(Lift):
         additive: bool = False,
         compiled: bool = False,
         fused: bool = True,
+        approximate: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -122,4 +127,5 @@ class DDCAdam(Lift):
             additive=additive,
             compiled=compiled,
             fused=fused,
+            approximate=approximate,
         )

@@ -62,7 +62,7 @@ class DDCMuon(Lift):
         weight_decay: as for :class:`DDCAdam`.
         step_scale, retract, additive: as for :class:`DDCAdam`; hidden matrices have their own step,
             above.
-        compiled, fused: as for :class:`DDCAdam`; kernels step the part that Adam does.
+        compiled, fused, approximate: as for :class:`DDCAdam`; kernels step the part that Adam does.
 
     The state of a hidden matrix is its ``momentum_buffer``, half of AdamW's. A matrix that starts
     at zero moves by ``lr`` times its usual norm until it has that (docs/method.md). A hidden matrix
@@ -98,6 +98,7 @@ class DDCMuon(Lift):
         additive: bool = False,
         compiled: bool = False,
         fused: bool = True,
+        approximate: bool = False,
     ) -> None:
         self._hidden = {matrix.parameter: matrix for matrix in hidden}
         gauges = list(gauges)
@@ -120,6 +121,7 @@ class DDCMuon(Lift):
             additive=additive,
             compiled=compiled,
             fused=fused,
+            approximate=approximate,
         )
 
     @property

@@ -275,6 +275,18 @@ class FusedPart:
         return self._sums[0], self._sums[1]
 
     @property
+    def mean_squares(self) -> Tensor:
+        """Squares of what centring takes off, (L, U); zero where it takes nothing."""
+        if not self.p.role.centred:
+            return self._sums.new_zeros(())
+        squares = self.means[0].square()
+        if self.factor_axis == 0:
+            return squares * self.factor.square().sum(1, keepdim=True)
+        if self.factor_axis == 1:
+            squares = squares * self.factor.square()
+        return squares * self.kernels.rows
+
+    @property
     def grad_squares(self) -> Tensor:
         """Squares of the gradients, (L, U)."""
         return self._sums[2]

@@ -19,7 +19,7 @@ from ddc.optim.closure import loss_of
 from ddc.optim.compiled import Arithmetic, Hyper, as_tensors
 from ddc.optim.parameters import check_has_values, is_plain, listed, names_of, names_under, prepared
 from ddc.optim.parts import Cut, Views, cut
-from ddc.optim.plan import make_plan
+from ddc.optim.plan import check_exact, make_plan
 from ddc.optim.ranges import check_ranges
 from ddc.optim.rules import Rule
 from ddc.optim.saved import (
@@ -46,6 +46,7 @@ class LiftOptions(TypedDict, total=False):
     additive: bool
     compiled: bool
     fused: bool
+    approximate: bool
 
 
 class Lift(Optimizer):
@@ -92,7 +93,11 @@ class Lift(Optimizer):
         additive: bool = False,
         compiled: bool = False,
         fused: bool = True,
+        approximate: bool = False,
     ) -> None:
+        gauges = list(gauges)
+        if not approximate:
+            check_exact(gauges)
         defaults = {
             **hyper,
             "radial_rate": radial_rate,

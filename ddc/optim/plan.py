@@ -39,7 +39,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ddc.gauges import Axis, Chain, Gauge, General, Rescale, RotatedAxis, Rotation, Shift
+from ddc.gauges import KINDS, Axis, Chain, Gauge, General, Rescale, RotatedAxis, Rotation, Shift
 from ddc.gauges.affine import Shear, StreamRotation
 from ddc.gauges.base import UnitAxis, axes_of
 from ddc.gauges.parts import whole_name
@@ -525,6 +525,16 @@ def _check_sizes(params: Mapping[str, Tensor], gauge: Gauge) -> None:
             f"{gauge} does not fit the shapes of its parameters: {there}. Find the gauges of this"
             f" very model, or {without(gauge)}"
         )
+
+
+def check_exact(gauges: Iterable[Gauge]) -> None:
+    """Raise ValueError for a gauge that is a symmetry at eps = 0 alone."""
+    for gauge in gauges:
+        if isinstance(gauge, Gauge) and KINDS[gauge.kind].approximate:
+            raise ValueError(
+                f"{gauge}: it is a symmetry at eps = 0 alone, and taken only with approximate=True"
+                f" (gauges.approximate=true in a configuration); {without(gauge)}"
+            )
 
 
 def acted_on(gauge: Gauge) -> tuple[str, ...]:

@@ -59,7 +59,8 @@ def respected(make: Maker, params: Iterable[tuple[str, Tensor]], gauges: GaugeSe
                 kept.append(gauge)
     found = tuple(gauge for gauge in gauges if gauge in kept)
     unchecked = {gauge: why for gauge, why in gauges.unchecked.items() if gauge in kept}
-    return GaugeSet(found, tuple(refused), unchecked)
+    sizes = {gauge: size for gauge, size in gauges.sizes.items() if gauge in kept}
+    return GaugeSet(found, tuple(refused), unchecked, sizes)
 
 
 def contained(gauge: Gauge, others: Iterable[Gauge]) -> bool:

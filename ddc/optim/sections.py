@@ -6,6 +6,9 @@ mean of a table's rows. Weights are moved to the section, gradients are pulled b
 gauges and the rule see these, and afterwards weights are moved back by the same element. What the
 step reads is then the same at every point of the orbit, and maps and scales of other gauges act on
 it as they do on the weights (docs/method.md).
+
+So are scales that hold at eps = 0 alone (:class:`ddc.gauges.Scale`), behind those that add: their
+section has the usual norm, and their coordinate is measured where no other gauge changes it.
 """
 
 from __future__ import annotations
@@ -13,13 +16,22 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ddc.gauges import Gauge, is_split
-from ddc.gauges.affine import ScaledShift, Shear, Translated, Translation, coordinates
-from ddc.gauges.base import unit_view
+from ddc.gauges import Gauge, Rescale, Rotation, Scale, Scaled, is_fake, is_split
+from ddc.gauges.affine import (
+    ScaledShift,
+    Shear,
+    StreamRotation,
+    Translated,
+    Translation,
+    coordinates,
+)
+from ddc.gauges.base import spread_units, unit_view
+from ddc.gauges.parts import whole_name
 
 #: Of these kinds all that the first parameter is may be gauge: it keeps still, for its gradient at
 #: the section is no more than rounding, or what others have taken over.
@@ -30,11 +42,11 @@ Params = Mapping[str, Tensor]
 
 def is_section(gauge: Gauge) -> bool:
     """Whether a gauge is respected by moving to a section."""
-    return isinstance(gauge, Translation | Shear | ScaledShift)
+    return isinstance(gauge, Translation | Shear | ScaledShift | Scale)
 
 
 class Sections:
-    """The gauges of an optimizer that add.
+    """The gauges of an optimizer that add, and scales that hold at eps = 0 alone.
 
     Args:
         gauges: those of its gauges; others are left out.
@@ -46,11 +58,22 @@ class Sections:
     """
 
     def __init__(self, gauges: Sequence[Gauge], params: Params) -> None:
-        self.gauges = _in_order([gauge for gauge in gauges if is_section(gauge)])
-        names = {name for gauge in self.gauges for name in gauge.parameters}
+        scales = [gauge for gauge in gauges if isinstance(gauge, Scale)]
+        adding = [gauge for gauge in gauges if is_section(gauge) and gauge not in scales]
+        self.gauges = [*_in_order(adding), *scales]
+        self.measured = {scale: _measured(scale, gauges) for scale in scales}
+        read = {each.scale for of in self.measured.values() for each in of} - {None}
+        names = {name for gauge in self.gauges for name in gauge.parameters} | read
         self.params = {name: param for name, param in params.items() if name in names}
         for gauge in self.gauges:
             _check(gauge, self.params)
+        for scale, measured in self.measured.items():
+            norms = _norms(scale, measured, self.params)
+            if not is_fake(norms) and bool((norms == 0).any()):
+                raise ValueError(
+                    f"{scale}: {measured[0].slot.parameter!r} is zero, which no scale moves; give"
+                    f" it weights, or {_without(scale)}"
+                )
 
     def tied(self) -> list[list[tuple[str, Tensor]]]:
         """Parameters, with their names, that a gauge moves together, as of a stack."""
@@ -72,8 +95,8 @@ class Sections:
         }
         elements = []
         for gauge in self.gauges:
-            elements.append(element := coordinate(gauge, held))
-            gauge.act_(held, -element)
+            elements.append(element := self._coordinate(gauge, held))
+            gauge.act_(held, inverse(gauge, element))
             pull_back(gauge, held, slopes, element)
         for gauge in self.gauges:
             if gauge.kind in STILL:
@@ -98,13 +121,111 @@ class Sections:
                     gauge.act_(held, element)
 
     def elements(self, params: Params) -> dict[Gauge, Tensor]:
-        """By which element each gauge has moved some weights from the section."""
+        """By which element each gauge has moved some weights from the section; of scales, its
+        logarithm.
+        """
         held = {name: params[name].detach().clone() for name in self.params}
         found = {}
         for gauge in self.gauges:
-            found[gauge] = coordinate(gauge, held)
-            gauge.act_(held, -found[gauge])
+            element = self._coordinate(gauge, held)
+            found[gauge] = element.log() if isinstance(gauge, Scale) else element
+            gauge.act_(held, inverse(gauge, element))
         return found
+
+    def _coordinate(self, gauge: Gauge, params: Params) -> Tensor:
+        """By which element the weights lie away from the section."""
+        if isinstance(gauge, Scale):
+            return _norms(gauge, self.measured[gauge], params)
+        return coordinate(gauge, params)
+
+
+def inverse(gauge: Gauge, element: Tensor) -> Tensor:
+    """The inverse of an element."""
+    return 1 / element if isinstance(gauge, Scale) else -element
+
+
+class Measured(NamedTuple):
+    """What the coordinate of a scale is measured by: its slot, whose entries are multiplied, along
+    an axis, by the parameter ``scale`` where there is one.
+    """
+
+    slot: Scaled
+    scale: str | None = None
+    axis: int = 0
+
+
+def _measured(gauge: Scale, gauges: Sequence[Gauge]) -> list[Measured]:
+    """The slots whose norm no other gauge changes: those that others turn or add to, or whose
+    columns the scale of a norm dresses.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found, blocking = [], []
+    scaled = [other for other in gauges if isinstance(other, Rescale)]
+    for slot in gauge.slots:
+        acting = [
+            other
+            for other in gauges
+            if other is not gauge and slot.parameter in map(whole_name, other.parameters)
+        ]
+        dressing: list[Measured] = []
+        others: list[Gauge] = []
+        for other in acting:
+            if isinstance(other, StreamRotation) or is_section(other):
+                continue
+            if isinstance(other, Rotation) and slot.indices is None:
+                continue
+            if isinstance(other, Rescale) and (by := _dresses(other, slot, scaled)):
+                dressing.append(by)
+            else:
+                others.append(other)
+        blocking += others
+        if not others and len(dressing) < 2:
+            found.append(dressing[0] if dressing else Measured(slot))
+    if not found:
+        raise ValueError(
+            f"{gauge}: what it scales has no norm that {blocking[0]} does not change;"
+            f" {_without(gauge)}"
+        )
+    return found
+
+
+def _dresses(other: Rescale, slot: Scaled, rescales: Sequence[Rescale]) -> Measured | None:
+    """By what a rescale of the columns of a slot dresses them: the scale of a norm, if no other
+    rescale has that too.
+    """
+    name, axis, offset = other.plus[0]
+    alone = sum(name in map(whole_name, each.parameters) for each in rescales) == 1
+    sides = [a.axis for a in other.minus if a.parameter == slot.parameter]
+    if other.block or other.degree != 1 or offset or axis != 0 or not alone:
+        return None
+    if other.kind not in ("norm_scale", "channel_scale") or len(sides) != 1:
+        return None
+    (columns,) = sides
+    if not isinstance(columns, int) or (columns == slot.axis and slot.indices is not None):
+        return None
+    return Measured(slot, name, columns)
+
+
+def _norms(gauge: Scale, measured: Sequence[Measured], params: Params) -> Tensor:
+    """The norm of each unit, over that at the 1/√fan_in initialisation."""
+    squares, usual = torch.zeros(()), 0.0
+    for slot, scale, axis in measured:
+        weight = params[slot.parameter].detach()
+        if scale is not None:
+            weight = weight * spread_units(params[scale].detach(), weight, axis)
+        squares = squares.to(weight) + slot.unit_sum(weight.square())
+        entries = weight.numel()
+        if slot.indices is not None:
+            entries = entries // weight.shape[slot.axis] * slot.indices.shape[1]
+        usual += entries / weight.shape[1:].numel()
+    return (squares / usual).sqrt()
+
+
+def _without(gauge: Gauge) -> str:
+    """How to leave out a gauge, in a message."""
+    return f"leave it out: [gauge for gauge in gauges if str(gauge) != {str(gauge)!r}]"
 
 
 def _in_order(gauges: Sequence[Gauge]) -> list[Gauge]:
@@ -114,8 +235,8 @@ def _in_order(gauges: Sequence[Gauge]) -> list[Gauge]:
 
     def moved(gauge: Gauge) -> set[str | None]:
         match gauge:
-            case Shear(readers=readers):
-                return {reader.bias for reader in readers}
+            case Shear(slots=(_, *others), readers=readers):
+                return {*(slot.parameter for slot in others), *(each.bias for each in readers)}
             case ScaledShift(bias=bias):
                 return {bias}
             case Translation(slots=(_, *others)):
@@ -142,7 +263,7 @@ def _in_order(gauges: Sequence[Gauge]) -> list[Gauge]:
 
 def _check(gauge: Gauge, params: Params) -> None:
     """Raise ValueError for a gauge that has no section, or weights that would suffer."""
-    leave_out = f"leave it out: [gauge for gauge in gauges if str(gauge) != {str(gauge)!r}]"
+    leave_out = _without(gauge)
     if isinstance(gauge, Shear) and gauge.scale is not None:
         raise ValueError(
             f"{gauge}: a reader without a bias takes the shift back by its rows, over Σ β/γ, which"
@@ -191,6 +312,10 @@ def pull_back(gauge: Gauge, params: Params, grads: dict[str, Tensor], element: T
         element: that moves from the section to the weights.
     """
     match gauge:
+        case Scale():
+            for slot in gauge.slots:
+                grad = grads[slot.parameter]
+                grads[slot.parameter] = grad * slot.spread(element, grad)
         case Shear():
             for reader in gauge.readers:
                 assert reader.bias is not None

@@ -17,6 +17,9 @@ from ddc.optim.fused import FusedPart
 from ddc.optim.stack import Context
 from ddc.optim.stacked import Layers, StackedParameter, Term, unit_sums
 
+#: A centred unit is zero if it is no longer than this many roundings of the mean row.
+CENTRED_ROUNDING = 16
+
 
 @dataclass
 class Side:
@@ -73,6 +76,12 @@ class Side:
             for p, each in zip(self.parameters, layers, strict=True)
         ]
         squares, log_norm_grad = self.reduced([part.sums for part in parts])
+        if any(p.role.centred for p in self.parameters):
+            # of rows that are all alike, centring leaves rounding, which is no direction
+            (means,) = self.reduced([(part.mean_squares,) for part in parts])
+            rounding = CENTRED_ROUNDING * torch.finfo(squares.dtype).eps
+            alive = squares > rounding**2 * means
+            squares, log_norm_grad = squares * alive, log_norm_grad * alive
         return Block(self, layers, decayed, parts, squares.sqrt(), log_norm_grad)
 
     def reduced(self, sums: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
@@ -100,8 +109,10 @@ class Part:
             weight, grad = weight - self.mean, p.centre(grad)
         if decayed:
             weight = weight * layers.decay
+        self.taken = self.mean  # in the coordinates of the weights
         if (factor := p.factor(layers.before)) is not None:
             weight, grad = weight * factor, scaled(grad, safe_power(factor, -1))
+            self.taken = None if self.mean is None else self.mean * factor
         self.weight, self.grad = weight, grad
         self.u: Tensor | None = None
 
@@ -109,6 +120,14 @@ class Part:
     def sums(self) -> tuple[Tensor, Tensor]:
         """Squares of the weights, and their products with the gradients, (L, U) each."""
         return self.p.unit_sum(self.weight.square()), self.p.unit_sum(self.weight * self.grad)
+
+    @property
+    def mean_squares(self) -> Tensor:
+        """Squares of what centring takes off, (L, U); zero where it takes nothing."""
+        if self.taken is None:
+            return self.weight.new_zeros(())
+        rows = self.weight.shape[1] // self.taken.shape[1]
+        return self.p.unit_sum(self.taken.square()) * rows
 
     @property
     def grad_squares(self) -> Tensor:

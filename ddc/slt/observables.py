@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ddc.slt.zeros import mean_of_stream
+
 #: Observables of a layer, in the order of tables: what is read, and whether it is a second moment
 #: of a single direction (so that its slope is 2(k - 1)), the root of one, or a log-volume.
 OBSERVABLES = (
@@ -61,8 +63,8 @@ class Layer:
         reads: ``input``: X is the module's input (a linear map: A and G are the factors of its own
             Fisher block); ``output``: X is its output (an embedding, a block: X and D belong to one
             point of the residual stream).
-        gradient_ones: the all-ones vector is an exact null vector of D: the output is read by
-            softmax, or by LayerNorms only, which subtract the mean.
+        gradient_ones: why the all-ones vector is an exact null vector of D, if it is
+            (:mod:`ddc.slt.zeros`).
         activation_rank, gradient_rank: bounds that follow from the architecture.
         pooled: what follows reads one vector a sample, a mean over positions or a single position:
             so D has no more directions than the probe has samples.
@@ -103,10 +105,7 @@ def layers_of_vision_transformer(model: Any) -> list[Layer]:
     """Embedding (patches and positions) and blocks of timm's vision transformer, read at the
     residual stream.
     """
-    readers = [norm for block in model.blocks for norm in (block.norm1, block.norm2)]
-    last = model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
-    only_norms = all(isinstance(each, nn.LayerNorm) for each in (*readers, last))
-    ones = "read by LayerNorms only, which subtract the mean" if only_norms else None
+    ones = mean_of_stream(model, "blocks.0.mlp.fc2.weight")
     pixels, tokens = model.patch_embed.proj.weight[0].numel(), model.pos_embed.shape[1]
     stream = [
         ("embedding", "norm_pre"),

@@ -306,6 +306,9 @@ class GaugesConfig(_Wanted):
         norm_shift: the shift of a norm against the biases of its readers.
         router_shift: one vector added to all rows of an expert router.
         layer_scale: rows of a matrix against the vector that multiplies them.
+        stream_scale, normed_scale, filter_scale: of what norms alone read; they hold at eps = 0
+            alone, and need ``approximate``.
+        approximate: take gauges that hold at eps = 0 alone, of kinds that are wanted.
         leave_out: go without the gauges that the optimizer refuses, and say which, in place of an
             error; not of kinds that are ``true``.
         granularity: of ReLU and gated rescales: ``unit``, a scale for each hidden unit, or
@@ -315,8 +318,16 @@ class GaugesConfig(_Wanted):
 
     granularity: str = "unit"
     leave_out: bool = False
+    approximate: bool = False
 
     def __post_init__(self) -> None:
+        for kind in self.kinds:
+            if KINDS[kind].approximate and not self.approximate:
+                raise ValueError(
+                    f"gauges.{kind}={str(getattr(self, kind) or 'null').lower()}: it is a symmetry"
+                    " at eps = 0 alone. Set gauges.approximate=true to have the optimizer take it,"
+                    f" or gauges.{kind}=false"
+                )
         require_one_of("gauges.granularity", self.granularity, GRANULARITIES)
         if {"chained_rescale", "relu_rescale"} <= set(self.kinds):
             raise ValueError(
@@ -617,6 +628,7 @@ class Config:
         del values["training"]["checkpoints"]
         granularity = values["gauges"].pop("granularity")
         leave_out = values["gauges"].pop("leave_out")
+        approximate = values["gauges"].pop("approximate")
         values["gauges"] = {
             kind: wanted is not False
             for kind, wanted in values["gauges"].items()
@@ -628,6 +640,8 @@ class Config:
             values["gauges"]["granularity"] = granularity
         if leave_out:
             values["gauges"]["leave_out"] = leave_out
+        if approximate:
+            values["gauges"]["approximate"] = approximate
         if not values["optimizer"].get("additive", True):
             del values["optimizer"]["additive"]
         if not self.slt.readings:

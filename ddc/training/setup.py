@@ -55,7 +55,7 @@ from ddc.models import (
 )
 from ddc.models.saved import WEIGHTS
 from ddc.optim import respected
-from ddc.optim.factory import make_optimizer
+from ddc.optim.factory import LIFTS, make_optimizer
 from ddc.training.allocator import keep_freed_memory
 from ddc.training.checkpoint import read_checkpoint
 from ddc.training.compose import restored
@@ -336,6 +336,8 @@ def configured_optimizer(
     name, weight_decay = options.pop("name"), options.pop("weight_decay")
     options.pop("canonicalise")  # is the loop's
     options.pop("per_head", None)  # is in ``hidden``
+    if config.gauges.approximate and (name in LIFTS or name == "ddcmuon"):
+        options["approximate"] = True
     if isinstance(config.optimizer, RelativeAdamWConfig):
         folder = options.pop("steps_of")
         options["steps"] = {} if folder is None else recorded_steps(Path(folder))

@@ -71,6 +71,14 @@ PROTOCOL_TITLES = {
     "equal_loss": "gap at train loss 0.5",
     "best": "best validation loss",
 }
+#: The same as the claim names it.
+PROTOCOL_NAMES = {
+    "matched": "matched",
+    "last": "tuned",
+    "last_fit": "tuned to fit",
+    "equal_loss": "tuned by gap",
+    "best": "tuned by best loss",
+}
 #: Stages of the mechanism by rate.
 MECHANISM_STAGES = {
     RATE: ("mechanism", "same_lengths"),
@@ -133,16 +141,16 @@ def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Ver
             ends = Effect(None, enough=False)
         theirs, mine = ([run["summary"]["gap"] for run in each] for each in runs.values())
         shown = (
-            f"{statistics.mean(mine):.2f} against {statistics.mean(theirs):.2f}" if mine else "–"
+            f"{statistics.mean(mine):.2f}, AdamW {statistics.mean(theirs):.2f}" if mine else "–"
         )
         ours = (
-            f"at the end {shown}, {interval(differences(runs, GAP), '.2f')}; at train loss 0.5"
+            f"at the end {shown}: {interval(differences(runs, GAP), '.2f')}; at train loss 0.5"
             f" {interval(differences(runs, EQUAL), '.2f')}"
         )
         found.append(
             Verdict(
                 claim.id,
-                protocol if name == DDCADAM else f"{protocol}, the paper's step",
+                PROTOCOL_NAMES[protocol] + ("" if name == DDCADAM else ", the paper's step"),
                 ours,
                 ", ".join(map(p_cell, ps)),
                 seeds_cell(seeds, ran),
@@ -152,7 +160,11 @@ def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Ver
                 against(records, protocol, runs, left),
             )
         )
-    waiting = [each for each in protocols(records) if not any(each == key for key, _ in pairs)]
+    waiting = [
+        PROTOCOL_NAMES[each]
+        for each in protocols(records)
+        if not any(each == key for key, _ in pairs)
+    ]
     return [*found, *not_complete(claim, waiting, SCALE)]
 
 

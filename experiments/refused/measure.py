@@ -67,6 +67,7 @@ REFUSED = {
         f"{VIT} gauges=relu_rescale model.mlp=gelu",
         "gauges=qk_rotation model.qk_norm=true",
         "gauges=logit_shift model.tied_head=true",
+        "gauges=stream_scale",
         f"{MLP} gauges=[relu_rescale,chained_rescale]",
     ),
     "Parts that are not for each other": (

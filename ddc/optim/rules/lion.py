@@ -58,8 +58,8 @@ class DDCLion(Lift):
         lr: learning rate; Lion's is some 3 to 10 times smaller than AdamW's.
         betas: of what is stepped by, and of the momentum.
         weight_decay: decoupled, as for :class:`ddc.DDCAdam`.
-        options: ``radial_rate``, ``vertical``, ``step_scale``, ``retract``, ``additive`` and
-            ``compiled``, as for :class:`ddc.DDCAdam`.
+        options: ``radial_rate``, ``vertical``, ``step_scale``, ``retract``, ``additive``,
+            ``compiled`` and ``approximate``, as for :class:`ddc.DDCAdam`.
 
     Raises:
         ValueError: as :class:`ddc.DDCAdam`.

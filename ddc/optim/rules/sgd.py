@@ -53,8 +53,8 @@ class DDCSGD(Lift):
         momentum: :math:`\mu` above.
         nesterov: step by :math:`x + \mu m`; else by m.
         weight_decay: decoupled, as for :class:`ddc.DDCAdam`.
-        options: ``radial_rate``, ``vertical``, ``step_scale``, ``retract``, ``additive`` and
-            ``compiled``, as for :class:`ddc.DDCAdam`.
+        options: ``radial_rate``, ``vertical``, ``step_scale``, ``retract``, ``additive``,
+            ``compiled`` and ``approximate``, as for :class:`ddc.DDCAdam`.
 
     Raises:
         ValueError: as :class:`ddc.DDCAdam`.
