@@ -83,7 +83,7 @@ $(OTHER)/.installed: requirements.lock
 
 lock: $(STAMP)  ## requirements.lock anew, from what is installed: first install what should change
 	@$(PIP) install -q -c requirements.lock -e '.[dev,benchmark]'
-	@{ grep '^#' requirements.lock; $(PIP) freeze -q --all --exclude-editable --exclude pip | sed 's/+cpu$$//' | LC_ALL=C sort -f; } > build/lock
+	@{ grep '^#' requirements.lock; $(PIP) freeze -q --all --exclude-editable --exclude pip --exclude triton | sed 's/+cpu$$//' | LC_ALL=C sort -f; } > build/lock
 	@mv build/lock requirements.lock
 
 lint: $(STAMP)  ## ruff check, ruff format --check, mypy --strict

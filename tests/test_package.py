@@ -161,7 +161,8 @@ def test_the_lock_pins_what_the_metadata_name() -> None:
     extras = chain.from_iterable(PROJECT["optional-dependencies"].values())
     for line in (*PROJECT["dependencies"], *extras):
         requirement = Requirement(line)
-        if requirement.name != PROJECT["name"]:
+        # a torch for CUDA asks for one version of triton
+        if requirement.name not in (PROJECT["name"], "triton"):
             version = pins[canonicalize_name(requirement.name)]
             assert requirement.specifier.contains(version), line
             assert re.fullmatch(r"[\w.]+", version), line

@@ -140,9 +140,7 @@ def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Ver
         if seeds < TESTED_FROM:
             ends = Effect(None, enough=False)
         theirs, mine = ([run["summary"]["gap"] for run in each] for each in runs.values())
-        shown = (
-            f"{statistics.mean(mine):.2f}, AdamW {statistics.mean(theirs):.2f}" if mine else "–"
-        )
+        shown = f"{statistics.mean(mine):.2f}, AdamW {statistics.mean(theirs):.2f}" if mine else "–"
         ours = (
             f"at the end {shown}: {interval(differences(runs, GAP), '.2f')}; at train loss 0.5"
             f" {interval(differences(runs, EQUAL), '.2f')}"
