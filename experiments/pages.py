@@ -6,8 +6,9 @@ A block of a page says where its tables come from; what stands between its two c
     <!-- /table -->
 
 ``under`` is the heading that the tables stand below, up to the next one (default: all of the file),
-``number`` the one table to take of several, from 1 on, and ``columns`` which columns, in the order
-of the source (default: all; the first has no name in many tables, and is always there).
+``number`` the one table to take of several, from 1 on, ``columns`` which columns, in the order of
+the source (default: all; the first has no name in many tables, and is always there), and
+``without`` leaves out the rows in which a cell is that.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def tables(source: str, root: Path) -> str:
     """The tables that a block names, as Markdown."""
     path, *rest = source.split("; ")
     options = dict(each.split(": ", 1) for each in rest)
-    if unknown := set(options) - {"under", "number", "columns"}:
+    if unknown := set(options) - {"under", "number", "columns", "without"}:
         raise ValueError(f"unknown {', '.join(sorted(unknown))}")
     text = (root / path).read_text()
     if "under" in options:
@@ -74,12 +75,12 @@ def tables(source: str, root: Path) -> str:
     if not found:
         raise ValueError("there is no table")
     columns = options["columns"].split(" | ") if "columns" in options else None
-    return "\n\n".join(selected(each, columns) for each in found)
+    return "\n\n".join(selected(each, columns, options.get("without")) for each in found)
 
 
-def selected(table: str, columns: list[str] | None) -> str:
-    """The first column of a table and these others; cells that begin a row and repeat those above
-    them are left empty.
+def selected(table: str, columns: list[str] | None, without: str | None = None) -> str:
+    """The first column of a table and these others, but for rows with a cell that is ``without``;
+    cells that begin a row and repeat those above them are left empty.
     """
     header, rule, *rows = [
         [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
@@ -89,6 +90,7 @@ def selected(table: str, columns: list[str] | None) -> str:
         raise ValueError(f"there is no column {', '.join(sorted(missing))}")
     keep = [i for i, name in enumerate(header) if i == 0 or columns is None or name in columns]
     aligned = ["---:" if each.endswith(":") else "---" for each in rule]
+    rows = [row for row in rows if without not in row]
     lines = [[line[i] for i in keep] for line in (header, aligned, *rows)]
     shown = lines[:2]
     for above, line in zip([lines[0], *lines[2:]], lines[2:], strict=False):

@@ -440,7 +440,8 @@ def test_pages_show_the_tables_of_the_records() -> None:
     verdicts = re.findall(r"\*\*[a-z ]+\*\* \|$", main_table, re.MULTILINE)
     assert len(verdicts) >= 10
     readme = (ROOT / "README.md").read_text()
-    assert re.findall(r"\*\*[a-z ]+\*\* \|$", readme, re.MULTILINE) == verdicts
+    tested = [each for each in verdicts if "not tested" not in each]
+    assert re.findall(r"\*\*[a-z ]+\*\* \|$", readme, re.MULTILINE) == tested
 
 
 def test_a_block_takes_columns_and_leaves_repeated_cells_empty(tmp_path: Path) -> None:
@@ -453,6 +454,8 @@ def test_a_block_takes_columns_and_leaves_repeated_cells_empty(tmp_path: Path) -
     made = pages.filled(f"<!-- table: {source} -->\nold\n<!-- /table -->\n", page, tmp_path)
     table = "| x | y |\n| --- | ---: |\n| 1 | 2 |\n|  | 4 |"
     assert made == f"<!-- table: {source} -->\n\n{table}\n\n<!-- /table -->\n"
+    made = pages.filled(f"<!-- table: {source}; without: 4 -->\n<!-- /table -->\n", page, tmp_path)
+    assert "| 1 | 2 |\n\n" in made
     for wrong, message in (
         ("b.md", "b.md"),
         ("a.md; under: C", "no heading 'C'"),
