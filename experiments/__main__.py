@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -133,6 +134,7 @@ def cost_section() -> Section:
     """What a step costs, from the records of the benchmarks."""
     made = benchmark.results()
     tables = [made.table(name) for name in ("speed", "memory", "mirror")]
+    tables.append(re.sub("^#", "###", gpu_results().table("summary"), flags=re.MULTILINE))
     return Section(
         "Cost", (), "make benchmark", "\n".join(tables), drawn(made.figures, made.folder)
     )
@@ -143,10 +145,19 @@ def sources(claims: Mapping[str, Claim]) -> dict[str, Callable[[], list[Results]
     return {
         **{each.name: partial(results_of, each, claims) for each in questions(claims)},
         "benchmark": lambda: [benchmark.results()],
+        "gpu": lambda: [gpu_results()],
         "report": lambda: [
             Results(REPORT, {"claims": lambda: document(claims, all_verdicts(claims))})
         ],
     }
+
+
+def gpu_results() -> Results:
+    """What ``make gpu`` has recorded, card by card."""
+    from benchmarks.gpu.record import RESULTS, all_records
+    from benchmarks.gpu.report import summary
+
+    return Results(RESULTS, {"summary": lambda: summary(all_records(RESULTS))})
 
 
 def results_of(question: Question, claims: Mapping[str, Claim]) -> list[Results]:
