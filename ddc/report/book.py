@@ -34,7 +34,8 @@ class Section:
 
 #: Characters of our tables that pdflatex's fonts lack.
 MATHEMATICS = {
-    "×": r"\times", "±": r"\pm", "≤": r"\le", "≥": r"\ge", "²": "^2", "⁺": "^+", "√": r"\surd", "·": r"\cdot",
+    "×": r"\times", "±": r"\pm", "≤": r"\le", "≥": r"\ge",
+    "²": "^2", "⁺": "^+", "√": r"\surd", "·": r"\cdot",
     "β": r"\beta", "γ": r"\gamma", "λ": r"\lambda", "ρ": r"\rho", "σ": r"\sigma", "τ": r"\tau",
 }  # fmt: skip
 
