@@ -11,7 +11,6 @@ import functools
 import importlib
 import importlib.util
 import logging
-import os
 from typing import Any
 
 import numpy as np
@@ -36,18 +35,21 @@ ALIGNED = 16
 KNOWN = 8
 #: The first compute capability of NVIDIA that Triton compiles for.
 OLDEST = (7, 0)
+#: For tests: whether Triton interprets kernels on a CPU, for which ``TRITON_INTERPRET=1`` must be
+#: set before Triton is first imported.
+interpreted = False
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
 def available(device: torch.device) -> bool:
-    """Whether there are kernels for a device: a GPU of NVIDIA or AMD with a Triton that works, or
-    any where Triton interprets them (``TRITON_INTERPRET=1``).
+    """Whether there are kernels for a device: a GPU of NVIDIA or AMD with a Triton that works, or a
+    CPU where that is to interpret them.
     """
     if importlib.util.find_spec("triton") is None:
         return False
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return True
+    if device.type == "cpu":
+        return interpreted
     return device.type == "cuda" and torch.cuda.is_available() and works(device)
 
 
@@ -130,7 +132,7 @@ class Kernels:
             and (p.dressed is None or dressed == (0,) or (dressed == (1,) and first.ndim == 2))
         ):
             return False
-        kernels = p.kernels
+        kernels = kernels_of(p)
         if kernels.br * kernels.bc > LARGEST:
             return False
         if not of_side:
@@ -193,7 +195,7 @@ class Kernels:
 
     def launch(self, name: str, grid: tuple[int, ...], *arguments: Any) -> None:
         """Launch a kernel, on the device of the weights, whichever is the current one."""
-        from ddc.optim import kernels  # with Triton, which need not be there
+        kernels = importlib.import_module("ddc.optim.kernels")  # with Triton, if that is there
 
         warps = 8 if self.br * self.bc > 4096 else 4
         with torch.cuda.device_of(self.order):
@@ -207,6 +209,19 @@ class Kernels:
         )
 
 
+def kernels_of(p: StackedParameter) -> Kernels:
+    """Made once, and anew where a parameter was copied."""
+    if p.kernels is None:
+        p.kernels = Kernels(p)
+    found: Kernels = p.kernels
+    return found
+
+
+def fit(p: StackedParameter) -> None:
+    """Tell a parameter that has its moments which kernels there are for it."""
+    p.fit = Kernels.fit(p, of_side=False), Kernels.fit(p, of_side=True)
+
+
 class Places:
     """Where weights and gradients lie, as kernels are told.
 
@@ -218,7 +233,8 @@ class Places:
 
     def __init__(self, p: StackedParameter, layers: Layers) -> None:
         grads = [grad.contiguous() for grad in layers.grads]
-        offsets, k = p.kernels.offsets, p.kernels
+        k = kernels_of(p)
+        offsets = k.offsets
         self.weights = layers.weights[0], offsets(layers.weights)
         self.both = *self.weights, grads[0], offsets(grads)
         self.alive = grads
@@ -231,7 +247,7 @@ class FusedPart:
     """One parameter of a side at one step: as :class:`ddc.optim.side.Part`."""
 
     def __init__(self, p: StackedParameter, layers: Layers) -> None:
-        self.p, self.layers, self.kernels = p, layers, p.kernels
+        self.p, self.layers, self.kernels = p, layers, kernels_of(p)
         self.count = len(layers.weights)
         self.places = Places(p, layers)
         nothing = self.kernels.order
@@ -334,7 +350,7 @@ class FusedPart:
 
 def step_free(p: StackedParameter, layers: Layers, clock: Bias, hyper: Hyper) -> None:
     """All of the step of what no gauge scales: as ``FreeStack._move``."""
-    k, count = p.kernels, len(layers.weights)
+    k, count = kernels_of(p), len(layers.weights)
     places = Places(p, layers)
     nothing, axis, relaxed_axis = k.order, -1, -1
     inverse = undress = relaxed = nothing

@@ -12,7 +12,7 @@ import functools
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +23,6 @@ from ddc.optim.parameters import compute_dtype
 from ddc.optim.plan import Role
 from ddc.optim.rules import Rule
 from ddc.optim.sharding import Whole, shards_of
-
-if TYPE_CHECKING:
-    from ddc.optim.fused import Kernels
 
 
 def local_weights(params: Sequence[Tensor], shards: Whole) -> list[Tensor]:
@@ -76,6 +73,8 @@ class StackedParameter:
     moments: dict[str, Tensor] = field(default_factory=dict)
     #: Whether there are kernels for it alone, and as part of a side.
     fit: tuple[bool, bool] = (False, False)
+    #: What :mod:`ddc.optim.fused` knows of it, from when it is first asked.
+    kernels: Any = None
 
     def __post_init__(self) -> None:
         self.dtype = compute_dtype(self.params[0])
@@ -105,9 +104,6 @@ class StackedParameter:
         }
         if isinstance(self.averaging, Averaging) and self.averaging.regular is None:
             self.averaging.indices(device)
-        from ddc.optim.fused import Kernels  # which reads stacked parameters
-
-        self.fit = Kernels.fit(self, of_side=False), Kernels.fit(self, of_side=True)
 
     def state(self, layer: int) -> dict[str, Tensor]:
         """Views of one layer's moments."""
@@ -147,13 +143,6 @@ class StackedParameter:
 
     # ---- kernels
 
-    @functools.cached_property
-    def kernels(self) -> Kernels:
-        """Those that step it on a GPU."""
-        from ddc.optim.fused import Kernels
-
-        return Kernels(self)
-
     def fuses(self, layers: Layers, of_side: bool) -> bool:
         """Whether kernels step these layers; a compiler of the step makes its own."""
         return (
@@ -164,7 +153,7 @@ class StackedParameter:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "kernels"}
+        return {**vars(self), "kernels": None}
 
     # ---- units: the whole parameter, the indices of one axis or of several, or the heads along it
 
