@@ -34,7 +34,8 @@ late = ("scipy", "torch.distributed.tensor", "torch._dynamo", "torch.export._tra
 early = [name for name in late if name in sys.modules]
 assert not early, f"import ddc takes longer than it must: {early}"
 for module in pkgutil.walk_packages(ddc.__path__, "ddc."):
-    importlib.import_module(module.name)
+    if module.name != "ddc.optim.kernels":  # Triton comes with a torch for CUDA
+        importlib.import_module(module.name)
 
 from ddc import DDCAdam, DDCMuon, audit, check, find_gauges, hidden_matrices
 from ddc.capacity import feed_forward_blocks
