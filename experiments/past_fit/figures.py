@@ -144,6 +144,8 @@ def plot_specification(records: Sequence[Record], stem: Path) -> list[Path]:
         color="#D55E00",
     )
     axes[1].set_ylabel("gap / AdamW's")
+    axes[1].set_yscale("log")  # tuned AdamW's gap may be small
+    plain_log_ticks(axes[1].yaxis)
     for row, (i, value) in enumerate(lines):
         there = [j for j, each in enumerate(found) if each.choices[i] == value]
         axes[2].plot(there, [row] * len(there), "|", color="#0072B2", markersize=5)
