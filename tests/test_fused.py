@@ -361,7 +361,7 @@ def test_large_matrices_fit_the_grid(shape: tuple[int, int]) -> None:
     p = StackedParameter(Role("w", None), ["w"], [param], [0], Adam())
     k = Kernels(p)
     assert k.tiles * k.br * k.bc >= param.numel()
-    _, parts, _ = k.parts
+    _, parts, _ = k.parts(k.row_groups)
     assert parts < 2**16
     assert k.tiles < 2**31
 

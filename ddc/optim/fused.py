@@ -167,21 +167,21 @@ class Kernels:
         return self.known[key]
 
     @property
-    def parts(self) -> tuple[int, int, int]:
-        """Blocks of units, parts of each, and steps of a part, where units are summed over."""
-        if self.unit == 0:
-            return cdiv(self.rows, self.br), 1, cdiv(self.columns, self.bc)
-        blocks = cdiv(self.columns, self.bc)
-        pieces = self.groups if self.averaged == 0 else cdiv(self.rows, self.br)
-        steps = min(pieces, max(1, ROWS_PER_PART // self.br))
-        return blocks, cdiv(pieces, steps), steps
+    def row_tiles(self) -> int:
+        """Tiles down the rows in order, whatever is averaged."""
+        return cdiv(self.rows, self.br)
 
     @property
-    def row_parts(self) -> tuple[int, int, int]:
-        """The same for a pass that takes rows in order, whatever is averaged."""
+    def row_groups(self) -> int:
+        """The same, but groups of rows in their place where these are averaged."""
+        return self.groups if self.averaged == 0 else self.row_tiles
+
+    def parts(self, pieces: int) -> tuple[int, int, int]:
+        """Blocks of units, parts of each, and steps of a part, where units are summed over: in so
+        many pieces of columns.
+        """
         if self.unit == 0:
-            return self.parts
-        pieces = cdiv(self.rows, self.br)
+            return self.row_tiles, 1, cdiv(self.columns, self.bc)
         steps = min(pieces, max(1, ROWS_PER_PART // self.br))
         return cdiv(self.columns, self.bc), cdiv(pieces, steps), steps
 
@@ -189,9 +189,8 @@ class Kernels:
     def tiles(self) -> int:
         """Tiles of a layer: those of groups in the place of what is averaged."""
         if self.averaged == 1:
-            return cdiv(self.rows, self.br) * self.groups
-        rows = self.groups if self.averaged == 0 else cdiv(self.rows, self.br)
-        return cdiv(self.columns, self.bc) * rows
+            return self.row_tiles * self.groups
+        return cdiv(self.columns, self.bc) * self.row_groups
 
     def launch(self, name: str, grid: tuple[int, ...], *arguments: Any) -> None:
         """Launch a kernel, on the device of the weights, whichever is the current one."""
@@ -263,7 +262,7 @@ class FusedPart:
 
     def _column_sums(self) -> Tensor:
         k = self.kernels
-        blocks, parts, steps = k.row_parts
+        blocks, parts, steps = k.parts(k.row_tiles)
         sums = k.sums(self.count, parts, 2)
         k.launch(
             "column_sums", (blocks, self.count, parts),
@@ -275,7 +274,7 @@ class FusedPart:
     def _unit_sums(self) -> Tensor:
         """Sums of w², w g and g² over each unit, (3, L, U)."""
         k = self.kernels
-        blocks, parts, steps = k.row_parts
+        blocks, parts, steps = k.parts(k.row_tiles)
         sums = k.sums(self.count, parts, 3)
         k.launch(
             "unit_sums", (blocks, self.count, parts),
@@ -314,7 +313,7 @@ class FusedPart:
         and its factor.
         """
         k, moments = self.kernels, self.layers.moments
-        blocks, parts, steps = k.parts
+        blocks, parts, steps = k.parts(k.row_groups)
         sums = k.sums(self.count, parts, 3)
         first, second = map(float, hyper["betas"])
         self.floor = floor(clock, hyper, self.count)

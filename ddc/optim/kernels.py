@@ -100,6 +100,83 @@ def _moved(mean, x, first):
 
 
 @triton.jit
+def _direction(
+    x,
+    exp_avg,
+    exp_avg_sq,
+    places,
+    rows,
+    columns,
+    row_there,
+    column_there,
+    layer,
+    group,
+    groups,
+    first,
+    second,
+    rest,
+    epsilon,
+    ROWS,
+    COLUMNS,
+    AVERAGED: tl.constexpr,
+):
+    """Take a tile of inputs x into the moments; Adam's direction, without bias corrections."""
+    there = row_there[:, None] & column_there[None, :]
+    mean = tl.load(exp_avg + places, mask=there, other=0.0)
+    mean = _moved(mean, x, first)
+    tl.store(exp_avg + places, mean, mask=there)
+    square = tl.where(there, x * x, 0.0)
+    if AVERAGED == 0:
+        count = tl.sum(row_there.to(tl.float32), 0)
+        known = columns < tl.where(group < groups, COLUMNS, 0)
+        at = (layer.to(tl.int64) * groups + group) * COLUMNS + columns
+        moment = tl.load(exp_avg_sq + at, mask=known, other=0.0) * second
+        moment += tl.sum(square, 0) / tl.maximum(count, 1.0) * rest
+        tl.store(exp_avg_sq + at, moment, mask=known)
+        u = mean / (tl.sqrt_rn(moment) + epsilon)[None, :]
+    elif AVERAGED == 1:
+        count = tl.sum(column_there.to(tl.float32), 0)
+        known = rows < tl.where(group < groups, ROWS, 0)
+        at = (layer.to(tl.int64) * ROWS + rows) * groups + group
+        moment = tl.load(exp_avg_sq + at, mask=known, other=0.0) * second
+        moment += tl.sum(square, 1) / tl.maximum(count, 1.0) * rest
+        tl.store(exp_avg_sq + at, moment, mask=known)
+        u = mean / (tl.sqrt_rn(moment) + epsilon)[:, None]
+    else:
+        moment = tl.load(exp_avg_sq + places, mask=there, other=0.0) * second + square * rest
+        tl.store(exp_avg_sq + places, moment, mask=there)
+        u = mean / (tl.sqrt_rn(moment) + epsilon)
+    return u
+
+
+@triton.jit
+def _store_sums(
+    sums,
+    one,
+    two,
+    three,
+    layer,
+    layers,
+    part,
+    parts,
+    ROWS,
+    COLUMNS,
+    UNIT: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """What a program has summed up of three kinds, (BR, BC) each, by unit."""
+    if UNIT == 1:
+        units, count = tl.program_id(0) * BC + tl.arange(0, BC), COLUMNS
+    else:
+        units, count = tl.program_id(0) * BR + tl.arange(0, BR), ROWS
+    place, kind = (layer * parts + part) * count + units, layers * parts * count
+    tl.store(sums + place, tl.sum(one, 1 - UNIT), mask=units < count)
+    tl.store(sums + kind + place, tl.sum(two, 1 - UNIT), mask=units < count)
+    tl.store(sums + 2 * kind + place, tl.sum(three, 1 - UNIT), mask=units < count)
+
+
+@triton.jit
 def column_sums(
     weights,
     weight_offsets,
@@ -175,14 +252,10 @@ def unit_sums(
         squares += weight * weight
         products += weight * grad
         grad_squares += grad * grad
-    if UNIT == 1:
-        units, count = tl.program_id(0) * BC + tl.arange(0, BC), COLUMNS
-    else:
-        units, count = tl.program_id(0) * BR + tl.arange(0, BR), ROWS
-    place, kind = (layer * parts + part) * count + units, layers * parts * count
-    tl.store(sums + place, tl.sum(squares, 1 - UNIT), mask=units < count)
-    tl.store(sums + kind + place, tl.sum(products, 1 - UNIT), mask=units < count)
-    tl.store(sums + 2 * kind + place, tl.sum(grad_squares, 1 - UNIT), mask=units < count)
+    _store_sums(
+        sums, squares, products, grad_squares, layer, layers, part, parts, ROWS, COLUMNS,
+        UNIT, BR, BC,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -246,33 +319,18 @@ def direct(
         x = grad * _of_tile(norm, layer, rows, columns, ROWS, COLUMNS, UNIT)
         x -= weight * _of_tile(leaning, layer, rows, columns, ROWS, COLUMNS, UNIT)
         places = (layer.to(tl.int64) * ROWS + rows[:, None]) * COLUMNS + columns[None, :]
-        mean = tl.load(exp_avg + places, mask=there, other=0.0)
-        mean = _moved(mean, x, first)
-        tl.store(exp_avg + places, mean, mask=there)
-        if AVERAGED == 0:
-            count = tl.sum(row_there.to(tl.float32), 0)
-            square = tl.sum(tl.where(there, x * x, 0.0), 0) / tl.maximum(count, 1.0)
-            known = columns < tl.where(group < groups, COLUMNS, 0)
-            at = (layer.to(tl.int64) * groups + group) * COLUMNS + columns
-            moment = tl.load(exp_avg_sq + at, mask=known, other=0.0) * second + square * rest
-            tl.store(exp_avg_sq + at, moment, mask=known)
-            u = mean / (tl.sqrt_rn(moment) + epsilon)[None, :]
-        else:
-            moment = tl.load(exp_avg_sq + places, mask=there, other=0.0) * second + x * x * rest
-            tl.store(exp_avg_sq + places, moment, mask=there)
-            u = mean / (tl.sqrt_rn(moment) + epsilon)
+        u = _direction(
+            x, exp_avg, exp_avg_sq, places, rows, columns, row_there, columns < COLUMNS, layer,
+            group, groups, first, second, rest, epsilon, ROWS, COLUMNS, AVERAGED,
+        )  # fmt: skip
         u = tl.where(there, u, 0.0)
         products += u * weight
         squares += u * u
         total += u
-    if UNIT == 1:
-        units, count = tl.program_id(0) * BC + tl.arange(0, BC), COLUMNS
-    else:
-        units, count = tl.program_id(0) * BR + tl.arange(0, BR), ROWS
-    place, kind = (layer * parts + part) * count + units, layers * parts * count
-    tl.store(sums + place, tl.sum(products, 1 - UNIT), mask=units < count)
-    tl.store(sums + kind + place, tl.sum(squares, 1 - UNIT), mask=units < count)
-    tl.store(sums + 2 * kind + place, tl.sum(total, 1 - UNIT), mask=units < count)
+    _store_sums(
+        sums, products, squares, total, layer, layers, part, parts, ROWS, COLUMNS,
+        UNIT, BR, BC,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -394,30 +452,10 @@ def free(
     )
     if FACTOR >= 0:
         x *= _of_tile(inverse, layer, rows, columns, ROWS, COLUMNS, FACTOR)
-    mean = tl.load(exp_avg + places, mask=there, other=0.0)
-    mean = _moved(mean, x, first)
-    tl.store(exp_avg + places, mean, mask=there)
-    square = tl.where(there, x * x, 0.0)
-    if AVERAGED == 0:
-        count = tl.sum(row_there.to(tl.float32), 0)
-        known = columns < tl.where(group < groups, COLUMNS, 0)
-        at = (layer.to(tl.int64) * groups + group) * COLUMNS + columns
-        moment = tl.load(exp_avg_sq + at, mask=known, other=0.0) * second
-        moment += tl.sum(square, 0) / tl.maximum(count, 1.0) * rest
-        tl.store(exp_avg_sq + at, moment, mask=known)
-        u = mean / (tl.sqrt_rn(moment) + epsilon)[None, :]
-    elif AVERAGED == 1:
-        count = tl.sum(column_there.to(tl.float32), 0)
-        known = rows < tl.where(group < groups, ROWS, 0)
-        at = (layer.to(tl.int64) * ROWS + rows) * groups + group
-        moment = tl.load(exp_avg_sq + at, mask=known, other=0.0) * second
-        moment += tl.sum(square, 1) / tl.maximum(count, 1.0) * rest
-        tl.store(exp_avg_sq + at, moment, mask=known)
-        u = mean / (tl.sqrt_rn(moment) + epsilon)[:, None]
-    else:
-        moment = tl.load(exp_avg_sq + places, mask=there, other=0.0) * second + square * rest
-        tl.store(exp_avg_sq + places, moment, mask=there)
-        u = mean / (tl.sqrt_rn(moment) + epsilon)
+    u = _direction(
+        x, exp_avg, exp_avg_sq, places, rows, columns, row_there, column_there, layer, group,
+        groups, first, second, rest, epsilon, ROWS, COLUMNS, AVERAGED,
+    )  # fmt: skip
     if FACTOR >= 0:
         u *= _of_tile(undress, layer, rows, columns, ROWS, COLUMNS, FACTOR)
     weight = weight * tl.load(keep + layer) - u * tl.load(turn + layer)

@@ -83,7 +83,7 @@ class Side:
             rounding = CENTRED_ROUNDING * torch.finfo(squares.dtype).eps
             alive = squares > rounding**2 * means
             squares, log_norm_grad = squares * alive, log_norm_grad * alive
-        return Block(self, layers, decayed, parts, squares.sqrt(), log_norm_grad)
+        return Block(self, decayed, parts, squares.sqrt(), log_norm_grad)
 
     def reduced(self, sums: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
         """Sums per unit, one after the other of each parameter, over the parameters and over all
@@ -168,7 +168,6 @@ class Block:
     """
 
     side: Side
-    layers: Sequence[Layers]
     decayed: bool
     parts: Sequence[Part | FusedPart]
     norm: Tensor
@@ -250,8 +249,8 @@ class Block:
         """Write the weights after the step: combined, decayed, undressed by the new factors, with
         the mean row back.
         """
-        for part, layers in zip(self.parts, self.layers, strict=True):
-            decay = 1.0 if self.decayed else layers.decay
+        for part in self.parts:
+            decay = 1.0 if self.decayed else part.layers.decay
             turned = None if turn.turn is None else turn.turn * decay
             part.write(turn.keep * decay, turned)
 
