@@ -1,0 +1,1 @@
+"""What the complete gauge group changes."""
