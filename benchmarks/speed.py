@@ -18,7 +18,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,19 @@ from torch.optim import AdamW, Optimizer
 
 from benchmarks.report import BASES, speed_table
 from ddc import DDCAdam, DDCMuon, find_gauges, hidden_matrices
-from ddc.gauges import Chain, Rescale, named_parameters
+from ddc.gauges import (
+    Chain,
+    Gauge,
+    GaugeSet,
+    Rescale,
+    complete_kinds,
+    named_parameters,
+    paper_kinds,
+)
 from ddc.models import GPT, GPTConfig, cross_entropy
 from ddc.models.deep_mlp import DeepMLP, DeepMLPConfig
 from ddc.models.vit import ViTConfig, vision_transformer
-from ddc.optim import Lift
+from ddc.optim import Lift, respected
 from ddc.optim.combined import CombinedOptimizer
 from ddc.optim.muon import Muon
 from ddc.training.allocator import keep_freed_memory
@@ -52,7 +60,8 @@ COPIED_BYTES = 2**28
 class Case:
     """A model, one batch for it, and how many turns its optimizers take.
 
-    ``too_slow`` are left out on a CPU; ``only``, where it is given, says which are measured at all.
+    ``too_slow`` are left out on a CPU; ``only``, where it is given, says which are measured at all,
+    in place of :data:`USUAL`.
     """
 
     title: str
@@ -103,6 +112,9 @@ GPT_10M = GPTConfig(layers=6, width=384, heads=6, kv_heads=2, hidden=1024)
 GPT_124M = GPTConfig(layers=12, width=768, heads=12, kv_heads=12, hidden=2048, tied_head=True)
 #: They orthogonalise in bfloat16, which many CPUs emulate: too slow for the large models there.
 BFLOAT16 = ("torch.optim.Muon", "Muon, pytorch-optimizer")
+#: Under all exact kinds that they take; measured on models of their own.
+COMPLETE = ("DDCAdam compiled, complete group", "DDCMuon compiled, complete group")
+PAPER_AND_COMPLETE = ("AdamW fused", "DDCAdam compiled", "Muon", "DDCMuon compiled", *COMPLETE)
 IN_A_LARGER_BATCH = ("AdamW fused", "DDCAdam compiled")
 CASES = {
     "gpt-1m": text_case("GPT 0.8M", GPTConfig(), 60, 16, 128),
@@ -115,6 +127,10 @@ CASES = {
     ),
     "vit-s": vit_s("ViT-S 22M", 2, turns=10, too_slow=BFLOAT16),
     "vit-s-32": vit_s("ViT-S 22M, 32 images", 32, turns=5, only=IN_A_LARGER_BATCH),
+    "gpt-1m-complete": text_case(
+        "GPT 0.8M, complete group", GPTConfig(), 60, 16, 128, only=PAPER_AND_COMPLETE
+    ),
+    "vit-s-complete": vit_s("ViT-S 22M, complete group", 2, turns=10, only=PAPER_AND_COMPLETE),
     "deep-mlp": Case(
         "deep MLP 0.25M",
         lambda: DeepMLP(DeepMLPConfig(depth=24, width=96), 97, 97),
@@ -139,7 +155,7 @@ class Subject:
 
     def __init__(self, model: nn.Module, verify: bool = True) -> None:
         self.model, self.hidden = model, hidden_matrices(model)
-        self.gauges = find_gauges(model, verify=verify)
+        self.gauges, self.verify = find_gauges(model, verify=verify), verify
         names = {matrix.parameter for matrix in self.hidden}
         parameters = named_parameters(model)
         self.matrices = [(name, p) for name, p in parameters.items() if name in names]
@@ -148,6 +164,12 @@ class Subject:
         self.in_orbits = names.union(
             *(g.parameters for g in self.gauges if isinstance(g, Rescale | Chain))
         )
+
+    @functools.cached_property
+    def complete(self) -> GaugeSet:
+        """All exact kinds, also those that another contains."""
+        kinds = dict.fromkeys((*complete_kinds(), *paper_kinds()))
+        return find_gauges(self.model, kinds=[*kinds], verify=self.verify)
 
     def with_adamw(self, muon: Optimizer) -> Optimizer:
         """Muon's part and fused AdamW for the rest, as the configurations have it."""
@@ -174,6 +196,14 @@ def ddcmuon(s: Subject, fused: bool = False, **options: Any) -> Optimizer:
     )
 
 
+def under_complete_group(
+    s: Subject, make: Callable[[Any, Sequence[Gauge]], Optimizer]
+) -> Optimizer:
+    """An optimizer under all exact kinds that it takes."""
+    parameters = [*s.model.named_parameters()]
+    return make(parameters, respected(make, parameters, s.complete).found)
+
+
 OPTIMIZERS: dict[str, Callable[[Subject], Optimizer]] = {
     "AdamW foreach": lambda s: AdamW(s.model.parameters(), lr=LR, foreach=True),
     "AdamW fused": lambda s: AdamW(s.model.parameters(), lr=LR, fused=True),
@@ -188,7 +218,18 @@ OPTIMIZERS: dict[str, Callable[[Subject], Optimizer]] = {
     "Muon, pytorch-optimizer": peer_muon,
     "AdamP, pytorch-optimizer": lambda s: peer("AdamP")(s.model.parameters(), lr=LR),
     "SOAP, pytorch-optimizer": lambda s: peer("SOAP")(s.model.parameters(), lr=LR),
+    COMPLETE[0]: lambda s: under_complete_group(
+        s, lambda named, gauges: DDCAdam(named, gauges, lr=LR, compiled=True)
+    ),
+    COMPLETE[1]: lambda s: under_complete_group(
+        s,
+        lambda named, gauges: DDCMuon(
+            named, gauges, s.hidden, lr=LR, adam_lr=LR, fused=False, compiled=True
+        ),
+    ),
 }
+#: What a model is measured with that says nothing of it.
+USUAL = tuple(name for name in OPTIMIZERS if name not in COMPLETE)
 
 
 def seconds(action: Callable[[], object], device: torch.device) -> float:
@@ -360,7 +401,7 @@ def measure(case: Case, turns: int, device: torch.device) -> dict[str, Any]:
     """One model with all optimizers."""
     bench, results = Bench(case, device), dict[str, dict[str, Any]]()
     for name, make in OPTIMIZERS.items():
-        if case.only and name not in case.only:
+        if name not in (case.only or USUAL):
             continue
         results[name] = {}
         if device.type == "cpu" and name in case.too_slow:

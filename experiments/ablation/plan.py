@@ -28,7 +28,8 @@ Cost: about 160 runs of ten to sixty seconds on one core, an hour and a half.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 from ddc.report.stages import Record
@@ -83,19 +84,33 @@ def search(
     )
 
 
-#: By comparison: its optimizer by gauges, and their tuning.
-COMPARISONS: dict[str, tuple[dict[str, str], Search]] = {
-    "GPT, Adam": (
-        ADAM,
-        search(ADAM, _ADAM, ((1e-3, 3e-3, 1e-2), (0.1, 1.0)), LANGUAGE, "_gpt_adam"),
+@dataclass(frozen=True)
+class Comparison:
+    """A model and a base optimizer.
+
+    Attributes:
+        optimizers: by gauges, as the search names them.
+        search: their tuning.
+    """
+
+    optimizers: Mapping[str, str]
+    search: Search
+
+    @property
+    def reported(self) -> str:
+        """Name of the stage of the seeds of the report."""
+        return f"reported{self.search.suffix}"
+
+
+COMPARISONS = {
+    "GPT, Adam": Comparison(
+        ADAM, search(ADAM, _ADAM, ((1e-3, 3e-3, 1e-2), (0.1, 1.0)), LANGUAGE, "_gpt_adam")
     ),
-    "ViT, Adam": (
-        ADAM,
-        search(ADAM, _ADAM, ((3e-4, 1e-3, 3e-3), (0.3, 3.0)), VISION, "_vit_adam"),
+    "ViT, Adam": Comparison(
+        ADAM, search(ADAM, _ADAM, ((3e-4, 1e-3, 3e-3), (0.3, 3.0)), VISION, "_vit_adam")
     ),
-    "GPT, Muon": (
-        MUON,
-        search(MUON, _MUON, ((6e-3, 2e-2, 6e-2), (1e-3, 3e-3)), LANGUAGE, "_gpt_muon"),
+    "GPT, Muon": Comparison(
+        MUON, search(MUON, _MUON, ((6e-3, 2e-2, 6e-2), (1e-3, 3e-3)), LANGUAGE, "_gpt_muon")
     ),
 }
 
@@ -109,9 +124,9 @@ def reported(search: Search, runs: str | None) -> Plan:
 def stages() -> dict[str, Callable[[str | None], Plan]]:
     """Comparison by comparison."""
     found: dict[str, Callable[[str | None], Plan]] = {}
-    for _, search in COMPARISONS.values():
-        found |= search.stages(lambda: EXPERIMENT)
-        found[f"reported{search.suffix}"] = partial(reported, search)
+    for comparison in COMPARISONS.values():
+        found |= comparison.search.stages(lambda: EXPERIMENT)
+        found[comparison.reported] = partial(reported, comparison.search)
     return found
 
 
