@@ -1,15 +1,12 @@
-"""The kernel of each architecture's Jacobian beside the orbit of its gauges: ``python -m
-experiments.completeness.measure``. Run again, it goes on.
-
-Architectures of transformers, timm and this package in their narrowest form, with a vocabulary
-wider than the model, since a finite domain has kernels that are no symmetry.
+"""The kernel of each architecture's Jacobian beside the orbit of its gauges, and two runs from one
+orbit (:mod:`experiments.completeness.steps`): ``python -m experiments.completeness.measure``. Run
+again, it goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import time
 import warnings
 from collections import Counter
@@ -17,142 +14,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import transformers
 from rich.progress import track
-from torch import nn
 
-from ddc.compatibility import provide_torchvision_operators
+from ddc import find_gauges
+from ddc.gauges.certificate import Jacobian
+from ddc.report.runs import read_lines
+from ddc.training.records import Records, provenance, write_atomically
+from experiments.completeness import steps
+from experiments.completeness.architectures import ARCHITECTURES
+from experiments.completeness.report import RESULTS
 
-provide_torchvision_operators()
-
-import timm  # noqa: E402
-import transformers  # noqa: E402
-
-from ddc import find_gauges  # noqa: E402
-from ddc.gauges.certificate import Jacobian  # noqa: E402
-from ddc.models import GPT, DeepMLP, DeepMLPConfig, GPTConfig  # noqa: E402
-from ddc.report.runs import read_lines  # noqa: E402
-from ddc.training.records import Records, provenance, write_atomically  # noqa: E402
-from experiments.completeness.report import RESULTS  # noqa: E402
-
-VOCABULARY, POSITIONS, WIDTH = 29, 6, 8
-TOKENS = torch.arange(8 * POSITIONS).reshape(8, POSITIONS) % VOCABULARY
-IMAGES = torch.randn(16, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": WIDTH,
-    "intermediate_size": 6,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": POSITIONS,
-    "tie_word_embeddings": False,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-    "attention_dropout": 0.0,
-    "hidden_dropout": 0.0,
-    "resid_pdrop": 0.0,
-}
-GROUPED = {**SIZES, "num_key_value_heads": 1, "head_dim": 4}
-EXPERTS = {
-    **GROUPED,
-    "num_local_experts": 3,
-    "num_experts": 3,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 4,
-    "shared_expert_intermediate_size": 4,
-    "experts_implementation": "batched_mm",
-}
-GPT2 = {
-    "vocab_size": VOCABULARY,
-    "n_embd": WIDTH,
-    "n_layer": 2,
-    "n_head": 2,
-    "n_inner": 6,
-    "n_positions": POSITIONS,
-    "resid_pdrop": 0.0,
-    "embd_pdrop": 0.0,
-    "attn_pdrop": 0.0,
-    "tie_word_embeddings": False,
-}
-SEQUENCES = {
-    "vocab_size": VOCABULARY,
-    "d_model": WIDTH,
-    "d_kv": 4,
-    "d_ff": 6,
-    "num_layers": 1,
-    "num_heads": 2,
-    "dropout_rate": 0.0,
-}
-LAYER_NORM = {"norm": "layer", "bias": True, "mlp": "relu", "positions": "learned", "kv_heads": 2}
-VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 8, "depth": 2, "num_heads": 2}
-Made = tuple[nn.Module, Any]
-
-
-def gpt(**options: Any) -> Callable[[], Made]:
-    """The GPT of this package."""
-    sizes = {"context": POSITIONS, "layers": 2, "width": WIDTH, "heads": 2, "hidden": 6}
-    config = {"kv_heads": 1, **sizes, **options}
-    return lambda: (GPT(GPTConfig(**config), VOCABULARY), (TOKENS,))
-
-
-def text(model: str, sizes: Mapping[str, Any], **options: Any) -> Callable[[], Made]:
-    """A language model of transformers."""
-    family = re.split("For|LMHead", model)[0].replace("Gemma3", "Gemma3Text")
-
-    def make() -> Made:
-        config = getattr(transformers, f"{family}Config")(**{**sizes, **options})
-        inputs = {"input_ids": TOKENS}
-        if family in ("T5", "Bart"):
-            inputs["decoder_input_ids"] = (TOKENS * 5 + 3) % VOCABULARY
-        return getattr(transformers, model)(config), inputs
-
-    return make
-
-
-def image(name: str, **options: Any) -> Callable[[], Made]:
-    """A vision model of timm, on grey images of 32 by 32."""
-    return lambda: (timm.create_model(name, num_classes=11, in_chans=1, **options), (IMAGES,))
-
-
-def deep_mlp() -> Made:
-    """The grokking network of this package, narrow."""
-    model = DeepMLP(DeepMLPConfig(depth=2, width=8), 11, 11)
-    pairs = torch.cartesian_prod(torch.arange(11), torch.arange(11))
-    return model, (pairs,)
-
-
-def feed_forward() -> Made:
-    """A plain ReLU network."""
-    layers = (nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 8))
-    return nn.Sequential(*layers), (torch.randn(64, 6),)
-
-
-ARCHITECTURES: dict[str, Callable[[], Made]] = {
-    "GPT (RMSNorm, SwiGLU, RoPE, grouped heads)": gpt(),
-    "GPT (LayerNorm, biases, ReLU, learned positions)": gpt(**LAYER_NORM),
-    "deep MLP": deep_mlp,
-    "ReLU network": feed_forward,
-    "Llama": text("LlamaForCausalLM", GROUPED),
-    "Qwen2": text("Qwen2ForCausalLM", GROUPED),
-    "Qwen3 (QK-norm)": text("Qwen3ForCausalLM", GROUPED),
-    "Gemma 2": text("Gemma2ForCausalLM", GROUPED),
-    "Gemma 3": text("Gemma3ForCausalLM", GROUPED, layer_types=["full_attention"] * 2),
-    "OLMo 2": text("Olmo2ForCausalLM", GROUPED),
-    "Phi-3 (packed)": text("Phi3ForCausalLM", GROUPED, pad_token_id=0),
-    "Phi": text("PhiForCausalLM", SIZES),
-    "GPT-NeoX (interleaved)": text("GPTNeoXForCausalLM", SIZES, hidden_act="gelu"),
-    "OPT": text("OPTForCausalLM", SIZES, ffn_dim=6, word_embed_proj_dim=8, dropout=0.0),
-    "GPT-2": text("GPT2LMHeadModel", GPT2),
-    "GPT-2, tied": text("GPT2LMHeadModel", GPT2, tie_word_embeddings=True),
-    "BERT": text("BertForMaskedLM", SIZES),
-    "T5": text("T5ForConditionalGeneration", SEQUENCES),
-    "Mixtral": text("MixtralForCausalLM", EXPERTS),
-    "Qwen2-MoE": text("Qwen2MoeForCausalLM", EXPERTS),
-    "ViT": image("vit_tiny_patch16_224", **VIT, mlp_ratio=1),
-    "ViT, ReLU": image("vit_tiny_patch16_224", **VIT, mlp_ratio=1, act_layer=nn.ReLU),
-    "ViT, layer scale": image("vit_tiny_patch16_224", **VIT, mlp_ratio=1, init_values=0.5),
-    "ViT, QK-norm": image("vit_tiny_patch16_224", **VIT, mlp_ratio=1, qk_norm=True),
-    "ConvNeXt": image("convnext_atto", depths=(1, 1, 1, 1), dims=(4, 6, 6, 6)),
-}
+#: What a record is of.
+NAMES = ("model", "optimizer")
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -180,7 +54,7 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] = ()) -> None:
-    """Measure the architectures that have no record, or one of an error."""
+    """Measure what has no record, or one of an error."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -188,19 +62,37 @@ def main(arguments: Sequence[str] = ()) -> None:
     chosen = parser.parse_args(arguments).only
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
+    add_missing("records.jsonl", measure, [(name,) for name in chosen])
+    pairs = [(name, optimizer) for name in chosen for optimizer in steps.OPTIMIZERS]
+    add_missing("steps.jsonl", steps.measure, pairs)
+
+
+def add_missing(
+    file: str, measure: Callable[..., dict[str, Any]], wanted: Sequence[tuple[str, ...]]
+) -> None:
+    """Append a record of each architecture, and optimizer, that has none, in the order of
+    :data:`ARCHITECTURES`.
+    """
     RESULTS.mkdir(parents=True, exist_ok=True)
-    records, about = Records(RESULTS / "records.jsonl"), provenance()
+    records, about = Records(RESULTS / file), provenance()
     kept = read_lines(records.path) if records.path.exists() else []
-    done = {each["model"] for each in kept if "error" not in each}
-    keep(records, [each for each in kept if each["model"] in done])
-    for name in track([each for each in chosen if each not in done], "architectures"):
+    kept = [each for each in kept if "error" not in each]
+    done = {named(each) for each in kept}
+    keep(records, kept)
+    for names in track([each for each in wanted if each not in done], file):
         try:
-            record = measure(name)
-        except Exception as error:  # one that cannot be certified says why, and stops no other
-            record = {"model": name, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
+            record = measure(*names)
+        except Exception as error:  # one that cannot be measured says why, and stops no other
+            line = f"{type(error).__name__}: {error}".splitlines()[0]
+            record = {**dict(zip(NAMES, names, strict=False)), "error": line}
         records.append(record | about)
     order = [*ARCHITECTURES]
     keep(records, sorted(records.read(), key=lambda each: order.index(each["model"])))
+
+
+def named(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a record is of."""
+    return tuple(record[key] for key in NAMES if key in record)
 
 
 def keep(records: Records, kept: Sequence[Mapping[str, Any]]) -> None:
