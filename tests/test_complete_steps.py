@@ -347,6 +347,18 @@ def test_an_optimizer_says_what_it_takes() -> None:
     DDCMuon(model.named_parameters(), muon, hidden)
 
 
+def test_what_needs_others_is_tried_beside_them() -> None:
+    """A rotation of the stream turns with the shifts of norms, which are of a later kind."""
+    name = "GPT, LayerNorm, biases, ReLU"
+    model, hidden = made(name)[0], hidden_matrices(made(name)[0], inputs=(TOKENS,))
+    gauges = GaugeSet(turning(name, heads=True))
+    kept = respected(
+        lambda params, some: DDCMuon(params, some, hidden), model.named_parameters(), gauges
+    )
+    assert {"stream_rotation", "norm_shift"} <= {gauge.kind for gauge in kept}
+    assert {each.kind for each in kept.refused} == {"stream_mean"}  # of hidden matrices
+
+
 def test_shifts_go_one_way() -> None:
     params = {name: torch.zeros(3, 2) for name in "abc"}
     first, second, third = (

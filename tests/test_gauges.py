@@ -136,6 +136,9 @@ def test_printed_as_a_table() -> None:
     assert any("blocks.*.mlp_norm (2×)" in line and line.endswith("found") for line in lines)
     assert any(line.endswith("refused: the head is tied to the embedding") for line in lines)
     assert str(GaugeSet()) == "no gauges"
+    refused = [Refusal("qk_map", f"blocks.{i}", f"'blocks.{i}.key' is no map") for i in range(2)]
+    (line,) = str(GaugeSet((), tuple(refused))).splitlines()[2:]
+    assert line.split("  ") == ["qk_map", "blocks.* (2×)", "refused: 'blocks.*.key' is no map"]
 
 
 def test_only() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -134,13 +135,19 @@ class GaugeSet(Sequence[Gauge]):
         return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
+#: The number of a block in a name that a verdict mentions.
+BLOCK = re.compile(r"(?<=[a-z_]\.)\d+(?=\.[a-z_])")
+
+
 def _rows(entries: Iterable[Entry], verdict: Callable[[Entry], str]) -> list[tuple[str, str, str]]:
-    """Table rows, entries that differ only in the number of their block drawn together."""
+    """Table rows, entries that differ only in the number of their block drawn together: in where
+    they are, and in the places that a verdict names.
+    """
     order = (*KINDS,)
 
     def key(entry: Entry) -> tuple[int, str, str]:
         place = ".".join("*" if part.isdigit() else part for part in entry.where.split("."))
-        return order.index(entry.kind), place, verdict(entry)
+        return order.index(entry.kind), place, BLOCK.sub("*", verdict(entry))
 
     rows = []
     for (kind, place, text), members in groupby(sorted(entries, key=key), key=key):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from itertools import groupby
 
@@ -14,12 +15,18 @@ from ddc.gauges import KINDS, Gauge, GaugeSet, Refusal, is_split
 #: Makes an optimizer of named parameters and gauges.
 Maker = Callable[[list[tuple[str, Tensor]], list[Gauge]], Optimizer]
 
+#: How to leave a gauge out, which a message ends with.
+RECIPE = re.compile(
+    r"; leave |\. Of these, leave |\. Leave it out of hidden|: add the |, or leave out "
+)
+
 
 def respected(make: Maker, params: Iterable[tuple[str, Tensor]], gauges: GaugeSet) -> GaugeSet:
     """The gauges that an optimizer takes together, tried in the order of their kinds.
 
-    A kind that is refused beside those before it is tried gauge by gauge. One whose group another's
-    contains comes last, for what was refused of that one. Nothing is allocated: the
+    A kind that is refused beside those before it is tried gauge by gauge, and what of it is refused
+    once more beside all that is taken. A kind whose group another's contains comes last, for what
+    was refused of that one. Nothing is allocated: the
     optimizers that are made for this hold parameters without values.
 
     Args:
@@ -36,31 +43,41 @@ def respected(make: Maker, params: Iterable[tuple[str, Tensor]], gauges: GaugeSe
     ]
     order = sorted(KINDS, key=lambda kind: KINDS[kind].within is not None)
     kept: list[Gauge] = []
-    refused = list(gauges.refused)
+    reasons: dict[Gauge, str] = {}
 
     def taken(some: list[Gauge]) -> str:
         """Why the optimizer does not take some gauges beside what is kept; empty if it does."""
         try:
             make(shapes, [*kept, *some])
         except (ValueError, TypeError) as error:
-            return str(error).split("; leave ")[0].split(". Of these, leave ")[0]
+            return RECIPE.split(str(error))[0]
         return ""
+
+    def take(some: list[Gauge]) -> None:
+        """Keep them all, or those that the optimizer takes one by one."""
+        if not taken(some):
+            kept.extend(some)
+            return
+        for gauge in some:
+            if reason := taken([gauge]):
+                reasons[gauge] = reason
+            else:
+                kept.append(gauge)
 
     by_kind = sorted(gauges, key=lambda gauge: order.index(gauge.kind))
     for _, members in groupby(by_kind, key=lambda gauge: gauge.kind):
-        some = [gauge for gauge in members if not contained(gauge, kept)]
-        if not taken(some):
-            kept += some
-            continue
-        for gauge in some:
-            if reason := taken([gauge]):
-                refused.append(Refusal(gauge.kind, gauge.where, reason))
-            else:
-                kept.append(gauge)
+        take([gauge for gauge in members if not contained(gauge, kept)])
+    # what is refused beside a few may be taken beside all: a rotation of the stream needs the
+    # shifts of the norms that read it
+    again = [*reasons]
+    reasons.clear()
+    for gauge in again:
+        take([gauge])
+    left_out = (Refusal(gauge.kind, gauge.where, why) for gauge, why in reasons.items())
     found = tuple(gauge for gauge in gauges if gauge in kept)
     unchecked = {gauge: why for gauge, why in gauges.unchecked.items() if gauge in kept}
     sizes = {gauge: size for gauge, size in gauges.sizes.items() if gauge in kept}
-    return GaugeSet(found, tuple(refused), unchecked, sizes)
+    return GaugeSet(found, (*gauges.refused, *left_out), unchecked, sizes)
 
 
 def contained(gauge: Gauge, others: Iterable[Gauge]) -> bool:

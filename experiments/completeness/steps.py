@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from ddc import DDCAdam, DDCMuon, find_gauges, hidden_matrices
 from ddc.gauges import Gauge, GaugeSet, complete_kinds, paper_kinds
@@ -90,6 +91,7 @@ def measure(name: str, optimizer: str) -> dict[str, Any]:
     make = OPTIMIZERS[optimizer](model, inputs)
     kept = respected(make, model.named_parameters(), found)
     refused = kept.refused[len(found.refused) :]
+    inputs = tree_map(lambda x: x.double() if x.is_floating_point() else x, inputs)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data = generic(parameter.detach(), generator)
