@@ -400,6 +400,13 @@ def test_newton_schulz_of_small_matrices_is_torchs(scale: float) -> None:
     assert (ours - theirs).norm() <= 0.05 * theirs.norm() + 1e-20
 
 
+def test_polar_factor_does_not_see_the_rounding_of_a_backward_pass() -> None:
+    """A zero singular value comes out of one at some 1e-14 of the largest."""
+    u, _, vh = torch.linalg.svd(torch.randn(8, 8, dtype=torch.float64))
+    s = torch.cat([torch.linspace(1, 0.1, 7), torch.tensor([1e-14])]).double()
+    torch.testing.assert_close(polar_factor((u * s) @ vh), u[:, :7] @ vh[:7])
+
+
 def test_polar_factor_of_a_singular_matrix() -> None:
     x = torch.randn(6, 2, dtype=torch.float64) @ torch.randn(2, 5, dtype=torch.float64)
     u = polar_factor(x)

@@ -41,8 +41,13 @@ def newton_schulz_bfloat16(x: Tensor) -> Tensor:
     return newton_schulz(x, torch.bfloat16)
 
 
+#: How far above the machine's precision a gradient that is zero in exact arithmetic may lie.
+ROUNDINGS = 256
+
+
 def polar_factor(x: Tensor) -> Tensor:
-    """The polar factor U Vᵀ of x = U S Vᵀ; singular values that are rounding error count as zero.
+    """The polar factor U Vᵀ of x = U S Vᵀ; singular values that are rounding error count as zero:
+    that of a backward pass, which is larger than that of a decomposition of small matrices.
 
     Rows and columns that are zero stay exactly zero, as under Newton-Schulz: rounding error in the
     row of a dead unit would wake it in a direction without meaning.
@@ -51,7 +56,7 @@ def polar_factor(x: Tensor) -> Tensor:
         x: (..., rows, columns), float32 or float64.
     """
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
-    rank = s > s[..., :1] * max(x.shape[-2:]) * torch.finfo(x.dtype).eps
+    rank = s > s[..., :1] * max(ROUNDINGS, *x.shape[-2:]) * torch.finfo(x.dtype).eps
     alive = (x != 0).any(-1, keepdim=True) & (x != 0).any(-2, keepdim=True)
     return torch.where(alive, (u * rank[..., None, :]) @ vh, 0.0)
 

@@ -40,7 +40,7 @@ def ddcadam(model: nn.Module, inputs: Any) -> Maker:
 
 
 def ddcmuon(model: nn.Module, inputs: Any) -> Maker:
-    """Makes DDCMuon; its orthogonal factor is that of a singular value decomposition."""
+    """Makes DDCMuon."""
     hidden = hidden_matrices(model, inputs=inputs)
     return lambda named, gauges: DDCMuon(
         named,
@@ -49,7 +49,6 @@ def ddcmuon(model: nn.Module, inputs: Any) -> Maker:
         lr=MUON_LR,
         adam_lr=LR,
         weight_decay=DECAY,
-        orthogonalizer="polar",
     )
 
 
