@@ -259,6 +259,19 @@ def test_balanced_heads_have_equal_moments() -> None:
         )
 
 
+def test_balanced_scales_of_sums_have_equal_norms() -> None:
+    """Of 1 + γ on both sides, whose products stay."""
+    a, b = torch.rand(2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    a *= -3  # sums of either sign
+    slots = [(RotatedAxis(name, 0, np.arange(6).reshape(3, 1, 2)),) for name in "ab"]
+    gauge = General("qk_norm_scale", "x", *slots, "scale", 1.0)
+    params = {"a": a.clone(), "b": b.clone()}
+    balance_(params, [gauge], 1e-12)
+    sums = [(1 + params[name]).view(3, 2) for name in "ab"]
+    torch.testing.assert_close(sums[0].norm(dim=1), sums[1].norm(dim=1), rtol=0, atol=1e-12)
+    torch.testing.assert_close(sums[0] * sums[1], ((1 + a) * (1 + b)).view(3, 2))
+
+
 def test_heads_without_full_rank_stay_as_they_are() -> None:
     a, b = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     b[:, :4] = 0  # as projections that start at zero

@@ -66,9 +66,10 @@ def gpt(**options: Any) -> Callable[[], Made]:
     return lambda: (GPT(GPTConfig(**(sizes | options)), VOCABULARY), (TOKENS,))
 
 
-def text(name: str, **options: Any) -> Callable[[], Made]:
+def text(name: str, config_name: str = "", **options: Any) -> Callable[[], Made]:
     def make() -> Made:
-        config = getattr(transformers, f"{name}Config")(**(GROUPED | options))
+        kind = getattr(transformers, f"{config_name or name}Config")
+        config = kind(**(GROUPED | options))
         return getattr(transformers, f"{name}ForCausalLM")(config), {"input_ids": TOKENS}
 
     return make
@@ -85,6 +86,7 @@ MODELS: dict[str, Callable[[], Made]] = {
     "Llama": text("Llama"),
     "Qwen2": text("Qwen2"),
     "Qwen3": text("Qwen3", head_dim=4),
+    "Gemma 3": text("Gemma3", "Gemma3Text", head_dim=4, layer_types=["full_attention"]),
 }
 
 
@@ -442,6 +444,56 @@ def test_a_scale_of_one_plus_weight_is_read_where_it_is_spelt_out() -> None:
     assert {"norm_scale", "stream_rotation"} <= {gauge.kind for gauge in found}
     changes = check(model, found, lambda m: m(inputs).log_softmax(-1))
     assert max(changes.values()) < 1e-12
+
+
+class Normed(nn.Module):
+    """Attention of normed queries and keys, whose scales are what is made of parameters."""
+
+    def __init__(self, *scales: Callable[[Tensor], Any], one: bool = False) -> None:
+        super().__init__()
+        self.scales, self.one = scales, one
+        self.query, self.key, self.value = (nn.Linear(9, 8) for _ in range(3))
+        self.gammas = nn.ParameterList(torch.rand(4) + 0.5 for _ in range(2))
+        self.head = nn.Linear(8, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = (self.query, self.key, self.value)
+        q, k, v = (each(x).unflatten(-1, (2, 4)).transpose(1, 2) for each in maps)
+        gammas = (scale(gamma) for scale, gamma in zip(self.scales, self.gammas, strict=True))
+        if self.one:
+            q, k = (F.rms_norm(y, (4,), g, 1e-6) for y, g in zip((q, k), gammas, strict=True))
+        else:
+            q, k = (F.rms_norm(y, (4,)) * g for y, g in zip((q, k), gammas, strict=True))
+        return self.head(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_scales_of_queries_and_keys_may_be_sums() -> None:
+    one = (lambda g: 1 + g, lambda g: g.double() + 1)
+    for model in (Normed(*one), Normed(*one, one=True)):
+        found = find_gauges(model.double(), inputs=(X.double(),), kinds=["qk_norm_scale"])
+        assert [gauge.offset for gauge in found] == [1.0]  # type: ignore[attr-defined]
+        assert [gauge.dimension(dict(model.named_parameters())) for gauge in found] == [4]
+        changes = check(model, found, lambda m: m(X.double()).log_softmax(-1))
+        assert max(changes.values()) < 1e-12
+    (gauge,) = find_gauges(Normed(lambda g: g, lambda g: g), inputs=(X,), kinds=["qk_norm_scale"])
+    assert gauge.offset == 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("scales", "reason"),
+    [
+        ((lambda g: 1 + g, lambda g: g), "different numbers are added"),
+        ((lambda g: 1 + g, lambda g: 2 + g), "different numbers are added"),
+        ((lambda g: 1 - g, lambda g: 1 - g), ""),  # not looked for
+        ((lambda g: (1 + g).abs(), lambda g: 1 + g), ""),
+        ((lambda g: 1 + g.abs(), lambda g: 1 + g.abs()), ""),
+    ],
+    ids=["one of them", "another number", "minus", "absolute", "of what is made of it"],
+)
+def test_other_scales_of_queries_and_keys_are_none(scales: Any, reason: str) -> None:
+    found = find_gauges(Normed(*scales), inputs=(X,), kinds=["qk_norm_scale"], verify=False)
+    assert found.found == ()
+    assert [each.reason.startswith(reason) for each in found.refused] == [True] * bool(reason)
 
 
 class Attention(nn.Module):

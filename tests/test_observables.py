@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ddc.gauges import find_gauges
+from ddc.gauges import GaugeSet, find_gauges
 from ddc.models import GPTConfig
 from ddc.models.deep_mlp import DeepMLP, DeepMLPConfig
 from ddc.models.vit import ViTConfig, vision_transformer
@@ -32,7 +33,7 @@ from ddc.slt.observables import (
     observe,
     spectrum,
 )
-from ddc.slt.zeros import MEAN_OF_STREAM
+from ddc.slt.zeros import MEAN_OF_LOGITS, MEAN_OF_STREAM, MEANS, zeros_of_gauge
 from tests.conftest import MODELS
 from tests.helpers import VOCABULARY, make_model, relu_mlp
 
@@ -270,6 +271,184 @@ def test_null_vectors_are_those_of_gauges() -> None:
     # a stream of RMSNorms is seen whole
     model = make_model(GPTConfig(**sizes))  # type: ignore[arg-type]
     assert {layer.gradient_ones for layer in layers_of(model)} == {None}
+
+
+OF_MODELS: dict[str, Callable[[], tuple[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]]]] = {
+    "GPT, LayerNorm": lambda: of_gpt("layer-bias-relu-learned"),
+    "GPT, RMSNorm": lambda: of_gpt("rms-swiglu-rope-gqa"),
+    "vision transformer": lambda: vision(),
+    "deep MLP": lambda: deep(),
+}
+
+
+def all_gauges(model: nn.Module, x: torch.Tensor) -> GaugeSet:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return find_gauges(model, inputs=(x,), kinds="complete", verify=False)
+
+
+@pytest.mark.parametrize("name", OF_MODELS)
+def test_what_gauges_say_are_their_tangents(name: str) -> None:
+    """Those that move one matrix, and its bias, by all a nᵀ or all u nᵀ are those that say so."""
+    model, batches = OF_MODELS[name]()
+    params = dict(model.named_parameters())
+    rank, said = torch.linalg.matrix_rank, 0
+    for gauge in all_gauges(model, batches[0][0]):
+        if gauge.kind == "stream_rotation":
+            continue
+        moved = {n: move for n, move in gauge.velocities(params).items() if move.any()}
+        matrices = [n for n in moved if params[n].ndim == 2]
+        if len(matrices) != 1 or len(moved) > 2:
+            assert zeros_of_gauge(gauge, params) is None
+            continue
+        (weight,) = matrices
+        move = moved[weight]  # (dimension, outputs, inputs)
+        _, outputs, inputs = move.shape
+        directions = move.flatten(0, 1), move.mT.flatten(0, 1)  # of inputs, of outputs
+        count = [int(rank(each)) for each in directions]
+        whole = int(rank(move.flatten(1)))
+        reads = [whole == outputs * count[0], whole == inputs * count[1]]
+        nulls = zeros_of_gauge(gauge, params)
+        if gauge.kind == "logit_shift":  # the score says, not the model
+            assert nulls is None
+            assert reads == [False, True]
+            continue
+        if nulls is None:
+            assert not any(reads), gauge
+            continue
+        assert nulls.weight == weight
+        sides = (nulls.activation, nulls.gradient)
+        if isinstance(model.get_submodule(weight.rpartition(".")[0]), nn.Embedding):
+            move, reads = move.mT, reads[::-1]  # whose outputs are columns
+            directions = directions[::-1]
+        for mine, told, each in zip(reads, sides, directions, strict=True):
+            assert [mine] * len(told) == [True] * len(told)
+            assert mine == bool(told)
+            for zero in told:
+                assert zero.vector is not None
+                assert rank(torch.cat([each, zero.vector[None]])) == len(told)
+        said += 1
+    assert (said > 0) == (name in ("GPT, LayerNorm", "vision transformer"))
+
+
+@pytest.mark.parametrize("name", OF_MODELS)
+def test_zeros_of_maps_and_tables_are_null_spaces(name: str) -> None:
+    """All that is removed of every linear map and embedding is zero, and all that is zero is
+    removed; without gauges, but for the means of what is written to a stream.
+    """
+    model, batches = OF_MODELS[name]()
+    kinds = (nn.Linear, nn.Embedding)
+    names = [n for n, each in model.named_modules() if isinstance(each, kinds)]
+    names = [n for n in names if n != "position"]  # whose weight is read without it
+    score = categorical_score(0)
+    told = named_layers(model, names, all_gauges(model, batches[0][0]))
+    untold = named_layers(model, names)
+    readings = observe(model, told, batches, score)
+    others = observe(model, untold, batches, score)
+    for layer, moments, mine, other in zip(
+        told, accumulate(model, told, batches, score), readings, others, strict=True
+    ):
+        sides = (
+            (moments.activation, moments.activation_zeros, mine.activation),
+            (moments.gradient, moments.gradient_zeros, mine.gradient),
+        )
+        for moment, zeros, found in sides:
+            for zero in zeros:
+                assert zero.vector is not None
+                v = zero.vector / zero.vector.norm()
+                assert (moment @ v).norm() < 1e-12 * moment.trace(), (layer, zero.reason)
+            values = torch.linalg.eigvalsh(moment)
+            assert int((values > 1e-12 * values[-1]).sum()) <= len(found.values)
+        assert mine.activation.removed == other.activation.removed
+        means = {r: n for r, n in mine.gradient.removed.items() if r in MEANS.values()}
+        if not means:
+            assert mine.values == other.values
+        elif not any("samples" in reason for reason in other.gradient.removed):
+            assert other.gradient.removed == {}
+            assert other.values["gradient_lambda_min"] == 0  # a zero that is no dead direction
+            assert len(mine.gradient.values) == len(other.gradient.values) - 1
+            assert mine.gradient.rank == other.gradient.rank
+    if name == "GPT, LayerNorm":
+        ends = ("embedding", "output", "down")
+        seen = {r.layer for r in readings if MEAN_OF_STREAM in r.gradient.removed}
+        assert seen == {n for n in names if n.split(".")[-1] in ends}
+        assert all(r.values["gradient_lambda_min"] > 0 for r in readings if r.layer in seen)
+
+
+class Centred(nn.Module):
+    """A LayerNorm of a class of its own, as nanoGPT's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.rand(6) + 0.5), nn.Parameter(torch.rand(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, (6,), self.weight, self.bias)
+
+
+def test_gauges_tell_of_a_norm_that_no_hook_knows() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), Centred(), nn.Linear(6, 4)).double()
+    x = torch.randn(200, 5, dtype=torch.float64)
+    gauges = find_gauges(model, inputs=(x,), kinds="complete", verify=False)
+    ways = (named_layers(model, ["2"]), named_layers(model, ["2"], gauges))
+    seen, removed = (observe(model, each, [(x, x)], categorical_score(0))[0] for each in ways)
+    assert seen.activation.removed == {}
+    assert removed.activation.removed == {"gamma^-1 after a LayerNorm": 1}
+    assert removed.activation.smallest > 1e-6
+    with torch.no_grad():
+        model[1].weight[2] = 0  # no gauge, and a null vector all the same
+    reading = observe(model, ways[1], [(x, x)], categorical_score(0))[0]
+    assert reading.activation.removed == {"a gamma at zero": 1}
+
+
+class Routed(nn.Module):
+    """Two maps, mixed by what a router says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.maps = nn.Linear(5, 3), nn.ModuleList(nn.Linear(5, 4) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outputs = torch.stack([each(x) for each in self.maps], -1)
+        return (outputs * self.router(x).softmax(-1)[..., None, :]).sum(-1)
+
+
+def test_the_mean_of_a_routers_outputs_is_removed() -> None:
+    torch.manual_seed(0)
+    model, x = Routed().double(), torch.randn(200, 5, dtype=torch.float64)
+    gauges = find_gauges(model, inputs=(x,), kinds=["router_shift"], verify=False)
+    (reading,) = observe(
+        model, named_layers(model, ["router"], gauges), [(x, x)], gaussian_score(0)
+    )
+    assert reading.gradient.removed == {MEANS["router_shift"]: 1}
+    assert reading.gradient.smallest > 1e-6
+
+
+def test_zeros_that_are_no_gauge_are_removed_all_the_same() -> None:
+    """A head that is tied has no shift, and one without a bias no shift of its rows: the moments
+    have their null vectors, and no model need be traced.
+    """
+    sizes = {"context": 8, "layers": 1, "width": 8, "heads": 2, "kv_heads": 2, "hidden": 12}
+    config = GPTConfig(**sizes, norm="layer", bias=True, tied_head=True)  # type: ignore[arg-type]
+    model = make_model(config)
+    gauges = all_gauges(model, probe(config)[0][0])
+    assert not [g for g in gauges if "head.weight" in g.parameters and g.kind == "logit_shift"]
+    for given in ((), gauges):
+        (head,) = observe(
+            model, named_layers(model, ["head"], given), probe(config), categorical_score(0)
+        )
+        assert head.gradient.removed == {MEAN_OF_LOGITS: 1}
+        assert head.gradient.smallest > 0
+    model = transformer_like()
+    model[2] = nn.Linear(6, 4, bias=False).double()
+    x = torch.randn(200, 5, dtype=torch.float64)
+    gauges = find_gauges(model, inputs=(x,), kinds=["reader_shift"], verify=False)
+    assert gauges.found == ()
+    assert "has no bias of its own" in gauges.refused[0].reason
+    (reading,) = observe(model, named_layers(model, ["2"]), [(x, x)], categorical_score(0))
+    assert reading.activation.removed == {"gamma^-1 after a LayerNorm": 1}
+    assert reading.activation.smallest > 1e-6
 
 
 def test_rank_limits() -> None:

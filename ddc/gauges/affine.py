@@ -36,6 +36,8 @@ class General(Gauge):
         minus: slots that G⁻ᵀ multiplies; all must agree in the number of units and in k.
         group: ``"all"`` of GL(k); ``"complex"``, for k = 2: aI + bJ, which commute with turns of a
             plane, as rotary embeddings make them; ``"scale"``: aI with a > 0.
+        offset: what is multiplied, on both sides, is the parameters plus this number: 1 for the
+            1 + γ of Gemma's norms.
 
     Raises:
         ValueError: an unknown kind or group, a side without slots, slots that disagree, or complex
@@ -47,6 +49,7 @@ class General(Gauge):
     plus: tuple[RotatedAxis, ...]
     minus: tuple[RotatedAxis, ...]
     group: str = "all"
+    offset: float = 0.0
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
@@ -104,13 +107,18 @@ class General(Gauge):
             for name, axis, indices in side:
                 rows = unit_view(params[name], axis)
                 index = torch.from_numpy(indices).to(rows.device)
-                rows[index] = torch.einsum("uij,ucjd->ucid", matrix.to(rows), rows[index])
+                turn = matrix.to(rows)
+                moved = torch.einsum("uij,ucjd->ucid", turn, rows[index])
+                if self.offset:  # G (w + offset) - offset
+                    one = torch.eye(turn.shape[1], dtype=turn.dtype, device=turn.device)
+                    moved = moved + self.offset * (turn - one).sum(2)[:, None, :, None]
+                rows[index] = moved
 
     def _side(self, params: Params, side: tuple[RotatedAxis, ...]) -> Tensor:
         """All slices of a side, (units, slices, k), in float64."""
         slices = []
         for name, axis, indices in side:
-            rows = unit_view(params[name], axis).double()
+            rows = unit_view(params[name], axis).double() + self.offset
             index = torch.from_numpy(indices).to(rows.device)
             slices.append(rows[index].movedim(2, 3).flatten(1, 2))
         return torch.cat(slices, 1)
@@ -150,7 +158,7 @@ class General(Gauge):
         units = self.shape[0]
         for side, matrices in ((self.plus, algebra), (self.minus, -algebra.mT)):
             for name, axis, indices in side:
-                rows = unit_view(params[name].detach().double().cpu(), axis)
+                rows = unit_view(params[name].detach().double().cpu(), axis) + self.offset
                 each = rows.new_zeros(units, len(algebra), *rows.shape)
                 for unit, copies in enumerate(torch.from_numpy(indices)):
                     for copy in copies:
@@ -171,7 +179,7 @@ class General(Gauge):
                 rows, grad = (
                     unit_view(t[name], axis).double().cpu()[index] for t in (params, grads)
                 )
-                part = torch.einsum("ucid,ucjd->uij", grad, rows)
+                part = torch.einsum("ucid,ucjd->uij", grad, rows + self.offset)
                 moment += part if sign > 0 else -part.mT
                 size += part.square().sum((1, 2))
         along = torch.einsum("nij,uij->un", self._algebra(), moment)

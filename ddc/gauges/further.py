@@ -341,14 +341,14 @@ class Further:
 
     def qk_norm_scale(self, attention: Attention) -> list[Gauge]:
         """Scales of normed queries against those of normed keys, entry by entry or plane by
-        plane.
+        plane; where they are 1 + γ, these sums.
         """
         reads = [read for read in (attention.query, attention.key) if read is not None]
         sides = [self._scale_before(read.value) for read in reads]
         if None in sides or len(reads) < 2:
             return []
         turned = []
-        for (name, scaled), read, what in zip(sides, reads, ("queries", "keys"), strict=True):  # type: ignore[misc]
+        for (name, _, scaled), read, what in zip(sides, reads, ("queries", "keys"), strict=True):  # type: ignore[misc]
             self.finding.require_single([name])
             if self.trace.leak(scaled, range(value_of(scaled).shape[-1]), read.node, read.argument):
                 raise NotProved(f"its {what} are read elsewhere as well")
@@ -357,6 +357,9 @@ class Further:
                 raise NotProved(f"its {what} pass through what is not linear behind their norm")
             turned.append((name, heads_of(matrix, what)))
         (query, q), (key, k) = turned
+        offset, of_keys = (offset for _, offset, _ in sides)  # type: ignore[misc]
+        if of_keys != offset:
+            raise NotProved("different numbers are added to the scales of its queries and keys")
         first = (q.planes[0], q.rest[0]), (k.planes[0], k.rest[0])
         for heads, (planes, rest) in zip((q, k), first, strict=True):
             same = all(each == planes for each in heads.planes)
@@ -376,25 +379,31 @@ class Further:
             if of_query:
                 plus = RotatedAxis(query, 0, np.array(of_query)[:, None])
                 minus = RotatedAxis(key, 0, np.array(of_key)[:, None])
-                gauges.append(General("qk_norm_scale", attention.where, (plus,), (minus,), "scale"))
+                gauges.append(
+                    General("qk_norm_scale", attention.where, (plus,), (minus,), "scale", offset)
+                )
         return gauges
 
-    def _scale_before(self, node: Node) -> tuple[str, Node] | None:
-        """The scale that entries of heads were last multiplied by, and the node that it gives."""
+    def _scale_before(self, node: Node) -> tuple[str, float, Node] | None:
+        """The scale that entries of heads were last multiplied by, what is added to it before, and
+        the node that it gives.
+        """
         between = sorted(self.trace.ancestors(node), key=self.trace.order.__getitem__, reverse=True)
         for each in between:
             if each in self.trace.linear_maps:
                 return None
-            name, args = operation(each), arguments(each)
-            if name == "rms_norm" and len(args) > 2 and isinstance(args[2], Node):
-                view = self.trace.parameter(args[2])
-                return None if view is None else (view[0], each)
-            if name == "mul":
-                for argument in args:
-                    if self.finding.is_vector(argument, each):
-                        view = self.trace.parameter(argument)
-                        assert view is not None
-                        return view[0], each
+            name, factors = operation(each), arguments(each)
+            if name == "rms_norm":
+                factors = tuple(x for x in factors[2:3] if isinstance(x, Node))
+            elif name != "mul":
+                continue
+            for factor, offset in map(self.finding.without_number, factors):
+                if self.finding.is_vector(factor, each):
+                    view = self.trace.parameter(factor)
+                    assert view is not None
+                    return view[0], offset, each
+            if name == "rms_norm" and factors:
+                return None
         return None
 
     # ------------------------------------------------------------------------------------------

@@ -271,7 +271,7 @@ class Finding:
                 affine = [each for each in rest[:2] if isinstance(each, Node)]
                 scaled, offset = bool(rest) and rest[0] is not None, 0.0
             case "mul", (a, b):
-                factors = [(each, *self._without_number(each)) for each in (a, b)]
+                factors = [(each, *self.without_number(each)) for each in (a, b)]
                 vectors = [each for each in factors if self.is_vector(each[1], node)]
                 if len(vectors) != 1:
                     return None
@@ -296,7 +296,7 @@ class Finding:
         reason = "its scale and shift are not both parameters as they stand (computed, or a buffer)"
         return node, axes, "" if len(names) == len(affine) else reason
 
-    def _without_number(self, factor: Any) -> tuple[Any, float]:
+    def without_number(self, factor: Any) -> tuple[Any, float]:
         """The parameter that a number is added to, and that number; anything else as it is, and
         0.
         """

@@ -195,7 +195,7 @@ class Builder:
                     f" it. Keep it whole, or {without(gauge)}"
                 )
         for each in plan.gauges:
-            side = {slot.parameter: params[slot.parameter] for slot in each.plus}
+            side = {slot.parameter: params[slot.parameter] + each.offset for slot in each.plus}
             why = f"under {each} its steps are in proportion to it"
             check_not_zero(side, why, "leave the gauge out")
 

@@ -248,7 +248,7 @@ class View:
 
     def __init__(self, parameter: StackedParameter, layers: Layers) -> None:
         self.parameter, self.layers = parameter, layers
-        self.original = weight = parameter.stack(layers.weights)
+        self.original = weight = parameter.read(layers)
         gradient = parameter.stack(layers.grads)
         self.mean: Tensor | None = None
         if parameter.role.centred:
@@ -266,7 +266,7 @@ class View:
         if (factor := p.factor(self.layers.after)) is not None:
             undress = safe_power(factor, -1)  # what a dead factor dresses stays as it is
             weight = torch.where(undress > 0, weight * undress, self.original)
-        self.layers.write(weight if self.mean is None else weight + self.mean)
+        p.write(self.layers, weight if self.mean is None else weight + self.mean)
 
 
 class InMetric(Numbers):

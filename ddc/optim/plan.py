@@ -372,11 +372,19 @@ class _Roles:
         if name in self.minus_of:
             gauge, axis = self.minus_of[name]
             found.append(Dressing(gauge, -1 if axis is None else axis, gauge.degree))
-        if len(found) > 1 or any(each.axis != 1 - self._mixed(name) for each in found):
+        offsets = [self.mapped[name].offset]
+        for gauge in (each.gauge for each in found):
+            offsets += [a.offset for a in gauge.plus + gauge.minus if a.parameter == name]
+        if (
+            len(found) > 1
+            or any(each.axis != 1 - self._mixed(name) for each in found)
+            or (found and any(offsets))
+        ):
             acting = [self.mapped[name], *(each.gauge for each in found)]
             raise ValueError(
                 f"{name!r}: {named(*acting)} do not combine: a map goes with one rescale, of units"
-                f" along the other axis. Of these, {without(*acting)}"
+                f" along the other axis, and of the parameter as it stands. Of these,"
+                f" {without(*acting)}"
             )
         return found[0] if found else None
 
@@ -430,10 +438,21 @@ def _factor_plans(gauges: Sequence[Gauge], roles: _Roles) -> list[FactorPlan]:
             alike = [each for each in together if any(names & {*g.parameters} for g in each)]
             together = [each for each in together if each not in alike]
             together.append([*(g for each in alike for g in each), gauge])
+    offsets: dict[str, float] = {}
+    for gauge in (gauge for each in together for gauge in each):
+        for name in gauge.parameters:
+            if offsets.setdefault(name, gauge.offset) != gauge.offset:
+                raise ValueError(
+                    f"{gauge}: of {name!r} {gauge.offset:g} more is scaled, and {offsets[name]:g}"
+                    f" more by another gauge. Of these, {without(gauge)}"
+                )
     return [
         FactorPlan(
             tuple(each),
-            tuple(roles.of(n, None) for n in dict.fromkeys(n for g in each for n in g.parameters)),
+            tuple(
+                roles.of(n, None, offsets[n])
+                for n in dict.fromkeys(n for g in each for n in g.parameters)
+            ),
         )
         for each in together
     ]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import singledispatch
 from typing import Any, NamedTuple
@@ -24,7 +24,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ddc.slt.zeros import mean_of_stream
+from ddc.gauges import Gauge
+from ddc.slt.zeros import (
+    MEAN_OF_LOGITS,
+    Nulls,
+    Zeros,
+    after_layer_norm,
+    mean_of_stream,
+    sums_to_zero,
+    zeros_of_gauge,
+)
 
 #: Observables of a layer, in the order of tables: what is read, and whether it is a second moment
 #: of a single direction (so that its slope is 2(k - 1)), the root of one, or a log-volume.
@@ -43,16 +52,6 @@ Score = Callable[[Tensor, Tensor, int], Tensor]
 Batches = Sequence[tuple[Tensor, Tensor]]
 
 
-class Zeros(NamedTuple):
-    """Exact zeros of a second moment: a null vector, or a bound on its rank, with the reason in
-    words.
-    """
-
-    reason: str
-    vector: Tensor | None = None
-    rank: int | None = None
-
-
 @dataclass(frozen=True)
 class Layer:
     """A place where a network is observed.
@@ -68,6 +67,8 @@ class Layer:
         activation_rank, gradient_rank: bounds that follow from the architecture.
         pooled: what follows reads one vector a sample, a mean over positions or a single position:
             so D has no more directions than the probe has samples.
+        gauges: of the model, that say which zeros the module's weight has at any weights
+            (:func:`ddc.slt.zeros.zeros_of_gauge`).
     """
 
     name: str
@@ -77,6 +78,7 @@ class Layer:
     activation_rank: int | None = None
     gradient_rank: int | None = None
     pooled: bool = False
+    gauges: tuple[Gauge, ...] = ()
 
     def __post_init__(self) -> None:
         if self.reads not in ("input", "output"):
@@ -142,23 +144,37 @@ def _(model: nn.Sequential) -> list[Layer]:
     return layers
 
 
-def named_layers(model: nn.Module, names: Iterable[str]) -> list[Layer]:
+def named_layers(
+    model: nn.Module, names: Iterable[str], gauges: Iterable[Gauge] = ()
+) -> list[Layer]:
     """Layers for the modules of these names: linear maps are read at their input, all else at the
     output.
+
+    Args:
+        model: any.
+        names: as in ``model.named_modules()``.
+        gauges: of this model, as ``find_gauges(model, inputs=inputs, kinds="complete")`` returns
+            them: what they say is an exact zero of a linear map or an embedding is removed.
+            Without, as where a model cannot be traced, what is removed is what the operations
+            beside a module say: a LayerNorm just before, a softmax of its outputs.
 
     Raises:
         ValueError: a module that does not exist.
     """
     modules = dict(model.named_modules())
+    params = dict(model.named_parameters())
+    of_weight: dict[str, list[Gauge]] = {}
+    for gauge in gauges:
+        if (nulls := zeros_of_gauge(gauge, params)) is not None:
+            of_weight.setdefault(nulls.weight, []).append(gauge)
     layers = []
     for name in names:
         if name not in modules:
             close = [other for other in modules if name.split(".")[-1] in other][:5]
             hint = f"; there are {', '.join(close)}" if close else ""
             raise ValueError(f"no module {name!r} in {type(model).__name__}{hint}")
-        layers.append(
-            Layer(name, name, "input" if isinstance(modules[name], nn.Linear) else "output")
-        )
+        reads = "input" if isinstance(modules[name], nn.Linear) else "output"
+        layers.append(Layer(name, name, reads, gauges=tuple(of_weight.get(f"{name}.weight", ()))))
     return layers
 
 
@@ -348,6 +364,8 @@ def accumulate(
 ) -> list[Moments]:
     """Second moments of all layers over the probe; arguments and errors as for :func:`observe`."""
     moments: list[Moments | None] = [None] * len(layers)
+    params = dict(model.named_parameters())
+    told = [nulls_of(layer, params) for layer in layers]
     for index, (inputs, targets) in enumerate(batches):
         with torch.enable_grad(), observed(model, layers) as calls:
             outputs = model(inputs)
@@ -371,18 +389,10 @@ def accumulate(
                         f"layer {layer.name}: the model's outputs do not depend on its output"
                     )
                 softmax = call.output is outputs and sums_to_zero(output_gradient)
-                moments[i] = add(moments[i], layer, call, gradient, softmax)
+                moments[i] = add(moments[i], layer, call, gradient, softmax, told[i])
     if any(m is None for m in moments):
         raise ValueError("the probe has no batches")
     return [m for m in moments if m is not None]
-
-
-def sums_to_zero(gradient: Tensor) -> bool:
-    """Every row of a score sums to zero up to rounding: so it is with a softmax, blind to the mean
-    of its logits.
-    """
-    rounding = 16 * torch.finfo(gradient.dtype).eps * gradient.abs().sum(-1)
-    return bool((gradient.sum(-1).abs() <= rounding).all())
 
 
 class Call(NamedTuple):
@@ -461,19 +471,42 @@ def check_untouched(layers: Sequence[Layer], calls: Sequence[Sequence[Call]]) ->
                 )
 
 
+def nulls_of(layer: Layer, params: Mapping[str, Tensor]) -> list[Nulls]:
+    """What the gauges of a layer say about its moments, at these weights."""
+    said = (zeros_of_gauge(gauge, params) for gauge in layer.gauges)
+    return [nulls for nulls in said if nulls is not None]
+
+
 def add(
-    moments: Moments | None, layer: Layer, call: Call, gradient: Tensor, softmax: bool
+    moments: Moments | None,
+    layer: Layer,
+    call: Call,
+    gradient: Tensor,
+    softmax: bool,
+    told: Sequence[Nulls],
 ) -> Moments:
     """Add one call's activations and gradients to the moments."""
     # rows of X and D; behind a LayerNorm X is taken without the shift
     x, d = (t.flatten(0, -2).double() for t in (call.activation, gradient))
-    if call.after is not None and call.after.bias is not None:
-        x = x - call.after.bias.detach().double()
+    norm = call.after
+    behind = [nulls for nulls in told if nulls.activation and layer.reads == "input"]
+    shift: Tensor | None = None
+    if norm is not None:
+        shift = norm.bias
+    elif behind:  # a norm that is no module of torch, say
+        shift = behind[0].shift
+    if shift is not None:
+        x = x - shift.detach().double()
     # the first call says what is zero by construction
     if moments is None:
-        ones = layer.gradient_ones or (
-            "softmax does not see the mean of the logits" if softmax else None
-        )
+        ones = layer.gradient_ones or (MEAN_OF_LOGITS if softmax else None)
+        gradient_zeros = [zero for nulls in told for zero in nulls.gradient][:1]  # the ones, all
+        if ones:
+            gradient_zeros = [Zeros(ones, vector=d.new_ones(d.shape[1]))]
+        activation_zeros = behind[0].activation if behind else []
+        if norm is not None:
+            scale = norm.weight if norm.elementwise_affine else None
+            activation_zeros = after_layer_norm(scale, x, x.shape[1])
         moments = Moments(
             activation=x.new_zeros(x.shape[1], x.shape[1]),
             gradient=d.new_zeros(d.shape[1], d.shape[1]),
@@ -485,8 +518,8 @@ def add(
                 if isinstance(call.module, nn.Embedding)
                 else None
             ),
-            activation_zeros=layer_norm_zeros(call.after),
-            gradient_zeros=[Zeros(ones, vector=d.new_ones(d.shape[1]))] if ones else [],
+            activation_zeros=activation_zeros,
+            gradient_zeros=gradient_zeros,
         )
     moments.activation.addmm_(x.T, x)
     moments.gradient.addmm_(d.T, d)
@@ -495,30 +528,6 @@ def add(
     if moments.seen is not None:
         moments.seen[call.inputs.flatten()] = True
     return moments
-
-
-def layer_norm_zeros(norm: nn.LayerNorm | None) -> list[Zeros]:
-    """gamma⁻¹ is an exact null vector of a LayerNorm's output less beta, which is gamma times what
-    has mean zero.
-
-    (An RMSNorm subtracts no mean and has none.) A gamma with zeros has more null vectors: the
-    channels at zero.
-    """
-    if norm is None:
-        return []
-    if not norm.elementwise_affine:
-        return [
-            Zeros(
-                "LayerNorm subtracts the mean",
-                vector=torch.ones(norm.normalized_shape, dtype=torch.float64),
-            )
-        ]
-    gamma = norm.weight.detach().double()
-    dead = gamma == 0
-    if dead.any():
-        units = torch.eye(len(gamma), dtype=torch.float64, device=gamma.device)[dead]
-        return [Zeros("a gamma at zero", vector=unit) for unit in units]
-    return [Zeros("gamma^-1 after a LayerNorm", vector=1 / gamma)]
 
 
 def rank_limits(layer: Layer, moments: Moments) -> list[Zeros]:
