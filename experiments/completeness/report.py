@@ -31,14 +31,16 @@ NOTE = (
 
 
 STEPS_HEAD = (
-    "| model | optimizer | left out | start | difference | way |",
-    "| --- | --- | --- | ---: | ---: | ---: |",
+    "| model | optimizer | left out | start | difference | of rounding | way |",
+    "| --- | --- | --- | ---: | ---: | ---: | ---: |",
 )
 STEPS_NOTE = (
     f"Two runs of {STEPS} steps in float64, at generic weights, the second from where a random"
     " element of the whole product group moves the first one's start (maps of condition numbers up"
-    " to 100): the largest difference of log-probabilities at the *start* and at the end, beside"
-    " the *way* that the first run went, the largest change of a log-probability. Under all exact"
+    " to 100): the largest difference of log-probabilities at the *start* and at the end. *Of"
+    " rounding*: the same of a run from the first one's start but for relative noise of 1e-15,"
+    " which training amplifies as it does any rounding. *Way*: how far the first run moves a"
+    " log-probability at most. Under all exact"
     " kinds that `respected` says the optimizer takes; *left out* is what was found and is refused,"
     " with rotations of heads in place of maps."
 )
@@ -66,10 +68,10 @@ def steps_table(records: Sequence[Record]) -> str:
     for record in records:
         names = f"{record['model']} | {record['optimizer']}"
         if "error" in record:
-            lines.append(f"| {names} | {record['error']} | – | – | – |")
+            lines.append(f"| {names} | {record['error']} | – | – | – | – |")
             continue
         left_out = ", ".join(f"`{kind}`" for kind in record["left_out"]) or "–"
-        numbers = " | ".join(f"{record[key]:.0e}" for key in ("start", "difference"))
+        numbers = " | ".join(f"{record[key]:.0e}" for key in ("start", "difference", "near"))
         lines.append(f"| {names} | {left_out} | {numbers} | {record['way']:.1f} |")
         for kind, reason in record["left_out"].items():
             reasons.setdefault((record["optimizer"], kind), (record["model"], reason))

@@ -1,7 +1,9 @@
 """Two runs from one orbit on every architecture, under all exact gauges that the optimizer takes.
 
 At generic weights in float64. The second run begins where a random element of the whole product
-group moves the first one's start; maps have condition numbers up to 100.
+group moves the first one's start; maps have condition numbers up to 100. A third begins at the
+first one's start but for noise of the size of rounding: what training makes of that, it makes of
+any rounding.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from experiments.completeness.report import STEPS
 
 #: Scales, and singular values of maps, lie within a factor of ten of 1.
 SPREAD = math.log(10)
+#: Of the third start, relative.
+ROUNDING = 1e-15
 LR, MUON_LR, DECAY = 3e-3, 0.02, 0.1
 Maker = Callable[[Any, Sequence[Gauge]], Optimizer]
 
@@ -96,18 +100,23 @@ def measure(name: str, optimizer: str) -> dict[str, Any]:
         parameter.data = generic(parameter.detach(), generator)
     other = copy.deepcopy(model)
     GaugeSet(kept.found).transform_(other, torch.Generator().manual_seed(2), SPREAD)
+    near = copy.deepcopy(model)
+    for parameter in near.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.data *= 1 + ROUNDING * noise
     at_start, moved = (logits_of(each, inputs).detach().log_softmax(-1) for each in (model, other))
-    ends = [
+    end, end_moved, end_near = (
         trained(each, inputs, make([*each.named_parameters()], kept.found), STEPS)
-        for each in (model, other)
-    ]
+        for each in (model, other, near)
+    )
     return {
         "model": name,
         "optimizer": optimizer,
         "taken": Counter(gauge.kind for gauge in kept),
         "left_out": {each.kind: each.reason for each in refused},
         "start": float((moved - at_start).abs().max()),
-        "difference": float((ends[0] - ends[1]).abs().max()),
-        "way": float((ends[0] - at_start).abs().max()),
+        "difference": float((end - end_moved).abs().max()),
+        "near": float((end - end_near).abs().max()),
+        "way": float((end - at_start).abs().max()),
         "seconds": time.perf_counter() - start,
     }
