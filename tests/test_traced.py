@@ -41,7 +41,7 @@ FOUND = {
     "ViT, ReLU": ALL | {"relu_rescale"},
     "ViT, SwiGLU": ALL | {"gated_rescale"},
     "ViT, packed SwiGLU": ALL | {"gated_rescale"},
-    "DeiT, distilled": ALL - {"logit_shift"},
+    "DeiT, distilled": ALL,
     "EVA-02 tiny": ALL | {"gated_rescale"},
     "EVA-02 base": ALL,
     "TransformerEncoderLayer, ReLU": {"relu_rescale", "value_rotation", "qk_rotation"},

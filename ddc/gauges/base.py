@@ -251,6 +251,19 @@ def named_parameters(model: nn.Module) -> dict[str, Tensor]:
     return {plain_name(name): parameter for name, parameter in unwrapped(model).named_parameters()}
 
 
+def frozen_tables(model: nn.Module) -> set[str]:
+    """Names of the weights of ``nn.Embedding`` that are not trained in a model that is: the sines
+    and cosines of RoFormer and Marian. While they stay so they are constants, like buffers.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return set()
+    return {
+        f"{plain_name(path)}.weight".lstrip(".")
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and not module.weight.requires_grad
+    }
+
+
 def plain_name(name: str) -> str:
     """A parameter's name without the mark of ``torch.compile`` on the modules that it compiled one
     by one.

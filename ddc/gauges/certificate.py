@@ -24,6 +24,7 @@ from ddc.gauges.base import (
     Gauge,
     approximate_kinds,
     first_line,
+    frozen_tables,
     is_fake,
     named_parameters,
     place_of,
@@ -203,10 +204,12 @@ class Jacobian:
                 " narrow model of the same architecture (the kinds of its gauges are the same)"
             )
         # a generic point
+        tables = frozen_tables(model)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for p in params.values():
-                p.data = generic(p.detach().clone(), generator)
+            for name, p in params.items():
+                if name not in tables:
+                    p.data = generic(p.detach().clone(), generator)
         for module in model.modules():
             if isinstance(module, nn.Embedding):  # its row has a derivative, which torch calls zero
                 module.padding_idx = None

@@ -15,6 +15,7 @@ from functools import singledispatch
 from torch import nn
 
 from ddc.gauges.base import unwrapped
+from ddc.gauges.heads import logits_of
 from ddc.gauges.packed import attention_parts
 from ddc.gauges.routing import gives_output, heads_of_matrices
 from ddc.gauges.trace import Inputs, NoValue, arguments, traced
@@ -60,8 +61,9 @@ def hidden_matrices(
     """The hidden matrices of a model, in its order.
 
     The model is traced on an example. Its linear maps are hidden but for the head, which gives the
-    output (as it is, capped, or as probabilities), and those that read the model's inputs as they
-    are; weights that are used twice are left out. Stacked experts are matrices each by itself.
+    output (as it is, capped, as probabilities, or averaged with that of other heads), and those
+    that read the model's inputs as they are; weights that are used twice are left out. Stacked
+    experts are matrices each by itself.
 
     Args:
         model: any model that ``torch.export`` traces.
@@ -87,10 +89,11 @@ def hidden_matrices(
             f" known ({error}). Name matrices and heads yourself:"
             " [HiddenMatrix('layers.0.query.weight', heads=8), ...]"
         ) from None
+    of_logits = logits_of(trace).heads
     maps = [
         (linear.node, linear.input, linear.weight)
         for linear in trace.linear_maps.values()
-        if not gives_output(trace, linear)
+        if linear not in of_logits and not gives_output(trace, linear)
     ]
     maps += [
         (experts.node, arguments(experts.node)[experts.argument], experts.weight)

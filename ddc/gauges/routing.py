@@ -17,6 +17,7 @@ from torch.fx import Node
 from ddc.gauges.attention import ATTENTION
 from ddc.gauges.base import named_parameters, unwrapped
 from ddc.gauges.double import InDouble
+from ddc.gauges.heads import logits_of
 from ddc.gauges.trace import (
     KEEPS,
     MOVES,
@@ -211,6 +212,7 @@ class _Reading:
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
+        self.heads = logits_of(trace).heads
         self.biases = {linear.output: linear.bias for linear in trace.linear_maps.values()}
 
     def role(self, name: str) -> ParameterRole:
@@ -269,7 +271,7 @@ class _Reading:
         return "scale" if does in ("mul", "mul_") else "other"
 
     def _of_map(self, linear: LinearMap) -> str:
-        if linear == self.trace.head:
+        if linear in self.heads:
             return "head"
         if not self.trace.depends_on_parameters(linear.input):
             return "input"

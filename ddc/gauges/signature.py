@@ -26,8 +26,11 @@ def signature(trace: Trace, start: Node, target: Node) -> str:
     lines: dict[str, str] = {}
 
     def number(node: Node) -> str:
-        # one that lends its type alone is not computed
-        return numbers.get(node) or f"like {value_of_any(node).dtype}"
+        # one that lends its type or shape alone is not computed
+        if node in numbers:
+            return numbers[node]
+        value = value_of_any(node)
+        return f"like {tuple(value.shape)} {value.dtype}"
 
     for node in sorted(trace.ancestors(target, [start]), key=trace.order.__getitem__):
         if node is start:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves, tree_map_only, tree_unflatten
 
-from ddc.gauges.base import first_line, is_split, place_of, plain_name
+from ddc.gauges.base import first_line, frozen_tables, is_split, place_of, plain_name
 from ddc.gauges.buffers import with_values
 from ddc.gauges.double import InDouble, Untouched, computing_device
 
@@ -64,8 +64,13 @@ MOVES = frozenset(
         "_unsafe_view",
         "roll",
         "flip",
+        "reshape_as",
+        "view_as",
+        "expand_as",
     ]
 )
+#: Operations on their first argument, of which the second lends its type or its shape alone.
+LENT = {"type_as": None, "reshape_as": "reshape", "view_as": "reshape", "expand_as": "expand"}
 #: Operations that change nothing but the type, or drop entries at random.
 KEEPS = frozenset(["to", "type_as", "dropout", "_to_copy", "float", "lift_fresh_copy"])
 #: Elementwise operations f with f(c x) = c f(x) for c > 0.
@@ -216,10 +221,10 @@ def arguments(node: Node) -> tuple[Any, ...]:
 
 
 def inputs(node: Node) -> list[Node]:
-    """The nodes from whose values that of a node is computed; not those that lend their type
-    alone.
+    """The nodes from whose values that of a node is computed; not those that lend their type or
+    shape alone.
     """
-    if operation(node) == "type_as":
+    if operation(node) in LENT:
         return [arguments(node)[0]]
     return node.all_input_nodes
 
@@ -495,6 +500,20 @@ class Trace:
         values.
         """
         return len(self.uses.get(name, ())) == 1 and name not in self.shared
+
+    @cached_property
+    def tables(self) -> set[Node]:
+        """Parameters that are no weights: tables that are not trained (:func:`frozen_tables`), of
+        which rows are taken, of positions say, that neither inputs nor weights choose.
+        """
+        frozen = frozen_tables(self.model)
+        variable = self.inputs | self.parameters.keys()
+        return {
+            node
+            for node, name in self.parameters.items()
+            if name in frozen
+            and all(self.ancestors(use) & variable == {node} for use in self.uses.get(name, ()))
+        }
 
     @cached_property
     def logits(self) -> Node:
@@ -920,8 +939,8 @@ class Trace:
                     raise NoValue(f"{each.name} is on the meta device and has no values")
             elif each.op == "get_attr":
                 given[each] = self.constant(each)
-            elif operation(each) == "type_as":
-                given[each] = given[inputs(each)[0]]
+            elif operation(each) in LENT:
+                given[each] = apply(each, given[inputs(each)[0]])
             else:
                 args, kwargs = torch.fx.node.map_arg(
                     (arguments(each), dict(each.kwargs)), given.__getitem__
@@ -961,7 +980,7 @@ class Trace:
                     return None
                 for argument in inputs(node):
                     if argument not in moving:
-                        if self.depends_on_parameters(argument):
+                        if self.ancestors(argument) & self.parameters.keys() - self.tables:
                             return None
                         if operation(node) == "index" and self.ancestors(argument) & self.inputs:
                             return None  # where to, the input says
@@ -1046,7 +1065,10 @@ def callable_of(node: Node) -> Any:
 
 
 def apply(node: Node, first: Any) -> Any:
-    """What a node does, done to another first argument."""
+    """What a node does, done to another first argument; its type is not lent."""
+    if (name := operation(node)) in LENT:
+        moved = LENT[name]
+        return getattr(first, moved)(value_of(node).shape) if moved else first
     return callable_of(node)(first, *arguments(node)[1:], **node.kwargs)
 
 

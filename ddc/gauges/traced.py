@@ -24,6 +24,7 @@ from ddc.gauges.actions import Axis, Chain, Rescale, RotatedAxis, Rotation, Shif
 from ddc.gauges.attention import ATTENTION, Attention, Read, attentions_of
 from ddc.gauges.base import Gauge, Refusal, axes_of
 from ddc.gauges.gauge_set import GaugeSet
+from ddc.gauges.heads import Logits, logits_of
 from ddc.gauges.parts import named_part, part_named
 from ddc.gauges.signature import signature
 from ddc.gauges.trace import (
@@ -36,6 +37,7 @@ from ddc.gauges.trace import (
     Trace,
     arguments,
     has_fixed_shape,
+    inputs,
     labels_of,
     last_axis,
     module_path,
@@ -605,12 +607,26 @@ class Finding:
         found = [maps[each] for each in self.trace.ancestors(node, stop=maps) if each in maps]
         return found[0] if len(found) == 1 else None
 
+    def _of_three_axes(self, node: Node) -> str:
+        """The name of the last weight of more than two axes (in, heads, entries) that is applied to
+        make an input of attention; empty if there is none.
+        """
+        before = self.trace.ancestors(node, stop=self.trace.linear_maps)
+        for each in sorted(before, key=self.trace.order.__getitem__, reverse=True):
+            if operation(each) in ("einsum", "tensordot", "matmul"):
+                for view in map(self.trace.parameter, inputs(each)):
+                    if view is not None and self.trace.tensors[view[0]].ndim > 2:
+                        return view[0]
+        return ""
+
     @once
     def _heads(self, read: Read | None, what: str) -> tuple[LinearMap, Heads]:
         """The linear map of what attention reads, and its heads, whose outputs go nowhere else."""
         if read is None:
             raise NotProved(f"its {what} meet otherwise than in one product of heads")
         linear = self.origin(read.value)
+        if weight := self._of_three_axes(read.value):
+            raise NotProved(f"its {what} are a product with {weight}, a weight of three axes")
         if linear is None:
             raise NotProved(f"its {what} do not come from one linear map")
         self.require_single([linear.weight])
@@ -826,43 +842,62 @@ class Finding:
     # logit shift
 
     def logit_shift(self) -> None:
-        """The same vector added to all rows of the linear map that gives the logits."""
-        linear = self.trace.head
-        where = "output" if linear is None else owner(linear.weight)
+        """The same vector added to all rows of a linear map that gives the logits, or of each of
+        those whose outputs are added or averaged to them.
+        """
+        logits = logits_of(self.trace)
+        maps: dict[str, list[LinearMap]] = defaultdict(list)
+        for linear in logits.heads:
+            maps[linear.weight].append(linear)
         try:
-            if linear is None:
-                raise NotProved(
-                    f"{self.describe(self.trace.logits)}, which gives the output, is not a"
-                    " linear map"
-                )
-            self.require_softmax(linear)
-            if linear.rows != 0 or not self.trace.used_once(linear.weight):
-                embedding = any(
-                    operation(use) == "embedding" for use in self.trace.uses[linear.weight]
-                )
-                raise NotProved(
-                    "the head is tied to the embedding"
-                    if embedding
-                    else "the head is used more than once"
-                )
-            if linear.bias_node is not None and linear.bias is None:
-                raise NotProved("its bias is not a parameter of its own")
-            if linear.bias is not None:
-                self.require_single([linear.bias])
+            if logits.stops and (not maps or self.loss != "cross_entropy"):
+                stop = self.describe(logits.stops[-1])
+                if logits.stops[-1] in logits.given:
+                    raise NotProved(f"{stop}, which gives the output, is not a linear map")
+                raise NotProved(f"{stop}, of which the output is made, is not a linear map")
+            self.require_softmax(*logits.heads)
         except NotProved as reason:
+            heads = {owner(name) for name in maps}
+            where = heads.pop() if len(heads) == 1 else "output"
             self.refused.append(Refusal("logit_shift", where, str(reason)))
-        else:
-            assert linear is not None
-            self.found.append(Shift(linear.weight, linear.bias, where=where))
+            return
+        for name, uses in maps.items():
+            try:
+                self.found.append(self.head_shift(name, uses, logits))
+            except NotProved as reason:
+                self.refused.append(Refusal("logit_shift", owner(name), str(reason)))
 
-    def require_softmax(self, head: LinearMap) -> None:
-        """The loss is softmax cross-entropy of the logits: the caller says so, or no sign speaks
-        against it.
+    def head_shift(self, name: str, uses: Sequence[LinearMap], logits: Logits) -> Shift:
+        """The shift of one head, all of whose outputs go to the logits and nowhere else."""
+        nodes = {linear.node for linear in uses}
+        others = [use for use in self.trace.uses[name] if use not in nodes]
+        if any(operation(use) == "embedding" for use in others):
+            raise NotProved("the head is tied to the embedding")
+        if any(linear.rows != 0 for linear in uses) or others or name in self.trace.shared:
+            raise NotProved("the head is used more than once")
+        if any(linear.bias_node is not None and linear.bias is None for linear in uses):
+            raise NotProved("its bias is not a parameter of its own")
+        (bias, *more) = dict.fromkeys(linear.bias for linear in uses)
+        if more:
+            raise NotProved("it is used with different biases")
+        if bias is not None:
+            adds = nodes | {linear.output for linear in uses}
+            if bias in self.trace.shared or not adds.issuperset(self.trace.uses[bias]):
+                self.require_single([bias])
+                raise NotProved("its bias is used more than once")
+        for linear in uses:
+            if (reader := logits.reader_beside(linear)) is not None:
+                raise NotProved(f"what it gives is read by {self.describe(reader)} as well")
+        return Shift(name, bias, where=owner(name))
+
+    def require_softmax(self, *heads: LinearMap) -> None:
+        """The loss is softmax cross-entropy of the logits that heads give: the caller says so, or
+        no sign speaks against it.
 
         Raises:
             NotProved: one output, a loss of another kind, or signs of one.
         """
-        if value_of(head.output).shape[-1] == 1:
+        if value_of(heads[0].output).shape[-1] == 1:
             raise NotProved(
                 "it has one output, which a softmax makes constant: its loss is another one"
             )
@@ -878,7 +913,9 @@ class Finding:
             raise NotProved(problem + ask)
         if (name := self.trace.output_name(self.trace.logits)) and name != "logits":
             raise NotProved(f"the output is called {name!r}, not logits{ask}")
-        related = self.trace.ancestors(head.output) | self.trace.descendants(head.output)
+        related: set[Node] = set()
+        for head in heads:
+            related |= self.trace.ancestors(head.output) | self.trace.descendants(head.output)
         if any(
             each not in related and self.trace.depends_on_parameters(each)
             for each in self.trace.outputs

@@ -25,6 +25,7 @@ from ddc.gauges.base import (
     Gauge,
     Refusal,
     first_line,
+    frozen_tables,
     is_fake,
     is_split,
     named_parameters,
@@ -87,7 +88,8 @@ class Subject:
     Args:
         model: left as it is.
         args, kwargs: example inputs.
-        weights: by parameter, in float64, what to run it with in place of generic ones.
+        weights: by parameter, in float64, what to run it with in place of generic ones; tables
+            that are not trained keep their own values.
 
     Attributes:
         weights: stand-ins for the parameters, by their place in memory.
@@ -109,9 +111,12 @@ class Subject:
         generator = torch.Generator().manual_seed(0)
         self.weights: dict[object, Tensor] = {}
         self.writes = False  # whether its forward pass changes weights
+        tables = frozen_tables(model)
         for name, p in self.params.items():  # tied ones are one, however they are tied
             if place_of(p) not in self.weights:
                 given = None if weights is None else weights[name]
+                if given is None and name in tables:
+                    given = double(p.detach()).clone()
                 self.weights[place_of(p)] = (
                     generic(p.detach(), generator) if given is None else given
                 )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddc.gauges import is_split
 from ddc.optim.lift import Lift
 
 
@@ -53,8 +54,14 @@ def clip_grad_norm_(optimizer: Any, max_norm: float) -> Tensor:
     """
     lift = lift_of(optimizer)
     norm = lift.grad_norm()
-    parameters = [param for group in lift.param_groups for param in group["params"]]
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    # torch scales no list of whole parameters and split ones, or of several meshes
+    alike: dict[object, list[Tensor]] = {}
+    for group in lift.param_groups:
+        for param in group["params"]:
+            mesh = param.device_mesh if is_split(param) else None
+            alike.setdefault(mesh, []).append(param)
+    for params in alike.values():
+        torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
     return norm
 
 

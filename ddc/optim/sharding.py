@@ -281,14 +281,21 @@ def check_split_alike(params: Iterable[tuple[str, Tensor]]) -> None:
     """Raise ValueError unless these parameters, which gauges link, are all whole or all split over
     the same ranks.
     """
+
+    def how(param: Tensor) -> str:
+        shards = shards_of(param)
+        if isinstance(shards, Shards):
+            return f"split over {shards.ranks} ranks"
+        return "whole on each rank"
+
     (first, param), *others = params
     group = shards_of(param).group
     for name, other in others:
         if shards_of(other).group is not group:
             raise ValueError(
-                f"{first!r} and {name!r} are linked by gauges, and not split over the same ranks."
-                " Shard all parameters of a gauge over one mesh, or none of them, or leave the"
-                " gauge out"
+                f"{first!r} and {name!r} are linked by gauges, and not split over the same ranks:"
+                f" {first!r} is {how(param)}, {name!r} is {how(other)}. Shard all parameters of a"
+                " gauge over one mesh, or none of them, or leave the gauge out"
             )
 
 
