@@ -11,6 +11,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,27 +60,29 @@ def main(arguments: Sequence[str] = ()) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="*", default=tuple(ARCHITECTURES), help="some of them")
-    chosen = parser.parse_args(arguments).only
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the records")
+    options = parser.parse_args(arguments)
+    chosen, output = options.only, options.output
+    output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    add_missing("records.jsonl", measure, [(name,) for name in chosen])
+    add_missing(output / "records.jsonl", measure, [(name,) for name in chosen])
     pairs = [(name, optimizer) for name in chosen for optimizer in steps.OPTIMIZERS]
-    add_missing("steps.jsonl", steps.measure, pairs)
+    add_missing(output / "steps.jsonl", steps.measure, pairs)
 
 
 def add_missing(
-    file: str, measure: Callable[..., dict[str, Any]], wanted: Sequence[tuple[str, ...]]
+    path: Path, measure: Callable[..., dict[str, Any]], wanted: Sequence[tuple[str, ...]]
 ) -> None:
     """Append a record of each architecture, and optimizer, that has none, in the order of
     :data:`ARCHITECTURES`.
     """
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    records, about = Records(RESULTS / file), provenance()
+    records, about = Records(path), provenance()
     kept = read_lines(records.path) if records.path.exists() else []
     kept = [each for each in kept if "error" not in each]
     done = {named(each) for each in kept}
     keep(records, kept)
-    for names in track([each for each in wanted if each not in done], file):
+    for names in track([each for each in wanted if each not in done], path.stem):
         try:
             record = measure(*names)
         except Exception as error:  # one that cannot be measured says why, and stops no other
