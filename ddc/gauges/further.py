@@ -128,7 +128,12 @@ class Further:
             if operation(node) == "batch_norm":
                 where = module_path(node) or "batch_norm"
                 yield "channel_scale", where, partial(self.channel_scale, node, where)
-        for stream in streams(self.trace):
+        found = streams(self.trace)
+        inside = {node for stream in found for node in stream.nodes}
+        for node in self.trace.graph.nodes:
+            if node not in inside and len(terms := self._shifts(node)) > 1:
+                yield "translation", owner(terms[0].parameter), partial(self.translation, terms)
+        for stream in found:
             where = self.place(stream)
             yield "stream_rotation", where, partial(self.stream_rotation, stream)
             yield "stream_mean", where, partial(self.stream_mean, stream)
@@ -675,6 +680,34 @@ class Further:
                 waiting += inputs(each)
             elif operation(each) in MOVES | KEEPS and not drops(each):
                 waiting.append(arguments(each)[0])
+        return terms
+
+    def _shifts(self, node: Node) -> list[Translated]:
+        """Shifts of BatchNorms and biases of convolutions that are added up to a node, channel by
+        channel, before anything reads them.
+        """
+        sums = ("add", "add_")
+        if operation(node) not in sums or any(operation(each) in sums for each in readers(node)):
+            return []
+        terms, waiting = [], [node]
+        while waiting:
+            each = waiting.pop()
+            if not isinstance(each.meta.get("val"), Tensor):
+                continue
+            if value_of(each).shape != value_of(node).shape:
+                continue  # what is broadcast
+            if each is not node and len(readers(each)) > 1:
+                continue
+            name = operation(each)
+            if name in sums and not each.kwargs:
+                waiting += inputs(each)
+            elif name == "batch_norm" or (
+                name in CONVOLUTIONS and value_of(each).ndim == int(name[-2]) + 2  # of a batch
+            ):
+                bias = (*arguments(each), None)[2]
+                view = self.trace.parameter(bias) if isinstance(bias, Node) else None
+                if view is not None and self.trace.used_once(view[0]):
+                    terms.append(Translated(view[0], 0))
         return terms
 
     def _may_move(self, name: str, node: Node) -> bool:

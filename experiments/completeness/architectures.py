@@ -137,5 +137,8 @@ ARCHITECTURES: dict[str, Callable[[], Made]] = {
     "ViT, ReLU": image("vit_tiny_patch16_224", **VIT, mlp_ratio=1, act_layer=nn.ReLU),
     "ViT, layer scale": image("vit_tiny_patch16_224", **VIT, mlp_ratio=1, init_values=0.5),
     "ViT, QK-norm": image("vit_tiny_patch16_224", **VIT, mlp_ratio=1, qk_norm=True),
+    "ResNet": image(
+        "resnet10t", channels=(4, 4, 4, 4), stem_width=2, stem_type="deep", replace_stem_pool=False
+    ),
     "ConvNeXt": image("convnext_atto", depths=(1, 1, 1, 1), dims=(4, 6, 6, 6)),
 }
