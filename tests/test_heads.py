@@ -148,6 +148,11 @@ FALSE: dict[str, tuple[Forward, set[str], str]] = {
         {"a"},
         "read by amax as well",
     ),
+    "a gate by class that is added as well": (
+        two(lambda m, y, z, h: (y[..., None, :] * (w := z[..., None])).mean(-2) + w.squeeze(-1)),
+        {"b"},
+        "read by mul as well",
+    ),
     "one given as well": (
         two(lambda m, y, z, h: (y + z, z)),
         {"b"},
@@ -204,6 +209,13 @@ def test_of_a_sum_with_something_else_the_caller_says_the_loss() -> None:
     assert change(model, (X.double(),), gauge) < 1e-9
 
 
+@pytest.mark.parametrize("bend", [torch.relu, torch.tanh], ids=["relu", "tanh"])
+def test_a_head_that_is_added_to_what_bends_it_has_no_shift(bend: Callable[..., Tensor]) -> None:
+    """Whatever the loss: what ends the way back to the heads reads one of them."""
+    model = Of(two(lambda m, y, z, h: y + bend(y) + z), **parts())
+    assert found(model, loss="cross_entropy") == {"b"}
+
+
 def test_one_head_read_twice() -> None:
     both = Of(lambda m, x: (m.a(m.s(x)) + m.a(m.t(x).tanh())) / 2, **parts())
     assert found(both) == {"a"}
@@ -248,6 +260,26 @@ def test_they_are_heads_to_optimizers_too() -> None:
     assert not names & {"a.weight", "b.weight"}
     roles = {role.parameter: role.role for role in parameter_roles(model, inputs=(X,))}
     assert roles["a.weight"] == roles["b.weight"] == "head"
+
+
+@pytest.mark.parametrize(
+    "first", [nn.Embedding(30, WIDTH), nn.Linear(5, WIDTH)], ids=["table", "map"]
+)
+def test_what_writes_to_a_stream_that_is_given_is_hidden(first: nn.Module) -> None:
+    """A transformer without norm and head at its end: what its blocks add up is no logits."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        stream = m.first(x)
+        stream = stream + m.a(F.layer_norm(m.b(stream), (WIDTH,)).relu())
+        return stream + m.c(F.layer_norm(m.d(stream), (WIDTH,)).relu())
+
+    model = Of(forward, first=first, **{each: linear() for each in "abcd"})
+    x = torch.randn(3, 6, 5) if isinstance(first, nn.Linear) else torch.randint(30, (3, 6))
+    hidden = {f"{each}.weight" for each in "abcd"}
+    assert {each.parameter for each in hidden_matrices(model, inputs=(x,))} == hidden
+    roles = {each.parameter: each.role for each in parameter_roles(model, inputs=(x,))}
+    assert {roles[each] for each in hidden} == {"hidden"}
+    assert roles["first.weight"] == ("input" if isinstance(first, nn.Linear) else "embedding")
 
 
 @pytest.mark.parametrize("optimizer", [DDCAdam, DDCMuon])

@@ -425,6 +425,29 @@ def test_the_mean_of_a_routers_outputs_is_removed() -> None:
     assert reading.gradient.smallest > 1e-6
 
 
+class Averaged(nn.Module):
+    """Two heads, whose logits are averaged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 4), nn.Linear(5, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.a(x) + self.b(x.tanh())) / 2
+
+
+def test_the_mean_of_heads_that_are_averaged_is_removed_where_the_score_is_of_a_softmax() -> None:
+    torch.manual_seed(0)
+    model, x = Averaged().double(), torch.randn(200, 5, dtype=torch.float64)
+    gauges = find_gauges(model, inputs=(x,), kinds=["logit_shift"], verify=False)
+    layers = named_layers(model, ["a", "b"], gauges)
+    for reading in observe(model, layers, [(x, x)], categorical_score(0)):
+        assert reading.gradient.removed == {MEAN_OF_LOGITS: 1}
+        assert reading.gradient.smallest > 1e-6
+    for reading in observe(model, layers, [(x, x)], gaussian_score(0)):
+        assert reading.gradient.removed == {}
+
+
 def test_zeros_that_are_no_gauge_are_removed_all_the_same() -> None:
     """A head that is tied has no shift, and one without a bias no shift of its rows: the moments
     have their null vectors, and no model need be traced.

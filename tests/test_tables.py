@@ -127,6 +127,16 @@ def test_a_linear_map_of_the_same_table_is_a_weight() -> None:
     assert "qk_rotation" not in rotations(find_gauges(model, inputs=(X,), verify=False))
 
 
+def test_a_table_in_the_memory_of_a_weight_is_no_constant() -> None:
+    """It changes with the weight, which is trained."""
+    model = Rotary(sines())
+    model.weight = nn.Parameter(torch.cat([sines(), torch.zeros(1, ENTRIES)]))
+    model.table.weight = nn.Parameter(model.weight.data[:-1], requires_grad=False)
+    forward = model.forward
+    model.forward = lambda x: forward(x) + (x[..., :ENTRIES] * model.weight[: x.shape[1]]).sum()
+    assert "qk_rotation" not in rotations(find_gauges(model, inputs=(X,), verify=False))
+
+
 @pytest.mark.parametrize("rotary_value", [False, True])
 def test_roformer(rotary_value: bool) -> None:
     transformers = pytest.importorskip("transformers")

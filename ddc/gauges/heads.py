@@ -45,12 +45,15 @@ class Logits:
         heads: the linear maps that they come from, each application once, in order.
         stops: where the way back ended at something else that the model's inputs decide.
         axes: the nodes on the way, heads' outputs included, with the axis of the classes.
+        passed: each node on the way with what of its arguments it passes on class by class; what it
+            takes otherwise, as a gate say, is not among them.
         given: the logits, and the same before a change of place or type.
     """
 
     heads: list[LinearMap] = field(default_factory=list)
     stops: list[Node] = field(default_factory=list)
     axes: dict[Node, int] = field(default_factory=dict)
+    passed: set[tuple[Node, Node]] = field(default_factory=set)
     given: set[Node] = field(default_factory=set)
 
     def reader_beside(self, head: LinearMap) -> Node | None:
@@ -63,12 +66,24 @@ class Logits:
             if node in self.given:
                 continue
             for reader in readers(node):
-                if reader not in self.axes:
+                if (node, reader) not in self.passed:
                     return reader
                 if reader not in seen:
                     seen.add(reader)
                     waiting.append(reader)
         return None
+
+
+def heads_of(trace: Trace) -> list[LinearMap]:
+    """The linear maps that are a model's heads, whatever its loss.
+
+    Where other things add up to the logits too, or read what a map adds, there are none: the maps
+    that write to a residual stream are not heads because the model gives that stream.
+    """
+    logits = logits_of(trace)
+    if logits.stops or any(logits.reader_beside(head) is not None for head in logits.heads):
+        return []
+    return logits.heads
 
 
 def logits_of(trace: Trace) -> Logits:
@@ -97,8 +112,11 @@ def logits_of(trace: Trace) -> Logits:
         if before is None:
             found.stops.append(node)
             continue
+        reader = node
         if operation(node) == "getitem":
-            found.axes[arguments(node)[0]] = axis
+            reader = arguments(node)[0]
+            found.passed.add((reader, node))
+        found.passed |= {(each, reader) for each, _ in before}
         waiting += before
     found.heads.sort(key=lambda linear: trace.order[linear.node])
     found.stops.sort(key=trace.order.__getitem__)

@@ -15,7 +15,7 @@ from functools import singledispatch
 from torch import nn
 
 from ddc.gauges.base import unwrapped
-from ddc.gauges.heads import logits_of
+from ddc.gauges.heads import heads_of
 from ddc.gauges.packed import attention_parts
 from ddc.gauges.routing import gives_output, heads_of_matrices
 from ddc.gauges.trace import Inputs, NoValue, arguments, traced
@@ -89,11 +89,11 @@ def hidden_matrices(
             f" known ({error}). Name matrices and heads yourself:"
             " [HiddenMatrix('layers.0.query.weight', heads=8), ...]"
         ) from None
-    of_logits = logits_of(trace).heads
+    of_output = heads_of(trace)
     maps = [
         (linear.node, linear.input, linear.weight)
         for linear in trace.linear_maps.values()
-        if linear not in of_logits and not gives_output(trace, linear)
+        if linear not in of_output and not gives_output(trace, linear)
     ]
     maps += [
         (experts.node, arguments(experts.node)[experts.argument], experts.weight)

@@ -17,7 +17,7 @@ from torch.fx import Node
 from ddc.gauges.attention import ATTENTION
 from ddc.gauges.base import named_parameters, unwrapped
 from ddc.gauges.double import InDouble
-from ddc.gauges.heads import logits_of
+from ddc.gauges.heads import heads_of
 from ddc.gauges.trace import (
     KEEPS,
     MOVES,
@@ -212,7 +212,7 @@ class _Reading:
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
-        self.heads = logits_of(trace).heads
+        self.heads = heads_of(trace)
         self.biases = {linear.output: linear.bias for linear in trace.linear_maps.values()}
 
     def role(self, name: str) -> ParameterRole:

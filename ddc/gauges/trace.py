@@ -504,9 +504,10 @@ class Trace:
     @cached_property
     def tables(self) -> set[Node]:
         """Parameters that are no weights: tables that are not trained (:func:`frozen_tables`), of
-        which rows are taken, of positions say, that neither inputs nor weights choose.
+        which rows are taken, of positions say, that neither inputs nor weights choose. What shares
+        its memory with other tensors may change with them.
         """
-        frozen = frozen_tables(self.model)
+        frozen = frozen_tables(self.model) - self.shared
         variable = self.inputs | self.parameters.keys()
         return {
             node

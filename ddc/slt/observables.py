@@ -154,9 +154,10 @@ def named_layers(
         model: any.
         names: as in ``model.named_modules()``.
         gauges: of this model, as ``find_gauges(model, inputs=inputs, kinds="complete")`` returns
-            them: what they say is an exact zero of a linear map or an embedding is removed.
-            Without, as where a model cannot be traced, what is removed is what the operations
-            beside a module say: a LayerNorm just before, a softmax of its outputs.
+            them: what they say is an exact zero of a linear map or an embedding is removed, of a
+            head (averaged with another, say) where the score is that of a softmax. Without, as
+            where a model cannot be traced, what is removed is what the operations beside a module
+            say: a LayerNorm just before, a softmax of its outputs.
 
     Raises:
         ValueError: a module that does not exist.
@@ -165,7 +166,9 @@ def named_layers(
     params = dict(model.named_parameters())
     of_weight: dict[str, list[Gauge]] = {}
     for gauge in gauges:
-        if (nulls := zeros_of_gauge(gauge, params)) is not None:
+        if gauge.kind == "logit_shift":  # of a head: whether it is a zero, the score says
+            of_weight.setdefault(gauge.parameters[0], []).append(gauge)
+        elif (nulls := zeros_of_gauge(gauge, params)) is not None:
             of_weight.setdefault(nulls.weight, []).append(gauge)
     layers = []
     for name in names:
@@ -388,7 +391,8 @@ def accumulate(
                     raise ValueError(
                         f"layer {layer.name}: the model's outputs do not depend on its output"
                     )
-                softmax = call.output is outputs and sums_to_zero(output_gradient)
+                head = call.output is outputs or any(g.kind == "logit_shift" for g in layer.gauges)
+                softmax = head and sums_to_zero(output_gradient)
                 moments[i] = add(moments[i], layer, call, gradient, softmax, told[i])
     if any(m is None for m in moments):
         raise ValueError("the probe has no batches")
