@@ -176,3 +176,29 @@ def test_weights_of_three_axes_are_named() -> None:
         f"its values are a product with transformer.layer.{i}.rel_attn.v, a weight of three axes"
         for i in range(2)
     }
+
+
+class Gated(nn.Module):
+    """What a table at zero, whose rows tokens choose, hides while it stays so."""
+
+    def __init__(self, always: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.gate = nn.Embedding(7, 4), nn.Embedding(7, 3)
+        nn.init.zeros_(self.gate.weight)
+        self.gate.requires_grad_(False)
+        self.up, self.down, self.always = nn.Linear(4, 6), nn.Linear(6, 3), always
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up(self.tokens(x))
+        y = self.down(up.relu())
+        if self.training or self.always:
+            y = y + self.gate(x) * up[..., :3].square()
+        return y
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_a_frozen_table_that_tokens_choose_is_moved_when_gauges_are_tried(always: bool) -> None:
+    tokens = torch.arange(10).reshape(2, 5) % 7
+    gauges = find_gauges(Gated(always), inputs=(tokens,))
+    assert "relu_rescale" not in {gauge.kind for gauge in gauges}

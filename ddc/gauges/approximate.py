@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ddc.gauges.base import KINDS, Gauge, first_line, frozen_tables
+from ddc.gauges.base import KINDS, Gauge, first_line
 from ddc.gauges.double import InDouble, double
 from ddc.gauges.gauge_set import GaugeSet
 from ddc.gauges.scales import Scale, Scaled
@@ -195,7 +195,7 @@ def changed(trace: Trace, gauge: Gauge, moved: bool) -> float:
         moved: whether weights are moved at random first.
     """
     generator = torch.Generator().manual_seed(0)
-    tables = frozen_tables(trace.model)
+    tables = {trace.parameters[node] for node in trace.tables}
     weights = {
         name: generic(p, generator) if moved and name not in tables else double(p).clone()
         for name in {*trace.parameters.values()}

@@ -24,7 +24,6 @@ from ddc.gauges.base import (
     Gauge,
     approximate_kinds,
     first_line,
-    frozen_tables,
     is_fake,
     named_parameters,
     place_of,
@@ -33,7 +32,7 @@ from ddc.gauges.base import (
 from ddc.gauges.discovery import find_gauges
 from ddc.gauges.double import InDouble, double
 from ddc.gauges.gauge_set import GaugeSet, gauges_of
-from ddc.gauges.trace import Inputs, example, running
+from ddc.gauges.trace import Inputs, constant_tables, example, running
 from ddc.gauges.verify import generic, tensors
 
 #: Models of more parameters are refused: the triangle of J would take gigabytes.
@@ -204,8 +203,9 @@ class Jacobian:
                 " narrow model of the same architecture (the kinds of its gauges are the same)"
             )
         # a generic point
-        tables = frozen_tables(model)
         generator = torch.Generator().manual_seed(seed)
+        given = inputs(generator) if callable(inputs) else inputs
+        tables = constant_tables(model, *example(model, given))
         with torch.no_grad():
             for name, p in params.items():
                 if name not in tables:

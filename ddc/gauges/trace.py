@@ -513,7 +513,8 @@ class Trace:
             node
             for node, name in self.parameters.items()
             if name in frozen
-            and all(self.ancestors(use) & variable == {node} for use in self.uses.get(name, ()))
+            and (uses := self.uses.get(name))
+            and all(self.ancestors(use) & variable == {node} for use in uses)
         }
 
     @cached_property
@@ -1209,6 +1210,18 @@ def traced(model: nn.Module, inputs: Inputs | None = None) -> Trace:
     """
     args, kwargs = example(model, inputs)
     return Trace(model, args, kwargs)
+
+
+def constant_tables(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> set[str]:
+    """Names of the parameters that are no weights (:attr:`Trace.tables`), on an example.
+
+    Raises:
+        ValueError: there are tables that may be some, and the model cannot be traced.
+    """
+    if not frozen_tables(model):
+        return set()
+    trace = Trace(model, args, kwargs)
+    return {trace.parameters[node] for node in trace.tables}
 
 
 def example(

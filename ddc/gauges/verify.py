@@ -25,7 +25,6 @@ from ddc.gauges.base import (
     Gauge,
     Refusal,
     first_line,
-    frozen_tables,
     is_fake,
     is_split,
     named_parameters,
@@ -33,7 +32,7 @@ from ddc.gauges.base import (
 )
 from ddc.gauges.double import InDouble, double
 from ddc.gauges.gauge_set import GaugeSet
-from ddc.gauges.trace import fill_caches, reachable, running
+from ddc.gauges.trace import constant_tables, fill_caches, reachable, running
 
 #: What a gauge may change, relative to what the same weights change when they are moved by as much
 #: off the gauge. It leaves room for rounding, which is 1e-15 to 1e-10 of that; a false gauge
@@ -88,8 +87,9 @@ class Subject:
     Args:
         model: left as it is.
         args, kwargs: example inputs.
-        weights: by parameter, in float64, what to run it with in place of generic ones; tables
-            that are not trained keep their own values.
+        weights: by parameter, in float64, what to run it with in place of generic ones.
+        constants: names of parameters that keep their own values
+            (:func:`ddc.gauges.trace.constant_tables`).
 
     Attributes:
         weights: stand-ins for the parameters, by their place in memory.
@@ -105,17 +105,17 @@ class Subject:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         weights: Mapping[str, Tensor] | None = None,
+        constants: Collection[str] = (),
     ) -> None:
         self.model = model
         self.params = named_parameters(model)
         generator = torch.Generator().manual_seed(0)
         self.weights: dict[object, Tensor] = {}
         self.writes = False  # whether its forward pass changes weights
-        tables = frozen_tables(model)
         for name, p in self.params.items():  # tied ones are one, however they are tied
             if place_of(p) not in self.weights:
                 given = None if weights is None else weights[name]
-                if given is None and name in tables:
+                if given is None and name in constants:
                     given = double(p.detach()).clone()
                 self.weights[place_of(p)] = (
                     generic(p.detach(), generator) if given is None else given
@@ -418,7 +418,7 @@ def verified(
     if not gauges.found:
         return gauges
     try:
-        subject = Subject(model, args, kwargs)
+        subject = Subject(model, args, kwargs, constants=constant_tables(model, args, kwargs))
         failing = subject.failing(gauges.found)
         if failing:
             subject.require_repeatable()

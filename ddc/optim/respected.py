@@ -69,10 +69,10 @@ def respected(make: Maker, params: Iterable[tuple[str, Tensor]], gauges: GaugeSe
         take([gauge for gauge in members if not contained(gauge, kept)])
     # what is refused beside a few may be taken beside all: a rotation of the stream needs the
     # shifts of the norms that read it
-    again = [*reasons]
-    reasons.clear()
-    for gauge in again:
-        take([gauge])
+    for gauge in [*reasons]:
+        if not taken([gauge]):
+            kept.append(gauge)
+            del reasons[gauge]
     left_out = (Refusal(gauge.kind, gauge.where, why) for gauge, why in reasons.items())
     found = tuple(gauge for gauge in gauges if gauge in kept)
     unchecked = {gauge: why for gauge, why in gauges.unchecked.items() if gauge in kept}
