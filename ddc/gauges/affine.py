@@ -198,12 +198,15 @@ class Translated(NamedTuple):
     ``axis`` is the one along which the vector lies: 1 adds it to every row of a matrix, 0 to every
     column, -1 to every filter of a convolution, which it is as long as. ``indices`` are those that
     it is added to, None for all; of a vector, ``axis`` None adds the same number to all entries.
+    ``places`` are the first and the end of those along the other axes, taken as one: the rows of a
+    head, or the positions of a table that some tokens have; None for all.
     """
 
     parameter: str
     axis: int | None
     rate: float = 1.0
     indices: tuple[int, ...] | None = None
+    places: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -231,8 +234,8 @@ class Translation(Gauge):
         return tuple(dict.fromkeys(slot.parameter for slot in self.slots))
 
     def dimension(self, params: Params) -> int:
-        name, axis, _, indices = self.slots[0]
-        return len(rows_of(params[name], axis)) if indices is None else len(indices)
+        slot = self.slots[0]
+        return len(coordinates(params[slot.parameter], slot)[1])
 
     def sample(self, params: Params, generator: torch.Generator, spread: float = 1.0) -> Tensor:
         drawn = torch.randn(self.dimension(params), generator=generator, dtype=torch.float64)
@@ -299,6 +302,8 @@ def coordinates(tensor: Tensor, slot: Translated) -> tuple[Tensor, Tensor]:
     moves.
     """
     rows = rows_of(tensor, slot.axis)
+    if slot.places is not None:
+        rows = rows[:, slice(*slot.places)]
     if slot.indices is None:
         return rows, torch.arange(len(rows), device=rows.device)
     return rows, torch.tensor(slot.indices, device=rows.device)

@@ -58,6 +58,7 @@ from ddc.gauges.traced import (
     NotProved,
     Source,
     heads_of,
+    met_heads,
     once,
     owner,
     proved,
@@ -140,6 +141,9 @@ class Further:
             for node in sorted(stream.nodes, key=self.trace.order.__getitem__):
                 if len(terms := self._terms(stream, node)) > 1:
                     yield "translation", where, partial(self.translation, terms)
+                for terms in self._parts(stream, node):
+                    if len(terms) > 1:
+                        yield "translation", where, partial(self.translation, terms)
             for norm in stream.norms:
                 at = module_path(norm.output) or "norm"
                 yield "reader_shift", at, partial(self.norms.reader_shift, norm)
@@ -365,28 +369,27 @@ class Further:
         offset, of_keys = (offset for _, offset, _ in sides)  # type: ignore[misc]
         if of_keys != offset:
             raise NotProved("different numbers are added to the scales of its queries and keys")
-        first = (q.planes[0], q.rest[0]), (k.planes[0], k.rest[0])
-        for heads, (planes, rest) in zip((q, k), first, strict=True):
-            same = all(each == planes for each in heads.planes)
-            if not same or any(each != rest for each in heads.rest):
-                raise NotProved("its heads take different entries of the scale")
-        (q_planes, q_rest), (k_planes, k_rest) = first
-        if q_planes.keys() != k_planes.keys() or q_rest.keys() != k_rest.keys():
+        units, planes, rest = met_heads(q, k), sorted(q.planes[0]), sorted(q.rest[0])
+        if any(sorted(each) != rest for each in (*q.rest, *k.rest)):
             raise NotProved("its queries and keys are turned in different planes")
-        gauges: list[Gauge] = []
-        for of_query, of_key in (
+        entries = (
             (
-                [q_planes[each] for each in sorted(q_planes)],
-                [k_planes[e] for e in sorted(k_planes)],
+                [[q.planes[head][each] for head in group] for _, group in units for each in planes],
+                [[k.planes[head][each]] for head, _ in units for each in planes],
             ),
-            ([(q_rest[e],) for e in sorted(q_rest)], [(k_rest[e],) for e in sorted(k_rest)]),
-        ):
-            if of_query:
-                plus = RotatedAxis(query, 0, np.array(of_query)[:, None])
-                minus = RotatedAxis(key, 0, np.array(of_key)[:, None])
-                gauges.append(
-                    General("qk_norm_scale", attention.where, (plus,), (minus,), "scale", offset)
-                )
+            (
+                [[(q.rest[head][each],) for head in group] for _, group in units for each in rest],
+                [[(k.rest[head][each],)] for head, _ in units for each in rest],
+            ),
+        )
+        gauges: list[Gauge] = []
+        for of_query, of_key in ((np.array(a), np.array(b)) for a, b in entries if a):
+            if any(len({*each.ravel().tolist()}) < each.size for each in (of_query, of_key)):
+                raise NotProved("its heads share some of the entries of a scale, but not all")
+            plus, minus = RotatedAxis(query, 0, of_query), RotatedAxis(key, 0, of_key)
+            gauges.append(
+                General("qk_norm_scale", attention.where, (plus,), (minus,), "scale", offset)
+            )
         return gauges
 
     def _scale_before(self, node: Node) -> tuple[str, float, Node] | None:
@@ -653,10 +656,14 @@ class Further:
             return []
         if len(users := readers(node)) == 1 and operation(users[0]) in ("add", "add_"):
             return []  # a part of a larger sum
-        terms, waiting = [], [node]
+        return self._collected(stream, inputs(node))
+
+    def _collected(self, stream: Stream, nodes: Sequence[Node]) -> list[Translated]:
+        """Tables and biases that are added up to some nodes, which nothing else reads."""
+        terms, waiting = [], [*nodes]
         while waiting:
             each = waiting.pop()
-            if len(readers(each)) > 1 and each is not node:
+            if len(readers(each)) > 1:
                 continue
             if each in stream.writers:
                 linear = self.trace.maps_by_output.get(each)
@@ -681,6 +688,37 @@ class Further:
             elif operation(each) in MOVES | KEEPS and not drops(each):
                 waiting.append(arguments(each)[0])
         return terms
+
+    def _parts(self, stream: Stream, node: Node) -> Iterator[list[Translated]]:
+        """Where tokens of several kinds, put side by side, are added to a table of positions: for
+        each kind its tables and biases, and the rows of the table that are added to it.
+        """
+        joined = [each for each in inputs(node) if operation(each) == "cat"]
+        tables = [each for each in inputs(node) if self.trace.parameter(each) is not None]
+        if operation(node) not in ("add", "add_") or (len(joined), len(tables)) != (1, 1):
+            return
+        (cat,), (table,) = joined, tables
+        view, shape = self.trace.parameter(table), value_of(table).shape
+        parts, *rest = arguments(cat)
+        along = (rest[0] if rest else 0) % value_of(cat).ndim
+        assert view is not None
+        if (
+            node.kwargs
+            or len(readers(cat)) > 1
+            or not self.trace.used_once(view[0])
+            or self.trace.tensors[view[0]].shape != shape
+            or len(shape) != value_of(cat).ndim
+            or along != len(shape) - 2
+            or any(size > 1 for size in shape[:-2])
+            or shape[-2:] != value_of(cat).shape[-2:]
+        ):
+            return
+        start = 0
+        for part in parts:
+            end = start + value_of(part).shape[along]
+            places = Translated(view[0], len(shape) - 1, places=(start, end))
+            yield [*self._collected(stream, [part]), places]
+            start = end
 
     def _shifts(self, node: Node) -> list[Translated]:
         """Shifts of BatchNorms and biases of convolutions that are added up to a node, channel by

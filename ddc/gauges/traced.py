@@ -752,24 +752,7 @@ class Finding:
         (query, q), (key_map, k) = (
             self._heads(read, what) for read, what in zip(reads, ("queries", "keys"), strict=True)
         )
-        kinds = {frozenset(planes) for planes in (*q.planes, *k.planes)}
-        if len(kinds) != 1:
-            raise NotProved("its queries and keys are turned in different planes")
-        # query heads by the key head that they meet; the same in each example
-        if len(q.rest) % len(k.rest):
-            raise NotProved("its key-value heads are not as many as its query heads, or a part")
-        repeated = len(q.rest) // len(k.rest)  # by attention itself
-        groups: dict[object, tuple[int, list[int]]] = {}
-        met = set()
-        for head in range(len(q.rest)):
-            key = head // repeated
-            _, members = groups.setdefault(k.entries(key), (key, []))
-            if (k.entries(key), q.entries(head)) not in met:
-                met.add((k.entries(key), q.entries(head)))
-                members.append(head)
-        if len({len(members) for _, members in groups.values()}) != 1:
-            raise NotProved("its key-value heads are read by different numbers of query heads")
-        units = list(groups.values())
+        units = met_heads(q, k)
         # turns of planes, and of what no position turns
         rotations = []
         if planes := sorted(q.planes[0]):
@@ -1023,6 +1006,32 @@ def numberings(blocks: Sequence[Hashable]) -> Iterator[Tensor]:
         for head in (torch.arange(count) % heads, torch.arange(count) // (count // heads)):
             if len({*zip(head.tolist(), blocks, strict=True)}) == heads:
                 yield head
+
+
+def met_heads(q: Heads, k: Heads) -> list[tuple[int, list[int]]]:
+    """Key heads, one of those with the same outputs, and the query heads that meet each of them,
+    one of those with the same outputs; the same in each example.
+
+    Raises:
+        NotProved: heads that are turned in different planes, or whose numbers do not match.
+    """
+    kinds = {frozenset(planes) for planes in (*q.planes, *k.planes)}
+    if len(kinds) != 1:
+        raise NotProved("its queries and keys are turned in different planes")
+    if len(q.rest) % len(k.rest):
+        raise NotProved("its key-value heads are not as many as its query heads, or a part")
+    repeated = len(q.rest) // len(k.rest)  # by attention itself
+    groups: dict[object, tuple[int, list[int]]] = {}
+    met = set()
+    for head in range(len(q.rest)):
+        key = head // repeated
+        _, members = groups.setdefault(k.entries(key), (key, []))
+        if (k.entries(key), q.entries(head)) not in met:
+            met.add((k.entries(key), q.entries(head)))
+            members.append(head)
+    if len({len(members) for _, members in groups.values()}) != 1:
+        raise NotProved("its key-value heads are read by different numbers of query heads")
+    return [*groups.values()]
 
 
 def heads_of(entering: Entering, what: str) -> Heads:
