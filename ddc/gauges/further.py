@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from itertools import chain, pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,11 +32,12 @@ from ddc.gauges.attention import ATTENTION, Attention, Read, product_of, softmax
 from ddc.gauges.base import Gauge, Refusal, approximate_kinds, paper_kinds
 from ddc.gauges.gauge_set import GaugeSet
 from ddc.gauges.norms import NormReaders, bias_of, columns_of, require_passed_on
-from ddc.gauges.stream import Stream, carries, patches_of, streams
+from ddc.gauges.stream import Norm, Stream, carries, patches_of, streams
 from ddc.gauges.trace import (
     KEEPS,
     MOVES,
     Arrival,
+    Entering,
     Flow,
     LinearMap,
     NoValue,
@@ -146,6 +148,8 @@ class Further:
                         yield "translation", where, partial(self.translation, terms)
             for norm in stream.norms:
                 at = module_path(norm.output) or "norm"
+                if stream.faults and norm.centres:
+                    yield "stream_mean", at, partial(self.means_of_heads, norm)
                 yield "reader_shift", at, partial(self.norms.reader_shift, norm)
                 yield "norm_shift", at, partial(self.norms.norm_shift, norm)
 
@@ -319,6 +323,9 @@ class Further:
         """A constant added to all keys adds the same to all scores of a query, if no position turns
         it.
         """
+        if (read := attention.key) is not None and (side := self._scale_before(read.value)):
+            names, _, scaled = side
+            return self._key_shift(attention, read, names[1:], scaled)
         for gauge in self.qk_map(attention):
             for slot in gauge.plus if gauge.group == "all" else ():
                 if self.trace.tensors[slot.parameter].ndim == 1:
@@ -330,16 +337,43 @@ class Further:
                     return [Translation("key_bias", attention.where, (moved,))]
         return []
 
-    def _require_alike(self, read: Read, what: str, factors: bool = False) -> None:
+    def _key_shift(
+        self, attention: Attention, read: Read, shifts: Sequence[str], scaled: Node
+    ) -> list[Gauge]:
+        """The shift of a norm of keys, if there is one."""
+        if not shifts:
+            raise NotProved("the norm of its keys has no shift")
+        self.finding.require_single(shifts)
+        if any(heads_of(self._behind_norm(scaled, read, "keys"), "keys").planes):
+            raise NotProved("its keys are turned by position")
+        self._require_alike(read, "keys", factors=True, source=scaled)
+        self._require_softmax_of_scores(attention)
+        return [Translation("key_bias", attention.where, (Translated(shifts[0], 0),))]
+
+    def _behind_norm(self, scaled: Node, read: Read, what: str) -> Entering:
+        """How what a norm of queries or keys gives enters attention, where alone it goes."""
+        if self.trace.leak(scaled, range(value_of(scaled).shape[-1]), read.node, read.argument):
+            raise NotProved(f"its {what} are read elsewhere as well")
+        entering = self.trace.matrix(scaled, read.value, read.order)
+        if entering is None:
+            raise NotProved(f"its {what} pass through what is not linear behind their norm")
+        return entering
+
+    def _require_alike(
+        self, read: Read, what: str, factors: bool = False, source: Node | None = None
+    ) -> None:
         """What is added to all values or keys arrives at attention as it is, at every position and
-        on any input; with ``factors``, but for numbers that no input decides.
+        on any input; with ``factors``, but for numbers that no input decides. ``source`` gives
+        them, if it is no linear map.
         """
         target = read.value
-        source = self.finding.origin(target)
-        assert source is not None
-        between = self.trace.ancestors(target, [source.output])
-        moving = between & {source.output, *self.trace.descendants(source.output)}
-        for each in moving - {source.output}:
+        if source is None:
+            linear = self.finding.origin(target)
+            assert linear is not None
+            source = linear.output
+        between = self.trace.ancestors(target, [source])
+        moving = between & {source, *self.trace.descendants(source)}
+        for each in moving - {source}:
             others = [x for x in inputs(each) if x not in moving]
             moved = operation(each) in MOVES | KEEPS | {"getitem"}
             known = factors and operation(each) not in ("cat", "stack")
@@ -357,15 +391,10 @@ class Further:
         if None in sides or len(reads) < 2:
             return []
         turned = []
-        for (name, _, scaled), read, what in zip(sides, reads, ("queries", "keys"), strict=True):  # type: ignore[misc]
-            self.finding.require_single([name])
-            if self.trace.leak(scaled, range(value_of(scaled).shape[-1]), read.node, read.argument):
-                raise NotProved(f"its {what} are read elsewhere as well")
-            matrix = self.trace.matrix(scaled, read.value, read.order)
-            if matrix is None:
-                raise NotProved(f"its {what} pass through what is not linear behind their norm")
-            turned.append((name, heads_of(matrix, what)))
-        (query, q), (key, k) = turned
+        for (names, _, scaled), read, what in zip(sides, reads, ("queries", "keys"), strict=True):  # type: ignore[misc]
+            self.finding.require_single(names)
+            turned.append((names, heads_of(self._behind_norm(scaled, read, what), what)))
+        (queries, q), (keys, k) = turned
         offset, of_keys = (offset for _, offset, _ in sides)  # type: ignore[misc]
         if of_keys != offset:
             raise NotProved("different numbers are added to the scales of its queries and keys")
@@ -386,31 +415,35 @@ class Further:
         for of_query, of_key in ((np.array(a), np.array(b)) for a, b in entries if a):
             if any(len({*each.ravel().tolist()}) < each.size for each in (of_query, of_key)):
                 raise NotProved("its heads share some of the entries of a scale, but not all")
-            plus, minus = RotatedAxis(query, 0, of_query), RotatedAxis(key, 0, of_key)
-            gauges.append(
-                General("qk_norm_scale", attention.where, (plus,), (minus,), "scale", offset)
-            )
+            plus = tuple(RotatedAxis(name, 0, of_query) for name in queries)
+            minus = tuple(RotatedAxis(name, 0, of_key) for name in keys)
+            gauges.append(General("qk_norm_scale", attention.where, plus, minus, "scale", offset))
         return gauges
 
-    def _scale_before(self, node: Node) -> tuple[str, float, Node] | None:
-        """The scale that entries of heads were last multiplied by, what is added to it before, and
-        the node that it gives.
+    def _scale_before(self, node: Node) -> tuple[list[str], float, Node] | None:
+        """The scale that entries of heads were last multiplied by, and the shift that the same
+        operation adds, if any; what is added to the scale before; and the node that it gives.
         """
         between = sorted(self.trace.ancestors(node), key=self.trace.order.__getitem__, reverse=True)
         for each in between:
             if each in self.trace.linear_maps:
                 return None
             name, factors = operation(each), arguments(each)
-            if name == "rms_norm":
-                factors = tuple(x for x in factors[2:3] if isinstance(x, Node))
+            shifts: tuple[Any, ...] = ()
+            if name in ("rms_norm", "layer_norm"):
+                factors, shifts = (
+                    tuple(x for x in part if isinstance(x, Node))
+                    for part in (factors[2:3], factors[3:4])
+                )
             elif name != "mul":
                 continue
             for factor, offset in map(self.finding.without_number, factors):
-                if self.finding.is_vector(factor, each):
-                    view = self.trace.parameter(factor)
-                    assert view is not None
-                    return view[0], offset, each
-            if name == "rms_norm" and factors:
+                vectors = [factor, *shifts]
+                if all(self.finding.is_vector(x, each) for x in vectors):
+                    views = [self.trace.parameter(x) for x in vectors]
+                    names = [view[0] for view in views if view is not None]
+                    return (names, offset, each) if not (offset and shifts) else None
+            if name != "mul" and factors:
                 return None
         return None
 
@@ -605,6 +638,41 @@ class Further:
             else:
                 slot = Translated(name, max(others, key=shape.__getitem__) if others else None)
             gauges.append(Translation("stream_mean", owner(name) or name, (slot,)))
+        return gauges
+
+    def means_of_heads(self, norm: Norm) -> list[Gauge]:
+        """The means of those outputs of a linear map that a LayerNorm reads as one vector each: the
+        queries of a head, say.
+        """
+        moves, node = list[Node](), norm.input
+        while node not in self.trace.maps_by_output:
+            moves.append(node)
+            taken = operation(node) == "getitem" and operation(arguments(node)[0]) in MOVES
+            if not taken and (operation(node) not in MOVES | KEEPS or drops(node)):
+                raise NotProved(f"{operation(node)} gives what {module_path(norm.output)} norms")
+            if inputs(node) != [arguments(node)[0]]:
+                raise NotProved(f"{operation(node)} goes by other values")
+            node = arguments(node)[0]
+        linear, labels = self.trace.maps_by_output[node], labels_of(node)
+        for move in reversed(moves):
+            labels = apply(move, labels)
+        vectors = labels.flatten(0, -2).unique(dim=0).sort(1).values
+        if len(vectors.unique()) < vectors.numel() or bool((vectors.diff(dim=1) != 1).any()):
+            raise NotProved("outputs of one vector do not lie side by side, or are in several")
+        self.finding.require_single([linear.weight])
+        if len(norm.inside) > 1 or self.trace.leak(
+            linear, vectors.flatten().tolist(), norm.output, 0
+        ):
+            raise NotProved("what it norms is read elsewhere as well")
+        if self.trace.tensors[linear.weight].ndim != 2:
+            raise NotProved("the weights of what it norms are stacked")
+        gauges: list[Gauge] = []
+        for vector in vectors.tolist():
+            places, where = (vector[0], vector[-1] + 1), owner(linear.weight)
+            slots = [Translated(linear.weight, 1 - linear.rows, places=places)]
+            if linear.bias is not None and self.trace.used_once(linear.bias):
+                slots.append(Translated(linear.bias, None, places=places))
+            gauges += [Translation("stream_mean", where, (slot,)) for slot in slots]
         return gauges
 
     def require_sound(self, stream: Stream) -> None:
