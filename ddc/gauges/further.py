@@ -148,8 +148,8 @@ class Further:
                         yield "translation", where, partial(self.translation, terms)
             for norm in stream.norms:
                 at = module_path(norm.output) or "norm"
-                if stream.faults and norm.centres:
-                    yield "stream_mean", at, partial(self.means_of_heads, norm)
+                if stream.faults and norm.centres and (normed := self._normed(norm)):
+                    yield "stream_mean", at, partial(self.means_of_heads, norm, *normed)
                 yield "reader_shift", at, partial(self.norms.reader_shift, norm)
                 yield "norm_shift", at, partial(self.norms.norm_shift, norm)
 
@@ -468,7 +468,7 @@ class Further:
         """
         found: list[tuple[Node, Tensor]] = []
         for user in readers(node):
-            keeps = operation(user) in KEEPS - {"dropout"}
+            keeps = operation(user) in KEEPS and not drops(user)
             moves = operation(user) in MOVES and len(inputs(user)) == 1
             after = apply(user, labels) if moves else labels
             if (keeps or moves) and has_fixed_shape(user) and isinstance(after, Tensor):
@@ -640,29 +640,34 @@ class Further:
             gauges.append(Translation("stream_mean", owner(name) or name, (slot,)))
         return gauges
 
-    def means_of_heads(self, norm: Norm) -> list[Gauge]:
-        """The means of those outputs of a linear map that a LayerNorm reads as one vector each: the
-        queries of a head, say.
+    def _normed(self, norm: Norm) -> tuple[LinearMap, Tensor] | None:
+        """The linear map whose outputs a norm reads, moved at most, and these by vector, (vectors,
+        entries); None if other things are done to them.
         """
         moves, node = list[Node](), norm.input
         while node not in self.trace.maps_by_output:
-            moves.append(node)
             taken = operation(node) == "getitem" and operation(arguments(node)[0]) in MOVES
             if not taken and (operation(node) not in MOVES | KEEPS or drops(node)):
-                raise NotProved(f"{operation(node)} gives what {module_path(norm.output)} norms")
-            if inputs(node) != [arguments(node)[0]]:
-                raise NotProved(f"{operation(node)} goes by other values")
+                return None
+            if inputs(node) != [arguments(node)[0]]:  # where to, other values say
+                return None
+            moves.append(node)
             node = arguments(node)[0]
-        linear, labels = self.trace.maps_by_output[node], labels_of(node)
+        labels = labels_of(node)
         for move in reversed(moves):
             labels = apply(move, labels)
         vectors = labels.flatten(0, -2).unique(dim=0).sort(1).values
+        return self.trace.maps_by_output[node], vectors
+
+    def means_of_heads(self, norm: Norm, linear: LinearMap, vectors: Tensor) -> list[Gauge]:
+        """The means of those outputs of a linear map that a LayerNorm reads as one vector each: the
+        queries of a head, say.
+        """
         if len(vectors.unique()) < vectors.numel() or bool((vectors.diff(dim=1) != 1).any()):
             raise NotProved("outputs of one vector do not lie side by side, or are in several")
         self.finding.require_single([linear.weight])
-        if len(norm.inside) > 1 or self.trace.leak(
-            linear, vectors.flatten().tolist(), norm.output, 0
-        ):
+        read = vectors.flatten().tolist()
+        if len(norm.inside) > 1 or self.trace.leak(linear, read, norm.output, 0):
             raise NotProved("what it norms is read elsewhere as well")
         if self.trace.tensors[linear.weight].ndim != 2:
             raise NotProved("the weights of what it norms are stacked")
