@@ -140,8 +140,8 @@ BLOCK = re.compile(r"(?<=[a-z_]\.)\d+(?=\.[a-z_])")
 
 
 def _rows(entries: Iterable[Entry], verdict: Callable[[Entry], str]) -> list[tuple[str, str, str]]:
-    """Table rows, entries that differ only in the number of their block drawn together: in where
-    they are, and in the places that a verdict names.
+    """Table rows; entries that differ only in the number of their block are drawn together: in
+    where they are, and in the places that a verdict names.
     """
     order = (*KINDS,)
 
@@ -151,8 +151,11 @@ def _rows(entries: Iterable[Entry], verdict: Callable[[Entry], str]) -> list[tup
 
     rows = []
     for (kind, place, text), members in groupby(sorted(entries, key=key), key=key):
-        count = len(list(members))
-        rows.append((order[kind], place + (f" ({count}×)" if "*" in place else ""), text))
+        first, *others = members
+        if others:
+            rows.append((order[kind], f"{place} ({1 + len(others)}×)", text))
+        else:
+            rows.append((order[kind], first.where, verdict(first)))
     return rows
 
 
