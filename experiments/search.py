@@ -22,6 +22,11 @@ Point = tuple[int, ...]
 Tried = Mapping[Point, Record]
 
 
+def last_loss(record: Record) -> float:
+    """The last validation loss; infinite for a run that diverged."""
+    return math.inf if record["diverged"] else float(record["summary"]["validation_loss"])
+
+
 @dataclass(frozen=True, eq=False)
 class Search:
     """A search in rounds, on one seed.
@@ -98,6 +103,13 @@ class Search:
             i == len(axis) - 1 or (i == 0 and axis[0] > 0)
             for i, axis in zip(point, axes, strict=True)
         )
+
+    def open_sides(self, optimizer: str, point: Point, tried: Collection[Point]) -> list[Point]:
+        """Neighbours of a point that were not tried, and itself where the lattice ends there: an
+        interior point has none.
+        """
+        beyond = [point] if self.is_at_an_end(optimizer, point) else []
+        return [*self.untried(optimizer, [point], tried), *beyond]
 
     def choices(self, tried: Tried) -> dict[str, Point]:
         """The best point by each question; a question that no run answers chooses none."""

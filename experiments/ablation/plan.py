@@ -27,14 +27,12 @@ Cost: about 160 runs of ten to sixty seconds on one core, an hour and a half.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from ddc.report.stages import Record
 from experiments.protocols import ROOT, Experiment, Plan, product
-from experiments.search import Search
+from experiments.search import Search, last_loss
 
 RESULTS = ROOT / "results/ablation"
 SEEDS = range(5)
@@ -50,11 +48,6 @@ _RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 _DECAYS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _ADAM = {"lr": _RATES, "weight_decay": _DECAYS}
 _MUON = {"lr": (6e-4, 2e-3, 6e-3, 2e-2, 6e-2, 2e-1, 6e-1), "adam_lr": _RATES}
-
-
-def last_loss(record: Record) -> float:
-    """The last validation loss; infinite for a run that diverged."""
-    return math.inf if record["diverged"] else float(record["summary"]["validation_loss"])
 
 
 def named(base: str, lifted: str) -> dict[str, str]:

@@ -20,9 +20,9 @@ from experiments.ablation.plan import (
     EXPERIMENT,
     RESULTS,
     Comparison,
-    last_loss,
 )
 from experiments.output import Results
+from experiments.search import last_loss
 
 #: Last validation losses by gauges, and by seed.
 Losses = dict[str, dict[int, float]]
@@ -64,7 +64,7 @@ def ends_table(records: Sequence[Record]) -> str:
             chosen = ", ".join(
                 f"{key} {axis[i]:g}" for (key, axis), i in zip(axes, point, strict=True)
             )
-            interior = not comparison.search.untried(name, [point], tried)
+            interior = not comparison.search.open_sides(name, point, tried)
             values = losses[gauges].values()
             rows.append(
                 [

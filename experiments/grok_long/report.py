@@ -140,14 +140,14 @@ def median(runs: Sequence[Record]) -> float:
 def edges(records: Sequence[Record], key: str) -> str:
     """Which of the settings that a row compares are not interior."""
     search = SEARCHES[int(key.split()[0])]
-    open_sides = [
+    open_at = [
         TITLES[name]
         for name in (MUON, DDCMUON)
         if (cells := search.recorded(records, name))
         for point in search.choices(cells).values()
-        if search.untried(name, [point], cells) or search.is_at_an_end(name, point)
+        if search.open_sides(name, point, cells)
     ]
-    return f"not interior: {', '.join(open_sides)}" if open_sides else "–"
+    return f"not interior: {', '.join(open_at)}" if open_at else "–"
 
 
 def group_table(records: Sequence[Record]) -> str:

@@ -194,8 +194,7 @@ def open_sides(records: Sequence[Record], name: str, question: str) -> list[Poin
     chosen = SEARCH.choices(cells).get(question)
     if chosen is None:
         return []
-    beyond = [chosen] if SEARCH.is_at_an_end(name, chosen) else []
-    return [*SEARCH.untried(name, [chosen], cells), *beyond]
+    return SEARCH.open_sides(name, chosen, cells)
 
 
 def cells_of(runs: Sequence[Record], quantities: Sequence[Quantity] = QUANTITIES) -> list[str]:

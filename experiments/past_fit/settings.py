@@ -5,18 +5,13 @@ from __future__ import annotations
 import math
 
 from ddc.report.stages import Record
-from experiments.search import Search
+from experiments.search import Search, last_loss
 
 #: A run fits if its train loss at the end is at most this; the level of the gap at equal loss.
 FIT = 0.5
 #: The optimizers that are tuned; the last is the step of the paper's companion.
 OPTIMIZERS = ("adamw", "ddcadam", "ddcadam_paper")
 ADAMW, DDCADAM, AUTHOR = OPTIMIZERS
-
-
-def last_loss(record: Record) -> float:
-    """The last validation loss; infinite for a run that diverged."""
-    return math.inf if record["diverged"] else float(record["summary"]["validation_loss"])
 
 
 def last_loss_that_fits(record: Record) -> float:

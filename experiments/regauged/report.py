@@ -117,7 +117,7 @@ def against(records: Sequence[Record]) -> str:
         OPTIMIZERS[name]
         for name, cells in tried.items()
         for point in SEARCH.choices(cells).values()
-        if SEARCH.untried(name, [point], cells) or SEARCH.is_at_an_end(name, point)
+        if SEARCH.open_sides(name, point, cells)
     ]
     if edges:
         notes.append(f"not interior: {', '.join(edges)}")
