@@ -36,6 +36,7 @@ from ddc.report.paired import (
 from ddc.report.runs import TITLES
 from ddc.report.stages import Record, commits, table
 from ddc.report.statistics import TESTED_FROM, holm, paired_p
+from experiments import own
 from experiments.output import Results
 from experiments.past_fit import figures, specification
 from experiments.past_fit.plan import EXPERIMENT, FAST, RATE, RESULTS, SEEDS
@@ -112,8 +113,17 @@ def protocols(records: Sequence[Record]) -> dict[str, dict[str, list[Record]]]:
 
 
 def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Verdict]:
-    """The claim by protocol, of DDCAdam and of the author's step; p-values adjusted over all."""
-    claim = claims["C1b"]
+    """Both claims, each with its p-values adjusted over all its rows."""
+    return [*gap_verdicts(records, claims["C1b"]), *unstopped_verdicts(records, claims["W7"])]
+
+
+def unstopped_verdicts(records: Sequence[Record], claim: Claim) -> list[Verdict]:
+    """Our own claim, of DDCAdam and of the author's step."""
+    return own.verdicts(claim, unstopped(records), -1, SCALE, "–", ".3f")
+
+
+def gap_verdicts(records: Sequence[Record], claim: Claim) -> list[Verdict]:
+    """The paper's claim by protocol, of DDCAdam and of the author's step."""
     compared = {
         (protocol, name): (runs.get(ADAMW, []), runs.get(name, []))
         for protocol, runs in protocols(records).items()
@@ -251,27 +261,41 @@ def number_by_seed(runs: Sequence[Record], key: str) -> dict[int, float]:
     return {run["seed"]: run["summary"][key] for run in without_diverged(runs)}
 
 
+def unstopped(records: Sequence[Record]) -> dict[str, dict[str, list[float]]]:
+    """Where a run that nobody stops ends, less where AdamW ends, and less AdamW stopped at its
+    best: by optimizer and comparison, seed by seed.
+    """
+    runs = chosen_runs(records, "last")
+    baselines = {
+        "AdamW's last": number_by_seed(runs.get(ADAMW, []), "validation_loss"),
+        "AdamW's best, stopped there": number_by_seed(
+            chosen_runs(records, "best").get(ADAMW, []), "best_validation_loss"
+        ),
+    }
+    found: dict[str, dict[str, list[float]]] = {}
+    for name in (DDCADAM, AUTHOR):
+        mine = number_by_seed(runs.get(name, []), "validation_loss")
+        found[TITLES[name]] = {
+            title: [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
+            for title, theirs in baselines.items()
+        }
+    return found
+
+
 def usefulness(records: Sequence[Record]) -> str:
     """Whether a run that nobody stops ends better than AdamW ends, and than AdamW stopped at its
     best: one row an optimizer.
     """
-    unstopped = chosen_runs(records, "last")
-    ends, stopped = unstopped.get(ADAMW, []), chosen_runs(records, "best").get(ADAMW, [])
+    runs = chosen_runs(records, "last")
+    compared = unstopped(records)
     rows = []
     for name in (DDCADAM, AUTHOR):
-        mine = number_by_seed(unstopped.get(name, []), "validation_loss")
-        cells = []
-        for others, key in ((ends, "validation_loss"), (stopped, "best_validation_loss")):
-            theirs = number_by_seed(others, key)
-            found = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
-            cells.append(f"{interval(found, '.3f')}, p {p_cell(paired_p(found))}")
-        rows.append([TITLES[name], mean_cell(list(mine.values()), ".3f"), *cells])
-    header = [
-        "",
-        "last validation loss",
-        "less AdamW's last (95%)",
-        "less AdamW's best, stopped there (95%)",
-    ]
+        ends = [*number_by_seed(runs.get(name, []), "validation_loss").values()]
+        effects = compared[TITLES[name]].values()
+        cells = (f"{interval(each, '.3f')}, p {p_cell(paired_p(each))}" for each in effects)
+        rows.append([TITLES[name], mean_cell(ends, ".3f"), *cells])
+    titles = next(iter(compared.values()))
+    header = ["", "last validation loss", *(f"less {each} (95%)" for each in titles)]
     return table(header, rows, left=4)
 
 
@@ -376,7 +400,7 @@ def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
     """All tables."""
     if not records:
         return "No run is recorded yet.\n"
-    claim = claims["C1b"]
+    claim, useful = claims["C1b"], claims["W7"]
     config = records[0]["config"]
     model, data, training = config["model"], config["data"], config["training"]
     hours = sum(record["seconds"] for record in records) / 3600
@@ -392,7 +416,7 @@ def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
         ),
         f"**Not complete.** {left}" if left else "All planned runs are recorded.",
         "## Claim C1 where AdamW's gap is the paper's",
-        verdict_table({claim.id: claim}, verdicts(records, claims)),
+        verdict_table({claim.id: claim}, gap_verdicts(records, claim)),
         rule(claim),
         "## Where the runs end",
         ends_table(records),
@@ -400,6 +424,9 @@ def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
         "## Differences from AdamW",
         differences_table(records),
         "Paired by seed, 95% (Student's t); p unadjusted.",
+        "## Claim W7",
+        verdict_table({useful.id: useful}, unstopped_verdicts(records, useful)),
+        rule(useful),
         "## Is it useful?",
         usefulness(records),
         (
