@@ -113,9 +113,9 @@ GPT_124M = GPTConfig(layers=12, width=768, heads=12, kv_heads=12, hidden=2048, t
 #: They orthogonalise in bfloat16, which many CPUs emulate: too slow for the large models there.
 BFLOAT16 = ("torch.optim.Muon", "Muon, pytorch-optimizer")
 #: Under all exact kinds that they take; measured on models of their own.
-COMPLETE = ("DDCAdam compiled, complete group", "DDCMuon compiled, complete group")
-PAPER_AND_COMPLETE = ("AdamW fused", "DDCAdam compiled", "Muon", "DDCMuon compiled", *COMPLETE)
-IN_A_LARGER_BATCH = ("AdamW fused", "DDCAdam compiled")
+COMPLETE = ("DDCAdam kernels, complete group", "DDCMuon kernels, complete group")
+PAPER_AND_COMPLETE = ("AdamW fused", "DDCAdam kernels", "Muon", "DDCMuon kernels", *COMPLETE)
+IN_A_LARGER_BATCH = ("AdamW fused", "DDCAdam kernels")
 CASES = {
     "gpt-1m": text_case("GPT 0.8M", GPTConfig(), 60, 16, 128),
     "gpt-10m": text_case("GPT 10M", GPT_10M, 20, 16, 128, too_slow=BFLOAT16),
@@ -208,24 +208,23 @@ OPTIMIZERS: dict[str, Callable[[Subject], Optimizer]] = {
     "AdamW foreach": lambda s: AdamW(s.model.parameters(), lr=LR, foreach=True),
     "AdamW fused": lambda s: AdamW(s.model.parameters(), lr=LR, fused=True),
     "DDCAdam eager": lambda s: DDCAdam(s.model.named_parameters(), s.gauges, lr=LR, fused=False),
+    "DDCAdam kernels": lambda s: DDCAdam(s.model.named_parameters(), s.gauges, lr=LR),
     "DDCAdam compiled": lambda s: DDCAdam(
         s.model.named_parameters(), s.gauges, lr=LR, compiled=True
     ),
     "torch.optim.Muon": lambda s: s.with_adamw(torch.optim.Muon(s.matrices, lr=LR)),
     "Muon": lambda s: s.with_adamw(Muon(s.matrices, lr=LR)),
     "DDCMuon eager": ddcmuon,
+    "DDCMuon kernels": lambda s: ddcmuon(s, fused=True),
     "DDCMuon compiled": lambda s: ddcmuon(s, compiled=True),
     "Muon, pytorch-optimizer": peer_muon,
     "AdamP, pytorch-optimizer": lambda s: peer("AdamP")(s.model.parameters(), lr=LR),
     "SOAP, pytorch-optimizer": lambda s: peer("SOAP")(s.model.parameters(), lr=LR),
     COMPLETE[0]: lambda s: under_complete_group(
-        s, lambda named, gauges: DDCAdam(named, gauges, lr=LR, compiled=True)
+        s, lambda named, gauges: DDCAdam(named, gauges, lr=LR)
     ),
     COMPLETE[1]: lambda s: under_complete_group(
-        s,
-        lambda named, gauges: DDCMuon(
-            named, gauges, s.hidden, lr=LR, adam_lr=LR, fused=False, compiled=True
-        ),
+        s, lambda named, gauges: DDCMuon(named, gauges, s.hidden, lr=LR, adam_lr=LR)
     ),
 }
 #: What a model is measured with that says nothing of it.
@@ -425,7 +424,7 @@ def measure(case: Case, turns: int, device: torch.device) -> dict[str, Any]:
 
 def measure_scaling(turns: int, device: torch.device) -> dict[str, Any]:
     """The step alone along width, depth and number of heads, on random gradients."""
-    names = ("AdamW fused", "DDCAdam eager", "DDCAdam compiled", "Muon", "DDCMuon eager")
+    names = ("AdamW fused", "DDCAdam eager", "DDCAdam kernels", "Muon", "DDCMuon kernels")
     along: dict[str, Any] = {}
     for axis, configs in SCALING.items():
         along[axis] = {

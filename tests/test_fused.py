@@ -1,4 +1,6 @@
-"""Adam's step by kernels, against the same in torch; on a CPU Triton interprets the kernels."""
+"""Adam's step by kernels, against the same in torch: those in C, and those in Triton, which it
+interprets on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ from torch._subclasses import FakeTensorMode
 from ddc import DDCAdam, DDCMuon, find_gauges, hidden_matrices
 from ddc.gauges import Axis, GaugeSet, HiddenMatrix, Rescale, in_blocks
 from ddc.models import GPT, DeepMLP, DeepMLPConfig, GPTConfig
-from ddc.optim import fused
+from ddc.optim import fused, native
 from ddc.optim.fused import Kernels
 from ddc.optim.plan import Role
 from ddc.optim.rules import Adam
@@ -65,6 +67,17 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     fused.available.cache_clear()
     yield
     fused.available.cache_clear()
+
+
+@pytest.fixture(params=["c", pytest.param("triton", marks=pytest.mark.slow)])
+def kernels(request: pytest.FixtureRequest) -> str:
+    """Kernels of either language."""
+    name: str = request.param
+    if name == "triton":
+        request.getfixturevalue("interpreted")
+    else:
+        assert native.library() is not None, "there is no C compiler"
+    return name
 
 
 def gpt(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -138,8 +151,7 @@ def by_kernels(optimizer: Any) -> dict[str, bool]:
     }
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("name", GPTS)
 def test_kernels_step_as_torch_does(name: str) -> None:
     model = gpt(name)
@@ -158,8 +170,7 @@ def test_kernels_step_as_torch_does(name: str) -> None:
     assert all("norm" in each or each == "head.bias" for each in matrices), matrices
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(
     "options",
     [
@@ -180,8 +191,7 @@ def test_options_of_a_lift_are_the_same(options: dict[str, Any]) -> None:
     )
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("kernels")
 def test_packed_and_convolved_weights_are_the_same() -> None:
     model = vit()
     gauges = find_gauges(model)
@@ -192,7 +202,7 @@ def test_packed_and_convolved_weights_are_the_same() -> None:
     )
 
 
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("kernels")
 def test_blocks_chains_and_the_companions_step_are_left_to_torch() -> None:
     torch.manual_seed(0)
     model = DeepMLP(DeepMLPConfig(depth=3, width=8), 7, 7)
@@ -206,7 +216,7 @@ def test_blocks_chains_and_the_companions_step_are_left_to_torch() -> None:
     assert_same(a, b, 1e-5)
 
 
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("kernels")
 def test_the_adam_part_of_ddcmuon_is_the_same() -> None:
     model = gpt("rms-swiglu-rope-gqa")
     gauges, hidden = find_gauges(model), hidden_matrices(model)
@@ -229,8 +239,7 @@ def test_weights_of_low_precision_are_rounded_alike() -> None:
     assert all(value.dtype == torch.float32 for s in a.state.values() for value in s.values())
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("kernels")
 def test_a_layer_without_gradients_is_left_alone() -> None:
     model = gpt("rms-swiglu-rope-gqa")
     gauges = find_gauges(model)
@@ -248,8 +257,7 @@ def test_a_layer_without_gradients_is_left_alone() -> None:
     assert moved == {name for name, p in model.named_parameters() if p._version > versions[name]}
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("kernels")
 def test_copies_and_loaded_states_go_on_alike() -> None:
     model = gpt("rms-swiglu-rope-gqa")
     optimizer = DDCAdam(model.named_parameters(), find_gauges(model), lr=0.01)
@@ -276,12 +284,14 @@ def test_kernels_compile_for_a_gpu() -> None:
     assert done.stdout == "26 kernels\n"
 
 
-def test_on_a_cpu_there_are_no_kernels() -> None:
-    assert not fused.available(torch.device("cpu"))
+def test_on_a_cpu_kernels_are_for_float32_alone() -> None:
+    assert fused.available(torch.device("cpu"))
+    for dtype, some in ((torch.float32, True), (torch.float64, False), (torch.bfloat16, False)):
+        optimizer = DDCAdam(nn.Linear(4, 3, dtype=dtype).named_parameters())
+        assert any(by_kernels(optimizer).values()) == some
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("kernels")
 def test_gradients_that_are_not_contiguous() -> None:
     """They are copied: no kernel reads strides."""
     model = gpt("rms-swiglu-rope-gqa")
@@ -307,7 +317,7 @@ class Experts(nn.Module):
         self.bias = nn.Parameter(torch.randn(2, 3))
 
 
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("kernels")
 def test_what_two_axes_dress_together_is_left_to_torch() -> None:
     units = Axis("up", (0, 1)), Axis("bias", (0, 1))
     gauges = [Rescale("relu_rescale", "mlp", units, (Axis("down", (0, 2)),))]
@@ -319,7 +329,7 @@ def test_what_two_axes_dress_together_is_left_to_torch() -> None:
     assert not any(by_kernels(a).values())
 
 
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("betas", [(0.0, 0.9), (torch.tensor(0.9), torch.tensor(0.99))], ids=str)
 def test_betas_that_are_zero_or_tensors(betas: tuple[Any, Any]) -> None:
     """Without a first average the last gradient is all of it, however much larger others were."""
@@ -337,7 +347,7 @@ def test_betas_that_are_zero_or_tensors(betas: tuple[Any, Any]) -> None:
     torch.testing.assert_close(models[0].weight, models[1].weight)
 
 
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("kernels")
 def test_sums_are_in_float32_whatever_tensors_are_by_default() -> None:
     model = DeepMLP(DeepMLPConfig(depth=2, width=8), 7, 7)
     gauges = find_gauges(model)
@@ -411,7 +421,7 @@ def test_a_triton_that_does_not_work_leaves_all_to_torch(
     assert not fused.works(device)
 
 
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("kernels")
 def test_fake_tensors_are_left_to_torch() -> None:
     """They lie nowhere."""
     with FakeTensorMode():

@@ -178,12 +178,16 @@ def test_the_run_id_knows_what_decides_the_numbers() -> None:
 def test_a_step_is_compiled_where_it_pays(tmp_path: Path, monkeypatch) -> None:
     with torch.device("meta"):
         small, large = GPT(GPTConfig(layers=1), 256), GPT(GPTConfig(layers=1), 100_000)
-    assert [compiled_step(wanted, small) for wanted in (None, False, True)] == [False, False, True]
-    assert [compiled_step(wanted, large) for wanted in (None, False, True)] == [False, False, True]
+
+    def chosen(model: GPT, by_kernels: bool = False) -> list[bool]:
+        return [compiled_step(wanted, model, by_kernels) for wanted in (None, False, True)]
+
+    assert chosen(small) == chosen(large) == [False, False, True]
     large = large.to_empty(device="cpu")
-    assert [compiled_step(wanted, large) for wanted in (None, False, True)] == [True, False, True]
+    assert chosen(large) == [True, False, True]
+    assert chosen(large, by_kernels=True) == [False, False, True]
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
-    assert not compiled_step(None, large)
+    assert not compiled_step(None, large, by_kernels=False)
     with pytest.raises(ValueError, match=r"optimizer\.compiled=true: there is no C\+\+ compiler"):
         prepare(composed("optimizer.compiled=true"))
 

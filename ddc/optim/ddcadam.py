@@ -69,8 +69,9 @@ class DDCAdam(Lift):
             ranks, of lower precision than float32 or complex; and all of it no longer once
             hyperparameters that are no numbers have changed often. Numbers, such as lr and betas,
             may change at every step.
-        fused: on a GPU, let kernels in Triton step what there are kernels for; docs/speed.md says
-            what. False leaves all to torch's operations, as a compiled step does.
+        fused: let kernels step what there are kernels for, in Triton on a GPU, in C on a CPU;
+            docs/speed.md says what. False leaves all to torch's operations, as a compiled step
+            does.
         approximate: take gauges that are symmetries at eps = 0 alone
             (:func:`ddc.gauges.approximate_kinds`) too, which are refused otherwise. The step is
             equivariant under them, the loss up to their size.

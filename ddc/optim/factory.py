@@ -19,6 +19,7 @@ from ddc.optim import rules
 from ddc.optim.combined import CombinedOptimizer
 from ddc.optim.ddcadam import DDCAdam
 from ddc.optim.ddcmuon import DDCMuon
+from ddc.optim.fused import available
 from ddc.optim.lift import Lift
 from ddc.optim.muon import Muon
 from ddc.optim.parameters import listed
@@ -29,6 +30,8 @@ from ddc.optim.sharding import split_like
 #: A step takes long to compile; what that saves in a smaller model does not make up for that in a
 #: run.
 COMPILED_FROM = 5_000_000
+#: Optimizers whose arithmetic kernels do, on a CPU with a C compiler.
+BY_KERNELS = ("ddcadam", "ddcmuon")
 
 
 def lifts() -> dict[str, type[Lift]]:
@@ -188,7 +191,8 @@ def make_optimizer(
         weight_decay: on matrices.
         hidden: :func:`ddc.hidden_matrices`, for Muon and DDCMuon.
         options: the optimizer's own; ``compiled=None`` compiles the step of a model of
-            :data:`COMPILED_FROM` parameters or more on a CPU, where there is a compiler.
+            :data:`COMPILED_FROM` parameters or more on a CPU, where there is a compiler and kernels
+            do not step it.
 
     Raises:
         ValueError: an unknown name, a hyperparameter out of range, or no compiler where one is
@@ -196,7 +200,8 @@ def make_optimizer(
     """
     groups = decay_groups(model, weight_decay)
     if "compiled" in options:
-        options["compiled"] = compiled_step(options["compiled"], model)
+        by_kernels = name in BY_KERNELS and not options.get("additive")
+        options["compiled"] = compiled_step(options["compiled"], model, by_kernels)
     if name in LIFTS:
         lift: Callable[..., Lift] = LIFTS[name]
         return lift(groups, gauges, **options)
@@ -213,8 +218,14 @@ def make_optimizer(
     raise ValueError(f"Invalid optimizer.name={name!r}: expected one of {names}")
 
 
-def compiled_step(wanted: bool | None, model: nn.Module) -> bool:
-    """Whether to compile the step: see :func:`make_optimizer`."""
+def compiled_step(wanted: bool | None, model: nn.Module, by_kernels: bool) -> bool:
+    """Whether to compile the step: see :func:`make_optimizer`.
+
+    Args:
+        wanted: None leaves it to the model.
+        model: whose step it is.
+        by_kernels: whether kernels step it where there are any.
+    """
     parameters = listed(model.parameters(), "an optimizer")
     if any(map(is_split, parameters)):
         if wanted:
@@ -228,7 +239,9 @@ def compiled_step(wanted: bool | None, model: nn.Module) -> bool:
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     there = shutil.which(compiler) is not None
     if wanted is None:  # elsewhere nobody has tried
-        return on_cpu and there and sum(p.numel() for p in parameters) >= COMPILED_FROM
+        instead = by_kernels and available(parameters[0].device)
+        large = sum(p.numel() for p in parameters) >= COMPILED_FROM
+        return on_cpu and there and large and not instead
     if wanted and on_cpu and not there:
         raise ValueError(
             f"Invalid optimizer.compiled=true: there is no C++ compiler {compiler!r}. Install one,"

@@ -1,5 +1,5 @@
-"""Adam's step by kernels in Triton, on a GPU: what :mod:`ddc.optim.side` and :mod:`ddc.optim.free`
-do in torch, in as few passes over the weights as there can be.
+"""Adam's step by kernels, in Triton on a GPU and in C on a CPU: what :mod:`ddc.optim.side` and
+:mod:`ddc.optim.free` do in torch, in as few passes over the weights as there can be.
 
 A side takes three: sums over units, the direction (with the moments), and the new weights; what no
 gauge scales takes one. Nothing of the size of the weights is written but weights and moments.
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from ddc.gauges.base import axes_of, is_fake
+from ddc.optim import native
 from ddc.optim.averaging import Averaging
 from ddc.optim.compiled import Hyper, safe_power
 from ddc.optim.rules.adam import Adam, Bias
-from ddc.optim.stacked import Layers, StackedParameter
+from ddc.optim.stacked import Layers, Pairs, StackedParameter
 
 log = logging.getLogger(__name__)
 
@@ -38,19 +39,27 @@ OLDEST = (7, 0)
 #: For tests: whether Triton interprets kernels on a CPU, for which ``TRITON_INTERPRET=1`` must be
 #: set before Triton is first imported.
 interpreted = False
+#: Of weights; in C, the first alone.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
 def available(device: torch.device) -> bool:
     """Whether there are kernels for a device: a GPU of NVIDIA or AMD with a Triton that works, or a
-    CPU where that is to interpret them.
+    CPU with a C compiler.
     """
+    if in_c(device):
+        return native.library() is not None
     if importlib.util.find_spec("triton") is None:
         return False
     if device.type == "cpu":
-        return interpreted
+        return True
     return device.type == "cuda" and torch.cuda.is_available() and works(device)
+
+
+def in_c(device: torch.device) -> bool:
+    """Whether a device's kernels are those in C."""
+    return device.type == "cpu" and not interpreted
 
 
 def works(device: torch.device) -> bool:
@@ -82,18 +91,19 @@ class Kernels:
     """
 
     def __init__(self, p: StackedParameter) -> None:
-        shape = p.params[0].shape
+        shape, self.device = p.params[0].shape, p.params[0].device
+        self.in_c = in_c(self.device)
         self.rows, self.columns = int(shape[0]), int(np.prod(shape[1:], dtype=int))
         self.unit = next(iter(axes_of(p.role.axis)), 0)
         averaging = p.averaging
         self.averaged = -1 if averaging is None else averaging.dim - 1  # type: ignore[union-attr]
         self.groups, largest = self.rows, 0
-        self.order = self.starts = torch.zeros(1, dtype=torch.int32, device=p.params[0].device)
+        self.order = self.starts = torch.zeros(1, dtype=torch.int32, device=self.device)
         if isinstance(averaging, Averaging):
             counts = np.bincount(averaging.group_of, minlength=averaging.groups)
             tables = averaging.group_of.argsort(kind="stable"), np.append(0, counts.cumsum())
             self.order, self.starts = (
-                torch.from_numpy(table.astype(np.int32)).to(p.params[0].device) for table in tables
+                torch.from_numpy(table.astype(np.int32)).to(self.device) for table in tables
             )
             self.groups, largest = averaging.groups, int(counts.max())
         self.known: dict[tuple[int, ...], Tensor] = {}
@@ -102,45 +112,61 @@ class Kernels:
 
     def _tile(self, largest: int) -> tuple[int, int]:
         """Rows and columns of a tile; it has the largest group whole."""
+        tile = LARGEST if self.in_c else TILE  # rows of a tile in C are read one by one
         if self.averaged == 0:
             rows = power_of_two(largest)
-            return rows, min(power_of_two(self.columns), max(TILE // rows, 64))
+            return rows, min(power_of_two(self.columns), max(tile // rows, 64))
         if self.averaged == 1:
             columns = power_of_two(largest)
-            return max(TILE // columns, 16), columns
-        columns = min(power_of_two(self.columns), 128 if self.unit == 1 else 256)
-        return min(power_of_two(self.rows), TILE // columns), columns
+            return 8 if self.in_c else max(tile // columns, 16), columns
+        widest = 1024 if self.in_c else 128 if self.unit == 1 else 256
+        columns = min(power_of_two(self.columns), widest)
+        return min(power_of_two(self.rows), tile // columns), columns
 
     @staticmethod
-    def fit(p: StackedParameter, of_side: bool) -> bool:
-        """Whether there are kernels for a parameter: alone, or as part of a side."""
-        first, averaging, axes = p.params[0], p.averaging, axes_of(p.role.axis)
-        dressed = axes_of(p.dressed.axis) if p.dressed is not None else ()
+    def read(p: StackedParameter) -> bool:
+        """Whether there are kernels that go over a parameter."""
+        first = p.params[0]
         if not (
             not is_fake(first)
             and available(first.device)
-            and isinstance(p.rule, Adam)
-            and "exp_avg" in p.moments
             and p.dtype == torch.float32
             and p.shards.layout is None
             and not p.role.offset
             and not p.role.heads
             and first.ndim
             and all(param.dtype == first.dtype for param in p.params)
-            and first.dtype in DTYPES
-            and (averaging is None or (isinstance(averaging, Averaging) and first.ndim <= 2))
-            and (p.dressed is None or dressed == (0,) or (dressed == (1,) and first.ndim == 2))
+            and first.dtype in (DTYPES[:1] if in_c(first.device) else DTYPES)
+            and (p.averaging is None or isinstance(p.averaging, Averaging))
         ):
             return False
         kernels = kernels_of(p)
-        if kernels.br * kernels.bc > LARGEST:
+        return kernels.br * kernels.bc <= LARGEST
+
+    @staticmethod
+    def sum(p: StackedParameter) -> bool:
+        """Whether there are kernels that sum over the units of a parameter: rows or columns."""
+        axes = axes_of(p.role.axis)
+        return Kernels.read(p) and (axes == (0,) or (axes == (1,) and p.params[0].ndim == 2))
+
+    @staticmethod
+    def fit(p: StackedParameter, of_side: bool) -> bool:
+        """Whether there are kernels that step a parameter: alone, or as part of a side."""
+        first, averaging = p.params[0], p.averaging
+        dressed = axes_of(p.dressed.axis) if p.dressed is not None else ()
+        if not (
+            Kernels.read(p)
+            and isinstance(p.rule, Adam)
+            and "exp_avg" in p.moments
+            and (averaging is None or first.ndim <= 2)
+            and (p.dressed is None or dressed == (0,) or (dressed == (1,) and first.ndim == 2))
+        ):
             return False
         if not of_side:
             return not p.role.centred
-        columns = axes == (1,) and first.ndim == 2
-        if columns:
-            return kernels.averaged != 1
-        return axes == (0,) and averaging is None and not p.role.centred
+        if kernels_of(p).unit == 1:
+            return Kernels.sum(p) and kernels_of(p).averaged != 1
+        return Kernels.sum(p) and averaging is None and not p.role.centred
 
     # ------------------------------------------------------------------------------------------
 
@@ -194,6 +220,11 @@ class Kernels:
 
     def launch(self, name: str, grid: tuple[int, ...], *arguments: Any) -> None:
         """Launch a kernel, on the device of the weights, whichever is the current one."""
+        if self.in_c:
+            native.launch(
+                name, grid, self.rows * self.columns * grid[1], *arguments, self.br, self.bc
+            )
+            return
         kernels = importlib.import_module("ddc.optim.kernels")  # with Triton, if that is there
 
         warps = 8 if self.br * self.bc > 4096 else 4
@@ -217,8 +248,13 @@ def kernels_of(p: StackedParameter) -> Kernels:
 
 
 def fit(p: StackedParameter) -> None:
-    """Tell a parameter that has its moments which kernels there are for it."""
-    p.fit = Kernels.fit(p, of_side=False), Kernels.fit(p, of_side=True)
+    """Tell a parameter which kernels there are for it: where it has moments for its step, else for
+    sums over its units.
+    """
+    if p.moments:
+        p.fit = Kernels.fit(p, of_side=False), Kernels.fit(p, of_side=True)
+    else:
+        p.fit = False, Kernels.sum(p)
 
 
 class Places:
@@ -230,7 +266,7 @@ class Places:
         aligned: what all offsets are a multiple of.
     """
 
-    def __init__(self, p: StackedParameter, layers: Layers) -> None:
+    def __init__(self, p: StackedParameter, layers: Layers | Pairs) -> None:
         grads = [grad.contiguous() for grad in layers.grads]
         k = kernels_of(p)
         offsets = k.offsets
@@ -272,17 +308,8 @@ class FusedPart:
         return sums.sum(2)
 
     def _unit_sums(self) -> Tensor:
-        """Sums of w², w g and g² over each unit, (3, L, U)."""
-        k = self.kernels
-        blocks, parts, steps = k.parts(k.row_tiles)
-        sums = k.sums(self.count, parts, 3)
-        k.launch(
-            "unit_sums", (blocks, self.count, parts),
-            *self.places.both, self.factor, self.inverse, self.means, sums, self.count, parts,
-            k.rows, k.columns, steps, self.places.aligned, k.unit, self.factor_axis,
-            self.p.role.centred,
-        )  # fmt: skip
-        return sums.sum(2)
+        given = self.factor, self.inverse, self.means, self.factor_axis, self.p.role.centred
+        return unit_sums(self.kernels, self.places, self.count, *given)
 
     @property
     def sums(self) -> tuple[Tensor, Tensor]:
@@ -345,6 +372,34 @@ class FusedPart:
             self.factor_axis, p.role.centred, k.averaged,
         )  # fmt: skip
         moved(self.layers)
+
+
+def unit_sums(
+    k: Kernels,
+    places: Places,
+    layers: int,
+    factor: Tensor,
+    inverse: Tensor,
+    means: Tensor,
+    factor_axis: int,
+    centred: bool,
+) -> Tensor:
+    """Sums of w², w g and g² over each unit, (3, L, U)."""
+    blocks, parts, steps = k.parts(k.row_tiles)
+    sums = k.sums(layers, parts, 3)
+    k.launch(
+        "unit_sums", (blocks, layers, parts),
+        *places.both, factor, inverse, means, sums, layers, parts, k.rows, k.columns, steps,
+        places.aligned, k.unit, factor_axis, centred,
+    )  # fmt: skip
+    return sums.sum(2)
+
+
+def products(p: StackedParameter, pairs: Pairs) -> Tensor:
+    """Sums of w g over each unit, of weights as they are, (L, U)."""
+    k = kernels_of(p)
+    nothing = k.order, k.order, k.order
+    return unit_sums(k, Places(p, pairs), len(pairs.weights), *nothing, -1, False)[1]
 
 
 def step_free(p: StackedParameter, layers: Layers, clock: Bias, hyper: Hyper) -> None:

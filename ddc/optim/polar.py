@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddc.optim.compiled import Arithmetic, Hyper, safe_power
+from ddc.optim.fused import fit, products
 from ddc.optim.sharding import check_split_alike
 from ddc.optim.side import Block, Side
 from ddc.optim.stack import (
@@ -21,18 +22,10 @@ from ddc.optim.stack import (
     waking_none,
     zero_modes,
 )
-from ddc.optim.stacked import Layers, StackedParameter, unit_sums
+from ddc.optim.stacked import Layers, Pairs, StackedParameter, unit_sums
 
 #: State of the two sides of a gauge: 1 for units that grow from zero, 0 for all others.
 WAKING = ("plus_waking", "minus_waking")
-
-
-class Pairs(NamedTuple):
-    """Weights and gradients of some layers, and the factor of decoupled weight decay."""
-
-    weights: list[Tensor]
-    grads: list[Tensor]
-    decay: float | Tensor
 
 
 class PolarStack(Stack):
@@ -50,6 +43,8 @@ class PolarStack(Stack):
         self.plus, self.minus = Side(plus), Side(minus) if minus else None
         check_split_alike((p.names[0], p.params[0]) for p in (*plus, *minus, *dressed))
         self.parameters = [*plus, *minus]
+        for p in dressed:
+            fit(p)
         first, self.rule = plus[0], plus[0].rule
         self.layers = len(first.params)
         self.step_count = torch.zeros(self.layers, device=first.params[0].device)
@@ -151,7 +146,10 @@ class PolarStack(Stack):
         self.step_count[rows] += 1
         plus = self.plus.gather(rows, context)
         minus = self.minus.gather(rows, context) if self.minus is not None else []
-        dressed = [Pairs(*p.pairs(rows, context.grads), context.decay(p)) for p in self.dressed]
+        dressed = [
+            Pairs(*p.pairs(rows, context.grads), context.decay(p), context.fused)
+            for p in self.dressed
+        ]
         modes = {key: value[rows] for key, value in self.modes.items()}
         hyper = context.hyper(self.plus.parameters[0])
         old, new = self.move(
@@ -214,8 +212,12 @@ class PolarStack(Stack):
         if self.dressed:
 
             def log_norm_grad(p: StackedParameter, i: int) -> Tensor:
-                felt = p.unit_sum(p.stack(dressed[i].weights) * p.stack(dressed[i].grads))
-                return felt * dressed[i].decay if hyper["additive"] else felt
+                pairs = dressed[i]
+                if pairs.fused and p.fuses(pairs, of_side=True):
+                    felt = products(p, pairs)
+                else:
+                    felt = p.unit_sum(p.stack(pairs.weights) * p.stack(pairs.grads))
+                return felt * pairs.decay if hyper["additive"] else felt
 
             plus_grad = plus_grad - k * unit_sums(self.dressed, log_norm_grad)[0]
         shared = (k * plus_grad + minus.log_norm_grad) / size

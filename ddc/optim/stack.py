@@ -124,7 +124,7 @@ class Context:
 #: On a CPU, temporaries of more than a few megabytes leave the cache, and their pages are asked of
 #: the system and cleared anew at every step, which costs many times the arithmetic: as many layers
 #: at once as fit this.
-CPU_CHUNK = 2**20
+CPU_CHUNK = 2**22
 
 
 def layers_at_once(layers: int, layer_size: int, device: torch.device) -> int:

@@ -143,7 +143,7 @@ class StackedParameter:
 
     # ---- kernels
 
-    def fuses(self, layers: Layers, of_side: bool) -> bool:
+    def fuses(self, layers: Layers | Pairs, of_side: bool) -> bool:
         """Whether kernels step these layers; a compiler of the step makes its own."""
         return (
             self.fit[of_side]
@@ -287,3 +287,14 @@ class Layers(NamedTuple):
     def write(self, stacked: Tensor) -> None:
         """Copy stacked weights into the layers'."""
         torch._foreach_copy_(self.weights, stacked.unbind())
+
+
+class Pairs(NamedTuple):
+    """Weights and gradients of some layers, the factor of decoupled weight decay, and whether
+    kernels may go over them.
+    """
+
+    weights: list[Tensor]
+    grads: list[Tensor]
+    decay: float | Tensor
+    fused: bool

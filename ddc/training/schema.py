@@ -137,7 +137,8 @@ class LiftConfig(OptimizerConfig):
         step_scale: of directions: ``init``, √fan_in · rms(W), or ``norm``, the paper's.
         retract: keep norms under the step of directions.
         additive: the order of the paper's companion: decay, then the exponential on W alone.
-        compiled: compile the step; null: on a CPU, from five million parameters on.
+        compiled: compile the step; null: on a CPU, from five million parameters on, where no
+            kernels do its arithmetic.
     """
 
     radial_rate: float = 1.0

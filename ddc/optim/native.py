@@ -1,0 +1,149 @@
+"""The kernels of ``kernels.c`` on a CPU: compiled once for this machine by its C compiler, in two
+seconds, and kept in the user's cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import itertools
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("kernels.c")
+#: Roots and quotients of vectors need the second and third.
+FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-std=c11", "-fPIC")
+#: Entries that are worth a second thread.
+WORTH_A_THREAD = 2**16
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where there is no C compiler that takes them, or nowhere to keep
+    what it makes.
+    """
+    compiler = shutil.which(os.environ.get("CC") or "cc")
+    if compiler is None:
+        return None
+    try:
+        path = cache() / f"kernels-{fingerprint(compiler)}.so"
+        if not path.exists():
+            compiled(compiler, path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError) as error:
+        log.warning(
+            "%s does not make kernels of %s, so steps are taken by torch's operations, which are"
+            " slower (fused=False does so without this warning): %s",
+            compiler,
+            SOURCE.name,
+            getattr(error, "stderr", "") or error,
+        )
+        return None
+
+
+def cache() -> Path:
+    """The user's own folder, for nobody else to write to: what lies in it is run."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(home) / "ddc"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+def fingerprint(compiler: str) -> str:
+    """Of the source, the compiler, and the processor whose instructions it uses."""
+    try:
+        cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        lines = [line for line in cpu.splitlines() if line.startswith(("model name", "flags"))]
+        processor = "".join(lines)
+    except OSError:
+        processor = platform.processor()
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, check=True, text=True
+    ).stdout
+    key = "\n".join([version, platform.machine(), processor, *FLAGS])
+    return hashlib.sha256(key.encode() + SOURCE.read_bytes()).hexdigest()[:16]
+
+
+def compiled(compiler: str, path: Path) -> None:
+    """Make the library, at once where others may make it too.
+
+    Raises:
+        subprocess.CalledProcessError: the compiler says why not.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        command = [compiler, *FLAGS, "-shared", "-o", str(made), str(SOURCE), "-lm"]
+        try:
+            run([*command, "-march=native"])
+        except subprocess.CalledProcessError:  # which not all compilers know
+            run(command)
+        os.replace(made, path)
+
+
+def run(command: list[str]) -> None:
+    """Run a compiler."""
+    subprocess.run(command, capture_output=True, check=True, text=True)
+
+
+@functools.cache
+def pool(threads: int) -> ThreadPoolExecutor:
+    """Threads that run kernels, which let go of Python's lock."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="ddc")
+
+
+if hasattr(os, "register_at_fork"):  # a forked process has none of these threads
+    os.register_at_fork(after_in_child=pool.cache_clear)
+
+
+def launch(name: str, grid: tuple[int, ...], size: int, *arguments: Any) -> None:
+    """Run all programs of a kernel, on as many threads as torch's operations take.
+
+    Args:
+        name: of the kernel.
+        grid: of :mod:`ddc.optim.kernels`.
+        size: entries of all weights.
+        arguments: of the kernel there.
+    """
+    blocks, count, parts = (*grid, 1)[:3]
+    programs = blocks * count * parts
+    passed = (blocks, count, *(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments))
+    kernel = kernel_of(name, tuple(isinstance(x, float) for x in passed))
+    threads = min(torch.get_num_threads(), programs, max(1, size // WORTH_A_THREAD))
+    if threads == 1:
+        kernel(0, programs, *passed)
+        return
+    cuts = [programs * i // threads for i in range(threads + 1)]
+    done = [
+        pool(torch.get_num_threads()).submit(kernel, *ends, *passed)
+        for ends in itertools.pairwise(cuts)
+    ]
+    for each in done:
+        each.result()
+
+
+@functools.cache
+def kernel_of(name: str, are_floats: tuple[bool, ...]) -> Callable[..., None]:
+    """A kernel that takes these arguments after the programs that it is to run: floats, and else
+    integers or where tensors lie.
+    """
+    found = library()
+    assert found is not None
+    kernel = found[f"ddc_{name}"]
+    kernel.restype = None
+    kinds = (ctypes.c_float if each else ctypes.c_int64 for each in are_floats)
+    kernel.argtypes = [ctypes.c_int64, ctypes.c_int64, *kinds]
+    return kernel
