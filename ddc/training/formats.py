@@ -30,13 +30,15 @@ def in_bfloat16(weight: Tensor) -> Tensor:
 
 def in_float8(weight: Tensor) -> Tensor:
     """The nearest numbers of e4m3 times one power of two, the largest that takes no entry beyond
-    448; in the dtype of the weight, of any shape. An entry that is not finite becomes nan.
+    448; in the dtype of the weight, of any shape. Entries that are not finite stay as they are.
     """
     mantissa, exponent = torch.frexp(weight.abs().amax())  # 448 is 0.875 times 2^9
     shift = 9 - exponent - (mantissa > 0.875).to(exponent)
     shift = shift.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
     scale = torch.ldexp(torch.ones_like(mantissa), shift)
-    return (weight * scale).to(torch.float8_e4m3fn).to(weight) / scale
+    rounded = (weight * scale).to(torch.float8_e4m3fn).to(weight) / scale
+    # the cast takes an infinite entry to 448: a run that diverges would look sound
+    return torch.where(weight.isfinite(), rounded, weight)
 
 
 @torch.no_grad()
