@@ -12,7 +12,7 @@ CPU.)
 
 *Starts.* The initialisation of the model, and another on its gauge orbit that computes the same:
 scales of units under rescale gauges drawn log-normal, standard deviation 1 (``start.spread``).
-400 steps, in which the model sees 0.2 MB of text once; cosine schedule after a warm-up of 40 steps,
+300 steps, in which the model sees 0.15 MB of text once; cosine schedule after a warm-up of 30 steps,
 decay 0.1.
 
 *Optimizers.* AdamW; AdamW that moves the weights to the balanced point of their orbit before the
@@ -42,8 +42,8 @@ of activations, and the validation loss after 4-bit rounding to nearest of all m
 before it; both as trained, and after the weights were moved to the balanced point of their orbit,
 which is what anybody can do to the weights of any optimizer.
 
-Cost: 75 runs of tuning, 30 more at most, and 150 that are reported, of some eight seconds on one
-core that is free: 35 minutes; a second for each of 50 checkpoints.
+Cost: 75 runs of tuning, 30 more at most, and 150 that are reported, of seven to ten seconds on one
+core that is free: 35 minutes; some three seconds for each of 50 checkpoints.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from experiments.low_precision.plan import (
 from experiments.output import Results
 from experiments.search import last_loss
 
-SCALE = "GPT, 0.12M parameters, 0.2 MB of text seen once"
+SCALE = "GPT, 0.12M parameters, 0.15 MB of text seen once"
 FIGURES = {"W5": "precision"}
 COMPARED = {
     "against AdamW": (DDCADAM, ADAMW),
