@@ -12,7 +12,7 @@ CPU.)
 
 *Starts.* The initialisation of the model, and another on its gauge orbit that computes the same:
 scales of units under rescale gauges drawn log-normal, standard deviation 1 (``start.spread``).
-300 steps, in which the model sees 0.15 MB of text once; cosine schedule after a warm-up of 30 steps,
+300 steps, in which the model sees 0.15 MB of text once; cosine schedule after a warm-up of 30,
 decay 0.1.
 
 *Optimizers.* AdamW; AdamW that moves the weights to the balanced point of their orbit before the
