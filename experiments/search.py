@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 from ddc.report.stages import Record
@@ -42,6 +42,7 @@ class Search:
         shared: overrides of every setting.
         suffix: of the names of its stages, ``grid``, ``widen_1`` and so on, where an experiment has
             several searches.
+        tied: by optimizer, hyperparameters that are a multiple of its first axis, and of which one.
     """
 
     axes: Mapping[str, Mapping[str, Sequence[float]]]
@@ -51,6 +52,7 @@ class Search:
     most: int
     shared: str = ""
     suffix: str = ""
+    tied: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -62,6 +64,8 @@ class Search:
         """Overrides of an optimizer with these values of its axes."""
         pairs = zip(self.axes[optimizer], values, strict=True)
         parts = [f"optimizer={optimizer}", *(f"optimizer.{k}={v:g}" for k, v in pairs)]
+        tied = self.tied.get(optimizer, {}).items()
+        parts += [f"optimizer.{key}={multiple * values[0]:g}" for key, multiple in tied]
         return " ".join([*parts, self.shared]).strip()
 
     def setting_at(self, optimizer: str, point: Point) -> str:

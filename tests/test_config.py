@@ -94,6 +94,7 @@ OF_KEY = {
     "training.schedule": "constant cosine wsd | linear null",
     "training.device": "auto cpu | cuda tpu",
     "training.precision": "float32 | bfloat16 float16 float64 half",
+    "training.weights": "float32 bfloat16 float8 | float16 float8_e4m3fn null",
     "training.resume": "auto never | always",
     "training.max_grad_norm": "null 1 1e-3 | 0 -1 inf nan",
     "training.warmup": "0 0.05 0.5 1 | -0.1 1.1 nan inf",

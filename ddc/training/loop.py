@@ -31,6 +31,7 @@ from ddc.training.evaluate import (
     evaluation_batches,
     learning_rate_factor,
 )
+from ddc.training.formats import round_weights_
 from ddc.training.lock import only_process_in
 from ddc.training.mirror import Mirror
 from ddc.training.observer import Observer
@@ -174,6 +175,7 @@ def _train(setup: Setup, draw: Callable[[Path], Sequence[Path]]) -> Row:
                 train_step(setup, step, scaler, audited=False)
             if every and (step + 1) % every == 0:
                 canonicalise_(model, setup.gauges, verify=False)
+                round_weights_(model, training.weights)
             display.advance()
 
     summary = {
@@ -243,6 +245,7 @@ def train_step(setup: Setup, step: int, scaler: GradScaler, audited: bool) -> fl
         )
     scaler.step(optimizer)
     scaler.update()
+    round_weights_(model, training.weights)
     if scaler.is_enabled() and (scale := scaler.get_scale()) < SMALLEST_LOSS_SCALE:
         raise DivergedError(
             f"the gradients of step {step} and those before overflow, down to a loss scale of"

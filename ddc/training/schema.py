@@ -28,6 +28,7 @@ from ddc.training.errors import WHO_READS_WHAT
 LARGEST_FLOAT = 1e15
 SCHEDULES = ("constant", "cosine", "wsd")
 PRECISIONS = ("float32", "bfloat16", "float16")
+WEIGHTS = ("float32", "bfloat16", "float8")
 PARALLEL = ("ddp", "fsdp")
 WANDB_MODES = ("auto", "offline", "online", "disabled")
 
@@ -377,6 +378,10 @@ class TrainingConfig:
         resume: ``auto`` goes on from the last checkpoint, ``never`` starts over.
         device: ``auto``, ``cpu`` or ``cuda``.
         precision: of activations; weights stay in float32. Other than float32 on a GPU only.
+        weights: what they are held in: after every step, and at the start, each is the nearest
+            number of this format, and nothing finer is kept. ``bfloat16``; or ``float8``: e4m3 with
+            a scale a matrix, vectors in bfloat16. All arithmetic, and the state of the optimizer,
+            stay as they are (:mod:`ddc.training.formats`).
         threads: CPU threads.
     """
 
@@ -396,6 +401,7 @@ class TrainingConfig:
     resume: str = "auto"
     device: str = "auto"
     precision: str = "float32"
+    weights: str = "float32"
     threads: int = 1
 
     def __post_init__(self) -> None:
@@ -424,6 +430,7 @@ class TrainingConfig:
             ("resume", ("auto", "never")),
             ("device", ("auto", "cpu", "cuda")),
             ("precision", PRECISIONS),
+            ("weights", WEIGHTS),
         ):
             require(
                 f"training.{key}",
@@ -615,6 +622,11 @@ class Config:
                 f"Invalid optimizer.canonicalise={self.optimizer.canonicalise} with"
                 " launcher.parallel=fsdp: it moves whole tensors; use start, or ddp"
             )
+        if self.training.weights != "float32" and self.launcher.parallel == "fsdp":
+            raise ValueError(
+                f"Invalid training.weights={self.training.weights} with launcher.parallel=fsdp: it"
+                " rounds whole tensors; use float32, or ddp"
+            )
         by_heads = isinstance(self.optimizer, DDCMuonConfig) and self.optimizer.per_head
         if by_heads and not isinstance(self.model, GPTConfig):
             raise ValueError(
@@ -651,6 +663,8 @@ class Config:
             del values["optimizer"]["compiled"]
         if values["optimizer"]["canonicalise"] is None:
             del values["optimizer"]["canonicalise"]
+        if values["training"]["weights"] == "float32":
+            del values["training"]["weights"]
         if self.start == StartConfig():
             del values["start"]
         if not values["data"].get("skip_tokens", True):

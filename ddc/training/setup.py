@@ -59,6 +59,7 @@ from ddc.optim.factory import LIFTS, make_optimizer
 from ddc.training.allocator import keep_freed_memory
 from ddc.training.checkpoint import read_checkpoint
 from ddc.training.compose import restored
+from ddc.training.formats import round_weights_
 from ddc.training.observer import Observer, joined
 from ddc.training.ranks import ALONE, Ranks
 from ddc.training.records import read_lines
@@ -149,6 +150,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
         scale_units_(named_parameters(model), gauges, config.start.spread, config.seed)
     if config.optimizer.canonicalise is not None:
         canonicalise_(model, gauges)
+    round_weights_(model, config.training.weights)
     start = {name: p.detach().to("cpu", copy=True) for name, p in named_parameters(model).items()}
     hidden = configured_hidden(config, model)
     folder = Path(config.runs) / config.name / config.run_id

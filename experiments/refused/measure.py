@@ -78,6 +78,7 @@ REFUSED = {
         "optimizer=ddcmuon gauges.granularity=block model.bias=true",
         "optimizer=ddcadam_paper optimizer.retract=true",
         "optimizer.canonicalise=start gauges=none",
+        "training.weights=float8 launcher=torchrun launcher.parallel=fsdp",
         "launcher.parallel=fsdp",
         "launcher=torchrun launcher.parallel=tcp",
     ),

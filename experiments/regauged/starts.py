@@ -53,8 +53,12 @@ Inputs = dict[str, Tensor]
 
 
 @torch.no_grad()
-def inputs_of_maps(model: nn.Module, batches: Iterable[Tensor]) -> Inputs:
-    """What each linear map of a model gets on some batches."""
+def inputs_of_maps(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    kinds: type[nn.Module] | tuple[type[nn.Module], ...] = nn.Linear,
+) -> Inputs:
+    """What each linear map of a model, or each module of other kinds, gets on some batches."""
     found: dict[str, list[Tensor]] = {}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -66,7 +70,7 @@ def inputs_of_maps(model: nn.Module, batches: Iterable[Tensor]) -> Inputs:
     hooks = [
         module.register_forward_pre_hook(hook(f"{name}.weight"))
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, kinds)
     ]
     try:
         for batch in batches:
