@@ -53,8 +53,8 @@ def text(second: bool) -> TextData:
     """The half of the training text that the base learns, or the second, which adapters learn as
     :func:`shifted`.
     """
-    part = {"skip_tokens": HALF} if second else {"train_tokens": HALF}
-    return load_text(TextConfig(**part), CONTEXT)
+    config = TextConfig(skip_tokens=HALF) if second else TextConfig(train_tokens=HALF)
+    return load_text(config, CONTEXT)
 
 
 def loss_of(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def adapted(case: Case, seed: int, folder: Path) -> Adapted:
 
     torch.manual_seed(seed)
     options = LoraConfig(r=case.rank, lora_alpha=2 * case.rank, target_modules="all-linear")
-    model = get_peft_model(base, options)  # type: ignore[arg-type]
+    model = get_peft_model(base, options)
     found = Adapted(model, find_gauges(model, kinds=["factor_map"]), {})
     if case.warm:
         optimizer = AdamW(found.trained.values(), lr=WARMING["lr"], weight_decay=0.0)

@@ -253,8 +253,8 @@ def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
         parts += [text for text in (differences_table(losses),) if text]
     parts += [
         (
-            "Last validation loss in nats a byte, mean over seeds, by what A was multiplied with"
-            " and B divided by; *general*: a random map of condition number 100. All at the rates that"
+            "Last validation loss in nats a byte, mean over seeds, by what A was multiplied and B"
+            " divided by; *general*: a random map of condition number 100. All at the rates that"
             " were tuned at the standard start of another seed. Differences are paired by seed,"
             " 95% (Student's t), p unadjusted: rank 8 alone decides."
         ),

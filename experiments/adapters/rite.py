@@ -91,7 +91,7 @@ class LoRARite(Optimizer):
             group["step"] = 0
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of all adapters; each must have its gradients."""
         loss = None
         if closure is not None:

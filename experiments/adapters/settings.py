@@ -130,8 +130,9 @@ class Run:
     @classmethod
     def of(cls, record: Record) -> Run:
         """That a record is of."""
+        case, optimizer, start = (str(record[key]) for key in ("case", "optimizer", "start"))
         setting = tuple(record["setting"].values())
-        return cls(*(record[key] for key in ("case", "optimizer", "start", "seed")), setting)
+        return cls(case, optimizer, start, int(record["seed"]), setting)
 
     @property
     def about(self) -> dict[str, Any]:
