@@ -10,6 +10,7 @@ needs them first makes; so two processes may measure different cases at a time.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import math
 import statistics
 import time
@@ -146,6 +147,7 @@ def measure(case: Case, folder: Path, results: Path) -> None:
     results.mkdir(parents=True, exist_ok=True)
     records = Records(results / f"{case.name}_runs.jsonl")
     about = {"config": configuration(case), "data": text(True).source, **provenance()}
+    about["versions"]["peft"] = importlib.metadata.version("peft")
     while runs := missing(case, by_run(read_lines(records.path))):
         for run in track(runs, f"{case.name}, {runs[0].start} and on"):
             records.append({**train(run, folder), **about})

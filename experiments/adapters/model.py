@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import math
+import os
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -18,7 +18,6 @@ from ddc.data import TextConfig, TextData, load_text
 from ddc.data.order import hash_seed
 from ddc.gauges import GaugeSet, find_gauges
 from ddc.gauges.base import Params
-from ddc.training.records import write_atomically
 from experiments.adapters.settings import BATCH, CONDITION, CONTEXT, GENERAL, SCALES, STANDARD, Case
 
 #: Bytes of the first half of the training text, which the base learns.
@@ -85,10 +84,10 @@ def base_of(seed: int, folder: Path) -> nn.Module:
         loss_of(model, *text(False).batch(step, int(batch), seed)).backward()
         optimizer.step()
         schedule.step()
-    saved = io.BytesIO()
-    torch.save(model.state_dict(), saved)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, saved.getvalue())
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")  # another process may make the same
+    torch.save(model.state_dict(), temporary)
+    temporary.replace(path)
     return model
 
 
