@@ -1,0 +1,1 @@
+"""Adapters of a language model whose two factors were scaled against each other."""
