@@ -78,6 +78,7 @@ REFUSED = {
         "optimizer=ddcmuon gauges.granularity=block model.bias=true",
         "optimizer=ddcadam_paper optimizer.retract=true",
         "optimizer.canonicalise=start gauges=none",
+        f"{VIT} optimizer=adamw optimizer.base_width=64",
         "launcher.parallel=fsdp",
         "launcher=torchrun launcher.parallel=tcp",
     ),
