@@ -126,7 +126,8 @@ class Rates(Search):
     size: str = BASE
 
     def setting(self, optimizer: str, *values: float) -> str:
-        return setting(optimizer, *values, self.size)
+        (lr,) = values
+        return setting(optimizer, lr, self.size)
 
     def widened(self, tried: Mapping[str, Tried]) -> dict[str, list[Point]]:
         """The untried neighbours of each choice."""
