@@ -297,7 +297,7 @@ def test_memory_that_is_not_there_is_no_traceback() -> None:
         ("slt=false", "error: Invalid slt=false: expected one of cells, full, none"),
         (
             "--multirun optimizer=adamw,sgd",
-            "error: Invalid optimizer=sgd: expected one of adamw, adamw_relative, ",
+            "error: Invalid optimizer=sgd: expected one of adamh, adamw, adamw_relative, ",
         ),
         (
             "model.heads=null",

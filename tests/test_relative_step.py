@@ -164,3 +164,49 @@ def test_steps_may_be_those_of_another_run(tmp_path: Path) -> None:
         match=r"Invalid optimizer\.steps_of=.*: expected the folder of a run that recorded",
     ):
         run(tmp_path, *options)
+
+
+def test_matrices_of_constant_norm(config: GPTConfig) -> None:
+    """AdamH against its formula, step by step: norms stay, embeddings and vectors take AdamW's
+    step.
+    """
+    model = make_model(config)
+    options = {"lr": 0.02, "adam_lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8}
+    ours = make_optimizer("adamh", model, GaugeSet(), 0.1, **options)
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    start = {name: p.detach().norm() for name, p in named_parameters(model).items()}
+    moments = {
+        name: (torch.zeros_like(p), torch.zeros_like(p))
+        for name, p in named_parameters(model).items()
+    }
+    for step in range(1, 4):
+        backward(model, step)
+        before = {name: p.detach().clone() for name, p in named_parameters(model).items()}
+        ours.step()
+        for name, p in named_parameters(model).items():
+            m, v = moments[name]
+            m.lerp_(p.grad, 0.1)
+            v.lerp_(p.grad.square(), 0.01)
+            u = m / (1 - 0.9**step) / ((v / (1 - 0.99**step)).sqrt() + 1e-8)
+            if p.ndim > 1 and id(p) not in tables:
+                moved = before[name] - 0.02 * before[name].norm() * u / u.norm()
+                wanted = moved * before[name].norm() / moved.norm()
+                assert float(p.detach().norm() / start[name]) == pytest.approx(1, rel=1e-12)
+            else:
+                wanted = before[name] * (1 - 1e-4 * (p.ndim > 1)) - 1e-3 * u
+            torch.testing.assert_close(p.detach(), wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_a_zero_matrix_of_constant_norm_stays() -> None:
+    model = make_model(MODELS["rms-swiglu-rope-gqa"])
+    with torch.no_grad():
+        model.blocks[0].mlp.down.weight.zero_()
+    options = {"lr": 0.02, "adam_lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8}
+    optimizer = make_optimizer("adamh", model, GaugeSet(), 0.1, **options)
+    backward(model, 0)
+    model.head.weight.grad = None
+    head = model.head.weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(model.head.weight, head)
+    assert not model.blocks[0].mlp.down.weight.any()
+    assert all(p.isfinite().all() for p in model.parameters())

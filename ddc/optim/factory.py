@@ -22,8 +22,9 @@ from ddc.optim.ddcmuon import DDCMuon
 from ddc.optim.fused import available
 from ddc.optim.lift import Lift
 from ddc.optim.muon import Muon
+from ddc.optim.mup import embeddings, mup_groups
 from ddc.optim.parameters import listed
-from ddc.optim.relative_step import RelativeAdamW
+from ddc.optim.relative_step import AdamH, RelativeAdamW
 from ddc.optim.saved import check_shapes, in_own_order, parameter_names, saved_ids
 from ddc.optim.sharding import split_like
 
@@ -146,6 +147,26 @@ def make_relative_adamw(
     return optimizer
 
 
+def make_adamh(
+    model: nn.Module, weight_decay: float, *, lr: float, adam_lr: float, **options: Any
+) -> AdamH:
+    """Matrices of constant norm, but for embeddings, which take AdamW's step with vectors."""
+    tables = embeddings(model)
+    groups: list[dict[str, Any]] = [
+        {**group, "params": [(name, param)]}
+        | (
+            {"lr": lr, "weight_decay": 0.0, "hold_norm": True}
+            if param.ndim >= 2 and plain_name(name) not in tables
+            else {"lr": adam_lr, "hold_norm": False}
+        )
+        for group in decay_groups(model, weight_decay)
+        for name, param in group["params"]
+    ]
+    optimizer = AdamH(groups, fused=True, **options)
+    optimizer.register_load_state_dict_pre_hook(fitted_state)
+    return optimizer
+
+
 def fitted_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict in the optimizer's order, with tensors of a parameter's shape split as the
     parameter is.
@@ -190,7 +211,8 @@ def make_optimizer(
         gauges: for the optimizers that respect any.
         weight_decay: on matrices.
         hidden: :func:`ddc.hidden_matrices`, for Muon and DDCMuon.
-        options: the optimizer's own; ``compiled=None`` compiles the step of a model of
+        options: the optimizer's own; ``width_ratio`` of AdamW is that of muP
+            (:func:`ddc.optim.mup.mup_groups`); ``compiled=None`` compiles the step of a model of
             :data:`COMPILED_FROM` parameters or more on a CPU, where there is a compiler and kernels
             do not step it.
 
@@ -207,14 +229,19 @@ def make_optimizer(
         return lift(groups, gauges, **options)
     match name:
         case "adamw":
+            ratio = options.pop("width_ratio", None)
+            if ratio is not None:
+                groups = mup_groups(model, weight_decay, options["lr"], ratio)
             return make_adamw(groups, **options)
+        case "adamh":
+            return make_adamh(model, weight_decay, **options)
         case "adamw_relative":
             return make_relative_adamw(model, weight_decay, **options)
         case "muon":
             return make_muon(model, hidden, weight_decay, **options)
         case "ddcmuon":
             return DDCMuon(groups, gauges, hidden, **options)
-    names = ", ".join(("adamw", "adamw_relative", "muon", "ddcmuon", *LIFTS))
+    names = ", ".join(("adamw", "adamw_relative", "adamh", "muon", "ddcmuon", *LIFTS))
     raise ValueError(f"Invalid optimizer.name={name!r}: expected one of {names}")
 
 

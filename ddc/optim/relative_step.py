@@ -3,8 +3,8 @@ in one of AdamW.
 
 A step that respects gauges may also have another length, which is one explanation of what it does.
 :func:`relative_steps` says how long the steps of a run are, :class:`RelativeAdamW` makes AdamW's of
-a given length. A matrix is here any parameter of two dimensions or more, as where weight decay is
-concerned.
+a given length, :class:`AdamH` keeps the norms as well. A matrix is here any parameter of two
+dimensions or more, as where weight decay is concerned.
 """
 
 from __future__ import annotations
@@ -81,9 +81,50 @@ class RelativeAdamW(AdamW):
         before = [local_part(p).clone() for p, _ in matrices]
         loss = super().step(closure)
         for (p, lr), old in zip(matrices, before, strict=True):
-            weight = local_part(p)
-            step = weight - old
-            size, length = shards_of(p).reduced(old.square().sum(), step.square().sum())
-            scale = torch.where(length > 0, (size / length).sqrt() * lr, 0.0)
-            weight.copy_(old + scale * step)
+            relative_(p, old, lr)
         return loss
+
+
+class AdamH(AdamW):
+    r"""AdamW whose matrices keep their norms, and turn by steps of a given length: AdamH of the
+    hyperball optimizers (arXiv:2606.16899).
+
+    With u Adam's direction and learning rate :math:`\eta`, a matrix of a param group with
+    ``hold_norm`` takes
+
+    .. math::
+        W \leftarrow |W|\, V / |V|, \qquad V = W - \eta\, |W|\, u / |u|
+
+    in Frobenius norms, so that it keeps the norm it began with; all else takes AdamW's step. A
+    matrix that is all zero stays so. Arguments, state and errors are those of
+    ``torch.optim.AdamW``; the weight decay of groups with ``hold_norm`` should be 0, for it has no
+    part in that step.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step; returns the loss of ``closure`` where there is one."""
+        held = [
+            (p, group["lr"])
+            for group in self.param_groups
+            for p in group["params"]
+            if group.get("hold_norm")
+        ]
+        before = [local_part(p).clone() for p, _ in held]
+        loss = super().step(closure)
+        for (p, lr), old in zip(held, before, strict=True):
+            relative_(p, old, lr)
+            size, now = shards_of(p).reduced(old.square().sum(), local_part(p).square().sum())
+            local_part(p).mul_(torch.where(now > 0, (size / now).sqrt(), 1.0))
+        return loss
+
+
+def relative_(param: Tensor, old: Tensor, length: float) -> None:
+    """Give the step that a matrix took from ``old``, its part on this rank, this length in
+    proportion to the norm it had.
+    """
+    weight = local_part(param)
+    step = weight - old
+    size, taken = shards_of(param).reduced(old.square().sum(), step.square().sum())
+    scale = torch.where(taken > 0, (size / taken).sqrt() * length, 0.0)
+    weight.copy_(old + scale * step)

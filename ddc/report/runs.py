@@ -35,6 +35,7 @@ TITLES = Titles(
         "ddcshampoo": "DDCShampoo",
         "ddcadam_paper": "DDCAdam, the paper's step",
         "adamw_relative": "AdamW, relative steps",
+        "adamh": "AdamH",
     }
 )
 

@@ -104,9 +104,39 @@ class AdamConfig(OptimizerConfig):
 
 @dataclass
 class AdamWConfig(AdamConfig):
-    """``torch.optim.AdamW``."""
+    """``torch.optim.AdamW``.
+
+    Args:
+        base_width: a width of the GPT at which ``lr`` is meant; at others rates, decay and start
+            are those of muP (:mod:`ddc.optim.mup`). null: no muP.
+    """
 
     name: str = "adamw"
+    base_width: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            "optimizer.base_width",
+            self.base_width,
+            self.base_width is None or self.base_width >= 1,
+            "a positive integer or null",
+        )
+
+
+@dataclass
+class AdamHConfig(AdamConfig):
+    """:class:`ddc.optim.relative_step.AdamH`: AdamW with matrices of constant norm (hyperball).
+
+    Args:
+        lr: ``|ΔW| / |W|`` of every matrix but embeddings, before it gets its norm back.
+        weight_decay: of embeddings.
+        adam_lr: AdamW's rate, for embeddings and vectors.
+    """
+
+    name: str = "adamh"
+    lr: float = 0.01
+    adam_lr: float = 0.01
 
 
 @dataclass
@@ -250,6 +280,7 @@ def lift_schema(name: str, lift: type[Lift]) -> type[LiftConfig]:
 OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
     "adamw": AdamWConfig,
     "adamw_relative": RelativeAdamWConfig,
+    "adamh": AdamHConfig,
     "ddcadam": DDCAdamConfig,
     "ddcadam_paper": DDCAdamPaperConfig,
     "muon": MuonConfig,
@@ -627,6 +658,14 @@ class Config:
                 f"Invalid training.weights={self.training.weights} with launcher.parallel=fsdp: it"
                 " rounds whole tensors; use float32, or ddp"
             )
+        base_width = getattr(self.optimizer, "base_width", None)
+        if base_width is not None and (
+            not isinstance(self.model, GPTConfig) or self.model.tied_head
+        ):
+            raise ValueError(
+                f"Invalid optimizer.base_width={base_width}: muP is for model=gpt with"
+                " model.tied_head=false; set it to null"
+            )
         by_heads = isinstance(self.optimizer, DDCMuonConfig) and self.optimizer.per_head
         if by_heads and not isinstance(self.model, GPTConfig):
             raise ValueError(
@@ -657,6 +696,8 @@ class Config:
             values["gauges"]["approximate"] = approximate
         if not values["optimizer"].get("additive", True):
             del values["optimizer"]["additive"]
+        if values["optimizer"].get("base_width", 0) is None:
+            del values["optimizer"]["base_width"]
         if not self.slt.readings:
             del values["slt"]
         if values["optimizer"].get("compiled", False) is None:

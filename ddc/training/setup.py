@@ -46,6 +46,7 @@ from ddc.gauges import (
 )
 from ddc.gauges.base import Params, first_line
 from ddc.models import (
+    GPT,
     DeepMLPConfig,
     GPTConfig,
     ModelConfig,
@@ -56,6 +57,7 @@ from ddc.models import (
 from ddc.models.saved import WEIGHTS
 from ddc.optim import respected
 from ddc.optim.factory import LIFTS, make_optimizer
+from ddc.optim.mup import mup_start_
 from ddc.training.allocator import keep_freed_memory
 from ddc.training.checkpoint import read_checkpoint
 from ddc.training.compose import restored
@@ -64,7 +66,13 @@ from ddc.training.observer import Observer, joined
 from ddc.training.ranks import ALONE, Ranks
 from ddc.training.records import read_lines
 from ddc.training.run_folder import INFO, RECORDS, SNAPSHOTS
-from ddc.training.schema import Config, GaugesConfig, RelativeAdamWConfig, TrainingConfig
+from ddc.training.schema import (
+    AdamWConfig,
+    Config,
+    GaugesConfig,
+    RelativeAdamWConfig,
+    TrainingConfig,
+)
 
 Batch = tuple[Tensor, Tensor]
 log = logging.getLogger(__name__)
@@ -142,6 +150,8 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     keep_freed_memory()
     torch.manual_seed(config.seed)
     model = build_model(config.model, **data.sizes)
+    if isinstance(model, GPT) and (ratio := width_ratio(config)) is not None:
+        mup_start_(model, model.head, ratio)
     if config.start.weights is not None:
         load_weights(model, Path(config.start.weights))
     model = model.to(device)
@@ -340,10 +350,21 @@ def configured_optimizer(
     options.pop("per_head", None)  # is in ``hidden``
     if config.gauges.approximate and (name in LIFTS or name == "ddcmuon"):
         options["approximate"] = True
+    if isinstance(config.optimizer, AdamWConfig):
+        del options["base_width"]
+        options["width_ratio"] = width_ratio(config)
     if isinstance(config.optimizer, RelativeAdamWConfig):
         folder = options.pop("steps_of")
         options["steps"] = {} if folder is None else recorded_steps(Path(folder))
     return make_optimizer(name, model, gauges, weight_decay, hidden, **options)
+
+
+def width_ratio(config: Config) -> float | None:
+    """The width of a GPT over the base width of muP; None without muP."""
+    model, optimizer = config.model, config.optimizer
+    if not isinstance(model, GPTConfig) or not isinstance(optimizer, AdamWConfig):
+        return None
+    return None if optimizer.base_width is None else model.width / optimizer.base_width
 
 
 def recorded_steps(folder: Path) -> dict[str, float]:

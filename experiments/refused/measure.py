@@ -79,6 +79,7 @@ REFUSED = {
         "optimizer=ddcadam_paper optimizer.retract=true",
         "optimizer.canonicalise=start gauges=none",
         "training.weights=float8 launcher=torchrun launcher.parallel=fsdp",
+        f"{VIT} optimizer=adamw optimizer.base_width=64",
         "launcher.parallel=fsdp",
         "launcher=torchrun launcher.parallel=tcp",
     ),
