@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ddc import find_gauges
 from ddc.gauges.double import InDouble
 from ddc.report.claims import load_claims
+from experiments import texts
 from experiments.adapters import measure, model, report, settings
 from experiments.adapters.rite import LoRARite, escaped_mass
 from experiments.adapters.settings import (
@@ -238,8 +239,8 @@ def test_random_maps_have_their_condition_number() -> None:
 
 def test_the_shifted_text_is_the_text_again_when_it_is_shifted_twice() -> None:
     text = torch.tensor([*b"Now, by Apollo, King; zZ9"])
-    assert bytes(model.shifted(text).tolist()) == b"Abj, ol Ncbyyb, Xvat; mM9"
-    assert torch.equal(model.shifted(model.shifted(text)), text)
+    assert bytes(texts.shifted(text).tolist()) == b"Abj, ol Ncbyyb, Xvat; mM9"
+    assert torch.equal(texts.shifted(texts.shifted(text)), text)
 
 
 # ----------------------------------------------------------------------------------------------

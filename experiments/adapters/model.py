@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from ddc.compatibility import provide_torchvision_operators
-from ddc.data import TextConfig, TextData, load_text
+from ddc.data import TextData
 from ddc.data.order import hash_seed
 from ddc.gauges import GaugeSet, find_gauges
 from ddc.gauges.base import Params
 from experiments.adapters.settings import BATCH, CONDITION, CONTEXT, GENERAL, SCALES, STANDARD, Case
+from experiments.texts import half, shifted
 
-#: Bytes of the first half of the training text, which the base learns.
-HALF = 2_277_000
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 176,
@@ -33,27 +32,16 @@ SIZES = {
 PRETRAINING = {"steps": 1000, "batch": 8, "lr": 3e-3}
 #: An adapter that somebody has trained a little.
 WARMING = {"steps": 20, "lr": 1e-3}
-SHIFT = 13
 #: Batches, and examples of each.
 EVALUATION = (8, 32)
 
 
-def shifted(tokens: Tensor) -> Tensor:
-    """Bytes of a text with each letter the one 13 on in the alphabet, capitals kept."""
-    found = tokens
-    for first in map(ord, "aA"):
-        letter = (tokens >= first) & (tokens < first + 26)
-        found = torch.where(letter, (tokens - first + SHIFT) % 26 + first, found)
-    return found
-
-
 @cache
 def text(second: bool) -> TextData:
-    """The half of the training text that the base learns, or the second, which adapters learn as
-    :func:`shifted`.
+    """The half of the training text that the base learns, or the second, which adapters learn
+    shifted.
     """
-    config = TextConfig(skip_tokens=HALF) if second else TextConfig(train_tokens=HALF)
-    return load_text(config, CONTEXT)
+    return half(second, CONTEXT)
 
 
 def loss_of(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from experiments.regauged.plan import (
     last_loss,
 )
 
-SCALE = "GPT, 0.12M parameters, fine-tuned on 0.26 MB of text"
+SCALE = "GPT, 0.12M parameters, fine-tuned on 0.26 MB of another text"
 FIGURES = {"W1": "starts"}
 COMPARED = {
     "against AdamW": (DDCADAM, ADAMW),

@@ -4,8 +4,9 @@ of deployment move them, from their published formulas.
 python -m experiments.regauged.starts RUN_FOLDER
 
 writes ``starts/seedSEED/NAME`` beside the folder of the run (:func:`ddc.models.save_model`), for
-``start.weights``. What a tool does is read off the model's gauges, so it works for any model whose
-gauges are found, and is tried: the moved model must compute the same.
+``start.weights``, and the text on which these are fine-tuned. What a tool does is read off the
+model's gauges, so it works for any model whose gauges are found, and is tried: the moved model must
+compute the same.
 
 - ``smoothquant`` (Xiao et al., arXiv:2211.10438, equation 4, α = 0.5): channel j of what a norm of
   a block gives is divided by s_j = max|X_j|^α / max|W_j|^(1 - α), the columns of its readers
@@ -39,6 +40,8 @@ from ddc.gauges.affine import General, StreamRotation
 from ddc.gauges.base import Params, unit_view
 from ddc.gauges.double import InDouble
 from ddc.models import save_model
+from experiments.regauged.plan import TEXT
+from experiments.texts import write_second
 
 KINDS = ("norm_scale", "gated_rescale", "relu_rescale", "value_map", "stream_rotation")
 #: Weights that these tools do not quantise, nor smooth: those of the head.
@@ -237,11 +240,12 @@ def difference(model: nn.Module, other: nn.Module, batch: Tensor) -> float:
 
 
 def main(folder: Path) -> None:
-    """Write the checkpoints of a run."""
+    """Write the checkpoints of a run, and the text."""
     from ddc.training.setup import restore
 
     setup = restore(folder)
     batches = [x for x, _ in setup.data.evaluation_batches("train", CALIBRATION, setup.batch_size)]
+    write_second(folder.parent / TEXT)
     places = folder.parent / "starts" / f"seed{setup.config.seed}"
     for name, model in regauged(setup.model.eval(), batches).items():
         save_model(places / name, model, setup.config.model, setup.data.sizes, run=folder.name)
