@@ -4,14 +4,17 @@ with one adjustment over all tests.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ddc.report.claims import Claim, Verdict, effect, not_complete, tested, verdict
 from ddc.report.paired import interval, p_cell
-from ddc.report.stages import Record, commits
+from ddc.report.stages import Record, commits, table
 from ddc.report.statistics import holm, paired_p
 
+#: What a model loses that knows nothing of 256 bytes; no run of ours counts for more.
+IGNORANT = math.log(256)
 #: By comparison, in the words of the claim, and by effect: subject less baseline, seed by seed.
 Differences = Mapping[str, Mapping[str, Sequence[float]]]
 
@@ -48,6 +51,30 @@ def verdicts(
     waiting = [each for each in differences if each not in {row.protocol for row in found}]
     missing = not_complete(claim, waiting, scale)
     return [*found, *(replace(each, against=against) for each in missing)]
+
+
+def differences_table(
+    differences: Differences, form: str, corner: str = "", titles: Sequence[str] = ()
+) -> str:
+    """One row a comparison that any seed has, by effect: the mean, its interval and its p-value,
+    unadjusted.
+
+    Args:
+        differences: as for :func:`verdicts`.
+        form: of the numbers.
+        corner: what stands over the comparisons.
+        titles: of the effects, if not their own.
+    """
+    rows = [
+        [
+            comparison,
+            *(f"{interval(each, form)}, p {p_cell(paired_p(each))}" for each in effects.values()),
+        ]
+        for comparison, effects in differences.items()
+        if any(effects.values())
+    ]
+    named = titles or [*dict.fromkeys(each for effects in differences.values() for each in effects)]
+    return table([corner, *named], rows, left=1 + len(named)) if rows else ""
 
 
 def runs_note(records: Sequence[Record]) -> str:

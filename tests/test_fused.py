@@ -145,7 +145,7 @@ def assert_close(x: Tensor, y: Tensor, tolerance: float) -> None:
 def by_kernels(optimizer: Any) -> dict[str, bool]:
     """Whether kernels step each stacked parameter, by its first name."""
     return {
-        p.names[0]: optimizer.fused and any(p.fit)
+        p.names[0]: optimizer.fused and any(fused.fit(p)[:2])
         for stack in optimizer._stacks
         for p in stack.parameters
     }

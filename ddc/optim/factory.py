@@ -31,8 +31,6 @@ from ddc.optim.sharding import split_like
 #: A step takes long to compile; what that saves in a smaller model does not make up for that in a
 #: run.
 COMPILED_FROM = 5_000_000
-#: Optimizers whose arithmetic kernels do, on a CPU with a C compiler.
-BY_KERNELS = ("ddcadam", "ddcmuon")
 
 
 def lifts() -> dict[str, type[Lift]]:
@@ -222,7 +220,7 @@ def make_optimizer(
     """
     groups = decay_groups(model, weight_decay)
     if "compiled" in options:
-        by_kernels = name in BY_KERNELS and not options.get("additive")
+        by_kernels = name == "ddcadam" and not options.get("additive")
         options["compiled"] = compiled_step(options["compiled"], model, by_kernels)
     if name in LIFTS:
         lift: Callable[..., Lift] = LIFTS[name]

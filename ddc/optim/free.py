@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ddc.optim.compiled import Arithmetic, Hyper, per_layer, safe_power, scaled
-from ddc.optim.fused import fit, step_free
+from ddc.optim.fused import ALONE, fuses, step_free
 from ddc.optim.stack import Context, Stack, layers_at_once, states_of
 from ddc.optim.stacked import Layers, StackedParameter
 
@@ -20,7 +20,6 @@ class FreeStack(Stack):
         self.parameter, self.rule = parameter, parameter.rule
         self.parameters = [parameter]
         parameter.allocate()
-        fit(parameter)
         self.step_count = torch.zeros(len(parameter.params), device=parameter.params[0].device)
         first = parameter.params[0]
         self.at_once = layers_at_once(len(parameter.params), first.numel(), first.device)
@@ -63,7 +62,7 @@ class FreeStack(Stack):
     def _move(self, layers: Layers, step_count: Tensor, hyper: Hyper) -> None:
         p = self.parameter
         clock = self.rule.clock(step_count, hyper, p.dtype)
-        if layers.fused and p.fuses(layers, of_side=False):
+        if layers.fused and fuses(p, layers, ALONE):
             step_free(p, layers, clock, hyper)
             return
         # the rule's direction

@@ -34,12 +34,14 @@ ROWS_PER_PART = 32
 ALIGNED = 16
 #: Tables of offsets that are kept: gradients that are made anew mostly lie where others did.
 KNOWN = 8
+#: What kernels do with a parameter: step it alone, or as part of a side, or sum over its units.
+ALONE, OF_SIDE, SUMS = range(3)
 #: The first compute capability of NVIDIA that Triton compiles for.
 OLDEST = (7, 0)
 #: For tests: whether Triton interprets kernels on a CPU, for which ``TRITON_INTERPRET=1`` must be
 #: set before Triton is first imported.
 interpreted = False
-#: Of weights; in C, the first alone.
+#: Of weights and gradients; in C, the first alone.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -60,6 +62,11 @@ def available(device: torch.device) -> bool:
 def in_c(device: torch.device) -> bool:
     """Whether a device's kernels are those in C."""
     return device.type == "cpu" and not interpreted
+
+
+def dtypes_on(device: torch.device) -> tuple[torch.dtype, ...]:
+    """Of weights, and of gradients, that the kernels of a device take."""
+    return DTYPES[:1] if in_c(device) else DTYPES
 
 
 def works(device: torch.device) -> bool:
@@ -91,9 +98,9 @@ class Kernels:
     """
 
     def __init__(self, p: StackedParameter) -> None:
-        shape, self.device = p.params[0].shape, p.params[0].device
+        self.shape, self.device = p.params[0].shape, p.params[0].device
         self.in_c = in_c(self.device)
-        self.rows, self.columns = int(shape[0]), int(np.prod(shape[1:], dtype=int))
+        self.rows, self.columns = int(self.shape[0]), int(np.prod(self.shape[1:], dtype=int))
         self.unit = next(iter(axes_of(p.role.axis)), 0)
         averaging = p.averaging
         self.averaged = -1 if averaging is None else averaging.dim - 1  # type: ignore[union-attr]
@@ -129,19 +136,21 @@ class Kernels:
         first = p.params[0]
         if not (
             not is_fake(first)
-            and available(first.device)
             and p.dtype == torch.float32
             and p.shards.layout is None
             and not p.role.offset
             and not p.role.heads
             and first.ndim
+            and first.numel()
             and all(param.dtype == first.dtype for param in p.params)
-            and first.dtype in (DTYPES[:1] if in_c(first.device) else DTYPES)
+            and first.dtype in dtypes_on(first.device)
             and (p.averaging is None or isinstance(p.averaging, Averaging))
+            and available(first.device)  # which may ask a compiler
         ):
             return False
         kernels = kernels_of(p)
-        return kernels.br * kernels.bc <= LARGEST
+        whole_rows = kernels.in_c and kernels.averaged == 1
+        return max(kernels.br * kernels.bc, kernels.columns * whole_rows) <= LARGEST
 
     @staticmethod
     def sum(p: StackedParameter) -> bool:
@@ -158,6 +167,7 @@ class Kernels:
             Kernels.read(p)
             and isinstance(p.rule, Adam)
             and "exp_avg" in p.moments
+            and p.moments["exp_avg"].shape[1:] == first.shape
             and (averaging is None or first.ndim <= 2)
             and (p.dressed is None or dressed == (0,) or (dressed == (1,) and first.ndim == 2))
         ):
@@ -221,9 +231,8 @@ class Kernels:
     def launch(self, name: str, grid: tuple[int, ...], *arguments: Any) -> None:
         """Launch a kernel, on the device of the weights, whichever is the current one."""
         if self.in_c:
-            native.launch(
-                name, grid, self.rows * self.columns * grid[1], *arguments, self.br, self.bc
-            )
+            size = self.rows * self.columns * grid[1]
+            native.launch(name, grid, size, *arguments, self.br, self.bc)
             return
         kernels = importlib.import_module("ddc.optim.kernels")  # with Triton, if that is there
 
@@ -247,14 +256,27 @@ def kernels_of(p: StackedParameter) -> Kernels:
     return found
 
 
-def fit(p: StackedParameter) -> None:
-    """Tell a parameter which kernels there are for it: where it has moments for its step, else for
-    sums over its units.
+def fuses(p: StackedParameter, layers: Layers | Pairs, use: int) -> bool:
+    """Whether kernels go over these layers, for a use: :data:`ALONE`, :data:`OF_SIDE` or
+    :data:`SUMS`. A compiler of the step makes its own.
     """
-    if p.moments:
-        p.fit = Kernels.fit(p, of_side=False), Kernels.fit(p, of_side=True)
-    else:
-        p.fit = False, Kernels.sum(p)
+    if torch.compiler.is_compiling():
+        return False
+    if p.fit is None:
+        p.fit = fit(p)
+    if not p.fit[use]:
+        return False
+    k, dtype = kernels_of(p), layers.grads[0].dtype
+    return (
+        all(x.shape == k.shape and x.is_contiguous() for x in layers.weights)
+        and all(x.shape == k.shape and x.dtype == dtype for x in layers.grads)
+        and dtype in dtypes_on(k.device)
+    )
+
+
+def fit(p: StackedParameter) -> tuple[bool, bool, bool]:
+    """Which kernels there are for a parameter, by use."""
+    return Kernels.fit(p, of_side=False), Kernels.fit(p, of_side=True), Kernels.sum(p)
 
 
 class Places:
@@ -267,7 +289,7 @@ class Places:
     """
 
     def __init__(self, p: StackedParameter, layers: Layers | Pairs) -> None:
-        grads = [grad.contiguous() for grad in layers.grads]
+        grads = [grad.resolve_neg().contiguous() for grad in layers.grads]
         k = kernels_of(p)
         offsets = k.offsets
         self.weights = layers.weights[0], offsets(layers.weights)

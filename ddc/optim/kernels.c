@@ -149,7 +149,8 @@ INLINE void sum_piece(const Source *s, Sums sums, i64 row, i64 unit, i64 n, i64 
     const float *restrict weight = s->weights + row * columns;
     const float *restrict grad = s->grads + row * columns;
     const float *restrict means = s->means, *restrict grad_means = s->grad_means;
-    const float *restrict factors = s->factor.of_columns, *restrict inverses = s->inverse.of_columns;
+    const float *restrict factors = s->factor.of_columns;
+    const float *restrict inverses = s->inverse.of_columns;
     const float factor = at_row(s->factor, row), inverse = at_row(s->inverse, row);
     float squares = 0, products = 0, grad_squares = 0;
 #define DRESSED                                                                                    \
@@ -331,7 +332,8 @@ KERNEL(direct)(
                     EACH moment[i] = moment[i] * second + gathered[i] * share;
                     for (i64 k = those.start; k < those.stop; k++) {
                         const i64 row = index_at(those, k), place = row * columns + column;
-                        direct_piece(&input, mean + place, moment, adam, own, row, 1, 1, n, columns);
+                        direct_piece(
+                            &input, mean + place, moment, adam, own, row, 1, 1, n, columns);
                     }
                 } else
                     for (i64 row = those.start; row < those.stop; row++) {
@@ -349,7 +351,8 @@ KERNEL(direct)(
             for (i64 column = 0; column < columns; column += BC) {
                 const Input input = INPUT_FROM(column);
                 const i64 place = row * columns + column, n = least(BC, columns - column);
-                direct_piece(&input, mean + place, moments + place, adam, own, row, 0, 0, n, columns);
+                direct_piece(
+                    &input, mean + place, moments + place, adam, own, row, 0, 0, n, columns);
             }
         }
     END
@@ -376,7 +379,8 @@ KERNEL(write)(
         const Vector turn_of = vector(turn, unit, layer, column, shape);
         const float *restrict middle = centred ? means + layer * columns + column : ZEROS;
         const float *restrict middle_u = centred ? mean_u + layer * columns + column : ZEROS;
-        const float *restrict factors = factor_of.of_columns, *restrict backs = undress_of.of_columns;
+        const float *restrict factors = factor_of.of_columns;
+        const float *restrict backs = undress_of.of_columns;
         const float *restrict keeps = keep_of.of_columns, *restrict turns = turn_of.of_columns;
         for (i64 k = those.start; k < those.stop; k++) {
             const i64 row = index_at(those, k), place = (layer * rows + row) * columns + column;
@@ -528,10 +532,9 @@ KERNEL(free)(
         if (averaged == 1) {
             const Indices those = indices_of(order, starts, group, BC, columns, 1);
             const i64 from = block / groups * BR; /* rows are in the cache for the next group */
+            float *const squares = exp_avg_sq + layer * rows * groups + group;
             for (i64 row = from; row < least(from + BR, rows); row++)
-                free_columns(
-                    &it, means, exp_avg_sq + (layer * rows + row) * groups + group, adam, those, row,
-                    columns);
+                free_columns(&it, means, squares + row * groups, adam, those, row, columns);
             continue;
         }
         const i64 n = least(BC, columns - column);

@@ -11,10 +11,11 @@ import itertools
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("kernels.c")
 #: Roots and quotients of vectors need the second and third.
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-std=c11", "-fPIC")
+#: Lines that tell what a processor can do, on x86 and on ARM.
+OF_PROCESSOR = ("model name", "flags", "Features", "CPU")
 #: Entries that are worth a second thread.
 WORTH_A_THREAD = 2**16
 
@@ -34,21 +37,23 @@ WORTH_A_THREAD = 2**16
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None where there is no C compiler that takes them, or nowhere to keep
-    what it makes.
+    what it makes, which is said.
     """
-    compiler = shutil.which(os.environ.get("CC") or "cc")
-    if compiler is None:
+    named = os.environ.get("CC")
+    if not named and shutil.which("cc") is None:
         return None
+    compiler = shlex.split(named or "cc")
     try:
         path = cache() / f"kernels-{fingerprint(compiler)}.so"
         if not path.exists():
             compiled(compiler, path)
         return ctypes.CDLL(str(path))
-    except (OSError, subprocess.CalledProcessError) as error:
+    # no home, a compiler that speaks no UTF-8: training does not end for any of it
+    except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
         log.warning(
             "%s does not make kernels of %s, so steps are taken by torch's operations, which are"
             " slower (fused=False does so without this warning): %s",
-            compiler,
+            shlex.join(compiler),
             SOURCE.name,
             getattr(error, "stderr", "") or error,
         )
@@ -56,29 +61,33 @@ def library() -> ctypes.CDLL | None:
 
 
 def cache() -> Path:
-    """The user's own folder, for nobody else to write to: what lies in it is run."""
+    """The user's own folder.
+
+    Raises:
+        OSError: there is none, or others may write to it: what lies in it is run.
+    """
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(home) / "ddc"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    about = folder.stat()
+    if hasattr(os, "getuid") and (about.st_uid != os.getuid() or about.st_mode & 0o022):
+        raise OSError(f"others may write to {folder}")
     return folder
 
 
-def fingerprint(compiler: str) -> str:
+def fingerprint(compiler: Sequence[str]) -> str:
     """Of the source, the compiler, and the processor whose instructions it uses."""
     try:
         cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-        lines = [line for line in cpu.splitlines() if line.startswith(("model name", "flags"))]
-        processor = "".join(lines)
+        processor = "".join(line for line in cpu.splitlines() if line.startswith(OF_PROCESSOR))
     except OSError:
         processor = platform.processor()
-    version = subprocess.run(
-        [compiler, "--version"], capture_output=True, check=True, text=True
-    ).stdout
-    key = "\n".join([version, platform.machine(), processor, *FLAGS])
+    version = run([*compiler, "--version"])
+    key = "\n".join([*compiler, version, platform.machine(), processor, *FLAGS])
     return hashlib.sha256(key.encode() + SOURCE.read_bytes()).hexdigest()[:16]
 
 
-def compiled(compiler: str, path: Path) -> None:
+def compiled(compiler: Sequence[str], path: Path) -> None:
     """Make the library, at once where others may make it too.
 
     Raises:
@@ -86,7 +95,7 @@ def compiled(compiler: str, path: Path) -> None:
     """
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        command = [compiler, *FLAGS, "-shared", "-o", str(made), str(SOURCE), "-lm"]
+        command = [*compiler, *FLAGS, "-shared", "-o", str(made), str(SOURCE), "-lm"]
         try:
             run([*command, "-march=native"])
         except subprocess.CalledProcessError:  # which not all compilers know
@@ -94,9 +103,9 @@ def compiled(compiler: str, path: Path) -> None:
         os.replace(made, path)
 
 
-def run(command: list[str]) -> None:
-    """Run a compiler."""
-    subprocess.run(command, capture_output=True, check=True, text=True)
+def run(command: list[str]) -> str:
+    """What a compiler says."""
+    return subprocess.run(command, capture_output=True, check=True, text=True).stdout
 
 
 @functools.cache
@@ -120,7 +129,11 @@ def launch(name: str, grid: tuple[int, ...], size: int, *arguments: Any) -> None
     """
     blocks, count, parts = (*grid, 1)[:3]
     programs = blocks * count * parts
-    passed = (blocks, count, *(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments))
+    if not programs:
+        return
+    # tensors of hyperparameters may bring another dtype; these live as long as the kernel runs
+    given = [x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
+    passed = (blocks, count, *(x.data_ptr() if isinstance(x, Tensor) else x for x in given))
     kernel = kernel_of(name, tuple(isinstance(x, float) for x in passed))
     threads = min(torch.get_num_threads(), programs, max(1, size // WORTH_A_THREAD))
     if threads == 1:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddc.optim.compiled import Arithmetic, Hyper, safe_power
-from ddc.optim.fused import fit, products
+from ddc.optim.fused import SUMS, fuses, products
 from ddc.optim.sharding import check_split_alike
 from ddc.optim.side import Block, Side
 from ddc.optim.stack import (
@@ -43,8 +43,6 @@ class PolarStack(Stack):
         self.plus, self.minus = Side(plus), Side(minus) if minus else None
         check_split_alike((p.names[0], p.params[0]) for p in (*plus, *minus, *dressed))
         self.parameters = [*plus, *minus]
-        for p in dressed:
-            fit(p)
         first, self.rule = plus[0], plus[0].rule
         self.layers = len(first.params)
         self.step_count = torch.zeros(self.layers, device=first.params[0].device)
@@ -213,7 +211,7 @@ class PolarStack(Stack):
 
             def log_norm_grad(p: StackedParameter, i: int) -> Tensor:
                 pairs = dressed[i]
-                if pairs.fused and p.fuses(pairs, of_side=True):
+                if pairs.fused and fuses(p, pairs, SUMS):
                     felt = products(p, pairs)
                 else:
                     felt = p.unit_sum(p.stack(pairs.weights) * p.stack(pairs.grads))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddc.optim.compiled import Hyper, Number, safe_power, scaled
-from ddc.optim.fused import FusedPart, fit
+from ddc.optim.fused import OF_SIDE, FusedPart, fuses
 from ddc.optim.stack import Context
 from ddc.optim.stacked import Layers, StackedParameter, Term, unit_sums
 
@@ -37,7 +37,6 @@ class Side:
         if self.unit_size > 1:
             for p in self.parameters:
                 p.allocate()
-                fit(p)
 
     def sums(self, *terms: Term) -> Sequence[Tensor]:
         """Sums of per-unit terms over the tensors that hold the side, each (L, U)."""
@@ -72,7 +71,7 @@ class Side:
         """
         parts: list[Part | FusedPart] = [
             FusedPart(p, each)
-            if each.fused and not decayed and p.fuses(each, of_side=True)
+            if each.fused and not decayed and fuses(p, each, OF_SIDE)
             else Part(p, each, decayed)
             for p, each in zip(self.parameters, layers, strict=True)
         ]

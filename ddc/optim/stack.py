@@ -121,9 +121,9 @@ class Context:
         return slices
 
 
-#: On a CPU, temporaries of more than a few megabytes leave the cache, and their pages are asked of
-#: the system and cleared anew at every step, which costs many times the arithmetic: as many layers
-#: at once as fit this.
+#: Entries, 16 MB. On a CPU, larger temporaries leave the cache, and where the system takes their
+#: pages back they are cleared anew at every step; fewer layers at once ask for more launches of
+#: small operations, which is most of the time of a step by kernels.
 CPU_CHUNK = 2**22
 
 

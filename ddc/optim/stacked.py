@@ -71,9 +71,8 @@ class StackedParameter:
     rule: Rule
     dressed: Dressed | None = None
     moments: dict[str, Tensor] = field(default_factory=dict)
-    #: Whether there are kernels for it alone, and as part of a side.
-    fit: tuple[bool, bool] = (False, False)
     #: What :mod:`ddc.optim.fused` knows of it, from when it is first asked.
+    fit: tuple[bool, bool, bool] | None = None
     kernels: Any = None
 
     def __post_init__(self) -> None:
@@ -141,19 +140,8 @@ class StackedParameter:
         """Take the mean over the rows (the vocabulary) from a stacked tensor."""
         return stacked - self.shards.row_mean(stacked)
 
-    # ---- kernels
-
-    def fuses(self, layers: Layers | Pairs, of_side: bool) -> bool:
-        """Whether kernels step these layers; a compiler of the step makes its own."""
-        return (
-            self.fit[of_side]
-            and not torch.compiler.is_compiling()
-            and all(weight.is_contiguous() for weight in layers.weights)
-            and len({grad.dtype for grad in layers.grads}) == 1
-        )
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "kernels": None}
+        return {**vars(self), "kernels": None, "fit": None}
 
     # ---- units: the whole parameter, the indices of one axis or of several, or the heads along it
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from rich.progress import track
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.optim import AdamW, Optimizer
 
 from ddc import DDCAdam, canonicalise_
@@ -55,6 +56,7 @@ from experiments.adapters.settings import (
     by_run,
     missing,
 )
+from experiments.output import save_records
 from experiments.protocols import Stage
 
 
@@ -115,7 +117,11 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
         diverged = not bool(loss.isfinite())
         if diverged:
             break
-        optimizer.step()
+        try:
+            optimizer.step()
+        except LinAlgError:  # eigenvalues of what is not finite
+            diverged = True
+            break
         times.append(time.perf_counter())
         for i, each in enumerate(seconds.values()):
             each.append(times[i + 1] - times[i])
@@ -145,7 +151,9 @@ def configuration(case: Case) -> dict[str, Any]:
 def measure(case: Case, folder: Path, results: Path) -> None:
     """Run what a case lacks, round by round."""
     results.mkdir(parents=True, exist_ok=True)
-    records = Records(results / f"{case.name}_runs.jsonl")
+    path = results / f"{case.name}_runs.jsonl"
+    save_records(path, read_lines(path))  # without a line that a kill has cut off
+    records = Records(path)
     about = {"config": configuration(case), "data": text(True).source, **provenance()}
     about["versions"]["peft"] = importlib.metadata.version("peft")
     while runs := missing(case, by_run(read_lines(records.path))):

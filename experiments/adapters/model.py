@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 from dataclasses import dataclass, replace
@@ -19,7 +21,7 @@ from ddc.data.order import hash_seed
 from ddc.gauges import GaugeSet, find_gauges
 from ddc.gauges.base import Params
 from experiments.adapters.settings import BATCH, CONDITION, CONTEXT, GENERAL, SCALES, STANDARD, Case
-from experiments.texts import half, shifted
+from experiments.texts import HALF, half, shifted
 
 SIZES = {
     "hidden_size": 64,
@@ -60,7 +62,8 @@ def untrained(seed: int) -> nn.Module:
 
 def base_of(seed: int, folder: Path) -> nn.Module:
     """The pretrained base of a seed, from a folder, or trained and left there."""
-    model, path = untrained(seed), folder / f"base-seed{seed}.pt"
+    made_by = hashlib.sha256(json.dumps([SIZES, PRETRAINING, HALF]).encode()).hexdigest()[:8]
+    model, path = untrained(seed), folder / f"base-seed{seed}-{made_by}.pt"
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
         return model

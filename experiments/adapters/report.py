@@ -9,10 +9,9 @@ from pathlib import Path
 
 from ddc.report.claims import Claim, Verdict, rule, verdict_table
 from ddc.report.figures import Drawing, nth_style, plain_log_ticks, save_figure, subplots
-from ddc.report.paired import interval, p_cell
+from ddc.report.paired import interval
 from ddc.report.runs import read_lines
 from ddc.report.stages import Record, table
-from ddc.report.statistics import paired_p
 from experiments import own
 from experiments.adapters.settings import (
     ADAMW,
@@ -140,19 +139,6 @@ def starts_table(losses: Losses) -> str:
     return table(header, rows) if rows else "No optimizer has run from every start yet."
 
 
-def differences_table(losses: Losses) -> str:
-    """One row a comparison."""
-    rows = [
-        [
-            comparison,
-            *(f"{interval(each, '.4f')}, p {p_cell(paired_p(each))}" for each in effects.values()),
-        ]
-        for comparison, effects in differences(losses).items()
-        if any(effects.values())
-    ]
-    return table(["DDCAdam", *EFFECTS], rows, left=3) if rows else ""
-
-
 def retuned_table(ended: Ended) -> str:
     """AdamW tuned at each moved start of the main case: mean losses there."""
     case = CASES[MAIN]
@@ -250,7 +236,9 @@ def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
     for name, case in CASES.items():
         losses = losses_of(reported(case, ended), ended)
         parts += [f"## Where training ends, {TITLES[name]}", starts_table(losses)]
-        parts += [text for text in (differences_table(losses),) if text]
+        parts += [
+            text for text in (own.differences_table(differences(losses), ".4f", "DDCAdam"),) if text
+        ]
     parts += [
         (
             "Last validation loss in nats a byte, mean over seeds, by what A was multiplied and B"

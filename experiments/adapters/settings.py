@@ -48,7 +48,6 @@ Cost: some 850 runs of three seconds on one core, six bases of twenty, 45 minute
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -56,6 +55,7 @@ from functools import cache
 from typing import Any
 
 from ddc.report.stages import Record
+from experiments.own import IGNORANT
 from experiments.protocols import ROOT, TUNING_SEED
 from experiments.search import Point, Search
 
@@ -63,8 +63,6 @@ RESULTS = ROOT / "results/adapters"
 SEEDS = range(5)
 CONTEXT, BATCH = 64, 8
 STEPS, WARMUP, BETAS = 100, 0.1, (0.9, 0.999)
-#: What a model loses that knows nothing; no run counts for more.
-IGNORANT = math.log(256)
 #: A spread in nats that counts as none.
 RESOLUTION = 1e-3
 

@@ -48,10 +48,10 @@ core that is free: 35 minutes; some three seconds for each of 50 checkpoints.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from ddc.report.stages import Record
+from experiments.own import IGNORANT
 from experiments.protocols import ROOT, Experiment, Plan
 from experiments.search import Search, last_loss
 
@@ -61,8 +61,6 @@ SPREADS = (0, 1)
 FLOAT32 = "float32"
 #: With fewer bits than the reference.
 FORMATS = ("bfloat16", "float8")
-#: What a model loses that knows nothing.
-IGNORANT = math.log(256)
 ADAMW, RIVAL, DDCADAM, MUON, DDCMUON = (
     "adamw",
     "adamw optimizer.canonicalise=start",

@@ -41,6 +41,7 @@ import math
 from collections.abc import Iterator
 
 from ddc.report.stages import Record
+from experiments.own import IGNORANT
 from experiments.protocols import ROOT, Experiment, Plan
 
 RESULTS = ROOT / "results/rate_range"
@@ -49,8 +50,6 @@ SPREADS = (0, 1, 2)
 ROUNDS = 2
 #: What counts as near the best.
 NEAR = 1.02
-#: What a model loses that knows nothing: log 256.
-IGNORANT = math.log(256)
 #: Overrides of each optimizer, but for its rates, and how many times smaller ``adam_lr`` is.
 OPTIMIZERS: dict[str, tuple[str, float | None]] = {
     "AdamW": ("optimizer=adamw", None),

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from ddc.report.claims import Claim, Verdict, rule, verdict_table
 from ddc.report.figures import Drawing, nth_style, plain_log_ticks, save_figure, subplots
-from ddc.report.paired import interval, p_cell
 from ddc.report.stages import Record, table
-from ddc.report.statistics import mean_interval, paired_p
+from ddc.report.statistics import mean_interval
 from experiments import own
 from experiments.output import Results
 from experiments.rate_range.plan import (
@@ -116,18 +115,6 @@ def ranges_table(ranges: Ranges) -> str:
     return table([*header, *(f"best, spread {each}" for each in SPREADS)], rows)
 
 
-def differences_table(ranges: Ranges) -> str:
-    """One row a comparison."""
-    rows = [
-        [
-            comparison,
-            *(f"{interval(each, '.2f')}, p {p_cell(paired_p(each))}" for each in effects.values()),
-        ]
-        for comparison, effects in differences(ranges).items()
-    ]
-    return table(["", *(f"spread {each}" for each in SPREADS)], rows, left=4)
-
-
 def curves(records: Sequence[Record]) -> dict[tuple[str, float], list[Losses]]:
     """The losses by optimizer and start, of each seed that has them."""
     runs = by_run(records)
@@ -190,7 +177,7 @@ def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
             " Best: the lowest last validation loss on the lattice, in nats a byte."
         ),
         "## Differences",
-        differences_table(ranges),
+        own.differences_table(differences(ranges), ".2f"),
         "Decades, paired by seed, 95% (Student's t); p unadjusted.",
         own.runs_note(records),
     ]

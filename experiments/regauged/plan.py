@@ -53,17 +53,15 @@ Cost: about 300 runs of some twelve seconds on one core, an hour.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from ddc.report.stages import Record
+from experiments.own import IGNORANT
 from experiments.protocols import ROOT, TUNING_SEED, Experiment, Plan
 from experiments.search import Search
 
 RESULTS = ROOT / "results/regauged"
 SEEDS = range(5)
-#: What a model loses that knows nothing.
-IGNORANT = math.log(256)
 ORIGINAL = "original"
 TOOLS = ("smoothquant", "quarot", "awq", "absmax")
 STARTS = (ORIGINAL, *TOOLS)

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from ddc.report.claims import Claim, Verdict, rule, verdict_table
 from ddc.report.figures import Drawing, nth_style, save_figure, subplots
-from ddc.report.paired import interval, p_cell
+from ddc.report.paired import interval
 from ddc.report.stages import Record, table
-from ddc.report.statistics import paired_p
 from experiments import own
 from experiments.output import Results
 from experiments.regauged.plan import (
@@ -157,18 +156,6 @@ def starts_table(losses: Losses) -> str:
     return table(header, rows) if rows else "No optimizer has run from every start yet."
 
 
-def differences_table(losses: Losses) -> str:
-    """One row a comparison."""
-    rows = [
-        [
-            comparison,
-            *(f"{interval(each, '.4f')}, p {p_cell(paired_p(each))}" for each in effects.values()),
-        ]
-        for comparison, effects in differences(losses).items()
-    ]
-    return table(["", *EFFECTS], rows, left=3)
-
-
 def retuned_table(records: Sequence[Record]) -> str:
     """AdamW and Muon tuned at each re-gauged start: mean losses there."""
     losses = losses_of(records, "retuned")
@@ -235,7 +222,7 @@ def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
             " seed."
         ),
         "## Differences",
-        differences_table(losses),
+        own.differences_table(differences(losses), ".4f"),
         "Paired by seed, 95% (Student's t); p unadjusted.",
         "## Retuned at each re-gauged checkpoint",
         retuned_table(records),

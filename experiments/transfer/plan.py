@@ -43,19 +43,17 @@ at 256, 27 and 77 at 512. In all some 80 minutes, of which width 512 takes 50.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ddc.report.stages import Record
+from experiments.own import IGNORANT
 from experiments.protocols import ROOT, Experiment, Plan, product
 from experiments.rate_range.plan import rate
 from experiments.search import Point, Search, Tried
 
 RESULTS = ROOT / "results/transfer"
 SEEDS = range(5)
-#: What a model loses that knows nothing.
-IGNORANT = math.log(256)
 #: Width and blocks, in the order in which they run.
 SIZES = {
     "w64": (64, 2),

@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 from ddc.report.claims import Claim, Verdict, rule, verdict_table
 from ddc.report.figures import Drawing, nth_style, plain_log_ticks, save_figure, subplots
-from ddc.report.paired import interval, p_cell
+from ddc.report.paired import interval
 from ddc.report.stages import Record, table
-from ddc.report.statistics import paired_p
 from experiments import own
 from experiments.output import Results
 from experiments.rate_range.plan import rate
@@ -23,7 +22,6 @@ from experiments.transfer.plan import (
     DDCADAM,
     DDCMUON,
     EXPERIMENT,
-    IGNORANT,
     LARGER,
     LATTICE,
     MUON,
@@ -186,18 +184,6 @@ def means_table(outcomes: Outcomes) -> str:
     return table(header, rows) if rows else "No optimizer has run at every size yet."
 
 
-def differences_table(outcomes: Outcomes) -> str:
-    """One row a comparison."""
-    rows = [
-        [
-            comparison,
-            *(f"{interval(each, '.4f')}, p {p_cell(paired_p(each))}" for each in effects.values()),
-        ]
-        for comparison, effects in differences(outcomes).items()
-    ]
-    return table(["", *EFFECTS], rows, left=3)
-
-
 def sizes_table(records: Sequence[Record], outcomes: Outcomes) -> str:
     """One row an optimizer and size: both rates, and the mean losses at them."""
     rows = []
@@ -241,7 +227,7 @@ def plot(records: Sequence[Record], stem: Path) -> list[Path]:
     for panel, name in zip(axes, OPTIMIZERS, strict=True):
         for i, size in enumerate(SIZES):
             losses = tuned_losses(records, name, size)
-            shown = {each: loss for each, loss in losses.items() if loss < IGNORANT}
+            shown = {each: loss for each, loss in losses.items() if loss < own.IGNORANT}
             style = nth_style(i, marker=True) | {"label": titled(size)}
             panel.plot([rate(each) for each in shown], [*shown.values()], **style)
         if (transferred := choice(records, name, BASE)) is not None:
@@ -275,7 +261,7 @@ def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
             " (Student's t)."
         ),
         "## Differences",
-        differences_table(outcomes),
+        own.differences_table(differences(outcomes), ".4f"),
         "Paired by seed, 95% (Student's t); p unadjusted.",
         "## Size by size",
         sizes_table(records, outcomes),
