@@ -30,7 +30,15 @@ from rich.table import Table
 
 from benchmarks import report as benchmark
 from ddc.report.book import Section, html, page
-from ddc.report.claims import FEW_SEEDS, Claim, Verdict, load_claims, rule, verdict_table
+from ddc.report.claims import (
+    FEW_SEEDS,
+    Claim,
+    Verdict,
+    load_claims,
+    rule,
+    short_table,
+    verdict_table,
+)
 from ddc.report.figures import drawn
 from ddc.report.runs import read_lines
 from ddc.training.display import print_plainly
@@ -44,6 +52,8 @@ from experiments.questions import Planned, Question, questions
 
 RESULTS = ROOT / "results"
 REPORT = RESULTS / "report"
+#: Heading under which the README finds them.
+OWN_IN_SHORT = "Our own claims in short"
 TITLE = "Dead-Direction Conditioners: the paper's claims, rerun"
 
 
@@ -122,6 +132,8 @@ def summary(claims: Mapping[str, Claim], verdicts: list[Verdict]) -> tuple[str, 
         ),
         "\n".join(f"- {rule(claim)}" for claim in claims.values()),
     ]
+    own = {name: claim for name, claim in claims.items() if claim.own}
+    notes.append(f"## {OWN_IN_SHORT}\n\n{short_table(own, verdicts)}")
     return f"# Claims and verdicts\n\n{verdict_table(claims, verdicts)}", "\n\n".join(notes)
 
 

@@ -8,12 +8,13 @@ A block of a page says where its tables come from; what stands between its two c
 ``under`` is the heading that the tables stand below, up to the next one (default: all of the file),
 ``number`` the one table to take of several, from 1 on, ``columns`` which columns, in the order of
 the source (default: all; the first has no name in many tables, and is always there), and
-``without`` leaves out the rows in which a cell is that.
+``without`` leaves out the rows in which a cell is one of those.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from itertools import takewhile
 from pathlib import Path
 
@@ -75,12 +76,13 @@ def tables(source: str, root: Path) -> str:
     if not found:
         raise ValueError("there is no table")
     columns = options["columns"].split(" | ") if "columns" in options else None
-    return "\n\n".join(selected(each, columns, options.get("without")) for each in found)
+    without = options["without"].split(" | ") if "without" in options else []
+    return "\n\n".join(selected(each, columns, without) for each in found)
 
 
-def selected(table: str, columns: list[str] | None, without: str | None = None) -> str:
-    """The first column of a table and these others, but for rows with a cell that is ``without``;
-    cells that begin a row and repeat those above them are left empty.
+def selected(table: str, columns: list[str] | None, without: Collection[str] = ()) -> str:
+    """The first column of a table and these others, but for rows with a cell that is one of
+    ``without``; cells that begin a row and repeat those above them are left empty.
     """
     header, rule, *rows = [
         [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
@@ -90,7 +92,7 @@ def selected(table: str, columns: list[str] | None, without: str | None = None) 
         raise ValueError(f"there is no column {', '.join(sorted(missing))}")
     keep = [i for i, name in enumerate(header) if i == 0 or columns is None or name in columns]
     aligned = ["---:" if each.endswith(":") else "---" for each in rule]
-    rows = [row for row in rows if without not in row]
+    rows = [row for row in rows if {*without}.isdisjoint(row)]
     lines = [[line[i] for i in keep] for line in (header, aligned, *rows)]
     shown = lines[:2]
     for above, line in zip([lines[0], *lines[2:]], lines[2:], strict=False):

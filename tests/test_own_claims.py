@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ddc.compatibility import provide_torchvision_operators
 from ddc.gauges import find_gauges, named_parameters
 from ddc.models import GPT, GPTConfig
-from ddc.report.claims import load_claims, rule, verdict_table
+from ddc.report.claims import load_claims, rule, short_table, verdict_table
 from ddc.training.compose import compose_alike
 from experiments import own
 from experiments.merging import measure as merging
@@ -71,6 +71,19 @@ def test_our_claims_are_told_apart() -> None:
     assert "**holds**" in verdict_table(CLAIM, rows)
     worse = own.verdicts(CLAIM["W2"], better, -1, "s", "–", ".2f")
     assert "**does not hold**" in verdict_table(CLAIM, worse)
+
+
+def test_comparisons_are_listed_by_verdict() -> None:
+    better, worse = [0.5, 0.6, 0.4, 0.5, 0.55], [-0.5, -0.6, -0.4, -0.5, -0.55]
+    found = {
+        "against AdamW": {"spread 0": better},
+        "against AdamW, balanced once": {"spread 0": worse},
+        "against AdamW, relative steps": {"spread 0": better},
+    }
+    rows = own.verdicts(CLAIM["W2"], found, 1, "s", "–", ".2f")
+    short = short_table({"W2": CLAIM["W2"], "W3": CLAIM["W3"]}, rows)
+    assert "**holds**: against AdamW; against AdamW, relative steps. **does not hold**: " in short
+    assert short.splitlines()[-1].rstrip(" |").endswith(CLAIM["W3"].title)
 
 
 def test_every_effect_must_be_there_and_few_seeds_show_nothing() -> None:

@@ -221,13 +221,36 @@ def verdict_table(claims: Mapping[str, Claim], verdicts: Iterable[Verdict]) -> s
                 v.tested,
             ),
             *(claim.fixed.get(v.protocol, "–"), v.scale, v.against),
-            f"**{OWN.get(v.verdict, v.verdict) if claim.own else v.verdict}**",
+            f"**{words_of(claim, v)}**",
         ]
         for claim in claims.values()
         for v in verdicts
         if v.claim == claim.id
     ]
     return table(header, rows, left=len(header))
+
+
+def short_table(claims: Mapping[str, Claim], verdicts: Iterable[Verdict]) -> str:
+    """One row a claim: its comparisons by verdict."""
+    verdicts = list(verdicts)
+    rows = []
+    for claim in claims.values():
+        by_verdict: dict[str, list[str]] = {}
+        for v in verdicts:
+            if v.claim == claim.id:
+                named = by_verdict.setdefault(words_of(claim, v), [])
+                named += [v.protocol] if v.protocol in claim.protocols else []
+        cells = [
+            f"**{each}**: {'; '.join(named)}" if named else f"**{each}**"
+            for each, named in by_verdict.items()
+        ]
+        rows.append([f"{claim.id}: {claim.title}", ". ".join(cells)])
+    return table(["claim", "verdict"], rows, left=2)
+
+
+def words_of(claim: Claim, verdict: Verdict) -> str:
+    """A verdict in the words of the claim."""
+    return OWN.get(verdict.verdict, verdict.verdict) if claim.own else verdict.verdict
 
 
 def rule(claim: Claim) -> str:
