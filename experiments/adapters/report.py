@@ -195,7 +195,8 @@ def plot(losses: Mapping[str, Losses], stem: Path) -> list[Path]:
     """The last validation loss by what A was multiplied with: a panel a case, a line an optimizer;
     on the right of each panel, apart, the random map.
     """
-    figure, axes = subplots(1, len(losses), figsize=(4 * len(losses), 3.8), squeeze=False)
+    size = 4 * len(losses) + 1, 4.2
+    figure, axes = subplots(1, len(losses), figsize=size, sharey=True, squeeze=False)
     scales = {**SCALES, STANDARD: 1.0}
     order = sorted(scales, key=scales.__getitem__)
     apart = 300.0
@@ -217,7 +218,9 @@ def plot(losses: Mapping[str, Losses], stem: Path) -> list[Path]:
         panel.set_title(TITLES[case])
         panel.set_xlabel("A times, B over")
     axes[0][0].set_ylabel("validation loss (nats a byte)")
-    axes[0][0].legend()
+    columns = 3 if len(losses) == 1 else len(OPTIMIZERS)
+    handles = axes[0][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=columns, frameon=False)
     return save_figure(figure, stem)
 
 
