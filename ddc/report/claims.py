@@ -239,13 +239,13 @@ def short_table(claims: Mapping[str, Claim], verdicts: Iterable[Verdict]) -> str
         for v in verdicts:
             if v.claim == claim.id:
                 named = by_verdict.setdefault(words_of(claim, v), [])
-                named += [v.protocol] if v.protocol in claim.protocols else []
+                named += [v.protocol.removeprefix("against ")] * (v.protocol in claim.protocols)
         cells = [
             f"**{each}**: {'; '.join(named)}" if named else f"**{each}**"
             for each, named in by_verdict.items()
         ]
         rows.append([f"{claim.id}: {claim.title}", ". ".join(cells)])
-    return table(["claim", "verdict"], rows, left=2)
+    return table(["claim", "verdict, by comparison"], rows, left=2)
 
 
 def words_of(claim: Claim, verdict: Verdict) -> str:
