@@ -447,7 +447,7 @@ def test_pages_show_the_tables_of_the_records() -> None:
     def verdicts(lines: Iterable[str]) -> list[str]:
         return [line.rsplit(" | ", 1)[1] for line in lines]
 
-    here = [line for line in readme.splitlines() if line.endswith("** |")]
+    here = [line for line in readme.splitlines() if line.endswith("** |") and "| W" not in line]
     assert verdicts(here) == verdicts(shown)
     # our own in short: all of them, with what is not tested
     for name, claim in CLAIM.items():

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from ddc.gauges.base import axes_of, is_fake
-from ddc.optim import native
 from ddc.optim.averaging import Averaging
 from ddc.optim.compiled import Hyper, safe_power
+from ddc.optim.native import launch as launch_in_c
+from ddc.optim.native import library
 from ddc.optim.rules.adam import Adam, Bias
 from ddc.optim.stacked import Layers, Pairs, StackedParameter
 
@@ -51,7 +52,7 @@ def available(device: torch.device) -> bool:
     CPU with a C compiler.
     """
     if in_c(device):
-        return native.library() is not None
+        return library() is not None
     if importlib.util.find_spec("triton") is None:
         return False
     if device.type == "cpu":
@@ -232,7 +233,7 @@ class Kernels:
         """Launch a kernel, on the device of the weights, whichever is the current one."""
         if self.in_c:
             size = self.rows * self.columns * grid[1]
-            native.launch(name, grid, size, *arguments, self.br, self.bc)
+            launch_in_c(name, grid, size, *arguments, self.br, self.bc)
             return
         kernels = importlib.import_module("ddc.optim.kernels")  # with Triton, if that is there
 
