@@ -357,28 +357,30 @@ def plot(speed: Record, memory: Record, stem: Path) -> list[Path]:
     """Times relative to AdamW's, state a parameter, peak memory."""
     figure, axes = subplots(2, 2, figsize=(12, 9.5), height_ratios=(3, 2))
     times, memories = axes
+    # what the complete group costs stands in the table: a colour a model would not do
+    models = {m: part for m, part in speed["models"].items() if not m.endswith("complete group")}
     for panel, kind, title in (
         (times[0], "step", "optimizer's step"),
         (times[1], "whole", "whole training step"),
     ):
-        ratio_dots(panel, speed["models"], kind)
+        ratio_dots(panel, models, kind)
         panel.set(xlabel="time / fused AdamW's", title=title)
     times[1].tick_params(labelleft=False)
     figure.legend(
         *times[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False
     )
     rows = {(row["model"], row["optimizer"]): row for row in memory["rows"]}
-    models = list(dict.fromkeys(model for model, _ in rows))
-    names = [n for n in TITLES if all((m, n) in rows for m in models)]
+    measured = list(dict.fromkeys(model for model, _ in rows))
+    names = [n for n in TITLES if all((m, n) in rows for m in measured)]
     state = {
-        TITLES[n]: [rows[m, n]["optimizer_state"] / rows[m, n]["parameters"] for m in models]
+        TITLES[n]: [rows[m, n]["optimizer_state"] / rows[m, n]["parameters"] for m in measured]
         for n in names
     }
     peak = {
-        TITLES[n]: [rows[m, n]["peak"] / rows[m, "adamw"]["peak"] for m in models] for n in names
+        TITLES[n]: [rows[m, n]["peak"] / rows[m, "adamw"]["peak"] for m in measured] for n in names
     }
-    grouped_bars(memories[0], models, state)
-    grouped_bars(memories[1], models, peak)
+    grouped_bars(memories[0], measured, state)
+    grouped_bars(memories[1], measured, peak)
     memories[0].set(title="optimizer state", ylabel="bytes a parameter")
     memories[1].set(title="peak memory of a training step", ylabel="memory / AdamW's")
     figure.legend(
