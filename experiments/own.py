@@ -53,9 +53,12 @@ def verdicts(
     return [*found, *(replace(each, against=against) for each in missing)]
 
 
-def differences_table(
-    differences: Differences, form: str, corner: str = "", titles: Sequence[str] = ()
-) -> str:
+def paired(mine: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
+    """Mine less theirs, of the seeds that have both, in their order."""
+    return [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
+
+
+def differences_table(differences: Differences, form: str, corner: str = "") -> str:
     """One row a comparison that any seed has, by effect: the mean, its interval and its p-value,
     unadjusted.
 
@@ -63,7 +66,6 @@ def differences_table(
         differences: as for :func:`verdicts`.
         form: of the numbers.
         corner: what stands over the comparisons.
-        titles: of the effects, if not their own.
     """
     rows = [
         [
@@ -73,7 +75,7 @@ def differences_table(
         for comparison, effects in differences.items()
         if any(effects.values())
     ]
-    named = titles or [*dict.fromkeys(each for effects in differences.values() for each in effects)]
+    named = [*dict.fromkeys(each for effects in differences.values() for each in effects)]
     return table([corner, *named], rows, left=1 + len(named)) if rows else ""
 
 

@@ -264,9 +264,8 @@ def compiled_step(wanted: bool | None, model: nn.Module, by_kernels: bool) -> bo
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     there = shutil.which(compiler) is not None
     if wanted is None:  # elsewhere nobody has tried
-        instead = by_kernels and available(parameters[0].device)
         large = sum(p.numel() for p in parameters) >= COMPILED_FROM
-        return on_cpu and there and large and not instead
+        return on_cpu and there and large and not (by_kernels and available(parameters[0].device))
     if wanted and on_cpu and not there:
         raise ValueError(
             f"Invalid optimizer.compiled=true: there is no C++ compiler {compiler!r}. Install one,"

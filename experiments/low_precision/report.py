@@ -10,10 +10,9 @@ from pathlib import Path
 
 from ddc.report.claims import Claim, Verdict, rule, verdict_table
 from ddc.report.figures import Drawing, nth_style, save_figure, subplots
-from ddc.report.paired import interval, p_cell
+from ddc.report.paired import interval
 from ddc.report.runs import read_lines
 from ddc.report.stages import Record, commits, table
-from ddc.report.statistics import paired_p
 from experiments import own
 from experiments.low_precision.plan import (
     ADAMW,
@@ -96,9 +95,8 @@ def differences(
     for comparison, (subject, baseline) in COMPARED.items():
         found[comparison] = {}
         for weights in FORMATS:
-            mine, theirs = of(losses, subject, weights), of(losses, baseline, weights)
-            seeds = sorted(mine.keys() & theirs.keys())
-            found[comparison][weights] = [mine[seed] - theirs[seed] for seed in seeds]
+            both = (of(losses, each, weights) for each in (subject, baseline))
+            found[comparison][weights] = own.paired(*both)
     return found
 
 
@@ -146,21 +144,17 @@ def losses_table(losses: Losses) -> str:
 
 def differences_table(losses: Losses) -> str:
     """One row a comparison: of the loss of precision, and of the last loss itself."""
-    both = differences(losses), differences(losses, mean_last)
-    rows = [
-        [
-            comparison,
-            *(
-                f"{interval(each[comparison][weights], '.3f')},"
-                f" p {p_cell(paired_p(each[comparison][weights]))}"
-                for each in both
-                for weights in FORMATS
-            ),
-        ]
+    quantities = {"loss of precision": mean_lost, "last loss": mean_last}
+    both = {title: differences(losses, of) for title, of in quantities.items()}
+    merged = {
+        comparison: {
+            f"{title}, {weights}": found[comparison][weights]
+            for title, found in both.items()
+            for weights in FORMATS
+        }
         for comparison in COMPARED
-    ]
-    titles = ("loss of precision", "last loss")
-    return table(["", *(f"{t}, {each}" for t in titles for each in FORMATS)], rows, left=5)
+    }
+    return own.differences_table(merged, ".3f")
 
 
 def ends_table(ends: Sequence[Record]) -> str:

@@ -276,8 +276,7 @@ def unstopped(records: Sequence[Record]) -> dict[str, dict[str, list[float]]]:
     for name in (DDCADAM, AUTHOR):
         mine = number_by_seed(runs.get(name, []), "validation_loss")
         found[TITLES[name]] = {
-            title: [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
-            for title, theirs in baselines.items()
+            title: own.paired(mine, theirs) for title, theirs in baselines.items()
         }
     return found
 

@@ -50,7 +50,7 @@ from ddc.report.stages import Record
 from experiments.own import IGNORANT
 from experiments.protocols import ROOT, Experiment, Plan, product
 from experiments.rate_range.plan import rate
-from experiments.search import Point, Search, Tried
+from experiments.search import Point, Search, Tried, last_loss
 
 RESULTS = ROOT / "results/transfer"
 SEEDS = range(5)
@@ -90,9 +90,7 @@ LATTICE = range(-14, 5)
 
 def loss_of(record: Record) -> float:
     """The last validation loss, at most that of a model that knows nothing."""
-    if record["diverged"]:
-        return IGNORANT
-    return min(IGNORANT, float(record["summary"]["validation_loss"]))
+    return min(last_loss(record), IGNORANT)
 
 
 def shape(size: str) -> str:
