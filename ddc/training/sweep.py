@@ -28,14 +28,21 @@ from ddc.training.run_folder import OUTPUT, STATES, state_of
 from ddc.training.schema import Config
 
 ROOT = Path(__file__).resolve().parents[2]
-#: What ``train.py`` needs and torch imports late: seconds, once a sweep instead of once a run.
+#: What ``train.py`` needs and what torch, W&B and the figures import late: seven seconds, once a
+#: sweep instead of once a run.
 IMPORTS = [
     "ddc.report.rates",
     "ddc.report.runs",
     "ddc.training.command",
     "ddc.training.loop",
     "ddc.training.sweep",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.backends.backend_pdf",
+    "matplotlib.figure",
+    "pandas",
+    "PIL.PngImagePlugin",
     "torch._dynamo",
+    "wandb.sdk.launch",
 ]
 
 
