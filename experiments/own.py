@@ -12,11 +12,19 @@ from ddc.report.claims import Claim, Verdict, effect, not_complete, tested, verd
 from ddc.report.paired import interval, p_cell
 from ddc.report.stages import Record, commits, table
 from ddc.report.statistics import holm, paired_p
+from experiments.search import last_loss
 
 #: What a model loses that knows nothing of 256 bytes; no run of ours counts for more.
 IGNORANT = math.log(256)
 #: By comparison, in the words of the claim, and by effect: subject less baseline, seed by seed.
 Differences = Mapping[str, Mapping[str, Sequence[float]]]
+
+
+def loss_of(record: Record) -> float:
+    """The last validation loss, at most that of a model that knows nothing, which a run that
+    diverged has.
+    """
+    return min(last_loss(record), IGNORANT)
 
 
 def verdicts(

@@ -199,6 +199,15 @@ class Search:
             if (stage := self.stage_of(record)) and record["stages"][stage] in known
         }
 
+    def not_interior(self, records: Sequence[Record]) -> list[str]:
+        """The optimizers of which a choice, by records, has a neighbour that was not tried."""
+        found = {name: self.recorded(records, name) for name in self.axes}
+        return [
+            name
+            for name, tried in found.items()
+            if any(self.open_sides(name, each, tried) for each in self.choices(tried).values())
+        ]
+
     def stage_of(self, record: Record) -> str | None:
         """The first of its stages that a record is of, if it is of any."""
         return next((name for name in self.names if name in record["stages"]), None)

@@ -455,7 +455,7 @@ def test_a_run_without_a_record_is_planned_later() -> None:
         transfer_plan.EXPERIMENT.plan("reported_w512", None)
     assert transfer_report.markdown([], CLAIM) == "No run is recorded yet.\n"
     diverged = {"diverged": True, "summary": None}
-    assert transfer_plan.loss_of(diverged) == transfer_plan.IGNORANT
+    assert own.loss_of(diverged) == own.IGNORANT
 
 
 # ----------------------------------------------------------------------------------------------

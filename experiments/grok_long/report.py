@@ -140,13 +140,7 @@ def median(runs: Sequence[Record]) -> float:
 def edges(records: Sequence[Record], key: str) -> str:
     """Which of the settings that a row compares are not interior."""
     search = SEARCHES[int(key.split()[0])]
-    open_at = [
-        TITLES[name]
-        for name in (MUON, DDCMUON)
-        if (cells := search.recorded(records, name))
-        for point in search.choices(cells).values()
-        if search.open_sides(name, point, cells)
-    ]
+    open_at = [TITLES[name] for name in search.not_interior(records)]
     return f"not interior: {', '.join(open_at)}" if open_at else "–"
 
 

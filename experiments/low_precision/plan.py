@@ -50,8 +50,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ddc.report.stages import Record
-from experiments.own import IGNORANT
 from experiments.protocols import ROOT, Experiment, Plan
 from experiments.search import Search, last_loss
 
@@ -95,11 +93,6 @@ def search(weights: str) -> Search:
 
 
 SEARCHES = {each: search(each) for each in (FLOAT32, *FORMATS)}
-
-
-def loss_of(record: Record) -> float:
-    """The last validation loss, at most that of a model that knows nothing."""
-    return min(last_loss(record), IGNORANT)
 
 
 def at(setting: str, spread: float) -> str:

@@ -27,7 +27,6 @@ from experiments.low_precision.plan import (
     RIVAL,
     SEARCHES,
     SPREADS,
-    loss_of,
 )
 from experiments.output import Results
 from experiments.search import last_loss
@@ -60,7 +59,7 @@ def losses_of(records: Sequence[Record]) -> Losses:
             optimizer = config["optimizer"]
             name = RIVAL if optimizer["canonicalise"] else str(optimizer["name"])
             key = (name, config["training"]["weights"], config["start"]["spread"])
-            found.setdefault(key, {})[record["seed"]] = loss_of(record)
+            found.setdefault(key, {})[record["seed"]] = own.loss_of(record)
     return found
 
 
@@ -103,12 +102,9 @@ def differences(
 def not_interior(records: Sequence[Record]) -> list[str]:
     """The choices that lie at an end of what was tried, in words."""
     return [
-        f"{title} in {weights}"
+        f"{OPTIMIZERS[name]} in {weights}"
         for weights, search in SEARCHES.items()
-        for name, title in OPTIMIZERS.items()
-        for tried in [search.recorded(records, name)]
-        for point in search.choices(tried).values()
-        if search.open_sides(name, point, tried)
+        for name in search.not_interior(records)
     ]
 
 

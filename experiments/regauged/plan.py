@@ -55,8 +55,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ddc.report.stages import Record
-from experiments.own import IGNORANT
+from experiments.own import loss_of
 from experiments.protocols import ROOT, TUNING_SEED, Experiment, Plan
 from experiments.search import Search
 
@@ -96,11 +95,6 @@ _FIRST_ONE = (_RATES[1:7],)
 _FIRST_TWO = ((2e-3, 6e-3, 2e-2), (3e-4, 1e-3))
 
 
-def last_loss(record: Record) -> float:
-    """The last validation loss; of a run that diverged, that of a model that knows nothing."""
-    return IGNORANT if record["diverged"] else float(record["summary"]["validation_loss"])
-
-
 def start(name: str, seed: int) -> str:
     """Overrides that begin at a checkpoint of a seed."""
     return f"start.weights={{runs}}/regauged/starts/seed{seed}/{name}"
@@ -112,7 +106,7 @@ def search(name: str, optimizers: tuple[str, ...], suffix: str) -> Search:
     return Search(
         axes={each: _TWO if each in two else _ONE for each in optimizers},
         first={each: _FIRST_TWO if each in two else _FIRST_ONE for each in optimizers},
-        questions={"last": last_loss},
+        questions={"last": loss_of},
         rounds=3,
         most=2,
         shared=f"{FINE_TUNED} {start(name, TUNING_SEED)}",

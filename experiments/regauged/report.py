@@ -27,7 +27,6 @@ from experiments.regauged.plan import (
     SEARCH,
     STARTS,
     TOOLS,
-    last_loss,
 )
 
 SCALE = "GPT, 0.12M parameters, fine-tuned on 0.26 MB of another text"
@@ -58,7 +57,9 @@ def losses_of(records: Sequence[Record], stage: str) -> Losses:
     for record in records:
         if stage in record["stages"]:
             start = Path(record["config"]["start"]["weights"]).name
-            found.setdefault((optimizer_of(record), record["seed"]), {})[start] = last_loss(record)
+            found.setdefault((optimizer_of(record), record["seed"]), {})[start] = own.loss_of(
+                record
+            )
     return found
 
 
@@ -111,15 +112,8 @@ def regrets(losses: Losses, optimizer: str) -> list[float]:
 def against(records: Sequence[Record]) -> str:
     """What the same records hold against every verdict."""
     notes = []
-    tried = {name: SEARCH.recorded(records, name) for name in OPTIMIZERS}
-    edges = [
-        OPTIMIZERS[name]
-        for name, cells in tried.items()
-        for point in SEARCH.choices(cells).values()
-        if SEARCH.open_sides(name, point, cells)
-    ]
-    if edges:
-        notes.append(f"not interior: {', '.join(edges)}")
+    if edges := SEARCH.not_interior(records):
+        notes.append(f"not interior: {', '.join(OPTIMIZERS[name] for name in edges)}")
     retuned, reported = losses_of(records, "retuned"), losses_of(records, "reported")
     for name in RETUNED:
         gains = [
@@ -179,7 +173,7 @@ def tuning_table(records: Sequence[Record]) -> str:
             optimizer = record["config"]["optimizer"]
             rates = ", ".join(f"{key} {optimizer[key]:g}" for key in SEARCH.axes[name])
             mark = "**" if point == chosen else ""
-            rows.append([title, f"{mark}{rates}{mark}", f"{last_loss(record):.4f}"])
+            rows.append([title, f"{mark}{rates}{mark}", f"{own.loss_of(record):.4f}"])
     header = ["optimizer", "setting", "validation loss, last"]
     return table(header, rows, left=2) if rows else "No setting is recorded yet."
 

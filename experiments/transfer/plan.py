@@ -46,11 +46,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ddc.report.stages import Record
-from experiments.own import IGNORANT
+from experiments.own import loss_of
 from experiments.protocols import ROOT, Experiment, Plan, product
 from experiments.rate_range.plan import rate
-from experiments.search import Point, Search, Tried, last_loss
+from experiments.search import Point, Search, Tried
 
 RESULTS = ROOT / "results/transfer"
 SEEDS = range(5)
@@ -86,11 +85,6 @@ COUNT = 6
 ROUNDS = 3
 #: All rates there are, in half decades.
 LATTICE = range(-14, 5)
-
-
-def loss_of(record: Record) -> float:
-    """The last validation loss, at most that of a model that knows nothing."""
-    return min(last_loss(record), IGNORANT)
 
 
 def shape(size: str) -> str:

@@ -31,7 +31,6 @@ from experiments.transfer.plan import (
     SEARCHES,
     SEEDS,
     SIZES,
-    loss_of,
     setting,
 )
 
@@ -70,7 +69,7 @@ def load() -> list[Record]:
 def tuned_losses(records: Sequence[Record], optimizer: str, size: str) -> dict[int, float]:
     """The losses of the tuning by half decade of the rate."""
     tried = SEARCHES[size].recorded(records, optimizer)
-    return {LATTICE[i]: loss_of(record) for (i,), record in sorted(tried.items())}
+    return {LATTICE[i]: own.loss_of(record) for (i,), record in sorted(tried.items())}
 
 
 def choice(records: Sequence[Record], optimizer: str, size: str) -> int | None:
@@ -82,7 +81,7 @@ def choice(records: Sequence[Record], optimizer: str, size: str) -> int | None:
 def outcomes_of(records: Sequence[Record]) -> Outcomes:
     """All that can be read."""
     losses = {
-        (record["stages"][stage], record["seed"]): loss_of(record)
+        (record["stages"][stage], record["seed"]): own.loss_of(record)
         for record in records
         for size in SIZES
         if (stage := f"reported_{size}") in record["stages"]
@@ -134,16 +133,10 @@ def differences(outcomes: Outcomes) -> dict[str, dict[str, list[float]]]:
 
 def not_interior(records: Sequence[Record]) -> list[str]:
     """The choices with a neighbour that was not tried."""
-    tried = {
-        (size, name): search.recorded(records, name)
-        for size, search in SEARCHES.items()
-        for name in OPTIMIZERS
-    }
     return [
         f"{name} at {titled(size)}"
-        for (size, name), cells in tried.items()
-        for point in SEARCHES[size].choices(cells).values()
-        if SEARCHES[size].open_sides(name, point, cells)
+        for size, search in SEARCHES.items()
+        for name in search.not_interior(records)
     ]
 
 
