@@ -704,3 +704,73 @@ def test_a_gauge_that_does_not_fit_is_refused_alone() -> None:
     left = verified(GaugeSet((fits, false)), model, (torch.randn(3, 4),), {})
     assert [*left] == [fits]
     assert not left.unchecked
+
+
+class Relative(nn.Module):
+    """Attention whose scores take a number of each head from a table of relative positions."""
+
+    def __init__(self, change: Callable[..., Tensor], heads_first: bool = False) -> None:
+        super().__init__()
+        self.change, self.heads_first = change, heads_first
+        self.table = nn.Parameter(torch.randn((2, 9) if heads_first else (9, 2)))
+        positions = torch.arange(5)
+        self.register_buffer("distances", positions[:, None] - positions + 4)
+        self.queries, self.keys, self.values = (nn.Linear(9, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries, keys, values = (
+            each(x).unflatten(-1, (2, 4)).transpose(1, 2)
+            for each in (self.queries, self.keys, self.values)
+        )
+        if self.heads_first:
+            bias = self.table[:, self.distances]
+        else:
+            bias = self.table[self.distances.view(-1)].view(5, 5, 2).permute(2, 0, 1)
+        return self.change(queries, keys, values, bias[None])
+
+
+CAUSAL = torch.ones(5, 5, dtype=torch.bool).tril()
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda q, k, v, b: (q @ k.mT + b).softmax(-1) @ v, True),
+        (lambda q, k, v, b: F.scaled_dot_product_attention(q, k, v, b), True),
+        (lambda q, k, v, b: (q @ k.mT + b.masked_fill(~CAUSAL, -1e30)).softmax(-1) @ v, True),
+        (
+            lambda q, k, v, b: F.scaled_dot_product_attention(
+                q, k, v, torch.where(CAUSAL, b, -torch.inf).contiguous()
+            ),
+            True,
+        ),
+        (lambda q, k, v, b: (q @ k.mT + b).softmax(-2) @ v, True),  # of a head, all alike
+        (lambda q, k, v, b: (q @ k.mT + b).softmax(1) @ v, False),  # over heads
+        (lambda q, k, v, b: (q @ k.mT + b.masked_fill(~CAUSAL, 0.0)).softmax(-1) @ v, False),
+        (lambda q, k, v, b: ((q @ k.mT + b).softmax(-1) + b) @ v, False),
+        (lambda q, k, v, b: (q @ k.mT * b).softmax(-1) @ v, False),
+        (lambda q, k, v, b: (q @ k.mT + b).sigmoid() @ v, False),
+        (lambda q, k, v, b: F.scaled_dot_product_attention(q, k, v + b[..., :4], b), False),
+    ],
+)
+def test_scores_of_relative_positions_may_all_move(
+    change: Any, found: bool, heads_first: bool
+) -> None:
+    model = Relative(change, heads_first)
+    assert ("score_shift" in by_rules(model, (torch.randn(3, 5, 9),))) == found
+    gauges = find_gauges(model, inputs=(torch.randn(3, 5, 9),), kinds=["score_shift"])
+    assert len(gauges.found) == found
+    if found:
+        assert gauges.found[0].dimension(dict(model.named_parameters())) == 2
+
+
+def test_scores_of_a_table_that_is_read_elsewhere_stay() -> None:
+    class Also(Relative):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.table.sum()
+
+    model = Also(lambda q, k, v, b: (q @ k.mT + b).softmax(-1) @ v)
+    gauges = find_gauges(model, inputs=(torch.randn(3, 5, 9),), kinds=["score_shift"])
+    assert not gauges.found
+    assert [each.reason for each in gauges.refused] == ["sum reads its table"]

@@ -80,6 +80,7 @@ for _kind in (
     Kind("reader_shift", "reader shift", default=False, further=True),
     Kind("norm_shift", "norm shift", default=False, further=True),
     Kind("router_shift", "router shift", default=False, further=True),
+    Kind("score_shift", "score shift", default=False, further=True),
     Kind("layer_scale", "layer scale", default=False, further=True),
     Kind("channel_scale", "channel scale", default=False, further=True),
     # these the eps of a norm breaks

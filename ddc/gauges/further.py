@@ -32,6 +32,7 @@ from ddc.gauges.attention import ATTENTION, Attention, Read, product_of, softmax
 from ddc.gauges.base import Gauge, Refusal, approximate_kinds, paper_kinds
 from ddc.gauges.gauge_set import GaugeSet
 from ddc.gauges.norms import NormReaders, bias_of, columns_of, require_passed_on
+from ddc.gauges.scores import ScoreTable, score_table
 from ddc.gauges.stream import Norm, Stream, carries, patches_of, streams
 from ddc.gauges.trace import (
     KEEPS,
@@ -127,6 +128,9 @@ class Further:
                 yield "router_shift", owner(linear.weight), partial(self.router_shift, linear)
             if (scale := self._layer_scale(linear)) is not None:
                 yield "layer_scale", owner(scale), partial(self.layer_scale, linear, scale)
+        for name in self.trace.uses:
+            if (table := score_table(self.trace, name)) is not None:
+                yield "score_shift", owner(name) or name, partial(self.score_shift, name, table)
         for node in self.trace.graph.nodes:
             if operation(node) == "batch_norm":
                 where = module_path(node) or "batch_norm"
@@ -485,6 +489,13 @@ class Further:
         if linear.bias is not None:
             self.finding.require_single([linear.bias])
         return [Shift(linear.weight, linear.bias, owner(linear.weight), "router_shift")]
+
+    def score_shift(self, name: str, table: ScoreTable) -> list[Gauge]:
+        """A number added to all that a table of relative positions has for a head."""
+        if table.fault:
+            raise NotProved(table.fault)
+        slot = Translated(name, table.axis)
+        return [Translation("score_shift", owner(name) or name, (slot,))]
 
     def _layer_scale(self, linear: LinearMap) -> str | None:
         """The vector by which the outputs of a linear map are multiplied, if that is all that is

@@ -338,6 +338,7 @@ class GaugesConfig(_Wanted):
         reader_shift: of what reads a LayerNorm.
         norm_shift: the shift of a norm against the biases of its readers.
         router_shift: one vector added to all rows of an expert router.
+        score_shift: a number added to all relative positions' scores of a head.
         layer_scale: rows of a matrix against the vector that multiplies them.
         stream_scale, normed_scale, filter_scale: of what norms alone read; they hold at eps = 0
             alone, and need ``approximate``.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ddc.compatibility import provide_torchvision_operators
 
@@ -80,6 +80,17 @@ def gpt(**options: Any) -> Callable[[], Made]:
     return lambda: (GPT(GPTConfig(**config), VOCABULARY), (TOKENS,))
 
 
+class LogitsAlone(nn.Module):
+    """A model of which a loss reads the logits, and not what its encoder gives beside them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        return self.model(**inputs).logits
+
+
 def text(model: str, sizes: Mapping[str, Any], **options: Any) -> Callable[[], Made]:
     """A language model of transformers."""
     family = re.split("For|LMHead", model)[0].replace("Gemma3", "Gemma3Text")
@@ -87,9 +98,11 @@ def text(model: str, sizes: Mapping[str, Any], **options: Any) -> Callable[[], M
     def make() -> Made:
         config = getattr(transformers, f"{family}Config")(**{**sizes, **options})
         inputs = {"input_ids": TOKENS}
+        made = getattr(transformers, model)(config)
         if family in ("T5", "Bart"):
             inputs["decoder_input_ids"] = (TOKENS * 5 + 3) % VOCABULARY
-        return getattr(transformers, model)(config), inputs
+            made = LogitsAlone(made)
+        return made, inputs
 
     return make
 
@@ -129,7 +142,8 @@ ARCHITECTURES: dict[str, Callable[[], Made]] = {
     "OPT": text("OPTForCausalLM", SIZES, ffn_dim=6, word_embed_proj_dim=8, dropout=0.0),
     "GPT-2": text("GPT2LMHeadModel", GPT2),
     "GPT-2, tied": text("GPT2LMHeadModel", GPT2, tie_word_embeddings=True),
-    "BERT": text("BertForMaskedLM", SIZES),
+    # an eps of 1e-12, its own, would break what holds at 0 by less than float64 can tell
+    "BERT": text("BertForMaskedLM", SIZES, layer_norm_eps=1e-5),
     "T5": text("T5ForConditionalGeneration", SEQUENCES),
     "Mixtral": text("MixtralForCausalLM", EXPERTS),
     "Qwen2-MoE": text("Qwen2MoeForCausalLM", EXPERTS),
