@@ -17,7 +17,7 @@ from ddc.models import GPT, GPTConfig
 from ddc.report.claims import load_claims, rule, short_table, verdict_table
 from ddc.training.compose import compose_alike
 from experiments import own
-from experiments.merging import measure as merging
+from experiments.merging import averages as merging
 from experiments.merging import report as merging_report
 from experiments.merging.plan import EXPERIMENT as MERGING
 from experiments.protocols import EXPERIMENTS
@@ -471,7 +471,7 @@ def test_two_points_of_one_orbit_have_no_barrier_after_they_are_moved() -> None:
         if gauge.kind != "stream_rotation":
             gauge.act_(params, gauge.sample(params, generator))
     new = tokens(20, 9)
-    one, turned = merging.moved_together(model, other)
+    one, turned = merging.moved_together([model, other], merging.Moves.of(model))
     assert starts.difference(model, merging.average(one, turned), new) < 1e-4  # of float32
     assert starts.difference(model, merging.average(model, other), new) > 0.1
 
@@ -505,4 +505,13 @@ def test_w6_holds_where_moving_lowers_the_barrier() -> None:
     few = [each for each in pairs(0.4) if each["seed"] < 2]
     assert {each.verdict for each in merging_report.verdicts(few, CLAIM)} == {"not tested"}
     assert [each.verdict for each in merging_report.verdicts([], CLAIM)] == ["not tested"]
-    assert "**holds**" in merging_report.markdown(pairs(0.4), CLAIM)
+    along = {"last": 2.0, "swa": 1.9, "swa_moved": 1.8, "ema": 1.95, "ema_moved": 1.9}
+    runs = [
+        {"optimizer": name, "seed": seed, "commit": "0"}
+        | {k: v + 0.001 * seed for k, v in along.items()}
+        for name in ("AdamW", "DDCAdam")
+        for seed in range(5)
+    ]
+    text = merging_report.markdown(pairs(0.4), runs, CLAIM)
+    assert "**holds**" in text
+    assert "| DDCAdam | SWA | 5 | -0.1000 (-0.1000 to -0.1000) | -0.2000" in text

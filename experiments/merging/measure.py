@@ -1,4 +1,5 @@
-"""The barriers of claim W6, from the checkpoints of its runs.
+"""The barriers of claim W6, from the checkpoints of its runs, and averages along runs that are
+trained here. Run again, it goes on.
 
 python -m experiments.merging.measure [--runs FOLDER]
 """
@@ -8,82 +9,104 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Sequence
-from typing import Any
 
-import torch
+from rich.progress import track
 from torch import nn
+from torch.amp import GradScaler
 
-from ddc.gauges import align_, canonicalise_, find_gauges, named_parameters
-from ddc.training.evaluate import evaluation_batches, measure
-from ddc.training.records import provenance
-from ddc.training.setup import Setup, restore
+from ddc.report.stages import Record
+from ddc.training.evaluate import evaluation_batches
+from ddc.training.evaluate import measure as measured
+from ddc.training.loop import train_step
+from ddc.training.records import Records, provenance
+from ddc.training.setup import Setup, prepare, restore
+from experiments.merging.averages import Moves, average, even, exponential, moved_together
 from experiments.merging.plan import EXPERIMENT, OPTIMIZERS, RESULTS, SEEDS, first, second, settings
-from experiments.output import save_records
 from experiments.regauged.plan import STARTS
 
-TURNED = ("value_rotation", "qk_rotation")
-
-
-def moved_together(one: nn.Module, other: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Copies of two models at the balanced points of their orbits, the heads of the second turned
-    onto those of the first, in float64.
-    """
-    both = [copy.deepcopy(each).double() for each in (one, other)]
-    gauges = find_gauges(one, kinds="complete")
-    for each in both:
-        canonicalise_(each, gauges)
-    reference, turned = map(named_parameters, both)
-    align_(turned, reference, find_gauges(one, kinds=TURNED))
-    return both[0], both[1]
-
-
-@torch.no_grad()
-def average(one: nn.Module, other: nn.Module) -> nn.Module:
-    """The mean of the weights of two models, in float32."""
-    mean = copy.deepcopy(one)
-    theirs = named_parameters(other)
-    for name, p in named_parameters(mean).items():
-        p.copy_((p + theirs[name]) / 2)
-    return mean.float()
+SNAPSHOTS = 10
 
 
 def loss(setup: Setup, model: nn.Module) -> float:
-    """The validation loss of a model of the same architecture."""
+    """The validation loss of a model of the same architecture, in float32."""
     there = copy.copy(setup)
-    there.model = model
-    return measure(there, evaluation_batches(there, "validation"))["loss"]
+    there.model = copy.deepcopy(model).float()
+    return measured(there, evaluation_batches(there, "validation"))["loss"]
 
 
-def pair(one: Setup, other: Setup) -> dict[str, float]:
-    """The losses of two runs, of their average as they are, and of that after both were moved."""
+def pair(setting: str, seed: int, start: str, moves: Moves, runs: str) -> dict[str, float]:
+    """The losses of two runs, of their average as they are, and of the second and of their average
+    after both were moved.
+
+    Raises:
+        FileNotFoundError: a run has no checkpoint.
+    """
+    planned = [first(setting, seed), second(setting, start, seed)]
+    one, other = (restore(run.folder) for run in EXPERIMENT.sweep(planned, runs))
+    moved = moved_together([one.model, other.model], moves)
     return {
         "first": loss(one, one.model),
         "second": loss(one, other.model),
         "as_is": loss(one, average(one.model, other.model)),
-        "moved": loss(one, average(*moved_together(one.model, other.model))),
+        "second_moved": loss(one, moved[1]),
+        "moved": loss(one, average(moved[0], moved[1])),
     }
 
 
+def along(setting: str, seed: int, moves: Moves, runs: str) -> dict[str, float]:
+    """Train a run of which snapshots alone are kept: the loss at its end, and of their averages."""
+    overrides, seed = first(setting, seed)
+    (run,) = EXPERIMENT.sweep([(f"{overrides} training.schedule=constant", seed)], runs)
+    setup = prepare(run.config)
+    steps = run.config.training.steps
+    models, scaler = list[nn.Module](), GradScaler(setup.device.type, enabled=False)
+    for step in range(steps):
+        train_step(setup, step, scaler, audited=False)
+        if step >= steps // 2 and (step + 1) % (steps // 2 // SNAPSHOTS) == 0:
+            models.append(copy.deepcopy(setup.model))
+    moved = moved_together(models[::-1], moves)[::-1]
+    averages = {
+        f"{title}{suffix}": of(each)
+        for title, of in (("swa", even), ("ema", exponential))
+        for suffix, each in (("", models), ("_moved", moved))
+    }
+    return {"last": loss(setup, setup.model), **{k: loss(setup, m) for k, m in averages.items()}}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure every pair whose runs have ended.
+    """Measure every pair, and every run, that has no record.
 
     Raises:
         FileNotFoundError: a run of a pair has no checkpoint.
         ValueError: the tuning of claim W1 has not ended.
     """
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", default="runs", help="folder of the runs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", default="runs", help="folder of the runs, those of claim W1 too")
     runs = parser.parse_args(arguments).runs
-    records: list[dict[str, Any]] = []
-    about = provenance()
-    for name, setting in settings(runs).items():
-        for seed in SEEDS:
-            planned = [first(setting, seed), *(second(setting, each, seed) for each in STARTS)]
-            one, *others = (restore(run.folder) for run in EXPERIMENT.sweep(planned, runs))
-            for start, other in zip(STARTS, others, strict=True):
-                found = {"optimizer": OPTIMIZERS[name], "start": start, "seed": seed}
-                records.append({**found, **pair(one, other), **about})
-    save_records(RESULTS / "pairs.jsonl", records)
+    about, chosen = provenance(), settings(runs)
+    planned = [(name, seed) for name in chosen for seed in SEEDS]
+    (run, *_) = EXPERIMENT.sweep([first(chosen[planned[0][0]], 0)], runs)
+    moves = Moves.of(prepare(run.config).model)
+    records, known = recorded("pairs")
+    pairs = [(*each, start) for each in planned for start in STARTS]
+    for name, seed, start in track(pairs, "pairs"):
+        found: Record = {"optimizer": OPTIMIZERS[name], "start": start, "seed": seed}
+        if found not in known:
+            records.append({**found, **pair(chosen[name], seed, start, moves, runs), **about})
+    records, known = recorded("along")
+    for name, seed in track(planned, "runs"):
+        found = {"optimizer": OPTIMIZERS[name], "seed": seed}
+        if found not in known:
+            records.append({**found, **along(chosen[name], seed, moves, runs), **about})
+
+
+def recorded(name: str) -> tuple[Records, list[Record]]:
+    """Where records go, and what those that there are are of."""
+    records = Records(RESULTS / f"{name}.jsonl")
+    keys = ("optimizer", "start", "seed")
+    return records, [{key: row[key] for key in keys if key in row} for row in records.read()]
 
 
 if __name__ == "__main__":

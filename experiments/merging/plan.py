@@ -22,6 +22,12 @@ t-tests over five seeds adjusted by Holm over all four. The claim holds for an o
 below zero with p < 0.05; direction only: one of them, and the other not significantly above zero;
 else it does not hold.
 
+*Beside*, deciding nothing (written after the runs of the pairs and before its own):
+averages along one run from the original checkpoint, at the same rate, held constant after the
+warm-up. Ten snapshots, one each 25 steps of the second half, are averaged evenly (SWA), and
+exponentially, each next one with weight 0.3 (EMA): as they are, and after all were moved as above,
+each turned onto the last.
+
 Cost: 60 runs of some eight seconds on one core, and a few seconds a pair.
 """
 

@@ -1,11 +1,14 @@
-"""Claim W6 as a table, from the pairs that were measured."""
+"""Claim W6 as tables and a figure, from the pairs that were measured."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 
 from ddc.report.claims import Claim, Verdict, rule, verdict_table
+from ddc.report.figures import Drawing, nth_style, save_figure, subplots
 from ddc.report.paired import interval
 from ddc.report.runs import read_lines
 from ddc.report.stages import Record, commits, table
@@ -14,9 +17,14 @@ from experiments.merging.plan import OPTIMIZERS, RESULTS
 from experiments.output import Results
 from experiments.regauged.plan import ORIGINAL, STARTS
 
-SCALE = "GPT, 0.12M parameters, fine-tuned on 0.26 MB of text"
+SCALE = "GPT, 0.12M parameters, fine-tuned on 0.26 MB of another text"
+FIGURES = {"W6": "barriers"}
 #: The starts of the second run in each effect; QuaRot's is in none.
 EFFECTS = {"original": (ORIGINAL,), "re-gauged": ("smoothquant", "awq", "absmax")}
+
+
+#: Averages along one run, by key of its records.
+AVERAGES = {"swa": "SWA", "ema": "EMA"}
 
 
 def load() -> list[Record]:
@@ -57,7 +65,51 @@ def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Ver
     return own.verdicts(claims["W6"], differences(records), -1, SCALE, "–", ".3f")
 
 
-def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
+def along_table(records: Sequence[Record]) -> str:
+    """Averages along one run, less its own end: one row an optimizer and average."""
+    rows = []
+    for name in OPTIMIZERS.values():
+        seeds = [each for each in records if each["optimizer"] == name]
+        for key, title in AVERAGES.items() if seeds else ():
+            columns = [
+                [each[a] - each[b] for each in seeds]
+                for a, b in ((key, "last"), (f"{key}_moved", "last"), (f"{key}_moved", key))
+            ]
+            cells = [interval(each, ".4f") for each in columns]
+            rows.append([name, title, str(len(seeds)), *cells])
+    header = ["optimizer", "average", "seeds", "as they are", "moved", "moved - as they are"]
+    return table(header, rows, left=2) if rows else "None of these is recorded yet."
+
+
+def plot(records: Sequence[Record], stem: Path) -> list[Path]:
+    """The barrier by start of the second run: a panel an optimizer, a point a seed, and a line at
+    their mean; as they are and moved.
+    """
+    found = {"as they are": barriers(records, "as_is"), "moved": barriers(records, "moved")}
+    figure, axes = subplots(1, len(OPTIMIZERS), figsize=(9, 3.6), sharey=True)
+    for panel, name in zip(axes, OPTIMIZERS.values(), strict=True):
+        for i, (title, each) in enumerate(found.items()):
+            style = nth_style(i, marker=True)
+            for j, start in enumerate(STARTS):
+                values = [*each.get((name, start), {}).values()]
+                if values:
+                    x = j + (i - 0.5) * 0.25
+                    points = style | {"linestyle": "none", "label": None if j else title}
+                    panel.plot([x] * len(values), values, markersize=4, alpha=0.6, **points)
+                    mean = statistics.mean(values)
+                    panel.plot([x - 0.1, x + 0.1], [mean] * 2, color=style["color"])
+        panel.axhline(0, color="grey", linewidth=0.8)
+        panel.set_xticks(range(len(STARTS)), STARTS, rotation=30)
+        panel.set_title(name)
+    axes[0].set_ylabel("barrier (nats)")
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=2, frameon=False)
+    return save_figure(figure, stem)
+
+
+def markdown(
+    records: Sequence[Record], along: Sequence[Record], claims: Mapping[str, Claim]
+) -> str:
     """All tables."""
     if not records:
         return "No pair is measured yet.\n"
@@ -86,11 +138,28 @@ def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
             "Validation loss of the average of two runs less the mean of theirs, in nats a byte;"
             " mean over seeds, 95% (Student's t)."
         ),
-        f"{len(records)} pairs. Commit {commits(records)}. Made from `pairs.jsonl`.",
+        "## Averages along one run",
+        along_table(along),
+        (
+            "Validation loss of the average of ten snapshots of the second half of a run, less that"
+            " of the last weights, in nats a byte; the rate is constant. It decides no verdict."
+        ),
+        (
+            f"{len(records)} pairs. Commit {commits(records)}. Made from `pairs.jsonl`"
+            + (f" and, commit {commits(along)}, `along.jsonl`." if along else ".")
+        ),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def results(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Results]:
-    """The table."""
-    return [Results(RESULTS, {"table": lambda: markdown(records, claims)})]
+    """The tables, and the figure where there is a pair."""
+    drawing = Drawing(
+        partial(plot, records),
+        "The validation loss of the average of two runs less the mean of theirs, by the start of"
+        " the second run: of the weights as they are, and of both moved to one gauge first. A point"
+        " a seed, a line at their mean.",
+    )
+    along = read_lines(RESULTS / "along.jsonl")
+    tables = {"table": lambda: markdown(records, along, claims)}
+    return [Results(RESULTS, tables, {"barriers": drawing} if records else {})]
