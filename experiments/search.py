@@ -200,7 +200,9 @@ class Search:
         }
 
     def not_interior(self, records: Sequence[Record]) -> list[str]:
-        """The optimizers of which a choice, by records, has a neighbour that was not tried."""
+        """The optimizers of which a choice, by records, has a neighbour that was not tried, or lies
+        where the lattice ends.
+        """
         found = {name: self.recorded(records, name) for name in self.axes}
         return [
             name

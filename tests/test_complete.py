@@ -746,6 +746,26 @@ CAUSAL = torch.ones(5, 5, dtype=torch.bool).tril()
             True,
         ),
         (lambda q, k, v, b: (q @ k.mT + b).softmax(-2) @ v, True),  # of a head, all alike
+        (lambda q, k, v, b: torch.where(~CAUSAL, -torch.inf, q @ k.mT - b).softmax(-1) @ v, False),
+        (lambda q, k, v, b: torch.where(~CAUSAL, -torch.inf, b - q @ k.mT).softmax(-1) @ v, True),
+        (
+            lambda q, k, v, b: (
+                torch.baddbmm(
+                    b.expand(3, -1, -1, -1).flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1).mT
+                )
+                .view(3, 2, 5, 5)
+                .softmax(-1)
+                @ v
+            ),
+            True,
+        ),
+        (lambda q, k, v, b: (q @ k.mT + b.masked_fill(~CAUSAL, -1e9)).softmax(-1) @ v, False),
+        (
+            lambda q, k, v, b: (
+                (q @ k.mT + b.double().view(torch.int64).view(torch.double)).softmax(-1).float() @ v
+            ),
+            False,
+        ),
         (lambda q, k, v, b: (q @ k.mT + b).softmax(1) @ v, False),  # over heads
         (lambda q, k, v, b: (q @ k.mT + b.masked_fill(~CAUSAL, 0.0)).softmax(-1) @ v, False),
         (lambda q, k, v, b: ((q @ k.mT + b).softmax(-1) + b) @ v, False),
@@ -763,6 +783,44 @@ def test_scores_of_relative_positions_may_all_move(
     assert len(gauges.found) == found
     if found:
         assert gauges.found[0].dimension(dict(model.named_parameters())) == 2
+
+
+def test_a_hidden_score_may_be_all_that_a_query_sees() -> None:
+    """Behind a mask of padding, scores that are low but finite are the only ones of a query."""
+
+    class Padded(Relative):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            self.change = lambda q, k, v, b: (
+                (
+                    q @ k.mT
+                    + b.masked_fill(~CAUSAL, self.low)
+                    + (1 - mask[:, None, None].to(q.dtype)) * self.low
+                ).softmax(-1)
+                @ v
+            )
+            return super().forward(x)
+
+    mask = torch.ones(3, 5, dtype=torch.long)
+    padded = torch.ones(3, 5, dtype=torch.long)
+    padded[0, :2] = 0
+    for low, found in ((-1e9, False), (torch.finfo(torch.float32).min, True)):
+        model = Padded(lambda *scores: scores[0])
+        model.low = low
+        x = torch.randn(3, 5, 9)
+        gauges = find_gauges(model, inputs=(x, mask), kinds=["score_shift"])
+        assert len(gauges.found) == found
+        if found:
+            change = check(model, gauges, lambda m, x=x: m(x.double(), padded))
+            assert max(change.values()) < 1e-10
+
+
+def test_what_is_added_to_itself_many_times_is_followed_once() -> None:
+    def rolled(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        for _ in range(40):
+            b = b + b.roll(1, -1)
+        return (q @ k.mT + b).softmax(-1) @ v
+
+    assert "score_shift" in by_rules(Relative(rolled), (torch.randn(3, 5, 9),))
 
 
 def test_scores_of_a_table_that_is_read_elsewhere_stay() -> None:

@@ -25,8 +25,11 @@ from ddc.gauges.trace import (
     value_of,
 )
 
-#: Scores as low as this have a weight of zero, whatever the others are.
-HIDDEN = -1e9
+#: What is added to scores as low as this is lost to rounding in every dtype, so that they need not
+#: move with the others, even where nothing else of a query is to be seen.
+HIDDEN = -1e30
+#: Ways of one kind in which a table may arrive at one place.
+WAYS = 64
 
 
 class ScoreTable(NamedTuple):
@@ -94,9 +97,15 @@ def _to_softmax(trace: Trace, start: Node, labels: Tensor) -> tuple[bool, list[s
         start: what is looked up.
         labels: of its entries: the head of each.
     """
-    reached, faults, waiting = False, list[str](), [(start, labels)]
+    reached, faults = False, list[str]()
+    waiting, seen = [(start, labels)], dict[Node, list[Tensor]]()
     while waiting:
         node, labels = waiting.pop()
+        if any(torch.equal(labels, each) for each in seen.setdefault(node, [])):
+            continue  # another way of the same
+        seen[node].append(labels)
+        if len(seen[node]) > WAYS:
+            return reached, [*faults, "what is looked up is added to itself in too many ways"]
         if node in trace.rewritten:
             faults.append("its scores are written to in place")
         for user in readers(node):
@@ -118,29 +127,31 @@ def _to_softmax(trace: Trace, start: Node, labels: Tensor) -> tuple[bool, list[s
     return reached, faults
 
 
-def _masked(name: str, args: tuple[Any, ...], node: Node) -> bool:
+def _onward(user: Node, node: Node, labels: Tensor) -> Tensor | None:
+    """Labels behind an operation that moves scores, hides some of them, or adds to them; None of
+    any other. Where what is looked up arrives in several ways, each adds one number to all scores
+    of a query, and so does their sum.
+    """
+    name, args = operation(user), arguments(user)
+    value = user.meta.get("val")
+    if not isinstance(value, Tensor) or not value.is_floating_point() or not has_fixed_shape(user):
+        return None
+    after: object = None
+    if name in ("add", "add_") or (name in ("sub", "sub_", "baddbmm") and node not in args[1:]):
+        after = labels.broadcast_to(value.shape) if not user.kwargs else None
+    elif name in ("where", "masked_fill", "masked_fill_"):
+        after = labels.broadcast_to(value.shape) if _hides(name, args, node) else None
+    elif name in MOVES and inputs(user) == [node]:
+        after = apply(user, labels)
+    elif name in KEEPS and not drops(user):
+        after = labels
+    return after if isinstance(after, Tensor) and after.shape == value.shape else None
+
+
+def _hides(name: str, args: tuple[Any, ...], node: Node) -> bool:
     """Whether an operation leaves scores as they are, but those of what is not to be seen, which
     get a weight of zero.
     """
-    scores, mask, hidden = args if name == "masked_fill" else (args[1], args[0], args[2])
-    by_number = isinstance(hidden, int | float) and hidden <= HIDDEN
-    return scores is node and mask is not node and by_number
-
-
-def _onward(user: Node, node: Node, labels: Tensor) -> Tensor | None:
-    """Labels behind an operation that moves scores, or adds to them; None of any other."""
-    name = operation(user)
-    if not isinstance(user.meta.get("val"), Tensor) or not has_fixed_shape(user):
-        return None
-    if name in ("add", "add_") and not user.kwargs:
-        # what is added twice counts twice, everywhere
-        return labels.broadcast_to(value_of(user).shape)
-    if name in ("where", "masked_fill"):
-        masked = _masked(name, arguments(user), node)
-        return labels.broadcast_to(value_of(user).shape) if masked else None
-    if name in MOVES and inputs(user) == [node]:
-        after = apply(user, labels)
-        return after if isinstance(after, Tensor) else None
-    if name in KEEPS and not drops(user) and value_of(user).is_floating_point():
-        return labels
-    return None
+    _, *both = args if name == "where" else (args[1], args[0], args[2])
+    others = [each for each in both if each is not node]
+    return len(others) == 1 and isinstance(others[0], int | float) and others[0] <= HIDDEN

@@ -1109,6 +1109,8 @@ def _is_view(node: Node) -> bool:
     """Whether what a node gives may lie in the memory of its first argument."""
     if operation(node) == "getitem":  # one of several views, or one of several results
         return _is_view(arguments(node)[0])
+    if operation(node) in ("dropout", "feature_dropout", "alpha_dropout"):  # nothing is dropped
+        return True
     return isinstance(node.target, torch._ops.OpOverload) and any(
         each.alias_info is not None for each in node.target._schema.returns
     )

@@ -28,7 +28,7 @@ from ddc.training.run_folder import OUTPUT, STATES, state_of
 from ddc.training.schema import Config
 
 ROOT = Path(__file__).resolve().parents[2]
-#: What ``train.py`` needs and what torch, W&B and the figures import late: seven seconds, once a
+#: What ``train.py`` needs and what torch, W&B and the figures import late: six seconds, once a
 #: sweep instead of once a run.
 IMPORTS = [
     "ddc.report.rates",
@@ -39,7 +39,6 @@ IMPORTS = [
     "matplotlib.backends.backend_agg",
     "matplotlib.backends.backend_pdf",
     "matplotlib.figure",
-    "pandas",
     "PIL.PngImagePlugin",
     "torch._dynamo",
     "wandb.sdk.launch",

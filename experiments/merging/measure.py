@@ -22,6 +22,7 @@ from ddc.training.records import Records, provenance
 from ddc.training.setup import Setup, prepare, restore
 from experiments.merging.averages import Moves, average, even, exponential, moved_together
 from experiments.merging.plan import EXPERIMENT, OPTIMIZERS, RESULTS, SEEDS, first, second, settings
+from experiments.output import save_records
 from experiments.regauged.plan import STARTS
 
 SNAPSHOTS = 10
@@ -39,16 +40,20 @@ def pair(setting: str, seed: int, start: str, moves: Moves, runs: str) -> dict[s
     after both were moved.
 
     Raises:
+        ArithmeticError: the second does not compute the same after it was moved.
         FileNotFoundError: a run has no checkpoint.
     """
     planned = [first(setting, seed), second(setting, start, seed)]
     one, other = (restore(run.folder) for run in EXPERIMENT.sweep(planned, runs))
     moved = moved_together([one.model, other.model], moves)
+    second_loss, second_moved = loss(one, other.model), loss(one, moved[1])
+    if abs(second_moved - second_loss) > 1e-4:
+        raise ArithmeticError(f"a move changes the loss from {second_loss} to {second_moved}")
     return {
         "first": loss(one, one.model),
-        "second": loss(one, other.model),
+        "second": second_loss,
         "as_is": loss(one, average(one.model, other.model)),
-        "second_moved": loss(one, moved[1]),
+        "second_moved": second_moved,
         "moved": loss(one, average(moved[0], moved[1])),
     }
 
@@ -105,8 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def recorded(name: str) -> tuple[Records, list[Record]]:
     """Where records go, and what those that there are are of."""
     records = Records(RESULTS / f"{name}.jsonl")
-    keys = ("optimizer", "start", "seed")
-    return records, [{key: row[key] for key in keys if key in row} for row in records.read()]
+    rows, keys = records.read(), ("optimizer", "start", "seed")
+    save_records(records.path, rows)  # without a line that was cut short
+    return records, [{key: row[key] for key in keys if key in row} for row in rows]
 
 
 if __name__ == "__main__":
