@@ -785,6 +785,16 @@ def test_scores_of_relative_positions_may_all_move(
         assert gauges.found[0].dimension(dict(model.named_parameters())) == 2
 
 
+def test_a_dropout_that_drops_nothing_shares_what_is_written_to_later() -> None:
+    def change(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        scores = q @ k.mT
+        kept = F.dropout(scores, 0.1, training=False)
+        scores.add_(b)
+        return scores.softmax(-1) @ v + kept.sigmoid().sum()
+
+    assert "score_shift" not in by_rules(Relative(change), (torch.randn(3, 5, 9),))
+
+
 def test_a_hidden_score_may_be_all_that_a_query_sees() -> None:
     """Behind a mask of padding, scores that are low but finite are the only ones of a query."""
 

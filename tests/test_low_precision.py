@@ -15,6 +15,7 @@ from ddc.gauges import find_gauges, named_parameters
 from ddc.models import GPTConfig
 from ddc.report.claims import load_claims
 from ddc.training.compose import compose_alike
+from experiments import own
 from experiments.low_precision import measure, plan, report
 from experiments.protocols import EXPERIMENTS
 from experiments.regauged.starts import difference
@@ -127,9 +128,9 @@ def test_w5_does_not_hold_where_nothing_differs_or_others_lose_less(
 
 def test_a_run_that_diverged_knows_nothing() -> None:
     record = record_of("optimizer=adamw optimizer.lr=0.01", 0, "reported")
-    assert plan.loss_of({**record, "diverged": True, "summary": None}) == math.log(256)
+    assert own.loss_of({**record, "diverged": True, "summary": None}) == math.log(256)
     record["summary"]["validation_loss"] = 7.0
-    assert plan.loss_of(record) == math.log(256)
+    assert own.loss_of(record) == math.log(256)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -450,7 +451,11 @@ def test_w3_does_not_hold_where_ours_moves_or_nothing_does(
         assert {row.verdict for row in found} == {"not reproduced"}
 
 
-def test_a_run_without_a_record_is_planned_later() -> None:
+def test_a_run_without_a_record_is_planned_later(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    none = dataclasses.replace(transfer_plan.EXPERIMENT, results=tmp_path)
+    monkeypatch.setattr(transfer_plan, "EXPERIMENT", none)
     with pytest.raises(ValueError, match="lacks seed 100"):
         transfer_plan.EXPERIMENT.plan("reported_w512", None)
     assert transfer_report.markdown([], CLAIM) == "No run is recorded yet.\n"

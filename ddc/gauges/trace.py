@@ -898,15 +898,28 @@ class Trace:
         """Nodes whose value in the graph is not all that there is to it: what shares their memory
         is written to, and they, or other views of it, are read afterwards.
         """
+        writes = [node for node in self.graph.nodes if _writes(node)]
+
+        def bases(dropouts: Collection[Node]) -> dict[Node, Node]:
+            base: dict[Node, Node] = {}
+            for node in self.graph.nodes:
+                base[node] = (
+                    base[arguments(node)[0]] if _is_view(node) or node in dropouts else node
+                )
+            return base
+
+        # dropout that drops nothing may give its argument, which a later write then changes
+        dropouts = [node for node in self.graph.nodes if operation(node) == "dropout"]
+        last: dict[Node, int] = {}
+        base = bases(dropouts)
+        for write in writes:
+            last[base[write]] = self.order[write]
+        base = bases({each for each in dropouts if self.order[each] < last.get(base[each], -1)})
         of_base: dict[Node, list[Node]] = {}
-        base: dict[Node, Node] = {}
         for node in self.graph.nodes:
-            base[node] = base[arguments(node)[0]] if _is_view(node) else node
             of_base.setdefault(base[node], []).append(node)
         found: set[Node] = set()
-        for write in self.graph.nodes:
-            if not _writes(write):
-                continue
+        for write in writes:
             place, after = self.order[write], {write, *self.descendants(write)}
             sharing = [each for each in of_base[base[write]] if each not in after]
             if any(
@@ -1109,8 +1122,6 @@ def _is_view(node: Node) -> bool:
     """Whether what a node gives may lie in the memory of its first argument."""
     if operation(node) == "getitem":  # one of several views, or one of several results
         return _is_view(arguments(node)[0])
-    if operation(node) in ("dropout", "feature_dropout", "alpha_dropout"):  # nothing is dropped
-        return True
     return isinstance(node.target, torch._ops.OpOverload) and any(
         each.alias_info is not None for each in node.target._schema.returns
     )
