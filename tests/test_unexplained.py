@@ -29,9 +29,8 @@ def explained(jacobian: Jacobian, tangents: Tensor, more: list[Tangents]) -> tup
     """The rank of the orbit with more tangents, and how much these change what the loss sees."""
     others = torch.stack([flat(jacobian.model, each) for each in more])
     others = others / others.norm(dim=1, keepdim=True)
-    changes = (jacobian.triangle @ others.T).norm(dim=0) / torch.linalg.svdvals(jacobian.triangle)[
-        0
-    ]
+    largest = torch.linalg.svdvals(jacobian.triangle)[0]
+    changes = (jacobian.triangle @ others.T).norm(dim=0) / largest
     return rank(torch.cat([tangents, others])), float(changes.max())
 
 

@@ -24,6 +24,7 @@ from ddc.gauges.trace import (
 )
 
 ATTENTION = "scaled_dot_product_attention"
+SOFTMAX = ("softmax", "_softmax")
 
 
 class Read(NamedTuple):
@@ -152,7 +153,7 @@ def attentions_of(trace: Trace) -> list[Attention]:
             axes = [tuple(range(value_of(each).ndim)) for each in (*operands(node)[:3], node)]
             reads = (Read(node, i, axes[i]) for i in range(3))
             found.append(Attention(where, node, axes[3], node, None, *reads))
-        elif operation(node) in ("softmax", "_softmax") and (mixing := _mixing(trace, node)):
+        elif operation(node) in SOFTMAX and (mixing := _mixing(trace, node)):
             found.append(_spelt_out(trace, node, *mixing, where))
     return found
 

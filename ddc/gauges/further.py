@@ -28,7 +28,7 @@ from ddc.gauges.affine import (
     Translation,
 )
 from ddc.gauges.approximate import CONVOLUTIONS, attempts
-from ddc.gauges.attention import ATTENTION, Attention, Read, product_of, softmax_axis
+from ddc.gauges.attention import ATTENTION, SOFTMAX, Attention, Read, product_of, softmax_axis
 from ddc.gauges.base import Gauge, Refusal, approximate_kinds, paper_kinds
 from ddc.gauges.gauge_set import GaugeSet
 from ddc.gauges.norms import NormReaders, bias_of, columns_of, require_passed_on
@@ -460,7 +460,7 @@ class Further:
         shape = value_of(linear.output).shape
         positions = torch.arange(shape[:-1].numel()).view(*shape[:-1], 1).expand(shape)
         return bool(found := self._onward(linear.output, positions)) and all(
-            operation(each) in ("softmax", "_softmax")
+            operation(each) in SOFTMAX
             and int(arguments(each)[1]) in (-1, value_of(each).ndim - 1)
             and torch.equal(labels.amin(-1), labels.amax(-1))  # over outputs, not positions
             for each, labels in found

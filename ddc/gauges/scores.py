@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ddc.gauges.attention import ATTENTION, softmax_axis
+from ddc.gauges.attention import ATTENTION, SOFTMAX, softmax_axis
 from ddc.gauges.trace import (
     KEEPS,
     MOVES,
@@ -112,7 +112,7 @@ def _to_softmax(trace: Trace, start: Node, labels: Tensor) -> tuple[bool, list[s
             name, args = operation(user), arguments(user)
             if name == ATTENTION and node in args[3:] and node not in args[:3]:
                 along = -1
-            elif name in ("softmax", "_softmax"):
+            elif name in SOFTMAX:
                 along = softmax_axis(user)
             else:
                 after = _onward(user, node, labels)

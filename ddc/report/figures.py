@@ -5,12 +5,14 @@ in grey.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
@@ -67,6 +69,17 @@ def nth_style(i: int, marker: bool = False) -> dict[str, Any]:
     """Colour and line of the i-th of several things, and with ``marker`` its marker."""
     style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}
     return style | {"marker": MARKERS[i % len(MARKERS)]} if marker else style
+
+
+def points_and_mean(
+    panel: Axes, x: float, values: Sequence[float], half: float, style: Mapping[str, Any]
+) -> None:
+    """Values, one a seed say, as points over one place, and a line at their mean, which goes
+    ``half`` to each side.
+    """
+    points = {**style, "linestyle": "none", "markersize": 4, "alpha": 0.6}
+    panel.plot([x] * len(values), values, **points)
+    panel.plot([x - half, x + half], [statistics.mean(values)] * 2, color=style["color"])
 
 
 def plain_log_ticks(axis: Axis) -> None:

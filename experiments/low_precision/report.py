@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from ddc.report.claims import Claim, Verdict, rule, verdict_table
-from ddc.report.figures import Drawing, nth_style, save_figure, subplots
+from ddc.report.figures import Drawing, nth_style, points_and_mean, save_figure, subplots
 from ddc.report.paired import interval
 from ddc.report.runs import read_lines
 from ddc.report.stages import Record, commits, table
@@ -208,10 +208,7 @@ def plot(losses: Losses, stem: Path) -> list[Path]:
                 found = [*lost(losses, name, weights, spread).values()]
                 if found:
                     x = j + (i - 2) * 0.15
-                    points = style | {"linestyle": "none", "label": None if j else title}
-                    panel.plot([x] * len(found), found, markersize=4, alpha=0.6, **points)
-                    mean = statistics.mean(found)
-                    panel.plot([x - 0.06, x + 0.06], [mean] * 2, color=style["color"])
+                    points_and_mean(panel, x, found, 0.06, style | {"label": None if j else title})
         panel.axhline(0, color="grey", linewidth=0.8)
         panel.set_xticks(range(len(SPREADS)), [f"spread {each:g}" for each in SPREADS])
         panel.set_title(weights)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Sequence
+from functools import lru_cache
 
 from rich.progress import track
 from torch import nn
@@ -26,6 +27,8 @@ from experiments.output import save_records
 from experiments.regauged.plan import STARTS
 
 SNAPSHOTS = 10
+#: The first run of a pair is that of the next as well.
+restored = lru_cache(maxsize=2)(restore)
 
 
 def loss(setup: Setup, model: nn.Module) -> float:
@@ -44,7 +47,7 @@ def pair(setting: str, seed: int, start: str, moves: Moves, runs: str) -> dict[s
         FileNotFoundError: a run has no checkpoint.
     """
     planned = [first(setting, seed), second(setting, start, seed)]
-    one, other = (restore(run.folder) for run in EXPERIMENT.sweep(planned, runs))
+    one, other = (restored(run.folder) for run in EXPERIMENT.sweep(planned, runs))
     moved = moved_together([one.model, other.model], moves)
     second_loss, second_moved = loss(one, other.model), loss(one, moved[1])
     if abs(second_moved - second_loss) > 1e-4:

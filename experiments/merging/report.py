@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from ddc.report.claims import Claim, Verdict, rule, verdict_table
-from ddc.report.figures import Drawing, nth_style, save_figure, subplots
+from ddc.report.figures import Drawing, nth_style, points_and_mean, save_figure, subplots
 from ddc.report.paired import interval
 from ddc.report.runs import read_lines
 from ddc.report.stages import Record, commits, table
@@ -95,10 +95,7 @@ def plot(records: Sequence[Record], stem: Path) -> list[Path]:
                 values = [*each.get((name, start), {}).values()]
                 if values:
                     x = j + (i - 0.5) * 0.25
-                    points = style | {"linestyle": "none", "label": None if j else title}
-                    panel.plot([x] * len(values), values, markersize=4, alpha=0.6, **points)
-                    mean = statistics.mean(values)
-                    panel.plot([x - 0.1, x + 0.1], [mean] * 2, color=style["color"])
+                    points_and_mean(panel, x, values, 0.1, style | {"label": None if j else title})
         panel.axhline(0, color="grey", linewidth=0.8)
         panel.set_xticks(range(len(shown)), shown, rotation=30)
         panel.set_title(name)
