@@ -33,6 +33,7 @@ COMPARED = {
     "against AdamW, balanced once": ("DDCAdam", "AdamW, balanced once"),
     "against AdamW, relative steps": ("DDCAdam", "AdamW, relative steps"),
     "DDCMuon against Muon": ("DDCMuon", "Muon"),
+    "DDCMuon against Muon, balanced once": ("DDCMuon", "Muon, balanced once"),
 }
 #: Ranges by optimizer, start and seed.
 Ranges = Mapping[tuple[str, float], Mapping[int, Range]]
@@ -154,7 +155,7 @@ def plot(records: Sequence[Record], stem: Path) -> list[Path]:
         plain_log_ticks(panel.yaxis)
     axes[0].set_ylabel("last validation loss (nats)")
     handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper center", ncols=6, frameon=False)
+    figure.legend(*handles, loc="outside upper center", ncols=len(OPTIMIZERS), frameon=False)
     return save_figure(figure, stem)
 
 
