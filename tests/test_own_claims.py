@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddc.compatibility import provide_torchvision_operators
 from ddc.gauges import find_gauges, named_parameters
-from ddc.models import GPT, GPTConfig
+from ddc.models import GPT, CausalLM, CausalLMConfig, GPTConfig
 from ddc.report.claims import load_claims, rule, short_table, verdict_table
 from ddc.training.compose import compose_alike
 from experiments import own
@@ -26,9 +25,11 @@ from experiments.rate_range import plan as rates_plan
 from experiments.rate_range import ranges
 from experiments.rate_range import report as rates_report
 from experiments.regauged import plan, report, starts
+from experiments.regauged_llama import plan as llama_plan
 from experiments.transfer import plan as transfer_plan
 from experiments.transfer import report as transfer_report
 from tests.helpers import make_model
+from tests.test_causal_lm import LLAMA
 
 CLAIM = load_claims(EXPERIMENTS)
 Record = dict[str, Any]
@@ -63,7 +64,7 @@ def record_of(setting: str, seed: int, stage: str, loss: float | None) -> Record
 
 def test_our_claims_are_told_apart() -> None:
     own_claims = [name for name, claim in CLAIM.items() if claim.own]
-    assert own_claims == [f"W{i}" for i in range(1, 8)]
+    assert own_claims == ["W1", "W1b", *(f"W{i}" for i in range(2, 8))]
     assert "*Holds*" in rule(CLAIM["W2"])
     assert "*Reproduced*" in rule(CLAIM["C1"])
     better = {"against AdamW": {"spread 0": [0.5, 0.6, 0.4, 0.5, 0.55]}}
@@ -177,7 +178,7 @@ def test_a_wider_range_holds_and_missing_seeds_are_said(
     monkeypatch.setitem(vars(rates_plan.EXPERIMENT), "records", few)
     found = rates_report.verdicts(few, CLAIM)
     assert {row.verdict for row in found} == {"not tested"}
-    assert "grid (252 of 630)" in found[0].against
+    assert "grid (294 of 735)" in found[0].against
 
 
 def test_a_lattice_is_widened_where_its_end_is_near_the_best(
@@ -278,21 +279,16 @@ def test_hadamard_matrices_are_orthogonal_and_need_a_power_of_two() -> None:
 
 @pytest.mark.slow
 def test_tools_work_on_a_llama() -> None:
-    provide_torchvision_operators()
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=20, hidden_size=16, intermediate_size=12, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, use_cache=False,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).double()
+    model = CausalLM(CausalLMConfig(context=16, options=LLAMA), 20).double()
     found = starts.regauged(model, [tokens(20, seed) for seed in range(2)])
     new = tokens(20, 9)
-    before = model.model.embed_tokens.weight
+    before = model.model.get_input_embeddings().weight
     for name in plan.TOOLS:
         assert starts.difference(model, found[name], new) < 1e-9
-        assert torch.equal(found[name].model.embed_tokens.weight, before) == (name != "quarot")
+        assert torch.equal(found[name].model.get_input_embeddings().weight, before) == (
+            name != "quarot"
+        )
 
 
 def test_a_tool_that_changes_the_model_is_an_error(monkeypatch: pytest.MonkeyPatch, moved) -> None:
@@ -305,10 +301,20 @@ def test_a_tool_that_changes_the_model_is_an_error(monkeypatch: pytest.MonkeyPat
 
 
 def test_settings_are_valid_and_grids_equal() -> None:
-    for each in (plan.SEARCH, *plan.SEARCHES.values()):
-        assert {len({*each.grid(name)}) for name in each.axes} == {6}
-    for setting, _ in [*plan.pretrain(None), *plan.EXPERIMENT.plan("grid", None)]:
-        compose_alike(["+experiment=regauged", *setting.replace("{runs}", "runs").split()])
+    for runs in (plan.FINE_TUNING, llama_plan.FINE_TUNING):
+        for each in (runs.search, *runs.searches.values()):
+            assert {len({*each.grid(name)}) for name in each.axes} == {6}
+        planned = [*runs.pretrain_plan(None), *runs.experiment.plan("grid", None)]
+        for line in runs.experiment.lines(planned, "runs"):
+            compose_alike(line.split())
+
+
+def test_the_llama_is_tried_as_the_gpt_is() -> None:
+    """The same settings in their own folders, and nothing is retuned."""
+    mine, theirs = (each.EXPERIMENT.plan("grid", None) for each in (llama_plan, plan))
+    assert [(s.replace("regauged_llama", "regauged"), seed) for s, seed in mine] == theirs
+    assert "retuned" in plan.EXPERIMENT.stages
+    assert llama_plan.EXPERIMENT.stages[-1] == "reported"
 
 
 def made_up_w1(monkeypatch: pytest.MonkeyPatch, gain: float) -> list[Record]:

@@ -51,6 +51,15 @@ TINY = [
     "data.train_tokens=2000",
     "wandb=disabled",
 ]
+TINY_LLAMA = [
+    "model.context=16",
+    "model.options.hidden_size=16",
+    "model.options.intermediate_size=12",
+    "model.options.num_hidden_layers=1",
+    "model.options.num_attention_heads=2",
+    "model.options.num_key_value_heads=1",
+    *TINY[6:],
+]
 TINY_GROK = [
     "model.depth=2",
     "model.width=16",
@@ -77,6 +86,7 @@ def composed(*overrides: str) -> Config:
     small = {
         "+experiment=grok_mlp": TINY_GROK,
         "+experiment=grok_long": TINY_GROK,
+        "+experiment=regauged_llama": TINY_LLAMA,
         "+experiment=vit_scratch": TINY_VIT,
     }
     tiny = next((small[each] for each in overrides if each in small), TINY)

@@ -1,6 +1,7 @@
 """Models in which the choices that make or break a gauge are configuration."""
 
 from ddc.models import structure  # registers what gauges and layers the models have
+from ddc.models.causal_lm import CausalLM, CausalLMConfig
 from ddc.models.config import ModelConfig
 from ddc.models.deep_mlp import DeepMLP, DeepMLPConfig
 from ddc.models.gpt import GPT, GPTConfig
@@ -11,6 +12,8 @@ from ddc.models.vit import ViTConfig, vision_transformer
 __all__ = [
     "GPT",
     "MODELS",
+    "CausalLM",
+    "CausalLMConfig",
     "DeepMLP",
     "DeepMLPConfig",
     "GPTConfig",

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ddc.models.causal_lm import CausalLM, CausalLMConfig
 from ddc.models.config import ModelConfig
 from ddc.models.deep_mlp import DeepMLP, DeepMLPConfig
 from ddc.models.gpt import GPT, GPTConfig
@@ -22,6 +23,7 @@ from ddc.models.vit import ViTConfig, vision_transformer
 #: Configurations of all models by name.
 MODELS: dict[str, type[ModelConfig]] = {
     "gpt": GPTConfig,
+    "causal_lm": CausalLMConfig,
     "vit": ViTConfig,
     "deep_mlp": DeepMLPConfig,
 }
@@ -33,8 +35,8 @@ def build_model(config: ModelConfig, **sizes: Any) -> nn.Module:
 
     Args:
         config: the architecture.
-        sizes: what the data decides: ``vocab_size`` of a GPT, ``shape`` of the images and
-            ``classes`` of a vision transformer, ``tokens`` and ``classes`` of a deep MLP.
+        sizes: what the data decides: ``vocab_size`` of a language model, ``shape`` of the images
+            and ``classes`` of a vision transformer, ``tokens`` and ``classes`` of a deep MLP.
 
     Raises:
         ValueError: sizes that do not fit the architecture.
@@ -42,6 +44,8 @@ def build_model(config: ModelConfig, **sizes: Any) -> nn.Module:
     match config:
         case GPTConfig():
             return GPT(config, **sizes)
+        case CausalLMConfig():
+            return CausalLM(config, **sizes)
         case ViTConfig():
             return vision_transformer(config, **sizes)
         case DeepMLPConfig():

@@ -27,6 +27,7 @@ from ddc.gauges import (
 )
 from ddc.gauges.base import place_of
 from ddc.gauges.trace import Inputs
+from ddc.models.causal_lm import CausalLM
 from ddc.models.deep_mlp import DeepMLP
 from ddc.models.gpt import GPT, MLP, Attention
 from ddc.slt.observables import Layer, layers_of
@@ -273,6 +274,31 @@ def _(model: GPT) -> list[Layer]:
         *((f"block {i + 1}", f"blocks.{i}") for i in range(len(model.blocks))),
     ]
     return [Layer(name, module, gradient_ones=ones) for name, module in names]
+
+
+@layers_of.register
+def _(model: CausalLM) -> list[Layer]:
+    names = {module: name for name, module in model.named_modules()}
+    embedding = names[model.model.get_input_embeddings()]
+    depth = model.model.config.num_hidden_layers
+    stacks = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    if len(stacks) != 1:
+        raise ValueError(
+            f"slt.readings with model.architecture={model.model.config.model_type}: its blocks are"
+            " not told; use slt=none"
+        )
+    # the last matrix of a block is that by which its feed-forward part writes
+    *_, writer = (name for name, p in stacks[0][0].named_parameters() if p.ndim == 2)
+    ones = mean_of_stream(model, f"{names[stacks[0][0]]}.{writer}")
+    blocks = [(f"block {i + 1}", names[block]) for i, block in enumerate(stacks[0])]
+    return [
+        Layer(name, module, gradient_ones=ones)
+        for name, module in (("embedding", embedding), *blocks)
+    ]
 
 
 @layers_of.register

@@ -187,12 +187,12 @@ def check_entries(config: DictConfig, place: str = "") -> None:
         ValueError: an unknown key, a number that is not finite or larger than any use.
     """
     schema = OmegaConf.get_type(config)
-    assert schema is not None
-    known = {each.name for each in dataclasses.fields(schema)}
+    typed = schema if dataclasses.is_dataclass(schema) else None  # else a dict, of any keys
+    known = {each.name for each in dataclasses.fields(typed)} if typed else set()
     for name, value in config.items():
         key = f"{place}{name!s}"
-        if name not in known:
-            raise ValueError(unknown_key(key, schema))
+        if typed and name not in known:
+            raise ValueError(unknown_key(key, typed))
         if isinstance(value, DictConfig):
             check_entries(value, f"{key}.")
         for number in value if isinstance(value, ListConfig) else [value]:

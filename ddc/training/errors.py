@@ -16,8 +16,8 @@ from omegaconf.errors import (
 
 #: Which data a model reads, as said where they do not fit together.
 WHO_READS_WHAT = (
-    "model=gpt reads text (data=shakespeare), model=vit images (data=mnist_5k), model=deep_mlp"
-    " pairs (data=modular)"
+    "model=gpt and model=causal_lm read text (data=shakespeare), model=vit images (data=mnist_5k),"
+    " model=deep_mlp pairs (data=modular)"
 )
 
 

@@ -295,7 +295,7 @@ globals().update({schema.__name__: schema for schema in OPTIMIZERS.values()})
 #: got their names. Later ones are where they are wanted.
 FIRST_KINDS = tuple(KINDS)[:7]
 #: Which data a model reads.
-DATA = {"gpt": TextConfig, "vit": ImageConfig, "deep_mlp": ModularConfig}
+DATA = {"gpt": TextConfig, "causal_lm": TextConfig, "vit": ImageConfig, "deep_mlp": ModularConfig}
 
 
 if TYPE_CHECKING:
@@ -508,8 +508,9 @@ class StartConfig:
     """Where the weights begin, if not at the model's initialisation.
 
     Args:
-        weights: a folder of weights and configuration (:func:`ddc.models.save_model`) of this
-            architecture; null for the initialisation.
+        weights: a folder of weights and configuration (:func:`ddc.models.save_model`; for
+            ``model=causal_lm`` also one of transformers) of this architecture; null for the
+            initialisation.
         spread: scales of every unit under a rescale gauge (of the group ``gauges``) are drawn
             log-normal with this standard deviation, and applied: another point of the same orbit,
             which computes the same. 0 for none.

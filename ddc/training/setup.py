@@ -47,6 +47,8 @@ from ddc.gauges import (
 from ddc.gauges.base import Params, first_line
 from ddc.models import (
     GPT,
+    CausalLM,
+    CausalLMConfig,
     DeepMLPConfig,
     GPTConfig,
     ModelConfig,
@@ -239,7 +241,7 @@ def load_data(config: DataConfig, model: ModelConfig, seed: int) -> Data:
         DataError: the data cannot be had, or are too few for the model.
     """
     match config, model:
-        case TextConfig(), GPTConfig():
+        case TextConfig(), GPTConfig() | CausalLMConfig():
             return load_text(config, model.context)
         case ImageConfig(), ViTConfig():
             return load_images(config)
@@ -385,14 +387,17 @@ def recorded_steps(folder: Path) -> dict[str, float]:
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Give a model the weights of ``start.weights``.
+    """Give a model the weights of ``start.weights``; a model of transformers also those of a folder
+    that its ``save_pretrained`` wrote.
 
     Raises:
         ValueError: the folder holds none, or those of another architecture.
     """
-    path = folder / WEIGHTS
+    path, own = folder / WEIGHTS, model
+    if isinstance(model, CausalLM) and (folder / "config.json").exists():
+        own = model.model
     try:
-        safetensors.torch.load_model(model, str(path))
+        safetensors.torch.load_model(own, str(path))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"Invalid start.weights={folder}: expected a folder with {WEIGHTS} of this architecture"

@@ -49,18 +49,18 @@ def settings(runs: str | None) -> dict[str, str]:
     Raises:
         ValueError: it has not ended.
     """
-    chosen = regauged.SEARCH.chosen(regauged.EXPERIMENT, ["last"], runs)
+    chosen = regauged.FINE_TUNING.search.chosen(regauged.EXPERIMENT, ["last"], runs)
     return {name: chosen[name][0] for name in OPTIMIZERS}
 
 
 def first(setting: str, seed: int) -> tuple[str, int]:
     """The first run of every pair of a seed."""
-    return regauged.at(setting, regauged.ORIGINAL, seed), seed
+    return regauged.FINE_TUNING.at(setting, regauged.ORIGINAL, seed), seed
 
 
 def second(setting: str, start: str, seed: int) -> tuple[str, int]:
     """The second run of a pair."""
-    return regauged.at(setting, start, seed), seed + ANOTHER
+    return regauged.FINE_TUNING.at(setting, start, seed), seed + ANOTHER
 
 
 def pairs(runs: str | None) -> Plan:

@@ -12,6 +12,7 @@ from ddc.training.setup import prepare
 from experiments.protocols import ROOT
 
 GPT, VIT, MLP = "model=gpt", "model=vit data=mnist_5k", "model=deep_mlp data=modular"
+LLAMA = "model=causal_lm"
 #: Overrides by what is wrong with them. The defaults are a GPT on Shakespeare, DDCAdam, and all
 #: gauges that there are.
 REFUSED = {
@@ -54,6 +55,8 @@ REFUSED = {
         f"{MLP} training.batch_size=5000",
         "data.train_tokens=100",
         f"{MLP} data.prime=15",
+        f"{LLAMA} model.options.hidden_size=130",
+        f"{LLAMA} model.architecture=gpt2",
     ),
     "Gauges that the model does not have": (
         f"{MLP} gauges=value_rotation",

@@ -7,7 +7,9 @@ the lowest of nine rates, 1e-5, was best for every optimizer, so that there was 
 and the choice lay at the edge of the grid. The text was changed, and nothing else but how often
 runs are evaluated.
 
-*Checkpoints.* A GPT of 0.12M parameters, pretrained by AdamW (rate 0.003, decay 0.1) for 2,000
+*Checkpoints.* A GPT of 0.12M parameters (W1), or a Llama of transformers of the same sizes (W1b,
+``experiments/regauged_llama``, which was added when the verdicts of W1 were known, before its own
+runs), pretrained by AdamW (rate 0.003, decay 0.1) for 2,000
 steps on the first half of the training text, one a seed (``pretrain``). Four tools then move its
 weights and leave its function as it is (``starts.py``, by their published formulas): SmoothQuant,
 QuaRot, AWQ, and rows divided by their absolute maximum, as LLM.int8() has them before it rounds.
@@ -32,7 +34,7 @@ the original, where AdamW was tuned.
 
 *Retuned.* What somebody could do who knows that the checkpoint was moved: AdamW and Muon tuned as
 above at each of the re-gauged checkpoints of seed 100 (``grid_smoothquant`` and so on), and
-reported there. It decides no verdict, and stands beside each.
+reported there. It decides no verdict, and stands beside each. Of the GPT alone.
 
 *Verdicts*, of DDCAdam against AdamW, and against AdamW balanced once, and of DDCMuon against Muon:
 two effects, the spread, and the mean loss at the four re-gauged starts, paired by seed, t-tests
@@ -46,20 +48,21 @@ balanced point undoes no rotation: an exact spread of 0 is expected of none.
 
 The checkpoints lie in ``RUNS/regauged/starts``, the text in ``RUNS/regauged/shifted.txt``; on a
 machine without them the stage ``pretrain`` comes first, with ``starts.py`` for each of its runs, as
-``make regauged`` does it.
+``make regauged`` does it. Those of the Llama lie in ``RUNS/regauged_llama``.
 
-Cost: about 300 runs of some twelve seconds on one core, an hour.
+Cost: about 300 runs of some twelve seconds on one core, an hour; of the Llama 180, as long each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 
 from experiments.own import loss_of
 from experiments.protocols import ROOT, TUNING_SEED, Experiment, Plan
 from experiments.search import Search
 
-RESULTS = ROOT / "results/regauged"
 SEEDS = range(5)
 ORIGINAL = "original"
 TOOLS = ("smoothquant", "quarot", "awq", "absmax")
@@ -78,16 +81,12 @@ OPTIMIZERS = {
     DDCADAM: "DDCAdam",
     DDCMUON: "DDCMuon",
 }
-RETUNED = (ADAMW, MUON)
 PRETRAINED = (
     "optimizer=adamw optimizer.lr=0.003 data.skip_tokens=0 data.train_tokens=2277000"
     " training.steps=2000"
 )
-#: What models are fine-tuned on, in the folder of all runs of this question.
+#: What models are fine-tuned on, in the folder of all runs of one kind of model.
 TEXT = "shifted.txt"
-FINE_TUNED = (
-    f"data=file data.path={{runs}}/regauged/{TEXT} data.skip_tokens=0 training.evaluations=1"
-)
 _RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 _ONE = {"lr": _RATES}
 _TWO = {"lr": (6e-4, 2e-3, 6e-3, 2e-2, 6e-2, 2e-1, 6e-1), "adam_lr": _RATES}
@@ -95,79 +94,111 @@ _FIRST_ONE = (_RATES[1:7],)
 _FIRST_TWO = ((2e-3, 6e-3, 2e-2), (3e-4, 1e-3))
 
 
-def start(name: str, seed: int) -> str:
-    """Overrides that begin at a checkpoint of a seed."""
-    return f"start.weights={{runs}}/regauged/starts/seed{seed}/{name}"
+@dataclass(frozen=True, eq=False)
+class FineTuning:
+    """The runs on one kind of model.
+
+    Attributes:
+        name: of the experiment, whose ``run.yaml`` has the model.
+        claim: that they test.
+        scale: of the model and the text, in a few words.
+        retuned: optimizers that are tuned at each re-gauged checkpoint as well.
+    """
+
+    name: str
+    claim: str
+    scale: str
+    retuned: tuple[str, ...] = ()
+
+    def start(self, name: str, seed: int) -> str:
+        """Overrides that begin at a checkpoint of a seed."""
+        return f"start.weights={{runs}}/{self.name}/starts/seed{seed}/{name}"
+
+    def at(self, setting: str, name: str, seed: int) -> str:
+        """A setting that was chosen, at another start."""
+        rates = " ".join(each for each in setting.split() if not each.startswith("start.weights="))
+        return f"{rates} {self.start(name, seed)}"
+
+    def _search(self, name: str, optimizers: tuple[str, ...], suffix: str) -> Search:
+        """The tuning of some optimizers at a start."""
+        two = (MUON, DDCMUON)
+        text = (
+            f"data=file data.path={{runs}}/{self.name}/{TEXT} data.skip_tokens=0"
+            " training.evaluations=1"
+        )
+        return Search(
+            axes={each: _TWO if each in two else _ONE for each in optimizers},
+            first={each: _FIRST_TWO if each in two else _FIRST_ONE for each in optimizers},
+            questions={"last": loss_of},
+            rounds=3,
+            most=2,
+            shared=f"{text} {self.start(name, TUNING_SEED)}",
+            suffix=suffix,
+        )
+
+    @cached_property
+    def search(self) -> Search:
+        """The tuning at the original checkpoint."""
+        return self._search(ORIGINAL, tuple(OPTIMIZERS), "")
+
+    @cached_property
+    def searches(self) -> dict[str, Search]:
+        """The tuning at each re-gauged checkpoint."""
+        tools = TOOLS if self.retuned else ()
+        return {name: self._search(name, self.retuned, f"_{name}") for name in tools}
+
+    def pretrain_plan(self, runs: str | None) -> Plan:
+        """One checkpoint a seed."""
+        return [(PRETRAINED, seed) for seed in (TUNING_SEED, *SEEDS)]
+
+    def reported_plan(self, runs: str | None) -> Plan:
+        """Every optimizer at what was chosen at the original checkpoint, from all starts."""
+        chosen = self.search.chosen(self.experiment, ["last"], runs)
+        return [
+            (self.at(setting, name, seed), seed)
+            for seed in SEEDS
+            for name in STARTS
+            for settings in chosen.values()
+            for setting in settings
+        ]
+
+    def retuned_plan(self, runs: str | None) -> Plan:
+        """Those that are tuned at each re-gauged checkpoint, from there."""
+        chosen = {
+            name: each.chosen(self.experiment, ["last"], runs)
+            for name, each in self.searches.items()
+        }
+        return [
+            (self.at(setting, name, seed), seed)
+            for seed in SEEDS
+            for name, optimizers in chosen.items()
+            for settings in optimizers.values()
+            for setting in settings
+        ]
+
+    def _stages(self) -> dict[str, Callable[[str | None], Plan]]:
+        """All stages, in an order in which they can run."""
+        found: dict[str, Callable[[str | None], Plan]] = {"pretrain": self.pretrain_plan}
+        found |= self.search.stages(lambda: self.experiment)
+        found["reported"] = self.reported_plan
+        for each in self.searches.values():
+            found |= each.stages(lambda: self.experiment)
+        return found | ({"retuned": self.retuned_plan} if self.searches else {})
+
+    @cached_property
+    def experiment(self) -> Experiment:
+        """Of the runs."""
+        return Experiment(
+            overrides=f"+experiment={self.name}",
+            seeds=SEEDS,
+            curve=("step", "train_loss", "validation_loss"),
+            results=ROOT / "results" / self.name,
+            more=self._stages(),
+            scripts={"pretrain": "experiments/regauged/starts.py"},
+        )
 
 
-def search(name: str, optimizers: tuple[str, ...], suffix: str) -> Search:
-    """The tuning of some optimizers at a start."""
-    two = (MUON, DDCMUON)
-    return Search(
-        axes={each: _TWO if each in two else _ONE for each in optimizers},
-        first={each: _FIRST_TWO if each in two else _FIRST_ONE for each in optimizers},
-        questions={"last": loss_of},
-        rounds=3,
-        most=2,
-        shared=f"{FINE_TUNED} {start(name, TUNING_SEED)}",
-        suffix=suffix,
-    )
-
-
-SEARCH = search(ORIGINAL, tuple(OPTIMIZERS), "")
-SEARCHES = {name: search(name, RETUNED, f"_{name}") for name in TOOLS}
-
-
-def at(setting: str, name: str, seed: int) -> str:
-    """A setting that was chosen, at another start."""
-    rates = " ".join(each for each in setting.split() if not each.startswith("start.weights="))
-    return f"{rates} {start(name, seed)}"
-
-
-def pretrain(runs: str | None) -> Plan:
-    """One checkpoint a seed."""
-    return [(PRETRAINED, seed) for seed in (TUNING_SEED, *SEEDS)]
-
-
-def reported(runs: str | None) -> Plan:
-    """Every optimizer at what was chosen at the original checkpoint, from all starts."""
-    chosen = SEARCH.chosen(EXPERIMENT, ["last"], runs)
-    return [
-        (at(setting, name, seed), seed)
-        for seed in SEEDS
-        for name in STARTS
-        for settings in chosen.values()
-        for setting in settings
-    ]
-
-
-def retuned(runs: str | None) -> Plan:
-    """AdamW and Muon at what was chosen at each re-gauged checkpoint, from there."""
-    chosen = {name: each.chosen(EXPERIMENT, ["last"], runs) for name, each in SEARCHES.items()}
-    return [
-        (at(setting, name, seed), seed)
-        for seed in SEEDS
-        for name, optimizers in chosen.items()
-        for settings in optimizers.values()
-        for setting in settings
-    ]
-
-
-def stages() -> dict[str, Callable[[str | None], Plan]]:
-    """All stages, in an order in which they can run."""
-    found: dict[str, Callable[[str | None], Plan]] = {"pretrain": pretrain}
-    found |= SEARCH.stages(lambda: EXPERIMENT)
-    found |= {"reported": reported}
-    for each in SEARCHES.values():
-        found |= each.stages(lambda: EXPERIMENT)
-    return found | {"retuned": retuned}
-
-
-EXPERIMENT: Experiment = Experiment(
-    overrides="+experiment=regauged",
-    seeds=SEEDS,
-    curve=("step", "train_loss", "validation_loss"),
-    results=RESULTS,
-    more=stages(),
-    scripts={"pretrain": "experiments/regauged/starts.py"},
+FINE_TUNING = FineTuning(
+    "regauged", "W1", "GPT, 0.12M parameters, fine-tuned on 0.26 MB of another text", (ADAMW, MUON)
 )
+EXPERIMENT = FINE_TUNING.experiment

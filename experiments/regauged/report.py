@@ -17,19 +17,17 @@ from experiments.regauged.plan import (
     ADAMW,
     DDCADAM,
     DDCMUON,
-    EXPERIMENT,
+    FINE_TUNING,
     MUON,
     OPTIMIZERS,
     ORIGINAL,
-    RESULTS,
-    RETUNED,
     RIVAL,
-    SEARCH,
     STARTS,
     TOOLS,
+    FineTuning,
 )
+from experiments.search import Search
 
-SCALE = "GPT, 0.12M parameters, fine-tuned on 0.26 MB of another text"
 FIGURES = {"W1": "starts"}
 COMPARED = {
     "against AdamW": (DDCADAM, ADAMW),
@@ -42,7 +40,7 @@ Losses = dict[tuple[str, int], dict[str, float]]
 
 def load() -> list[Record]:
     """The committed records, complete or not."""
-    return EXPERIMENT.records
+    return FINE_TUNING.experiment.records
 
 
 def optimizer_of(record: Record) -> str:
@@ -109,13 +107,13 @@ def regrets(losses: Losses, optimizer: str) -> list[float]:
     return [mean_regauged(mine[seed]) - tuned[seed] for seed in sorted(mine.keys() & tuned.keys())]
 
 
-def against(records: Sequence[Record]) -> str:
+def against(records: Sequence[Record], runs: FineTuning) -> str:
     """What the same records hold against every verdict."""
     notes = []
-    if edges := SEARCH.not_interior(records):
+    if edges := runs.search.not_interior(records):
         notes.append(f"not interior: {', '.join(OPTIMIZERS[name] for name in edges)}")
     retuned, reported = losses_of(records, "retuned"), losses_of(records, "reported")
-    for name in RETUNED:
+    for name in runs.retuned:
         gains = [
             mean_regauged(reported[key]) - mean_regauged(each)
             for key, each in retuned.items()
@@ -125,15 +123,17 @@ def against(records: Sequence[Record]) -> str:
         ]
         if gains:
             notes.append(f"{OPTIMIZERS[name]} retuned there gains {interval(gains, '.4f')}")
-    if left := EXPERIMENT.missing():
+    if left := runs.experiment.missing():
         notes.append(left)
     return "; ".join(notes) or "–"
 
 
-def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Verdict]:
+def verdicts(
+    records: Sequence[Record], claims: Mapping[str, Claim], runs: FineTuning = FINE_TUNING
+) -> list[Verdict]:
     """One row a comparison."""
-    found = differences(losses_of(records, "reported"))
-    return own.verdicts(claims["W1"], found, -1, SCALE, against(records), ".4f")
+    found, claim = differences(losses_of(records, "reported")), claims[runs.claim]
+    return own.verdicts(claim, found, -1, runs.scale, against(records, runs), ".4f")
 
 
 def starts_table(losses: Losses) -> str:
@@ -150,11 +150,11 @@ def starts_table(losses: Losses) -> str:
     return table(header, rows) if rows else "No optimizer has run from every start yet."
 
 
-def retuned_table(records: Sequence[Record]) -> str:
-    """AdamW and Muon tuned at each re-gauged start: mean losses there."""
+def retuned_table(records: Sequence[Record], runs: FineTuning) -> str:
+    """Those that are tuned at each re-gauged start: mean losses there."""
     losses = losses_of(records, "retuned")
     rows = []
-    for name in RETUNED:
+    for name in runs.retuned:
         seeds = [each for (other, _), each in losses.items() if other == name]
         columns = [[each[tool] for each in seeds if tool in each] for tool in TOOLS]
         if seeds:
@@ -163,15 +163,15 @@ def retuned_table(records: Sequence[Record]) -> str:
     return table(["", "seeds", *TOOLS], rows) if rows else "None of these is recorded yet."
 
 
-def tuning_table(records: Sequence[Record]) -> str:
+def tuning_table(records: Sequence[Record], search: Search) -> str:
     """One row a setting that was tried at the original checkpoint; bold where it was chosen."""
     rows = []
     for name, title in OPTIMIZERS.items():
-        cells = SEARCH.recorded(records, name)
-        chosen = SEARCH.choices(cells).get("last")
+        cells = search.recorded(records, name)
+        chosen = search.choices(cells).get("last")
         for point, record in sorted(cells.items()):
             optimizer = record["config"]["optimizer"]
-            rates = ", ".join(f"{key} {optimizer[key]:g}" for key in SEARCH.axes[name])
+            rates = ", ".join(f"{key} {optimizer[key]:g}" for key in search.axes[name])
             mark = "**" if point == chosen else ""
             rows.append([title, f"{mark}{rates}{mark}", f"{own.loss_of(record):.4f}"])
     header = ["optimizer", "setting", "validation loss, last"]
@@ -196,16 +196,19 @@ def plot(losses: Losses, stem: Path) -> list[Path]:
     return save_figure(figure, stem)
 
 
-def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
+def markdown(
+    records: Sequence[Record], claims: Mapping[str, Claim], runs: FineTuning = FINE_TUNING
+) -> str:
     """All tables."""
     if not records:
         return "No run is recorded yet.\n"
-    claim, losses = claims["W1"], losses_of(records, "reported")
-    left = EXPERIMENT.missing()
+    claim, losses = claims[runs.claim], losses_of(records, "reported")
+    left = runs.experiment.missing()
+    retuned = ["## Retuned at each re-gauged checkpoint", retuned_table(records, runs)]
     parts = [
         f"**Not complete.** {left}" if left else "All planned runs are recorded.",
-        "## Claim W1",
-        verdict_table({claim.id: claim}, verdicts(records, claims)),
+        f"## Claim {runs.claim}",
+        verdict_table({claim.id: claim}, verdicts(records, claims, runs)),
         rule(claim),
         "## Where fine-tuning ends",
         starts_table(losses),
@@ -218,17 +221,18 @@ def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
         "## Differences",
         own.differences_table(differences(losses), ".4f"),
         "Paired by seed, 95% (Student's t); p unadjusted.",
-        "## Retuned at each re-gauged checkpoint",
-        retuned_table(records),
+        *(retuned if runs.retuned else []),
         "## The tuning",
-        tuning_table(records),
+        tuning_table(records, runs.search),
         "Seed 100, at the original checkpoint. Bold: chosen.",
         own.runs_note(records),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def results(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Results]:
+def results(
+    records: Sequence[Record], claims: Mapping[str, Claim], runs: FineTuning = FINE_TUNING
+) -> list[Results]:
     """Tables, and the figure where an optimizer has run from every start."""
     losses = losses_of(records, "reported")
     drawing = Drawing(
@@ -237,5 +241,5 @@ def results(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Resu
         " deployment do: the last validation loss less AdamW's from the original. A line a seed.",
     )
     there = any(complete(losses, name) for name in OPTIMIZERS)
-    tables = {"table": lambda: markdown(records, claims)}
-    return [Results(RESULTS, tables, {"starts": drawing} if there else {})]
+    tables = {"table": lambda: markdown(records, claims, runs)}
+    return [Results(runs.experiment.results, tables, {"starts": drawing} if there else {})]

@@ -1,0 +1,1 @@
+"""Fine-tuning a Llama of transformers whose checkpoint was re-gauged"""
