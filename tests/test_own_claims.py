@@ -28,6 +28,8 @@ from experiments.regauged import plan, report, starts
 from experiments.regauged_llama import plan as llama_plan
 from experiments.transfer import plan as transfer_plan
 from experiments.transfer import report as transfer_report
+from experiments.tuned_muon import plan as muon_plan
+from experiments.tuned_muon import report as muon_report
 from tests.helpers import make_model
 from tests.test_causal_lm import LLAMA
 
@@ -64,7 +66,7 @@ def record_of(setting: str, seed: int, stage: str, loss: float | None) -> Record
 
 def test_our_claims_are_told_apart() -> None:
     own_claims = [name for name, claim in CLAIM.items() if claim.own]
-    assert own_claims == ["W1", "W1b", *(f"W{i}" for i in range(2, 8))]
+    assert own_claims == ["W1", "W1b", *(f"W{i}" for i in range(2, 9))]
     assert "*Holds*" in rule(CLAIM["W2"])
     assert "*Reproduced*" in rule(CLAIM["C1"])
     better = {"against AdamW": {"spread 0": [0.5, 0.6, 0.4, 0.5, 0.55]}}
@@ -197,6 +199,42 @@ def test_a_lattice_is_widened_where_its_end_is_near_the_best(
     assert ranges.range_of(runs, "DDCAdam", 0, 0).is_open
     assert not ranges.range_of(runs, "AdamW", 0, 0).is_open
     assert ranges.range_of(runs, "AdamW", 0, 7) is None
+
+
+# ----------------------------------------------------------------------------------------------
+# W8
+
+
+def test_grids_of_muons_are_equal_and_a_lower_loss_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    records: list[Record] = []
+    monkeypatch.setitem(vars(muon_plan.EXPERIMENT), "records", records)
+    best = {"muon": 0.03, "ddcmuon": 0.01}
+    for stage in muon_plan.EXPERIMENT.stages:
+        for setting, seed in muon_plan.EXPERIMENT.plan(stage, None):
+            compose_alike(["+experiment=tuned_muon", *setting.split()])
+            if known := muon_plan.EXPERIMENT.recorded(setting, seed):
+                known["stages"][stage] = setting
+                continue
+            record = record_of(setting.replace(" gauges=none", ""), seed, stage, 2.0)
+            record["stages"][stage] = setting
+            optimizer = record["config"]["optimizer"]
+            away = math.log10(optimizer["lr"] / best[optimizer["name"]]) ** 2
+            away += math.log10(optimizer["adam_lr"] / 3e-3) ** 2 + optimizer["weight_decay"]
+            gain = 0.1 + 0.01 * seed if setting.startswith("optimizer=ddcmuon optimizer.lr") else 0
+            record["summary"] = {"validation_loss": 2 + 0.01 * away - gain + 0.02 * seed}
+            records.append(record)
+    grid = muon_plan.SEARCH.grid(muon_plan.MUON)
+    assert all(muon_plan.SEARCH.grid(name) == grid for name in muon_plan.OPTIMIZERS)
+    assert {len(runs) for runs in muon_report.losses_of(records).values()} == {5}
+    found = muon_report.verdicts(records, CLAIM)
+    assert [row.protocol for row in found] == list(CLAIM["W8"].fixed)
+    assert {row.verdict for row in found} == {"reproduced"}
+    assert "not interior" in found[0].against  # the decay falls and falls
+    assert "All planned runs are recorded." in muon_report.markdown(records, CLAIM)
+    few = [record for record in records if record["stages"].keys() != {"reported"}]
+    monkeypatch.setitem(vars(muon_plan.EXPERIMENT), "records", few)
+    (row,) = muon_report.verdicts(few, CLAIM)
+    assert row.verdict == "not tested"
 
 
 # ----------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Tuned DDCMuon against tuned Muon"""
