@@ -466,8 +466,12 @@ class ScaledShift(Gauge):
 
     Since the entries of a centred vector x sum to zero, a · (1/γ) (γ x + β) = a Σ β/γ.
 
+    Of what writes to a stream of such norms, behind a layer scale γ, column j moves by a_j / γ, a
+    bias by a / γ: the stream moves along the vector of ones.
+
     Args:
-        weight, axis: the reader, and the axis along which its outputs lie.
+        weight, axis: the reader, and the axis along which its outputs lie; of a writer its inputs.
+            A vector moves as a whole.
         bias: of the reader; None where there is no β.
         scale, shift: γ and β; None for 1 and 0.
 
@@ -493,8 +497,12 @@ class ScaledShift(Gauge):
         names = (self.weight, self.bias, self.scale, self.shift)
         return tuple(name for name in names if name is not None)
 
+    def rows(self, weight: Tensor) -> Tensor:
+        """A view of the weight, or of its gradient, as (dimension, entries of γ)."""
+        return weight[None] if weight.ndim == 1 else unit_view(weight, self.axis)
+
     def dimension(self, params: Params) -> int:
-        return params[self.weight].shape[self.axis]
+        return len(self.rows(params[self.weight]))
 
     def sample(self, params: Params, generator: torch.Generator, spread: float = 1.0) -> Tensor:
         drawn = torch.randn(self.dimension(params), generator=generator, dtype=torch.float64)
@@ -502,8 +510,8 @@ class ScaledShift(Gauge):
 
     def _directions(self, params: Params) -> tuple[Tensor, Tensor]:
         """1/γ, (inputs,), and Σ β/γ."""
-        weight = params[self.weight]
-        inverse = weight.new_ones(weight.shape[1 - self.axis])
+        rows = self.rows(params[self.weight])
+        inverse = rows.new_ones(rows.shape[1])
         if self.scale is not None:
             inverse = 1 / params[self.scale]
         shift = torch.zeros_like(inverse) if self.shift is None else params[self.shift]
@@ -512,7 +520,7 @@ class ScaledShift(Gauge):
     @torch.no_grad()
     def act_(self, params: Params, element: Tensor) -> None:
         inverse, sum_ = self._directions(params)
-        unit_view(params[self.weight], self.axis).add_(element[:, None] * inverse)
+        self.rows(params[self.weight]).add_(element[:, None] * inverse)
         if self.bias is not None and self.shift is not None:
             params[self.bias].sub_(element * sum_)
 
@@ -522,7 +530,7 @@ class ScaledShift(Gauge):
         inverse, sum_ = self._directions(params)
         if not inverse.isfinite().all():
             return None
-        rows = unit_view(params[self.weight], self.axis)
+        rows = self.rows(params[self.weight])
         slope, curvature = rows @ inverse, inverse.square().sum()
         if self.bias is not None and self.shift is not None:
             slope, curvature = slope - sum_ * params[self.bias], curvature + sum_**2
@@ -533,9 +541,10 @@ class ScaledShift(Gauge):
     def velocities(self, params: Params) -> dict[str, Tensor]:
         held = {name: params[name].detach().double().cpu() for name in self.parameters}
         inverse, sum_ = self._directions(held)
-        each = torch.arange(count := self.dimension(params))
+        count = self.dimension(params)
         moved = {self.weight: torch.zeros(count, *params[self.weight].shape, dtype=torch.float64)}
-        moved[self.weight].movedim(1 + self.axis, 1)[each, each] = inverse
+        for i in range(count):
+            self.rows(moved[self.weight][i])[i] = inverse
         if self.bias is not None and self.shift is not None:
             moved[self.bias] = -sum_ * torch.eye(count, dtype=torch.float64)
         return moved
@@ -543,7 +552,7 @@ class ScaledShift(Gauge):
     @torch.no_grad()
     def audit(self, params: Params, grads: Params) -> float:
         inverse, sum_ = self._directions(params)
-        parts = unit_view(grads[self.weight], self.axis) * inverse
+        parts = self.rows(grads[self.weight]) * inverse
         along, size = parts.sum(1), float(parts.double().square().sum())
         if self.bias is not None and self.shift is not None:
             along = along - sum_ * grads[self.bias]
@@ -554,12 +563,14 @@ class ScaledShift(Gauge):
 @dataclass(frozen=True)
 class Behind:
     """A linear map that reads a stream through a norm: its weight, the axis of its inputs, the
-    norm's scale (None for 1), and what that is more than the parameter.
+    norm's scale (None for 1), and what that is more than the parameter. Or a parameter that writes
+    to a stream: the axis along which the stream's entries lie, and the layer scale that multiplies
+    them.
     """
 
     weight: str
     axis: int
-    scale: str | None
+    scale: str | None = None
     offset: float = 0.0
 
 
@@ -568,12 +579,12 @@ class StreamRotation(Gauge):
     """A rotation R of a residual stream: all that writes to it is turned, all that reads it turned
     back.
 
-    A reader W behind a scale γ becomes W diag(γ) Rᵀ diag(γ)⁻¹, a shift β diag(γ) R diag(γ)⁻¹ β. The
-    group is O(width); of a stream that a centring norm reads, what of it leaves the vector of ones
-    as it is.
+    A reader W behind a scale γ becomes W diag(γ) Rᵀ diag(γ)⁻¹, a shift β diag(γ) R diag(γ)⁻¹ β, a
+    writer W behind a layer scale λ diag(λ)⁻¹ R diag(λ) W. The group is O(width); of a stream that a
+    centring norm reads, what of it leaves the vector of ones as it is.
 
     Args:
-        writers: parameters whose vectors along an axis are turned.
+        writers: what is added to the stream.
         readers: the linear maps behind the norms.
         shifts: (β, γ) of the norms that have both.
         width: entries of the stream.
@@ -585,7 +596,7 @@ class StreamRotation(Gauge):
 
     kind: str
     where: str
-    writers: tuple[tuple[str, int], ...]
+    writers: tuple[Behind, ...]
     readers: tuple[Behind, ...]
     shifts: tuple[tuple[str, str], ...]
     width: int
@@ -598,10 +609,10 @@ class StreamRotation(Gauge):
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        names = [name for name, _ in self.writers]
-        names += [reader.weight for reader in self.readers]
+        sides = [*self.writers, *self.readers]
+        names = [each.weight for each in sides]
         names += [name for pair in self.shifts for name in pair]
-        names += [reader.scale for reader in self.readers if reader.scale is not None]
+        names += [each.scale for each in sides if each.scale is not None]
         return tuple(dict.fromkeys(names))
 
     def dimension(self, params: Params) -> int:
@@ -622,17 +633,15 @@ class StreamRotation(Gauge):
         q, r = torch.linalg.qr(torch.randn(k, k, generator=generator, dtype=torch.float64))
         turn = q * r.diagonal().sign()
         rest = torch.eye(self.width, dtype=torch.float64) - basis @ basis.T
-        return (basis @ turn @ basis.T + rest).to(params[self.writers[0][0]])
+        return (basis @ turn @ basis.T + rest).to(params[self.writers[0].weight])
 
     def _slices(self, params: Params) -> Iterator[tuple[str, Tensor, Tensor | None]]:
         """What is turned: its parameter, a view (width, *others), whatever its strides, and the
         scale that it is behind, of which vectors along the first axis are x in x -> γ⁻¹ R γ x.
         """
-        for name, axis in self.writers:
-            yield name, params[name].movedim(axis, 0), None
-        for reader in self.readers:
-            scale = None if reader.scale is None else params[reader.scale] + reader.offset
-            yield reader.weight, params[reader.weight].movedim(reader.axis, 0), scale
+        for each in (*self.writers, *self.readers):
+            scale = None if each.scale is None else params[each.scale] + each.offset
+            yield each.weight, params[each.weight].movedim(each.axis, 0), scale
         for shift, gamma in self.shifts:
             yield shift, params[shift], 1 / params[gamma]
 
@@ -680,6 +689,7 @@ class StreamRotation(Gauge):
 
 def _with_scales(moved: Params, params: Params, gauge: StreamRotation) -> dict[str, Tensor]:
     """Tensors by parameter, with the model's own scales, which are read and do not move."""
-    scales = {reader.scale for reader in gauge.readers if reader.scale is not None}
+    sides = (*gauge.writers, *gauge.readers)
+    scales = {each.scale for each in sides if each.scale is not None}
     scales |= {scale for _, scale in gauge.shifts}
     return {**moved, **{name: params[name] for name in scales}}

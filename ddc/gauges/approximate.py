@@ -59,7 +59,7 @@ def attempts(further: Further) -> Iterator[tuple[str, str, Callable[[], Sequence
             of_maps.add(norm)
             where = module_path(norm.output) or "norm"
             yield "normed_scale", where, partial(normed_scale, further, linear, groups, where)
-    for stream in streams(trace):
+    for stream in streams(trace, further.scaled):
         if not of_maps & {*stream.norms}:
             where = further.place(stream)
             yield "stream_scale", where, partial(stream_scale, further, stream, where)
@@ -73,8 +73,9 @@ def stream_scale(further: Further, stream: Any, where: str) -> list[Gauge]:
     """All that writes to a stream which norms alone read, times c."""
     further.require_sound(stream)
     # a table that is looked up twice is one
-    written = {name: None for node in stream.writers for name, _ in further.writer(stream, node)}
-    return [Scale("stream_scale", where, tuple(Scaled(name) for name in written))]
+    writers = [each for node in stream.writers for each in further.writer(stream, node)]
+    names = dict.fromkeys(each.weight for each in writers)
+    return [Scale("stream_scale", where, tuple(Scaled(name) for name in names))]
 
 
 def normed_scale(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain, pairwise
 from typing import Any
 
@@ -21,6 +21,7 @@ from ddc.gauges.actions import Axis, Rescale, RotatedAxis, Shift
 from ddc.gauges.affine import (
     Behind,
     General,
+    ScaledShift,
     Shear,
     Sheared,
     StreamRotation,
@@ -126,8 +127,8 @@ class Further:
         for linear in self.trace.linear_maps.values():
             if self._is_router(linear):
                 yield "router_shift", owner(linear.weight), partial(self.router_shift, linear)
-            if (scale := self._layer_scale(linear)) is not None:
-                yield "layer_scale", owner(scale), partial(self.layer_scale, linear, scale)
+        for linear, scale in self.scaled.values():
+            yield "layer_scale", owner(scale), partial(self.layer_scale, linear, scale)
         for name in self.trace.uses:
             if (table := score_table(self.trace, name)) is not None:
                 yield "score_shift", owner(name) or name, partial(self.score_shift, name, table)
@@ -135,7 +136,7 @@ class Further:
             if operation(node) == "batch_norm":
                 where = module_path(node) or "batch_norm"
                 yield "channel_scale", where, partial(self.channel_scale, node, where)
-        found = streams(self.trace)
+        found = streams(self.trace, self.scaled)
         inside = {node for stream in found for node in stream.nodes}
         for node in self.trace.graph.nodes:
             if node not in inside and len(terms := self._shifts(node)) > 1:
@@ -497,8 +498,15 @@ class Further:
         slot = Translated(name, table.axis)
         return [Translation("score_shift", owner(name) or name, (slot,))]
 
-    def _layer_scale(self, linear: LinearMap) -> str | None:
-        """The vector by which the outputs of a linear map are multiplied, if that is all that is
+    @cached_property
+    def scaled(self) -> dict[Node, tuple[LinearMap, str]]:
+        """Linear maps whose outputs are multiplied by a vector, and it, by what comes of that."""
+        maps = self.trace.linear_maps.values()
+        found = ((linear, self._layer_scale(linear)) for linear in maps)
+        return {each[0]: (linear, each[1]) for linear, each in found if each is not None}
+
+    def _layer_scale(self, linear: LinearMap) -> tuple[Node, str] | None:
+        """The product of the outputs of a linear map and a vector, and this, if that is all that is
         done to them.
         """
         if not has_fixed_shape(linear.output):
@@ -514,17 +522,22 @@ class Further:
         for argument in arguments(user):
             if isinstance(argument, Node) and self.finding.is_vector(argument, user):
                 view = self.trace.parameter(argument)
-                return view[0] if view is not None else None
+                return (user, view[0]) if view is not None else None
         return None
 
     def layer_scale(self, linear: LinearMap, scale: str) -> list[Gauge]:
-        """Rows of a linear map, and its bias, against the vector that multiplies them."""
+        """The vector that multiplies the outputs of a linear map, against its rows and its bias."""
+        rows = tuple(Axis(name, axis) for name, axis in self._rows(linear))
+        self.finding.require_single([scale])
+        return [Rescale("layer_scale", owner(scale), (Axis(scale),), rows)]
+
+    def _rows(self, linear: LinearMap) -> list[tuple[str, int]]:
+        """Weight and bias of a linear map, and the axis along which its outputs lie."""
         if linear.bias_node is not None and linear.bias is None:
-            raise NotProved("its bias is not a parameter of its own")
-        names = [linear.weight, *([linear.bias] if linear.bias else [])]
-        self.finding.require_single([*names, scale])
-        plus = (Axis(linear.weight, linear.rows), *(Axis(name) for name in names[1:]))
-        return [Rescale("layer_scale", owner(scale), plus, (Axis(scale),))]
+            raise NotProved(f"the bias of {owner(linear.weight)} is no parameter of its own")
+        names = [linear.weight, *([linear.bias] if linear.bias is not None else [])]
+        self.finding.require_single(names)
+        return [(linear.weight, linear.rows), *((name, 0) for name in names[1:])]
 
     def channel_scale(self, node: Node, where: str) -> list[Gauge]:
         """Scale and shift of a batch norm against the channels that convolutions, or linear maps,
@@ -641,14 +654,21 @@ class Further:
         if (linear := self.trace.maps_by_output.get(node)) is not None and linear.rows == 0:
             return [Shift(linear.weight, linear.bias, owner(linear.weight), "stream_mean")]
         gauges: list[Gauge] = []
-        for name, axis in written:
+        for each in written:
+            name, axis, where = each.weight, each.axis, owner(each.weight) or each.weight
             shape = self.trace.tensors[name].shape
+            if each.scale is not None:
+                if len(shape) > 2:
+                    raise NotProved("the weights of what writes to it are stacked")
+                inputs = 1 - axis if len(shape) > 1 else 0
+                gauges.append(ScaledShift("stream_mean", where, name, inputs, scale=each.scale))
+                continue
             others = [a for a, size in enumerate(shape) if a != axis and size > 1]
             if axis == 0 and len(shape) > 2:  # filters of a convolution
                 slot = Translated(name, -1)
             else:
                 slot = Translated(name, max(others, key=shape.__getitem__) if others else None)
-            gauges.append(Translation("stream_mean", owner(name) or name, (slot,)))
+            gauges.append(Translation("stream_mean", where, (slot,)))
         return gauges
 
     def _normed(self, norm: Norm) -> tuple[LinearMap, Tensor] | None:
@@ -698,26 +718,24 @@ class Further:
         if not stream.writers:
             raise NotProved("nothing that has weights writes to it")
 
-    def writer(self, stream: Stream, node: Node) -> list[tuple[str, int]]:
-        """The parameters whose vectors a writer adds to the stream, and the axis along which these
-        lie.
-        """
+    def writer(self, stream: Stream, node: Node) -> list[Behind]:
+        """The parameters whose vectors a writer adds to the stream."""
+        if node in self.scaled:
+            behind, scale = self.scaled[node]
+            self.finding.require_single([scale])
+            return [Behind(name, axis, scale) for name, axis in self._rows(behind)]
         if (linear := self.trace.maps_by_output.get(node)) is not None:
-            if linear.bias_node is not None and linear.bias is None:
-                raise NotProved(f"the bias of {owner(linear.weight)} is no parameter of its own")
-            names = [linear.weight, *([linear.bias] if linear.bias is not None else [])]
-            self.finding.require_single(names)
-            return [(linear.weight, linear.rows), *((name, 0) for name in names[1:])]
+            return [Behind(name, axis) for name, axis in self._rows(linear)]
         if (experts := self.trace.experts_by_output.get(node)) is not None:
             self.finding.require_single([experts.weight])
-            return [(experts.weight, experts.rows)]
+            return [Behind(experts.weight, experts.rows)]
         if (convolution := patches_of(node, stream.width)) is not None:
             views = [self.trace.parameter(each) for each in arguments(convolution)[1:3] if each]
             names = [view[0] for view in views if view is not None]
             if len(names) < len(views):
                 raise NotProved("the weights of its patches are no parameters of their own")
             self.finding.require_single(names)
-            return [(name, 0) for name in names]
+            return [Behind(name, 0) for name in names]
         table = operation(node) == "embedding"
         view = self.trace.parameter(arguments(node)[0] if table else node)
         assert view is not None
@@ -732,7 +750,7 @@ class Further:
             raise NotProved(f"{owner(name)} is tied to another parameter, or used more than once")
         if not table:
             self.finding.require_single([name])
-        return [(name, self.trace.tensors[name].ndim - 1)]
+        return [Behind(name, self.trace.tensors[name].ndim - 1)]
 
     def _terms(self, stream: Stream, node: Node) -> list[Translated]:
         """Tables and biases that are added up to a node of a stream before anything reads it."""

@@ -6,7 +6,7 @@ norms alone read it, and linear maps alone read these, the loss cannot see it tu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +47,8 @@ class Stream:
 
     Attributes:
         nodes: all values of the stream.
-        writers: what is added to it: outputs of linear maps, embeddings, parameters.
+        writers: what is added to it: outputs of linear maps, also behind a layer scale,
+            embeddings, parameters.
         norms: that read it.
         faults: in words, what else writes to it or reads it.
     """
@@ -109,17 +110,22 @@ def _spelt_out(node: Node, inside: object) -> Norm | None:
     return Norm(x, False, users[0], frozenset(parts))
 
 
-def streams(trace: Trace) -> list[Stream]:
-    """The streams that norms read, each with all that it is."""
+def streams(trace: Trace, scaled: Collection[Node] = ()) -> list[Stream]:
+    """The streams that norms read, each with all that it is.
+
+    Args:
+        trace: of the model.
+        scaled: nodes that write to a stream, for they are outputs of linear maps times a vector.
+    """
     norms = list(norms_of(trace))
     found: list[Stream] = []
     for norm in norms:
         if not any(norm.input in stream.nodes for stream in found):
-            found.append(_stream(trace, norm, norms))
+            found.append(_stream(trace, norm, norms, scaled))
     return [stream for stream in found if stream.norms]
 
 
-def _stream(trace: Trace, start: Norm, norms: list[Norm]) -> Stream:
+def _stream(trace: Trace, start: Norm, norms: list[Norm], scaled: Collection[Node]) -> Stream:
     """The stream of which the input of a norm is a part."""
     stream, width = Stream(), value_of(start.input).shape[-1]
     inside = {part: norm for norm in norms for part in norm.inside}
@@ -129,7 +135,7 @@ def _stream(trace: Trace, start: Norm, norms: list[Norm]) -> Stream:
         if node in stream.nodes:
             continue
         stream.nodes.add(node)
-        before = _sources(trace, node, width)
+        before = [] if node in scaled else _sources(trace, node, width)
         if before is None:
             stream.faults.append(f"{operation(node) or node.name} writes to it")
         elif before:

@@ -131,13 +131,15 @@ def among(gauge: Gauge, parts: Mapping[str, Sequence[Part]]) -> list[Gauge]:
         slots = [each for slot in gauge.slots for each in slots_among(gauge, slot, parts)]
         return [replace(gauge, slots=(slot,)) for slot in slots]
     if isinstance(gauge, StreamRotation):
-        writers = [w for each in gauge.writers for w in vectors_among(gauge, *each, parts)]
-        readers = [
-            replace(each, weight=name)
-            for each in gauge.readers
-            for name, _ in vectors_among(gauge, each.weight, each.axis, parts)
-        ]
-        return [replace(gauge, writers=tuple(writers), readers=tuple(readers))]
+        writers, readers = (
+            tuple(
+                replace(each, weight=name)
+                for each in side
+                for name, _ in vectors_among(gauge, each.weight, each.axis, parts)
+            )
+            for side in (gauge.writers, gauge.readers)
+        )
+        return [replace(gauge, writers=writers, readers=readers)]
     if is_section(gauge):
         return [gauge]  # a step is taken where it has nothing to add, on whole parameters
     (name, *_) = {*acted_on(gauge)} & parts.keys()

@@ -165,7 +165,9 @@ def make_plan(
     mapped = _mapped(gauges, hidden)
     sorted_ = _sort_rescales(rescales, hidden, mapped)
     dressings = _hidden_dressings(sorted_, hidden)
-    read = {each.weight for stream in streams for each in stream.readers} - {*hidden}
+    dressed = [each for stream in streams for each in stream.writers if each.scale is not None]
+    dressed += [each for stream in streams for each in stream.readers]
+    read = {each.weight for each in dressed} - {*hidden}
     roles = _Roles(params, gauges, sorted_.sided, dressings, mapped, read, hidden)
     inner = _inner_plans(sorted_.inner, hidden)
     decomposed = {*roles.plus_of, *(roles.minus_of.keys() - read), *hidden, *mapped}
@@ -277,7 +279,7 @@ class _Roles:
     ``plus_of`` and ``minus_of`` are, of each parameter on a side that is decomposed, the gauge and
     the axis; ``dressings``, of those that hidden matrices bring with them, what dresses them;
     ``mapped``, of each parameter under a general linear map, one such gauge; ``read`` has the
-    readers of streams that turn.
+    readers of streams that turn, and what writes to them behind a scale.
     """
 
     def __init__(
@@ -352,7 +354,8 @@ class _Roles:
         if name not in self.dressings:
             return None
         dressing, *others = self.dressings[name]
-        if others or name in self.plus_of or name in self.centred or name in self.averagings:
+        turned = name in self.averagings and name not in self.read  # by other than a stream
+        if others or turned or name in self.plus_of or name in self.centred:
             acting = self._over(name, Rescale, Rotation, Shift)
             raise ValueError(
                 f"{name!r} shares a side of {dressing.gauge} with a hidden matrix and is under"
@@ -621,12 +624,16 @@ def _check_stream(stream: StreamRotation, gauges: Sequence[Gauge]) -> None:
         for minus in gauge.minus
     }
     still = {gauge.slots[0].parameter for gauge in gauges if isinstance(gauge, Shear)}
-    for reader in stream.readers:
-        if reader.scale is not None and (reader.scale, reader.weight) not in scaled:
-            raise ValueError(
-                f"{stream}: {reader.weight!r} reads it behind the scale {reader.scale!r}, which"
-                f" must dress it: add the norm_scale of that norm, by units, or {without(stream)}"
-            )
+    for does, kind, side in (
+        ("reads it", "norm_scale of that norm", stream.readers),
+        ("writes to it", "layer_scale", stream.writers),
+    ):
+        for each in side:
+            if each.scale is not None and (each.scale, each.weight) not in scaled:
+                raise ValueError(
+                    f"{stream}: {each.weight!r} {does} behind the scale {each.scale!r}, which must"
+                    f" dress it: add the {kind}, by units, or {without(stream)}"
+                )
     for shift, _ in stream.shifts:
         if shift not in still:
             raise ValueError(
@@ -714,7 +721,7 @@ def _averagings(
             turned_by = gauge.plus + gauge.minus
         elif isinstance(gauge, StreamRotation):
             width = np.arange(gauge.width)[None, None]
-            sides = [*gauge.writers, *((each.weight, each.axis) for each in gauge.readers)]
+            sides = [(each.weight, each.axis) for each in (*gauge.writers, *gauge.readers)]
             turned_by = [RotatedAxis(*side, width) for side in sides if side[0] not in hidden]
         for name, axis, indices in turned_by:
             slots.setdefault(name, []).append((gauge, axis, indices.reshape(-1, indices.shape[2])))

@@ -290,7 +290,7 @@ def coordinate(gauge: Gauge, params: Params) -> Tensor:
         case Translation(slots=(slot, *_)) | Shear(slots=(slot, *_)):
             return _mean(params[slot.parameter], slot)
         case ScaledShift():
-            rows = unit_view(params[gauge.weight], gauge.axis)
+            rows = gauge.rows(params[gauge.weight])
             return (rows if gauge.scale is None else rows * params[gauge.scale]).mean(1)
     raise TypeError(f"{gauge} is none that adds")
 
@@ -324,7 +324,7 @@ def pull_back(gauge: Gauge, params: Params, grads: dict[str, Tensor], element: T
                 columns = torch.from_numpy(reader.columns).to(rows.device)
                 rows[columns] -= element[:, None] * grads[reader.bias]
         case ScaledShift(scale=scale, shift=shift):
-            rows = unit_view(grads[gauge.weight], gauge.axis)
+            rows = gauge.rows(grads[gauge.weight])
             felt = element @ rows  # how the readers feel 1/γ
             inverse = 1.0 if scale is None else 1 / params[scale]
             if shift is not None and gauge.bias is not None:

@@ -75,6 +75,16 @@ def zeros_of_gauge(gauge: Gauge, params: Params) -> Nulls | None:
                 return None
             ones = table.new_ones(table.shape[1], dtype=torch.float64)
             return Nulls(slot.parameter, [], [Zeros(MEAN_OF_STREAM, vector=ones)])
+        case ScaledShift(kind="stream_mean"):
+            weight = params[gauge.weight]
+            if weight.ndim != 2 or gauge.axis != 1:
+                return None
+            one = weight.new_ones(len(weight))
+            behind = (one if gauge.scale is None else params[gauge.scale]).detach()
+            if not behind.all():
+                return None  # no vector of its inverses
+            vector = 1 / behind.double()
+            return Nulls(gauge.weight, [], [Zeros(MEAN_OF_STREAM, vector=vector)])
         case ScaledShift():
             weight = params[gauge.weight]
             scale, shift = (
