@@ -381,8 +381,11 @@ class Shear(Gauge):
     def _responses(self, params: Params) -> Iterator[tuple[Sheared, Tensor]]:
         """Reader by reader, how much its output changes with the vector: (outputs, n)."""
         for reader in self.readers:
-            rows = unit_view(params[reader.weight], reader.axis)
-            yield reader, rows[torch.from_numpy(reader.columns).to(rows.device)].sum(0).mT
+            weight = params[reader.weight]
+            rows = unit_view(weight, reader.axis)
+            change = rows[torch.from_numpy(reader.columns).to(rows.device)].sum(0).mT
+            places = weight[0, 0].numel() if weight.ndim > 2 else 1  # of a convolution's kernel
+            yield reader, change.unflatten(0, (-1, places)).sum(1)
 
     def _inverse(self, params: Params) -> tuple[Tensor, Tensor]:
         """1/γ, and Σ β/γ, by which the output of a row changes with it."""
@@ -469,6 +472,9 @@ class ScaledShift(Gauge):
     Of what writes to a stream of such norms, behind a layer scale γ, column j moves by a_j / γ, a
     bias by a / γ: the stream moves along the vector of ones.
 
+    Of a convolution, whose weights are (outputs, channels, *kernel), the rows are those of all
+    places of its kernel, each of which moves by an a of its own.
+
     Args:
         weight, axis: the reader, and the axis along which its outputs lie; of a writer its inputs.
             A vector moves as a whole.
@@ -498,11 +504,13 @@ class ScaledShift(Gauge):
         return tuple(name for name in names if name is not None)
 
     def rows(self, weight: Tensor) -> Tensor:
-        """A view of the weight, or of its gradient, as (dimension, entries of γ)."""
+        """A view of the weight, or of its gradient, whose last axis has the entries of γ."""
+        if weight.ndim > 2:
+            return weight.movedim(1 - self.axis, -1)
         return weight[None] if weight.ndim == 1 else unit_view(weight, self.axis)
 
     def dimension(self, params: Params) -> int:
-        return len(self.rows(params[self.weight]))
+        return self.rows(params[self.weight])[..., 0].numel()
 
     def sample(self, params: Params, generator: torch.Generator, spread: float = 1.0) -> Tensor:
         drawn = torch.randn(self.dimension(params), generator=generator, dtype=torch.float64)
@@ -511,7 +519,7 @@ class ScaledShift(Gauge):
     def _directions(self, params: Params) -> tuple[Tensor, Tensor]:
         """1/γ, (inputs,), and Σ β/γ."""
         rows = self.rows(params[self.weight])
-        inverse = rows.new_ones(rows.shape[1])
+        inverse = rows.new_ones(rows.shape[-1])
         if self.scale is not None:
             inverse = 1 / params[self.scale]
         shift = torch.zeros_like(inverse) if self.shift is None else params[self.shift]
@@ -520,9 +528,10 @@ class ScaledShift(Gauge):
     @torch.no_grad()
     def act_(self, params: Params, element: Tensor) -> None:
         inverse, sum_ = self._directions(params)
-        self.rows(params[self.weight]).add_(element[:, None] * inverse)
+        rows = self.rows(params[self.weight])
+        rows.add_(element.view(rows.shape[:-1])[..., None] * inverse)
         if self.bias is not None and self.shift is not None:
-            params[self.bias].sub_(element * sum_)
+            params[self.bias].sub_(element.view(len(rows), -1).sum(1) * sum_)
 
     @torch.no_grad()
     def balancing(self, params: Params) -> tuple[Tensor, float] | None:
@@ -531,10 +540,13 @@ class ScaledShift(Gauge):
         if not inverse.isfinite().all():
             return None
         rows = self.rows(params[self.weight])
-        slope, curvature = rows @ inverse, inverse.square().sum()
+        slope, curvature = (rows @ inverse).view(len(rows), -1), inverse.square().sum()
         if self.bias is not None and self.shift is not None:
-            slope, curvature = slope - sum_ * params[self.bias], curvature + sum_**2
-        element = -slope / curvature
+            # all a of an output move one bias, by their sum
+            places, bias = slope.shape[1], params[self.bias]
+            total = (places * sum_ * bias - slope.sum(1)) / (curvature + places * sum_**2)
+            slope = slope + (sum_ * (sum_ * total - bias))[:, None]
+        element = -(slope / curvature).flatten()
         return element, rms(element) * rms(inverse)
 
     @torch.no_grad()
@@ -543,19 +555,22 @@ class ScaledShift(Gauge):
         inverse, sum_ = self._directions(held)
         count = self.dimension(params)
         moved = {self.weight: torch.zeros(count, *params[self.weight].shape, dtype=torch.float64)}
-        for i in range(count):
-            self.rows(moved[self.weight][i])[i] = inverse
+        for i, one in enumerate(torch.eye(count, dtype=torch.float64)):
+            rows = self.rows(moved[self.weight][i])
+            rows.copy_(one.view(rows.shape[:-1])[..., None] * inverse)
         if self.bias is not None and self.shift is not None:
-            moved[self.bias] = -sum_ * torch.eye(count, dtype=torch.float64)
+            outputs = torch.eye(len(held[self.bias]), dtype=torch.float64)
+            moved[self.bias] = -sum_ * outputs.repeat_interleave(count // len(outputs), 0)
         return moved
 
     @torch.no_grad()
     def audit(self, params: Params, grads: Params) -> float:
         inverse, sum_ = self._directions(params)
-        parts = self.rows(grads[self.weight]) * inverse
-        along, size = parts.sum(1), float(parts.double().square().sum())
+        rows = self.rows(grads[self.weight])
+        parts = rows * inverse
+        along, size = parts.sum(-1), float(parts.double().square().sum())
         if self.bias is not None and self.shift is not None:
-            along = along - sum_ * grads[self.bias]
+            along = along.view(len(rows), -1) - sum_ * grads[self.bias][:, None]
             size += float((sum_ * grads[self.bias]).double().square().sum())
         return ratio(float(along.double().square().sum()), size)
 

@@ -25,6 +25,7 @@ from ddc.gauges.gauge_set import GaugeSet
 from ddc.gauges.scales import Scale, Scaled
 from ddc.gauges.stream import Norm, norms_of, streams
 from ddc.gauges.trace import (
+    CONVOLUTIONS,
     KEEPS,
     MOVES,
     LinearMap,
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
 
 #: Which argument of a norm is its eps.
 EPS_OF = {"layer_norm": 4, "rms_norm": 3}
-CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 
 
 def attempts(further: Further) -> Iterator[tuple[str, str, Callable[[], Sequence[Gauge]]]]:

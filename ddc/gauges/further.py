@@ -28,7 +28,7 @@ from ddc.gauges.affine import (
     Translated,
     Translation,
 )
-from ddc.gauges.approximate import CONVOLUTIONS, attempts
+from ddc.gauges.approximate import attempts
 from ddc.gauges.attention import ATTENTION, SOFTMAX, Attention, Read, product_of, softmax_axis
 from ddc.gauges.base import Gauge, Refusal, approximate_kinds, paper_kinds
 from ddc.gauges.gauge_set import GaugeSet
@@ -36,9 +36,9 @@ from ddc.gauges.norms import NormReaders, bias_of, columns_of, require_passed_on
 from ddc.gauges.scores import ScoreTable, score_table
 from ddc.gauges.stream import Norm, Stream, carries, patches_of, streams
 from ddc.gauges.trace import (
+    CONVOLUTIONS,
     KEEPS,
     MOVES,
-    Arrival,
     Entering,
     Flow,
     LinearMap,
@@ -46,6 +46,7 @@ from ddc.gauges.trace import (
     Trace,
     apply,
     arguments,
+    channels_of,
     drops,
     has_fixed_shape,
     inputs,
@@ -552,24 +553,10 @@ class Further:
             raise NotProved("nothing reads it")
         if len(degrees := {arrival.degree for arrival in flow.arrivals}) > 1:
             raise NotProved("its readers read it at different degrees")
-        columns = [self._channels(arrival) for arrival in flow.arrivals]
+        columns = [self.finding.reader(arrival) for arrival in flow.arrivals]
         self.finding.require_single(names, columns)
         plus = tuple(Axis(name) for name in names)
         return [Rescale("channel_scale", where, plus, tuple(columns), degrees.pop())]
-
-    def _channels(self, arrival: Arrival) -> Axis:
-        """The input channels of the convolution at which a flow ends, or the columns of the linear
-        map.
-        """
-        node, args = arrival.node, arguments(arrival.node)
-        if operation(node) not in CONVOLUTIONS:
-            return self.finding.reader(arrival)
-        weight = self.trace.parameter(args[1])
-        if arrival.argument != 0 or weight is None or args[6:] not in ((), (1,)):
-            raise NotProved(f"its reader, {self.finding.describe(node)}, has groups of channels")
-        if not torch.equal(arrival.labels, channels_of(args[0])):
-            raise NotProved("the channels of a convolution that reads it are not its own")
-        return Axis(weight[0], 1)
 
     # ------------------------------------------------------------------------------------------
     # residual streams
@@ -876,12 +863,6 @@ class Further:
             where = owner(first.parameter) or first.parameter
             gauges.append(Translation("translation", where, slots))
         return gauges
-
-
-def channels_of(node: Node) -> Tensor:
-    """Labels of a node whose units lie along axis 1."""
-    shape = value_of(node).shape
-    return torch.arange(shape[1]).view(-1, *[1] * (len(shape) - 2)).expand(shape)
 
 
 def _without_axis(shape: Sequence[int], axis: int) -> Tensor:

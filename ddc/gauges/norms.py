@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from torch.fx import Node
@@ -12,6 +13,7 @@ from ddc.gauges.affine import ScaledShift, Shear, Sheared, Translated, Translati
 from ddc.gauges.base import Gauge
 from ddc.gauges.stream import Norm, carries
 from ddc.gauges.trace import (
+    CONVOLUTIONS,
     KEEPS,
     MOVES,
     Arrival,
@@ -73,7 +75,7 @@ class NormReaders:
         self, norm: Norm
     ) -> tuple[tuple[str, float] | None, str | None, list[tuple[str, int]]]:
         """Scale of a norm, with what is added to it, its shift, and the columns of all linear maps
-        that read it.
+        and convolutions that read it.
 
         Raises:
             NotProved: it is read by anything else.
@@ -88,12 +90,13 @@ class NormReaders:
         return (gamma.parameter, gamma.offset), shift, columns_of(gauge.minus)
 
     def _behind_matrices(self, norm: Norm) -> tuple[str | None, str | None, list[tuple[str, int]]]:
-        """The same where the scale is a parameter as it stands, and single linear maps read it."""
+        """The same where the scale is a parameter as it stands, and single maps read it."""
         scale, shift, columns = self.behind(norm)
         if scale is not None and scale[1]:
             raise NotProved("its scale is more than the parameter")
-        if any(self.trace.tensors[name].ndim != 2 for name, _ in columns):
-            raise NotProved("experts read it, whose weights are stacked")
+        for name, _ in columns:
+            if self.trace.tensors[name].ndim != 2 and name not in self.trace.convolutions:
+                raise NotProved("experts read it, whose weights are stacked")
         return None if scale is None else scale[0], shift, columns
 
     def reader_shift(self, norm: Norm) -> list[Gauge]:
@@ -106,8 +109,10 @@ class NormReaders:
         gauges: list[Gauge] = []
         for weight, columns in linears:
             bias = bias_of(self.trace, weight)
-            if shift is not None and bias is None:
-                raise NotProved(f"{owner(weight)} has no bias of its own")
+            if shift is not None:
+                if bias is None:
+                    raise NotProved(f"{owner(weight)} has no bias of its own")
+                self._require_unpadded(weight)
             where = owner(weight)
             gauges.append(
                 ScaledShift("reader_shift", where, weight, 1 - columns, bias, scale, shift)
@@ -128,7 +133,9 @@ class NormReaders:
         found = []
         for weight, axis in linears:
             bias = bias_of(self.trace, weight)
-            if bias is None and (scale is None or not norm.centres or taking):
+            self._require_unpadded(weight)
+            as_matrix = self.trace.tensors[weight].ndim == 2
+            if bias is None and (scale is None or not norm.centres or taking or not as_matrix):
                 raise NotProved(f"{owner(weight)} has no bias of its own")
             columns = np.arange(self.trace.tensors[weight].shape[axis])[None]
             found.append(Sheared(weight, axis, columns, bias))
@@ -141,6 +148,17 @@ class NormReaders:
         if not found:
             return [Translation("norm_shift", owner(shift), slots)]
         return [Shear("norm_shift", owner(shift), slots, tuple(found), scale)]
+
+    def _require_unpadded(self, weight: str) -> None:
+        """Raise NotProved for a convolution that adds zeros around what it reads: a shift is none
+        there.
+        """
+        if (convolution := self.trace.convolutions.get(weight)) is not None:
+            _, _, *options = arguments(convolution)
+            padding: Any = options[2] if len(options) > 2 else 0
+            sides = [padding] if isinstance(padding, int | str) else list(padding)
+            if any(side not in (0, "valid") for side in sides):
+                raise NotProved(f"{owner(weight)} reads zeros around what the norm gives")
 
     @once
     def _readers(
@@ -239,6 +257,8 @@ def require_passed_on(trace: Trace, source: Node) -> None:
             if user in trace.linear_maps or user in trace.expert_maps:
                 continue
             name = operation(user)
+            if name in CONVOLUTIONS:
+                continue  # whose input channels :meth:`Finding.reader` has proved
             if drops(user) or name not in MOVES | KEEPS | {"mean", "getitem", "index"}:
                 raise NotProved(f"{name or 'the output of the model'} changes what it gives")
             waiting.append(user)
@@ -246,6 +266,9 @@ def require_passed_on(trace: Trace, source: Node) -> None:
 
 def bias_of(trace: Trace, weight: str) -> str | None:
     """The bias of the one linear map with this weight, if nothing else uses it."""
+    if (convolution := trace.convolutions.get(weight)) is not None:
+        view = trace.parameter((*arguments(convolution), None)[2])
+        return view[0] if view is not None and trace.used_once(view[0]) else None
     for linear in trace.linear_maps.values():
         if linear.weight == weight and linear.bias is not None:
             return linear.bias if trace.used_once(linear.bias) else None

@@ -537,6 +537,20 @@ class Trace:
         return self.maps_by_output.get(node)
 
     @cached_property
+    def convolutions(self) -> dict[str, Node]:
+        """Convolutions that have no groups, by the name of their weight; one of several that share
+        it.
+        """
+        found = {}
+        for node in self.graph.nodes:
+            plain = arguments(node)[6:] in ((), (1,)) and not node.kwargs
+            if operation(node) in CONVOLUTIONS and plain:
+                view = self.parameter(arguments(node)[1])
+                if view is not None:
+                    found[view[0]] = node
+        return found
+
+    @cached_property
     def linear_maps(self) -> dict[Node, LinearMap]:
         """All applications of a weight that is a parameter, in order."""
         maps = {}
@@ -1205,12 +1219,19 @@ def labels_of(node: Node) -> Tensor:
     return torch.arange(shape[-1]).expand(shape)
 
 
+def channels_of(node: Node) -> Tensor:
+    """Labels of a node whose units lie along axis 1."""
+    shape = value_of(node).shape
+    return torch.arange(shape[1]).view(-1, *[1] * (len(shape) - 2)).expand(shape)
+
+
 def last_axis(labels: Tensor) -> Tensor | None:
     """The labels along the last axis, if they are the same at all positions."""
     rows = labels.reshape(-1, labels.shape[-1])
     return rows[0] if bool((rows == rows[0]).all()) else None
 
 
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 #: An example of what a model takes: positional arguments, or keyword arguments.
 Inputs = Sequence[Any] | Mapping[str, Any]
 

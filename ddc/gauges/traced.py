@@ -28,6 +28,7 @@ from ddc.gauges.heads import Logits, logits_of
 from ddc.gauges.parts import named_part, part_named
 from ddc.gauges.signature import signature
 from ddc.gauges.trace import (
+    CONVOLUTIONS,
     Arrival,
     Entering,
     ExpertMap,
@@ -36,6 +37,7 @@ from ddc.gauges.trace import (
     NoValue,
     Trace,
     arguments,
+    channels_of,
     has_fixed_shape,
     inputs,
     labels_of,
@@ -343,7 +345,7 @@ class Finding:
 
     def reader(self, arrival: Arrival, experts: ExpertMap | None = None) -> Axis:
         """The columns of the linear map at which a flow ends, or of all ``experts``; of each apart
-        where the flow begins at experts too.
+        where the flow begins at experts too. Of a convolution its input channels.
         """
         not_units = "the columns of a linear map that reads it are not its units, one for one"
         reader = self.trace.expert_maps.get(arrival.node)
@@ -353,6 +355,8 @@ class Finding:
             if not reader.reads(arrival.labels, apart=experts is not None):
                 raise NotProved(not_units)
             return Axis(reader.weight, reader.columns if experts is None else (0, reader.columns))
+        if operation(arrival.node) in CONVOLUTIONS and experts is None:
+            return self._channels(arrival)
         linear = self.trace.linear_maps.get(arrival.node)
         place = 1 if operation(arrival.node) == "addmm" else 0
         if linear is None or arrival.argument != place:
@@ -362,6 +366,20 @@ class Finding:
         if experts is not None or labels is None or not torch.equal(labels, torch.arange(units)):
             raise NotProved(not_units)
         return Axis(linear.weight, 1 - linear.rows)
+
+    def _channels(self, arrival: Arrival) -> Axis:
+        """The input channels of the convolution at which a flow ends."""
+        node, args = arrival.node, arguments(arrival.node)
+        weight = self.trace.parameter(args[1])
+        if (
+            arrival.argument != 0
+            or weight is None
+            or self.trace.convolutions.get(weight[0]) != node
+        ):
+            raise NotProved(f"its reader, {self.describe(node)}, has groups of channels")
+        if not torch.equal(arrival.labels, channels_of(args[0])):
+            raise NotProved("the channels of a convolution that reads it are not its own")
+        return Axis(weight[0], 1)
 
     def require_single(self, names: Sequence[str], axes: Sequence[Axis] = ()) -> None:
         """Each parameter computes in one place alone."""

@@ -30,7 +30,7 @@ from ddc.gauges.affine import (
     Translation,
     coordinates,
 )
-from ddc.gauges.base import spread_units, unit_view
+from ddc.gauges.base import spread_units
 from ddc.gauges.parts import whole_name
 
 #: Of these kinds all that the first parameter is may be gauge: it keeps still, for its gradient at
@@ -291,7 +291,7 @@ def coordinate(gauge: Gauge, params: Params) -> Tensor:
             return _mean(params[slot.parameter], slot)
         case ScaledShift():
             rows = gauge.rows(params[gauge.weight])
-            return (rows if gauge.scale is None else rows * params[gauge.scale]).mean(1)
+            return (rows if gauge.scale is None else rows * params[gauge.scale]).mean(-1).flatten()
     raise TypeError(f"{gauge} is none that adds")
 
 
@@ -319,16 +319,17 @@ def pull_back(gauge: Gauge, params: Params, grads: dict[str, Tensor], element: T
         case Shear():
             for reader in gauge.readers:
                 assert reader.bias is not None
-                grads[reader.weight] = grads[reader.weight].clone()
-                rows = unit_view(grads[reader.weight], reader.axis)
+                grad = grads[reader.weight] = grads[reader.weight].clone()
+                rows = grad.movedim(reader.axis, 0)  # (inputs, outputs, *kernel)
                 columns = torch.from_numpy(reader.columns).to(rows.device)
-                rows[columns] -= element[:, None] * grads[reader.bias]
+                change = element[:, None] * grads[reader.bias]
+                rows[columns] -= change.view(*change.shape, *[1] * (rows.ndim - 2))
         case ScaledShift(scale=scale, shift=shift):
             rows = gauge.rows(grads[gauge.weight])
-            felt = element @ rows  # how the readers feel 1/γ
+            felt = element @ rows.reshape(len(element), -1)  # how the readers feel 1/γ
             inverse = 1.0 if scale is None else 1 / params[scale]
             if shift is not None and gauge.bias is not None:
-                along = element @ grads[gauge.bias]
+                along = element.view(len(rows), -1).sum(1) @ grads[gauge.bias]
                 grads[shift] = grads[shift] - along * inverse
                 felt = felt - along * params[shift]
             if scale is not None:

@@ -87,6 +87,8 @@ def zeros_of_gauge(gauge: Gauge, params: Params) -> Nulls | None:
             return Nulls(gauge.weight, [], [Zeros(MEAN_OF_STREAM, vector=vector)])
         case ScaledShift():
             weight = params[gauge.weight]
+            if weight.ndim > 2:  # what a convolution reads is no vector a row
+                return None
             scale, shift = (
                 None if name is None else params[name].detach().double()
                 for name in (gauge.scale, gauge.shift)
