@@ -61,6 +61,16 @@ def verdicts(
     return [*found, *(replace(each, against=against) for each in missing)]
 
 
+def text_seen(records: Sequence[Record]) -> str:
+    """How much text the runs train on, and how often they see it, as the configuration of the first
+    of them has it.
+    """
+    config = records[0]["config"]
+    training, tokens = config["training"], config["data"]["train_tokens"]
+    read = training["steps"] * training["batch_size"] * config["model"]["context"]
+    return f"{tokens / 1000:.0f} kB of text, seen {read / tokens:.3g} times"
+
+
 def paired(mine: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
     """Mine less theirs, of the seeds that have both, in their order."""
     return [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]

@@ -16,9 +16,9 @@ def main() -> None:
     try:
         config = compose_config(sys.argv[1:])
         data = load_data(config.data, config.model, config.seed)
+        estimate = estimate_memory(config, data)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    estimate = estimate_memory(config, data)
     print(f"parameters       {estimate.parameters / 1e6:10.1f} M")
     print(f"optimizer state  {estimate.optimizer_state / 2**30:10.2f} GiB")
     print(f"peak of a step   {estimate.peak / 2**30:10.2f} GiB (tensors alone)")

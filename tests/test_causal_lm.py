@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ LLAMA = {
     "num_key_value_heads": 2,
 }
 GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 4}
-SIZES = {"llama": LLAMA, "qwen2": LLAMA, "gpt2": GPT2}
+MIXTRAL = {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}
+SIZES = {"llama": LLAMA, "qwen2": LLAMA, "gpt2": GPT2, "mixtral": MIXTRAL}
 
 
 def model_of(architecture: str, vocabulary: int = 20) -> CausalLM:
@@ -79,6 +81,13 @@ def test_ddcadam_stays_on_one_trajectory(shakespeare: TextData) -> None:
         ({"options": {**LLAMA, "hidden_size": "x"}}, "expected int"),
         ({"options": {"vocab_size": 9}}, r"vocab_size: it follows from data\.tokenizer"),
         ({"options": {"attention_dropout": 0.1}}, "without dropout"),
+        ({"architecture": "gpt2", "options": {"n_positions": 4}}, "n_positions: it follows from"),
+        ({"options": {**LLAMA, "hidden_act": "foo"}}, "with model.options=.*foo"),
+        ({"options": {**LLAMA, "num_key_value_heads": 3}}, "with model.options="),
+        ({"options": {**LLAMA, "num_attention_heads": 0}}, "with model.options="),
+        ({"options": {**LLAMA, "num_hidden_layers": 0}}, "a model must have layers"),
+        ({"options": {**LLAMA, "to_dict": 3}}, "has no such option"),
+        ({"options": {**LLAMA, "dtype": "bfloat16"}}, "has no such option"),
         ({"context": 0}, r"Invalid model\.context=0"),
     ],
 )
@@ -101,6 +110,39 @@ def test_a_run_ends_is_restored_and_begun_from(tmp_path: Path) -> None:
     for name in ("ours", "theirs"):
         begun = run(tmp_path, "seed=5", f"start.weights={tmp_path / name}")
         assert all(map(torch.equal, begun.model.parameters(), weights)), name
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_short_context_is_enough(length: int) -> None:
+    model = CausalLM(CausalLMConfig("causal_lm", "gpt2", length, GPT2), 20)
+    assert model(*model.example_inputs()).shape == (2, length, 20)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_attention_heads": 8, "num_key_value_heads": 4},
+        {"rms_norm_eps": 0.1},
+        {"hidden_act": "relu"},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
+    ],
+    ids=str,
+)
+def test_weights_of_another_function_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    """Of the same shapes, in a folder of ours and of transformers."""
+    setup = run(tmp_path)
+    assert isinstance(setup.config.model, CausalLMConfig)
+    options = {**setup.config.model.options, **change}
+    options |= {"num_key_value_heads": options["num_attention_heads"] // 2}
+    other = dataclasses.replace(setup.config.model, options=options)
+    model = CausalLM(other, **setup.data.sizes)
+    save_model(tmp_path / "ours", model, other, setup.data.sizes)
+    model.model.save_pretrained(tmp_path / "theirs")
+    key = next(iter(change))
+    with pytest.raises(ValueError, match=r"Invalid start\.weights=.*there model\.options="):
+        run(tmp_path, f"start.weights={tmp_path}/ours")
+    with pytest.raises(ValueError, match=rf"Invalid start\.weights=.*there model\.options\.{key}="):
+        run(tmp_path, f"start.weights={tmp_path}/theirs")
 
 
 def test_two_runs_of_one_configuration_end_alike(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from ddc import DDCAdam, DDCMuon, find_gauges, hidden_matrices
 from ddc.gauges import canonicalise_, check, named_parameters
 from ddc.gauges.affine import ScaledShift, StreamRotation
 from ddc.gauges.certificate import certify
+from ddc.optim import respected
 from ddc.slt.zeros import zeros_of_gauge
 from tests.test_complete import moved
 
@@ -46,6 +47,8 @@ class Scaled(nn.Module):
         self.downs = nn.ModuleList(nn.Linear(6, WIDTH, bias=bias) for _ in range(2))
         self.scales = nn.ParameterList(torch.rand(WIDTH) + 0.5 for _ in range(2))
         self.head = nn.Linear(WIDTH, 9)
+        if twist == "one output":
+            self.gate = nn.Linear(WIDTH, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x)
@@ -59,6 +62,8 @@ class Scaled(nn.Module):
             if self.twist == "shifted":
                 written = written + scale
             product = written * scale
+            if self.twist == "one output":
+                product = product.mean(-1, keepdim=True) + self.gate(norm(h)) * scale
             if self.twist == "activated":
                 product = F.relu(product)
             h = h + product
@@ -125,12 +130,13 @@ def test_every_gauge_is_a_symmetry_and_moves_along_its_tangents() -> None:
 
 @pytest.mark.parametrize("optimizer", ["DDCAdam", "DDCMuon"])
 def test_optimizers_stay_on_one_trajectory(optimizer: str) -> None:
-    """Under the rotation of the stream, the means and the scales of what writes to it, all at
-    once.
+    """Under the means and the scales of what writes to a stream, all at once, and DDCMuon under its
+    rotation too.
     """
     model, inputs = made()
-    gauges = find_gauges(model, inputs=inputs, kinds=KINDS)
-    assert {gauge.kind for gauge in gauges} == {*KINDS} - {"translation"}
+    kinds = [kind for kind in KINDS if (kind, optimizer) != ("stream_rotation", "DDCAdam")]
+    gauges = find_gauges(model, inputs=inputs, kinds=kinds)
+    assert {gauge.kind for gauge in gauges} == {*kinds} - {"translation"}
     first = moved(model).requires_grad_()
     second = copy.deepcopy(first)
     gauges.transform_(second, torch.Generator().manual_seed(1), 1.0)
@@ -153,11 +159,68 @@ def test_optimizers_stay_on_one_trajectory(optimizer: str) -> None:
     assert float((ends[0] - ends[1]).abs().max()) < 1e-9
 
 
-def test_a_rotation_without_the_scale_that_dresses_it_is_refused() -> None:
+def test_what_an_optimizer_cannot_respect_is_refused() -> None:
     model, inputs = made()
-    gauges = find_gauges(model, inputs=inputs, kinds=[k for k in KINDS if k != "layer_scale"])
-    with pytest.raises(ValueError, match=r"'downs\.\d\.weight' writes to it behind.*layer_scale"):
+    gauges = find_gauges(model, inputs=inputs, kinds=KINDS)
+    with pytest.raises(ValueError, match=r"'downs\.\d\.weight' writes to it behind the scale"):
         DDCAdam(model.named_parameters(), gauges)
+    kept = respected(DDCAdam, model.named_parameters(), gauges)
+    assert [each.kind for each in kept.refused[len(gauges.refused) :]] == ["stream_rotation"]
+    DDCAdam(model.named_parameters(), kept)
+    # the step of a mean behind a scale divides by it
+    without = [gauge for gauge in kept if gauge.kind != "layer_scale"]
+    with pytest.raises(ValueError, match=r"divides by 'scales\.\d', which nothing keeps from zero"):
+        DDCAdam(model.named_parameters(), without)
+    with torch.no_grad():
+        model.scales[0][3] = 0
+    with pytest.raises(ValueError, match=r"'scales\.0' has an entry at zero"):
+        DDCAdam(model.named_parameters(), kept)
+    with pytest.raises(ValueError, match=r"'scales\.0' has an entry at zero"):
+        gauges.transform_(model, torch.Generator().manual_seed(0))
+    left = respected(DDCAdam, model.named_parameters(), gauges)
+    step = DDCAdam(model.named_parameters(), left)
+    for _ in range(3):
+        step.zero_grad()
+        F.cross_entropy(model(inputs[0]), torch.arange(64) % 9).backward()
+        step.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("mlp", ["relu", "swiglu"])
+def test_scales_of_units_and_of_outputs_go_together(mlp: str) -> None:
+    """The columns of a map under one rescale, its rows under a layer scale."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.up, self.gate = nn.RMSNorm(8), nn.Linear(8, 6), nn.Linear(8, 6)
+            self.down, self.scale = nn.Linear(6, 8), nn.Parameter(torch.rand(8) + 0.5)
+            self.head = nn.Linear(8, 9)
+
+        def forward(self, x: Tensor) -> Tensor:
+            up, gate = self.up(self.norm(x)), self.gate(self.norm(x))
+            hidden = F.relu(up) if mlp == "relu" else up * F.silu(gate)
+            logits: Tensor = self.head(x + self.down(hidden) * self.scale)
+            return logits
+
+    torch.manual_seed(0)
+    x = torch.randn(64, 8).double()
+    model = moved(Block()).requires_grad_()
+    gauges = find_gauges(
+        model, inputs=(x,), kinds=["layer_scale", f"{mlp}_rescale".replace("swiglu", "gated")]
+    )
+    assert len(gauges) == 2
+    starts = [model, copy.deepcopy(model)]
+    gauges.transform_(starts[1], torch.Generator().manual_seed(1), 1.0)
+    ends = []
+    for each in starts:
+        step = DDCAdam(each.named_parameters(), gauges, lr=1e-2)
+        for _ in range(20):
+            step.zero_grad()
+            F.cross_entropy(each(x), torch.arange(64) % 9).backward()
+            step.step()
+        ends.append(each(x).detach().log_softmax(-1))
+    assert float((ends[0] - ends[1]).abs().max()) < 1e-10
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])
@@ -171,6 +234,7 @@ def test_a_rotation_without_the_scale_that_dresses_it_is_refused() -> None:
         "activated",
         "read before",
         "read after",
+        "one output",
     ],
 )
 def test_what_breaks_it_is_refused(twist: str, norm: str) -> None:

@@ -52,6 +52,9 @@ def record_of(setting: str, seed: int, stage: str, loss: float | None) -> Record
         "config": {
             "optimizer": {"name": pairs["optimizer"], **optimizer},
             "start": {"weights": pairs.get("start.weights")},
+            "model": {"context": 64},
+            "data": {"train_tokens": 40960},
+            "training": {"steps": 500, "batch_size": 8},
         },
         "commit": "0" * 40,
         "summary": None if loss is None else {"validation_loss": loss},
@@ -199,6 +202,15 @@ def test_a_lattice_is_widened_where_its_end_is_near_the_best(
     assert ranges.range_of(runs, "DDCAdam", 0, 0).is_open
     assert not ranges.range_of(runs, "AdamW", 0, 0).is_open
     assert ranges.range_of(runs, "AdamW", 0, 7) is None
+
+
+def test_text_that_is_seen_is_that_of_the_configuration() -> None:
+    """And of the records: what a plan says of its text has been wrong."""
+    record = record_of("optimizer=adamw", 0, "grid", 2.0)
+    assert own.text_seen([record]) == "41 kB of text, seen 6.25 times"
+    for each, times in ((rates_report, "3.75"), (muon_report, "12.5")):
+        (row, *_) = each.verdicts(each.load(), CLAIM)
+        assert row.scale.endswith(f"41 kB of text, seen {times} times")
 
 
 # ----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ddc.gauges.actions import RotatedAxis, ratio, rms
-from ddc.gauges.base import Gauge, Params, check_kind, unit_view
+from ddc.gauges.base import Gauge, Params, check_kind, is_fake, is_split, unit_view
 
 #: A side of a general linear map spans its dimensions if its smallest singular value is more than
 #: this of the largest: float32 tells no smaller one from zero.
@@ -462,6 +462,34 @@ class Shear(Gauge):
         return ratio(float(along.square().sum()), size)
 
 
+def require_no_zero(gauge: Gauge, params: Params) -> None:
+    """Make sure that a gauge can divide by the scales by which it does.
+
+    Args:
+        gauge: any.
+        params: by name; what is absent, split or without values says nothing.
+
+    Raises:
+        ValueError: an entry of a scale has no finite inverse.
+    """
+    match gauge:
+        case StreamRotation():
+            sides = (*gauge.writers, *gauge.readers)
+            scales = {each.scale: each.offset for each in sides}
+            scales |= dict.fromkeys((scale for _, scale in gauge.shifts), 0.0)
+        case ScaledShift() | Shear():
+            scales = {gauge.scale: 0.0}
+        case _:
+            return
+    for name, offset in scales.items():
+        if name is None or name not in params or is_fake(params[name]) or is_split(params[name]):
+            continue
+        if not bool((1 / (params[name].detach() + offset)).isfinite().all()):
+            raise ValueError(
+                f"{gauge}: {name!r} has an entry at zero, and the gauge divides by it: leave it out"
+            )
+
+
 @dataclass(frozen=True)
 class ScaledShift(Gauge):
     """Behind a norm that centres: row i of what reads it moves by a_i / γ, its bias by what the
@@ -527,6 +555,7 @@ class ScaledShift(Gauge):
 
     @torch.no_grad()
     def act_(self, params: Params, element: Tensor) -> None:
+        require_no_zero(self, params)
         inverse, sum_ = self._directions(params)
         rows = self.rows(params[self.weight])
         rows.add_(element.view(rows.shape[:-1])[..., None] * inverse)
@@ -577,10 +606,9 @@ class ScaledShift(Gauge):
 
 @dataclass(frozen=True)
 class Behind:
-    """A linear map that reads a stream through a norm: its weight, the axis of its inputs, the
-    norm's scale (None for 1), and what that is more than the parameter. Or a parameter that writes
-    to a stream: the axis along which the stream's entries lie, and the layer scale that multiplies
-    them.
+    """A parameter at the side of a stream, whose entries lie along an axis of it: a linear map that
+    reads the stream behind the scale of a norm, or what writes to it, behind a layer scale perhaps.
+    The scale is None for 1, and ``offset`` more than its parameter.
     """
 
     weight: str
@@ -662,6 +690,7 @@ class StreamRotation(Gauge):
 
     @torch.no_grad()
     def act_(self, params: Params, element: Tensor) -> None:
+        require_no_zero(self, params)
         for _, rows, scale in self._slices(params):
             turn = element.to(rows)
             if scale is not None:

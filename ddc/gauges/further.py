@@ -520,6 +520,8 @@ class Further:
         at_last = last_axis(labels)
         if at_last is None or not torch.equal(at_last, torch.arange(units.shape[-1])):
             return None
+        if value_of(user).shape != labels.shape:  # one output, times a vector
+            return None
         for argument in arguments(user):
             if isinstance(argument, Node) and self.finding.is_vector(argument, user):
                 view = self.trace.parameter(argument)
@@ -527,10 +529,12 @@ class Further:
         return None
 
     def layer_scale(self, linear: LinearMap, scale: str) -> list[Gauge]:
-        """The vector that multiplies the outputs of a linear map, against its rows and its bias."""
+        """Rows of a linear map, and its bias, against the vector that multiplies them."""
         rows = tuple(Axis(name, axis) for name, axis in self._rows(linear))
         self.finding.require_single([scale])
-        return [Rescale("layer_scale", owner(scale), (Axis(scale),), rows)]
+        others = [each for _, each in self.scaled.values() if owner(each) == owner(scale)]
+        where = scale if len(others) > 1 else owner(scale) or scale
+        return [Rescale("layer_scale", where, rows, (Axis(scale),))]
 
     def _rows(self, linear: LinearMap) -> list[tuple[str, int]]:
         """Weight and bias of a linear map, and the axis along which its outputs lie."""
@@ -645,10 +649,8 @@ class Further:
             name, axis, where = each.weight, each.axis, owner(each.weight) or each.weight
             shape = self.trace.tensors[name].shape
             if each.scale is not None:
-                if len(shape) > 2:
-                    raise NotProved("the weights of what writes to it are stacked")
-                inputs = 1 - axis if len(shape) > 1 else 0
-                gauges.append(ScaledShift("stream_mean", where, name, inputs, scale=each.scale))
+                along = 1 - axis if len(shape) > 1 else 0
+                gauges.append(ScaledShift("stream_mean", where, name, along, scale=each.scale))
                 continue
             others = [a for a, size in enumerate(shape) if a != axis and size > 1]
             if axis == 0 and len(shape) > 2:  # filters of a convolution

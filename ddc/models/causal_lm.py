@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +18,15 @@ from ddc.models.config import ModelConfig
 DECIDED = {"vocab_size": "data.tokenizer", "max_position_embeddings": "model.context"}
 #: All tokens are text: none is padding, whose embedding would not train.
 NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+#: Options by which a model draws at random in training.
+RANDOM = re.compile("drop|jitter")
+#: Options that no function depends on, or that shapes tell.
+NOT_OF_FUNCTION = re.compile(
+    "drop|jitter|_token_id$|vocab_size|positions|position_embeddings|init|use_cache|^output_"
+    "|aux_loss|^summary_|pretraining_tp"
+)
+#: Of what a causal model says, rounding is less; relative to the largest logit.
+ROUNDING = 1e-4
 
 
 @dataclass
@@ -26,8 +38,8 @@ class CausalLMConfig(ModelConfig):
             and so on.
         context: tokens of a sequence.
         options: of its configuration class, by its own names (``hidden_size``,
-            ``num_hidden_layers``). What is not named has its default there, but for dropout, which
-            is 0: a run that is resumed would not draw the same.
+            ``num_hidden_layers``). What is not named has its default there, but for dropout and
+            jitter, which are 0: a run that is resumed would not draw the same.
 
     Raises:
         ValueError: on construction, a context below 1, or an option that follows from another key.
@@ -43,14 +55,11 @@ class CausalLMConfig(ModelConfig):
         if self.context < 1:
             raise ValueError(f"Invalid model.context={self.context}: expected a positive integer")
         for key in self.options:
-            if key in DECIDED:
+            require_undecided(key, key)
+            if RANDOM.search(key):
                 raise ValueError(
-                    f"Invalid model.options.{key}: it follows from {DECIDED[key]}; leave it out"
-                )
-            if "drop" in key:
-                raise ValueError(
-                    f"Invalid model.options.{key}: models train without dropout here, so that a"
-                    " resumed run is the same; leave it out"
+                    f"Invalid model.options.{key}: models train without dropout and jitter here, so"
+                    " that a resumed run is the same; leave it out"
                 )
 
     @property
@@ -69,8 +78,10 @@ class CausalLM(nn.Module):
         model: of transformers, such as ``LlamaForCausalLM``.
 
     Raises:
-        ValueError: an architecture that transformers does not have, an option that its
-            configuration does not have, or options that do not fit together.
+        ValueError: an architecture that transformers does not have, or whose tokens see those after
+            them; an option that its configuration does not have; or options that do not fit
+            together.
+        MemoryError: it does not fit into memory.
     """
 
     def __init__(self, config: CausalLMConfig, vocab_size: int) -> None:
@@ -78,17 +89,16 @@ class CausalLM(nn.Module):
         provide_torchvision_operators()  # before transformers, beside a torch without CUDA
         from transformers import AutoModelForCausalLM
 
-        self.vocab_size = vocab_size
+        self.vocab_size, self.context = vocab_size, config.context
         options = options_of(config, vocab_size)
         try:
             self.model = AutoModelForCausalLM.from_config(options)
-        except (ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"Invalid model.architecture={config.architecture} with"
-                f" model.options={config.options}: {reason}"
-            ) from error
-        if not self.is_causal():
+            causal = self.is_causal()
+        except Exception as error:  # whatever a class of others raises for what does not fit
+            if isinstance(error, MemoryError) or "allocate memory" in str(error):
+                raise MemoryError(str(error)) from error
+            raise misfit(config, error) from error
+        if not causal:
             raise ValueError(
                 f"Invalid model.architecture={config.architecture}: tokens see those after them;"
                 " expected a causal language model"
@@ -101,20 +111,23 @@ class CausalLM(nn.Module):
 
     @torch.no_grad()
     def is_causal(self) -> bool:
-        """Whether logits depend on no later token, tried on two short sequences; true without
-        values (on the meta device).
+        """Whether logits depend on no later token, but for rounding, tried on two short sequences;
+        true without values (on the meta device).
         """
         (tokens,) = self.example_inputs()
         if tokens.is_meta:
             return True
         changed = tokens.clone()
         changed[:, -1] = (tokens[:, -1] + 1) % self.vocab_size
-        return torch.equal(self(tokens)[:, :-1], self(changed)[:, :-1])
+        before, after = self(tokens), self(changed)
+        difference = (before - after)[:, :-1].abs()
+        return not bool((difference > ROUNDING * before.abs().max()).any())
 
     def example_inputs(self) -> tuple[Tensor]:
         """Two short sequences, for a trace."""
-        device = next(self.parameters()).device
-        return (torch.arange(6, device=device).remainder(self.vocab_size).view(2, 3),)
+        length, device = min(3, self.context), next(self.parameters()).device
+        tokens = torch.arange(2 * length, device=device).remainder(self.vocab_size)
+        return (tokens.view(2, length),)
 
 
 def options_of(config: CausalLMConfig, vocab_size: int) -> Any:
@@ -123,7 +136,6 @@ def options_of(config: CausalLMConfig, vocab_size: int) -> Any:
     Raises:
         ValueError: as of :class:`CausalLM`.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     name = config.architecture
@@ -134,19 +146,72 @@ def options_of(config: CausalLMConfig, vocab_size: int) -> Any:
             f"Invalid model.architecture={name}: expected a model_type of transformers, such as"
             " llama, qwen2 or gpt_neox"
         ) from None
+    called: dict[str, str] = getattr(known, "attribute_map", {})
     for key in config.options:
-        if not hasattr(known, key):
+        if key not in {*own_options(known), *called}:
             raise ValueError(
                 f"Invalid model.options.{key}: {type(known).__name__} has no such option; leave it"
                 f" out by ~model.options.{key}"
             )
+        for general, own in called.items():
+            if own == key:
+                require_undecided(key, general)
     sizes = {"vocab_size": vocab_size, "max_position_embeddings": config.context}
-    try:
-        options = AutoConfig.for_model(name, **config.options, **sizes, **NO_TOKENS)
-    except (StrictDataclassError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"Invalid model.options={config.options}: {reason}") from error
+    options: Any = None
+    for tokens in (NO_TOKENS, {}):  # some classes must have them
+        try:
+            options = AutoConfig.for_model(name, **config.options, **sizes, **tokens)
+            break
+        except Exception as error:  # of many classes: types, ranges, fields that disagree
+            if not tokens:
+                raise misfit(config, error) from error
+    if options.num_hidden_layers < 1:
+        raise misfit(config, ValueError("a model must have layers"))
     for key, value in vars(options).items():
-        if "drop" in key and isinstance(value, float):
+        if RANDOM.search(key) and isinstance(value, float):
             setattr(options, key, 0.0)
     return options
+
+
+def own_options(options: Any) -> list[str]:
+    """The fields of a configuration class of transformers that are no configuration's."""
+    from transformers import PretrainedConfig
+
+    shared = {each.name for each in dataclasses.fields(PretrainedConfig)}
+    return [each.name for each in dataclasses.fields(options) if each.name not in shared]
+
+
+def require_undecided(key: str, general: str) -> None:
+    """Raise ValueError for an option that follows from another key, by its name and the general
+    one.
+    """
+    if general in DECIDED:
+        raise ValueError(
+            f"Invalid model.options.{key}: it follows from {DECIDED[general]}; leave it out"
+        )
+
+
+def misfit(config: CausalLMConfig, error: Exception) -> ValueError:
+    """What is said of options that an architecture does not take, or not together."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return ValueError(
+        f"Invalid model.architecture={config.architecture} with model.options={config.options}:"
+        f" {reason}"
+    )
+
+
+def require_same_function(model: CausalLM, folder: Path) -> None:
+    """Make sure that a folder of transformers describes the function that a model computes.
+
+    Raises:
+        ValueError: another architecture, or an option that differs.
+    """
+    from transformers import AutoConfig
+
+    theirs, mine = AutoConfig.from_pretrained(str(folder)), model.model.config
+    if theirs.model_type != mine.model_type:
+        raise ValueError(f"there model.architecture={theirs.model_type}, here {mine.model_type}")
+    for key in own_options(mine):
+        there, here = getattr(theirs, key, None), getattr(mine, key)
+        if there != here and not NOT_OF_FUNCTION.search(key):
+            raise ValueError(f"there model.options.{key}={there}, here {here}")

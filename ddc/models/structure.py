@@ -291,9 +291,7 @@ def _(model: CausalLM) -> list[Layer]:
             f"slt.readings with model.architecture={model.model.config.model_type}: its blocks are"
             " not told; use slt=none"
         )
-    # the last matrix of a block is that by which its feed-forward part writes
-    *_, writer = (name for name, p in stacks[0][0].named_parameters() if p.ndim == 2)
-    ones = mean_of_stream(model, f"{names[stacks[0][0]]}.{writer}")
+    ones = mean_of_stream(model, f"{names[stacks[0][0]]}.")
     blocks = [(f"block {i + 1}", names[block]) for i, block in enumerate(stacks[0])]
     return [
         Layer(name, module, gradient_ones=ones)

@@ -40,7 +40,7 @@ import numpy as np
 from torch import Tensor
 
 from ddc.gauges import KINDS, Axis, Chain, Gauge, General, Rescale, RotatedAxis, Rotation, Shift
-from ddc.gauges.affine import Shear, StreamRotation
+from ddc.gauges.affine import ScaledShift, Shear, StreamRotation, require_no_zero
 from ddc.gauges.base import UnitAxis, axes_of
 from ddc.gauges.parts import whole_name
 from ddc.optim.averaging import Averaging
@@ -160,17 +160,17 @@ def make_plan(
     rescales = [gauge for gauge in gauges if isinstance(gauge, Rescale)]
     _check_chains(chains, rescales)
     streams = [gauge for gauge in gauges if isinstance(gauge, StreamRotation)]
-    for stream in streams:
-        _check_stream(stream, gauges)
     mapped = _mapped(gauges, hidden)
     sorted_ = _sort_rescales(rescales, hidden, mapped)
+    for stream in streams:
+        _check_stream(stream, gauges, [*sorted_.sided, *sorted_.inner])
     dressings = _hidden_dressings(sorted_, hidden)
-    dressed = [each for stream in streams for each in stream.writers if each.scale is not None]
-    dressed += [each for stream in streams for each in stream.readers]
-    read = {each.weight for each in dressed} - {*hidden}
-    roles = _Roles(params, gauges, sorted_.sided, dressings, mapped, read, hidden)
+    turned = [each for stream in streams for each in stream.writers if each.scale is not None]
+    turned += [each for stream in streams for each in stream.readers]
+    dressed = {each.weight for each in turned} - {*hidden}
+    roles = _Roles(params, gauges, sorted_.sided, dressings, mapped, dressed, hidden)
     inner = _inner_plans(sorted_.inner, hidden)
-    decomposed = {*roles.plus_of, *(roles.minus_of.keys() - read), *hidden, *mapped}
+    decomposed = {*roles.plus_of, *(roles.minus_of.keys() - dressed), *hidden, *mapped}
     decomposed.update(name for chain in chains for name in chain.weights)
     return Plan(
         polar=_polar_plans(sorted_.sided, roles),
@@ -178,7 +178,9 @@ def make_plan(
         inner=inner,
         factors=_factor_plans(gauges, roles),
         free=[
-            roles.of(name, None if name in read else 0) for name in params if name not in decomposed
+            roles.of(name, None if name in dressed else 0)
+            for name in params
+            if name not in decomposed
         ],
         hidden={name: tuple(dressings[name]) for name in hidden},
         linked=_linked(chains, [*sorted_.blocks, *(each.gauge for each in inner)], hidden),
@@ -278,7 +280,7 @@ class _Roles:
 
     ``plus_of`` and ``minus_of`` are, of each parameter on a side that is decomposed, the gauge and
     the axis; ``dressings``, of those that hidden matrices bring with them, what dresses them;
-    ``mapped``, of each parameter under a general linear map, one such gauge; ``read`` has the
+    ``mapped``, of each parameter under a general linear map, one such gauge; ``dressed`` has the
     readers of streams that turn, and what writes to them behind a scale.
     """
 
@@ -289,10 +291,10 @@ class _Roles:
         sided: list[Rescale],
         dressings: Mapping[str, list[Dressing]],
         mapped: Mapping[str, General],
-        read: Collection[str],
+        dressed: Collection[str],
         hidden: Collection[str],
     ) -> None:
-        self.gauges, self.dressings, self.mapped, self.read = gauges, dressings, mapped, read
+        self.gauges, self.dressings, self.mapped, self.dressed = gauges, dressings, mapped, dressed
         self.plus_of = _sides(sided, plus=True)
         self.minus_of = _sides(sided, plus=False, but=dressings)
         self.centred = _centred(gauges)
@@ -347,14 +349,14 @@ class _Roles:
                     f"{name!r}: {named(*both)} rescale the same axis. Of these, {without(*both)}"
                 )
             return Dressing(gauge, minus_axis, gauge.degree)
-        if name in self.read and name in self.minus_of:
+        if name in self.dressed and name in self.minus_of:
             gauge, minus_axis = self.minus_of[name]
             assert minus_axis is not None
             return Dressing(gauge, minus_axis, gauge.degree)
         if name not in self.dressings:
             return None
         dressing, *others = self.dressings[name]
-        turned = name in self.averagings and name not in self.read  # by other than a stream
+        turned = name in self.averagings and name not in self.dressed  # by other than a stream
         if others or turned or name in self.plus_of or name in self.centred:
             acting = self._over(name, Rescale, Rotation, Shift)
             raise ValueError(
@@ -399,7 +401,7 @@ def _polar_plans(sided: list[Rescale], roles: _Roles) -> list[PolarPlan]:
     """Each rescale with its sides; a reader that another one decomposes, or that is under a map, is
     only dressed.
     """
-    plans, only_dressed = [], {*roles.plus_of, *roles.mapped, *roles.read}
+    plans, only_dressed = [], {*roles.plus_of, *roles.mapped, *roles.dressed}
     for gauge, level in _levels(sided, roles.plus_of, roles.minus_of).items():
         readers = [axis for axis in gauge.minus if axis.parameter in roles.minus_of]
         plans.append(
@@ -518,6 +520,15 @@ def _check_gauges(
                     f" {without(gauge)}"
                 )
         _check_sizes(params, gauge)
+        require_no_zero(gauge, params)
+    scaled = {name for gauge in gauges if isinstance(gauge, Rescale) for name in acted_on(gauge)}
+    for gauge in gauges:
+        match gauge:
+            case ScaledShift(kind="stream_mean", scale=scale) if scale not in scaled:
+                raise ValueError(
+                    f"{gauge}: it divides by {scale!r}, which nothing keeps from zero: add the"
+                    f" layer_scale, or {without(gauge)}"
+                )
 
 
 def _check_sizes(params: Mapping[str, Tensor], gauge: Gauge) -> None:
@@ -530,6 +541,13 @@ def _check_sizes(params: Mapping[str, Tensor], gauge: Gauge) -> None:
             slots = [*gauge.plus, *gauge.minus]
         case Rotation():
             slots = [*gauge.slots]
+        case ScaledShift(scale=str(scale)):
+            ndim = params[gauge.weight].ndim
+            slots = [(gauge.weight, 0 if ndim == 1 else 1 - gauge.axis, None), (scale, 0, None)]
+        case StreamRotation():
+            sides = (*gauge.writers, *gauge.readers)
+            slots = [(each.weight, each.axis, None) for each in sides]
+            slots += [(each.scale, 0, None) for each in sides if each.scale is not None]
         case _:
             return
     sizes = [
@@ -539,7 +557,8 @@ def _check_sizes(params: Mapping[str, Tensor], gauge: Gauge) -> None:
     ]
     needed = [sizes[0] if indices is None else 1 + int(indices.max()) for _, _, indices in slots]
     fits = [size >= need for size, need in zip(sizes, needed, strict=True)]
-    if not all(fits) or (isinstance(gauge, Rescale) and len(set(sizes)) > 1):
+    alike = isinstance(gauge, Rescale | ScaledShift | StreamRotation)
+    if not all(fits) or (alike and len(set(sizes)) > 1):
         there = ", ".join(
             f"{name!r} {tuple(params[name].shape)} along axis {axis}" for name, axis, _ in slots
         )
@@ -612,28 +631,38 @@ def _check_no_offset(gauge: Rescale, name: str, offset: float) -> None:
         )
 
 
-def _check_stream(stream: StreamRotation, gauges: Sequence[Gauge]) -> None:
+def _check_stream(
+    stream: StreamRotation, gauges: Sequence[Gauge], rescales: Sequence[Rescale]
+) -> None:
     """Raise ValueError for a stream whose norms do not dress all that reads it, or have a shift
-    that turns with it.
+    that turns with it, or to which anything writes behind a scale that does not dress it.
+
+    Args:
+        stream: that turns.
+        gauges: all of them.
+        rescales: of them, with the side that dresses first.
     """
     scaled = {
         (plus.parameter, minus.parameter)
-        for gauge in gauges
-        if isinstance(gauge, Rescale) and not gauge.block
+        for gauge in rescales
+        if not gauge.block
         for plus in gauge.plus
         for minus in gauge.minus
     }
     still = {gauge.slots[0].parameter for gauge in gauges if isinstance(gauge, Shear)}
-    for does, kind, side in (
-        ("reads it", "norm_scale of that norm", stream.readers),
-        ("writes to it", "layer_scale", stream.writers),
-    ):
-        for each in side:
-            if each.scale is not None and (each.scale, each.weight) not in scaled:
-                raise ValueError(
-                    f"{stream}: {each.weight!r} {does} behind the scale {each.scale!r}, which must"
-                    f" dress it: add the {kind}, by units, or {without(stream)}"
-                )
+    for reader in stream.readers:
+        if reader.scale is not None and (reader.scale, reader.weight) not in scaled:
+            raise ValueError(
+                f"{stream}: {reader.weight!r} reads it behind the scale {reader.scale!r}, which"
+                f" must dress it: add the norm_scale of that norm, by units, or {without(stream)}"
+            )
+    for writer in stream.writers:
+        if writer.scale is not None and (writer.scale, writer.weight) not in scaled:
+            raise ValueError(
+                f"{stream}: {writer.weight!r} writes to it behind the scale {writer.scale!r}, which"
+                " dresses hidden matrices alone, as of DDCMuon, and those under the layer_scale:"
+                f" {without(stream)}"
+            )
     for shift, _ in stream.shifts:
         if shift not in still:
             raise ValueError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ddc.gauges import KINDS, Gauge, GaugeSet, Refusal, is_split
+from ddc.gauges.affine import require_no_zero
 
 #: Makes an optimizer of named parameters and gauges.
 Maker = Callable[[list[tuple[str, Tensor]], list[Gauge]], Optimizer]
@@ -38,8 +39,9 @@ def respected(make: Maker, params: Iterable[tuple[str, Tensor]], gauges: GaugeSe
     Returns:
         The set with those that are left out among the refused, each with the reason.
     """
+    values = dict(params)
     shapes: list[tuple[str, Tensor]] = [
-        (name, p if is_split(p) else without_values(p)) for name, p in params
+        (name, p if is_split(p) else without_values(p)) for name, p in values.items()
     ]
     order = sorted(KINDS, key=lambda kind: KINDS[kind].within is not None)
     kept: list[Gauge] = []
@@ -48,6 +50,8 @@ def respected(make: Maker, params: Iterable[tuple[str, Tensor]], gauges: GaugeSe
     def taken(some: list[Gauge]) -> str:
         """Why the optimizer does not take some gauges beside what is kept; empty if it does."""
         try:
+            for gauge in some:
+                require_no_zero(gauge, values)
             make(shapes, [*kept, *some])
         except (ValueError, TypeError) as error:
             return RECIPE.split(str(error))[0]

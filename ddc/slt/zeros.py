@@ -79,8 +79,8 @@ def zeros_of_gauge(gauge: Gauge, params: Params) -> Nulls | None:
             weight = params[gauge.weight]
             if weight.ndim != 2 or gauge.axis != 1:
                 return None
-            one = weight.new_ones(len(weight))
-            behind = (one if gauge.scale is None else params[gauge.scale]).detach()
+            assert gauge.scale is not None
+            behind = params[gauge.scale].detach()
             if not behind.all():
                 return None  # no vector of its inverses
             vector = 1 / behind.double()
@@ -105,7 +105,8 @@ def mean_of_stream(model: nn.Module, writer: str) -> str | None:
 
     Args:
         model: one whose example :func:`ddc.find_gauges` knows; read in evaluation, without dropout.
-        writer: name of the weight of a linear map that writes to the stream.
+        writer: name of the weight of a linear map that writes to the stream, or how the names of
+            several begin, of which one does.
 
     Raises:
         ValueError: it cannot be traced.
@@ -116,7 +117,12 @@ def mean_of_stream(model: nn.Module, writer: str) -> str | None:
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
     gauges = find_gauges(model, kinds=["stream_mean"], verify=False)
-    unseen = any(writer in gauge.parameters for gauge in gauges)
+    unseen = any(
+        name.startswith(writer)
+        for gauge in gauges
+        if not (isinstance(gauge, Translation) and gauge.slots[0].places)  # of queries or keys
+        for name in gauge.parameters
+    )
     return MEAN_OF_STREAM if unseen else None
 
 

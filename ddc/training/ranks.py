@@ -101,7 +101,7 @@ class Ranks:
                 from torch.distributed.fsdp import fully_shard
 
                 mesh = init_device_mesh(device.type, (self.size,))
-                for layers in model.children():
+                for layers in model.modules():
                     if isinstance(layers, nn.ModuleList | nn.Sequential):
                         for layer in layers:
                             fully_shard(layer, mesh=mesh)

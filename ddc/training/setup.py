@@ -44,7 +44,7 @@ from ddc.gauges import (
     named_parameters,
     paper_kinds,
 )
-from ddc.gauges.base import Params, first_line
+from ddc.gauges.base import Params
 from ddc.models import (
     GPT,
     CausalLM,
@@ -56,7 +56,8 @@ from ddc.models import (
     build_model,
     check_fit,
 )
-from ddc.models.saved import WEIGHTS
+from ddc.models.causal_lm import require_same_function
+from ddc.models.saved import CONFIG, WEIGHTS
 from ddc.optim import respected
 from ddc.optim.factory import LIFTS, make_optimizer
 from ddc.optim.mup import mup_start_
@@ -119,7 +120,7 @@ def within_memory() -> Iterator[None]:
             raise MemoryError(
                 "memory does not hold this run (python scripts/memory.py with the same overrides"
                 " says what it needs): take a smaller training.batch_size, a larger"
-                " training.accumulation, or a smaller model.width or depth"
+                " training.accumulation, or a smaller model"
             ) from error
         raise
 
@@ -155,7 +156,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     if isinstance(model, GPT) and (ratio := width_ratio(config)) is not None:
         mup_start_(model, model.head, ratio)
     if config.start.weights is not None:
-        load_weights(model, Path(config.start.weights))
+        load_weights(model, config.model, Path(config.start.weights))
     model = model.to(device)
     gauges = configured_gauges(config.gauges, model)
     if config.start.spread:
@@ -386,22 +387,35 @@ def recorded_steps(folder: Path) -> dict[str, float]:
     return {name: statistics.median(each) for name, each in lengths.items() if each}
 
 
-def load_weights(model: nn.Module, folder: Path) -> None:
+def load_weights(model: nn.Module, config: ModelConfig, folder: Path) -> None:
     """Give a model the weights of ``start.weights``; a model of transformers also those of a folder
     that its ``save_pretrained`` wrote.
 
+    Args:
+        model: changed in place.
+        config: of the model.
+        folder: of the weights.
+
     Raises:
-        ValueError: the folder holds none, or those of another architecture.
+        ValueError: the folder holds none, or those of another architecture, by shapes or by what
+            its configuration says.
     """
-    path, own = folder / WEIGHTS, model
-    if isinstance(model, CausalLM) and (folder / "config.json").exists():
-        own = model.model
+    own = model
     try:
-        safetensors.torch.load_model(own, str(path))
-    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(model, CausalLM) and (folder / "config.json").exists():
+            require_same_function(model, folder)
+            own = model.model
+        elif (folder / CONFIG).exists():
+            there = json.loads((folder / CONFIG).read_text())["model"]
+            for key, here in dataclasses.asdict(config).items():
+                if key != "context" and there.get(key, here) != here:
+                    raise ValueError(f"there model.{key}={there[key]}, here {here}")
+        safetensors.torch.load_model(own, str(folder / WEIGHTS))
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"Invalid start.weights={folder}: expected a folder with {WEIGHTS} of this architecture"
-            f" ({first_line(error)})"
+            f"Invalid start.weights={folder}: expected a folder with {WEIGHTS}, in one file, of"
+            f" this architecture ({reason})"
         ) from error
 
 

@@ -12,8 +12,9 @@ CPU.)
 
 *Starts.* The initialisation of the model, and another on its gauge orbit that computes the same:
 scales of units under rescale gauges drawn log-normal, standard deviation 1 (``start.spread``).
-300 steps, in which the model sees 0.15 MB of text once; cosine schedule after a warm-up of 30,
-decay 0.1.
+300 steps, in which the model sees the first 41 kB of the text 3.75 times; cosine schedule after a
+warm-up of 30, decay 0.1. (Until after the runs this said 0.15 MB, once: that ``scale=cpu`` cuts the
+text had been overlooked.)
 
 *Optimizers.* AdamW; AdamW that moves the weights to the balanced point of their orbit before the
 first step (``optimizer.canonicalise=start``, the cheap rival); DDCAdam; Muon; DDCMuon. One rate

@@ -31,7 +31,7 @@ from experiments.low_precision.plan import (
 from experiments.output import Results
 from experiments.search import last_loss
 
-SCALE = "GPT, 0.12M parameters, 0.15 MB of text seen once"
+MODEL = "GPT, 0.12M parameters"
 FIGURES = {"W5": "precision"}
 COMPARED = {
     "against AdamW": (DDCADAM, ADAMW),
@@ -114,8 +114,9 @@ def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Ver
     notes = [f"not interior: {', '.join(edges)}"] if (edges := not_interior(records)) else []
     notes += [left] if (left := EXPERIMENT.missing()) else []
     found = []
+    scale = f"{MODEL}, {own.text_seen(records)}" if records else MODEL
     last = differences(losses, mean_last)
-    for row in own.verdicts(claims["W5"], differences(losses), -1, SCALE, "–", ".3f"):
+    for row in own.verdicts(claims["W5"], differences(losses), -1, scale, "–", ".3f"):
         effects = last.get(row.protocol, {})
         shown = [f"{each} {interval(d, '.3f')}" for each, d in effects.items() if d]
         own_notes = [f"last loss itself: {', '.join(shown)}"] if shown else []

@@ -13,11 +13,11 @@ from ddc.report.paired import interval
 from ddc.report.runs import read_lines
 from ddc.report.stages import Record, commits, table
 from experiments import own
-from experiments.merging.plan import OPTIMIZERS, RESULTS
+from experiments.merging.plan import EXPERIMENT, OPTIMIZERS, RESULTS
 from experiments.output import Results
 from experiments.regauged.plan import ORIGINAL, STARTS
 
-SCALE = "GPT, 0.12M parameters, fine-tuned on 0.26 MB of another text"
+MODEL = "GPT, 0.12M parameters, fine-tuned on another text"
 FIGURES = {"W6": "barriers"}
 #: The starts of the second run in each effect; QuaRot's is in none.
 EFFECTS = {"original": (ORIGINAL,), "re-gauged": ("smoothquant", "awq", "absmax")}
@@ -62,7 +62,9 @@ def differences(records: Sequence[Record]) -> dict[str, dict[str, list[float]]]:
 
 def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Verdict]:
     """One row an optimizer."""
-    return own.verdicts(claims["W6"], differences(records), -1, SCALE, "–", ".3f")
+    runs = EXPERIMENT.records
+    scale = f"{MODEL}, {own.text_seen(runs)}" if runs else MODEL
+    return own.verdicts(claims["W6"], differences(records), -1, scale, "–", ".3f")
 
 
 def along_table(records: Sequence[Record]) -> str:

@@ -25,7 +25,7 @@ from experiments.rate_range.plan import (
 )
 from experiments.rate_range.ranges import Losses, Range, by_run, found_losses, range_of
 
-SCALE = "GPT, 0.12M parameters, 0.15 MB of text seen once"
+MODEL = "GPT, 0.12M parameters"
 FIGURES = {"W2": "losses"}
 #: Subject and baseline of each comparison.
 COMPARED = {
@@ -79,7 +79,8 @@ def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Ver
     notes = [f"{wide} ranges reach the end of the lattice"] if wide else []
     notes += [left] if (left := EXPERIMENT.missing()) else []
     against = "; ".join(notes) or "–"
-    return own.verdicts(claims["W2"], differences(ranges), 1, SCALE, against, ".2f")
+    scale = f"{MODEL}, {own.text_seen(records)}" if records else MODEL
+    return own.verdicts(claims["W2"], differences(ranges), 1, scale, against, ".2f")
 
 
 def range_cell(found: Mapping[int, Range]) -> str:

@@ -133,7 +133,9 @@ def verdicts(
 ) -> list[Verdict]:
     """One row a comparison."""
     found, claim = differences(losses_of(records, "reported")), claims[runs.claim]
-    return own.verdicts(claim, found, -1, runs.scale, against(records, runs), ".4f")
+    tuned = [each for each in records if "reported" in each["stages"]]
+    scale = f"{runs.model}, {own.text_seen(tuned)}" if tuned else runs.model
+    return own.verdicts(claim, found, -1, scale, against(records, runs), ".4f")
 
 
 def starts_table(losses: Losses) -> str:

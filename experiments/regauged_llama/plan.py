@@ -7,6 +7,6 @@ from experiments.regauged.plan import FineTuning
 FINE_TUNING = FineTuning(
     "regauged_llama",
     "W1b",
-    "Llama of transformers, 0.13M parameters, fine-tuned on 0.26 MB of another text",
+    "Llama of transformers, 0.12M parameters, fine-tuned on another text",
 )
 EXPERIMENT = FINE_TUNING.experiment

@@ -24,7 +24,7 @@ from experiments.tuned_muon.plan import (
     WITHOUT,
 )
 
-SCALE = "GPT, 0.12M parameters, 0.5 MB of text seen once"
+MODEL = "GPT, 0.12M parameters"
 FIGURES = {"W8": "losses"}
 COMPARED = {
     "against Muon": MUON,
@@ -76,7 +76,8 @@ def against(records: Sequence[Record]) -> str:
 def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Verdict]:
     """One row a comparison."""
     found = differences(losses_of(records))
-    return own.verdicts(claims["W8"], found, -1, SCALE, against(records), ".4f")
+    scale = f"{MODEL}, {own.text_seen(records)}" if records else MODEL
+    return own.verdicts(claims["W8"], found, -1, scale, against(records), ".4f")
 
 
 def losses_table(records: Sequence[Record]) -> str:
