@@ -133,6 +133,7 @@ RUNS = {
         "launcher.parallel=fsdp",
     ],
     "ddcadam": ["+experiment=grok_mlp", "optimizer=ddcadam", "launcher.parallel=fsdp"],
+    "llama": ["+experiment=regauged_llama", "optimizer=ddcadam", "launcher.parallel=fsdp"],
     "ddcmuon": ["+experiment=grok_mlp", "optimizer=ddcmuon", "launcher.parallel=fsdp"],
     "slt": [
         "+experiment=lm_overtrain",

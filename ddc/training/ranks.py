@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -101,13 +101,20 @@ class Ranks:
                 from torch.distributed.fsdp import fully_shard
 
                 mesh = init_device_mesh(device.type, (self.size,))
-                for layers in model.modules():
-                    if isinstance(layers, nn.ModuleList | nn.Sequential):
-                        for layer in layers:
-                            fully_shard(layer, mesh=mesh)
+                for layer in layers_of_stacks(model):
+                    fully_shard(layer, mesh=mesh)
                 # else an evaluation leaves it gathered
                 fully_shard(model, mesh=mesh, reshard_after_forward=True)
         return model
+
+
+def layers_of_stacks(model: nn.Module) -> Iterator[nn.Module]:
+    """The members of the outermost lists and sequences of modules."""
+    for child in model.children():
+        if isinstance(child, nn.ModuleList | nn.Sequential):
+            yield from child
+        else:
+            yield from layers_of_stacks(child)
 
 
 #: One process.
