@@ -660,7 +660,7 @@ def _check_stream(
         if writer.scale is not None and (writer.scale, writer.weight) not in scaled:
             raise ValueError(
                 f"{stream}: {writer.weight!r} writes to it behind the scale {writer.scale!r}, which"
-                " dresses hidden matrices alone, as of DDCMuon, and those under the layer_scale:"
+                " dresses hidden matrices alone, as of DDCMuon, under the layer_scale;"
                 f" {without(stream)}"
             )
     for shift, _ in stream.shifts:
