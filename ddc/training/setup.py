@@ -120,7 +120,8 @@ def within_memory() -> Iterator[None]:
             raise MemoryError(
                 "memory does not hold this run (python scripts/memory.py with the same overrides"
                 " says what it needs): take a smaller training.batch_size, a larger"
-                " training.accumulation, or a smaller model"
+                " training.accumulation, or a smaller model.width or depth (of model=causal_lm by"
+                " model.options)"
             ) from error
         raise
 
