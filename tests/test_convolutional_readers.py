@@ -39,7 +39,7 @@ class Net(nn.Module):
         self.twist = twist
         self.stem = nn.Conv2d(2, 4, 2)
         self.first = OverChannels(4)
-        self.wide = nn.Conv2d(4, 5, **({"kernel_size": 2} | options))
+        self.wide = nn.Conv2d(**({"in_channels": 4, "out_channels": 5, "kernel_size": 2} | options))
         self.second, self.narrow = OverChannels(5), nn.Conv2d(5, 5, 1)
         self.head = nn.Linear(5, 6)
         if twist == "no bias":
@@ -49,6 +49,8 @@ class Net(nn.Module):
         h = self.first(self.stem(x))
         if self.twist == "padded apart":
             h = F.pad(h, (1, 1, 1, 1))
+        if self.twist == "some":
+            h = h[:, :3]
         if self.twist == "flipped":
             h = h.flip(1)
         if self.twist == "upside down":
@@ -173,6 +175,7 @@ def test_optimizers_stay_on_one_trajectory(optimizer: str) -> None:
         ("", {"padding": "same"}, {"norm_scale"}),
         ("", {"padding": (0, 1)}, {"norm_scale"}),
         ("padded apart", {}, None),
+        ("some", {"in_channels": 3}, set()),
         ("flipped", {}, set()),
         ("upside down", {}, set()),
         ("read twice", {}, set()),
@@ -198,3 +201,56 @@ def test_what_is_no_symmetry_is_refused(
     assert all(change < 1e-9 for change in changes.values())
     if kept is not None:
         assert at(gauges, "first.norm") == kept
+
+
+class Unbatched(nn.Module):
+    """Convolutions that read (channels, places), whose second axis is as long as the first: nothing
+    along it is a channel.
+    """
+
+    def __init__(self, norm: str, reader: str) -> None:
+        super().__init__()
+        self.reader = reader
+        self.stem = nn.Conv1d(2, 4, 2)
+        self.norm = nn.LayerNorm(4) if norm == "layer" else nn.RMSNorm(4)
+        self.wide = nn.Conv1d(4, 5, 2) if reader == "convolution" else nn.Linear(4, 5)
+        self.head = nn.Linear(3 if reader == "convolution" else 5, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(F.gelu(self.wide(self.norm(self.stem(x)))))
+        return logits
+
+
+@pytest.mark.parametrize("reader", ["convolution", "linear"])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_what_reads_no_batch_has_no_channels_along_axis_one(norm: str, reader: str) -> None:
+    torch.manual_seed(0)
+    model, x = Unbatched(norm, reader), torch.randn(2, 5)
+    for kinds in ("paper", "complete"):
+        gauges = find_gauges(model, inputs=(x,), kinds=kinds, verify=False)
+        changes = check(moved(model), gauges, lambda m: m(x.double()).log_softmax(-1))
+        assert all(change < 1e-9 for change in changes.values()), changes
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("kind", ["norm", "relu"])
+def test_a_reader_of_some_entries_is_refused(kind: str, affine: bool) -> None:
+    class Some(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm = nn.Linear(5, 8), nn.LayerNorm(8, elementwise_affine=affine)
+            self.wide, self.head = nn.Linear(4, 5), nn.Linear(5, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(self.stem(x)) if kind == "norm" else F.relu(self.stem(x))
+            logits: Tensor = self.head(F.gelu(self.wide(h[..., :4])))
+            return logits
+
+    torch.manual_seed(0)
+    model, x = Some(), torch.randn(7, 5)
+    gauges = find_gauges(model, inputs=(x,), kinds="complete", verify=False)
+    assert not {each.kind for each in gauges} & {
+        *("norm_scale", "norm_shift", "reader_shift", "relu_rescale", "stream_rotation")
+    }
+    changes = check(moved(model), gauges, lambda m: m(x.double()).log_softmax(-1))
+    assert all(change < 1e-9 for change in changes.values()), changes

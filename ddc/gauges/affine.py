@@ -395,6 +395,7 @@ class Shear(Gauge):
 
     @torch.no_grad()
     def act_(self, params: Params, element: Tensor) -> None:
+        require_no_zero(self, params)
         changes = [(each, matrix @ element.to(matrix)) for each, matrix in self._responses(params)]
         self._shift.act_(params, element)
         for reader, change in changes:
@@ -470,13 +471,12 @@ def require_no_zero(gauge: Gauge, params: Params) -> None:
         params: by name; what is absent, split or without values says nothing.
 
     Raises:
-        ValueError: an entry of a scale has no finite inverse.
+        ValueError: an entry of a scale has no finite inverse in its dtype.
     """
     match gauge:
         case StreamRotation():
-            sides = (*gauge.writers, *gauge.readers)
-            scales = {each.scale: each.offset for each in sides}
-            scales |= dict.fromkeys((scale for _, scale in gauge.shifts), 0.0)
+            scales: dict[str | None, float] = {scale: 0.0 for _, scale in gauge.shifts}
+            scales |= {each.scale: each.offset for each in (*gauge.writers, *gauge.readers)}
         case ScaledShift() | Shear():
             scales = {gauge.scale: 0.0}
         case _:
@@ -486,7 +486,8 @@ def require_no_zero(gauge: Gauge, params: Params) -> None:
             continue
         if not bool((1 / (params[name].detach() + offset)).isfinite().all()):
             raise ValueError(
-                f"{gauge}: {name!r} has an entry at zero, and the gauge divides by it: leave it out"
+                f"{gauge}: it divides by {name!r}, of which an entry is zero, or has no finite"
+                " inverse; leave it out"
             )
 
 
@@ -580,6 +581,7 @@ class ScaledShift(Gauge):
 
     @torch.no_grad()
     def velocities(self, params: Params) -> dict[str, Tensor]:
+        require_no_zero(self, params)
         held = {name: params[name].detach().double().cpu() for name in self.parameters}
         inverse, sum_ = self._directions(held)
         count = self.dimension(params)
@@ -594,6 +596,7 @@ class ScaledShift(Gauge):
 
     @torch.no_grad()
     def audit(self, params: Params, grads: Params) -> float:
+        require_no_zero(self, params)
         inverse, sum_ = self._directions(params)
         rows = self.rows(grads[self.weight])
         parts = rows * inverse
@@ -699,6 +702,7 @@ class StreamRotation(Gauge):
 
     @torch.no_grad()
     def velocities(self, params: Params) -> dict[str, Tensor]:
+        require_no_zero(self, params)
         held = {name: params[name].detach().double().cpu() for name in self.parameters}
         basis = self._basis()
         first, second = torch.triu_indices(basis.shape[1], basis.shape[1], 1)
@@ -716,6 +720,7 @@ class StreamRotation(Gauge):
 
     @torch.no_grad()
     def audit(self, params: Params, grads: Params) -> float:
+        require_no_zero(self, params)
         basis = self._basis()
         moment, size = torch.zeros(self.width, self.width, dtype=torch.float64), 0.0
         slices = self._slices(params), self._slices(_with_scales(grads, params, self))

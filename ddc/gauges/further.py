@@ -558,6 +558,7 @@ class Further:
         if len(degrees := {arrival.degree for arrival in flow.arrivals}) > 1:
             raise NotProved("its readers read it at different degrees")
         columns = [self.finding.reader(arrival) for arrival in flow.arrivals]
+        self.finding.require_alike(len(self.trace.tensors[names[0]]), columns)
         self.finding.require_single(names, columns)
         plus = tuple(Axis(name) for name in names)
         return [Rescale("channel_scale", where, plus, tuple(columns), degrees.pop())]

@@ -14,17 +14,20 @@ import torch
 from torch.fx import Node
 
 from ddc.gauges.trace import (
+    CONVOLUTIONS,
     KEEPS,
     MOVES,
     Trace,
     apply,
     arguments,
+    channels_of,
     has_fixed_shape,
     inputs,
     labels_of,
     last_axis,
     operation,
     readers,
+    reads_a_batch,
     value_of,
 )
 
@@ -188,10 +191,11 @@ def patches_of(node: Node, width: int) -> Node | None:
     while operation(moved[-1]) in MOVES:
         moved.append(arguments(moved[-1])[0])
     *moves, convolution = moved
-    if not moves or operation(convolution) not in ("conv1d", "conv2d", "conv3d"):
+    if not moves or operation(convolution) not in CONVOLUTIONS or not reads_a_batch(convolution):
         return None
-    shape = value_of(convolution).shape
-    labels: Any = torch.arange(shape[1]).view(-1, *[1] * (len(shape) - 2)).expand(shape)
+    if value_of(convolution).shape[1] != width:
+        return None  # some of its channels
+    labels: Any = channels_of(convolution)
     for each in reversed(moves):
         labels = apply(each, labels)
     at_last = last_axis(labels) if isinstance(labels, torch.Tensor) else None

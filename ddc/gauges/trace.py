@@ -543,8 +543,9 @@ class Trace:
         """
         found = {}
         for node in self.graph.nodes:
-            plain = arguments(node)[6:] in ((), (1,)) and not node.kwargs
-            if operation(node) in CONVOLUTIONS and plain:
+            if operation(node) not in CONVOLUTIONS or node.kwargs or not reads_a_batch(node):
+                continue
+            if arguments(node)[6:] in ((), (1,)):
                 view = self.parameter(arguments(node)[1])
                 if view is not None:
                     found[view[0]] = node
@@ -1217,6 +1218,11 @@ def labels_of(node: Node) -> Tensor:
     """Labels of a node whose units lie along the last axis."""
     shape = value_of(node).shape
     return torch.arange(shape[-1]).expand(shape)
+
+
+def reads_a_batch(convolution: Node) -> bool:
+    """Whether a convolution reads a batch, so that its channels lie along axis 1."""
+    return value_of(convolution).ndim == value_of(arguments(convolution)[1]).ndim
 
 
 def channels_of(node: Node) -> Tensor:

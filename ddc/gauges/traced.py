@@ -341,6 +341,7 @@ class Finding:
         if flow.activations or any(arrival.degree != 1 for arrival in flow.arrivals):
             raise NotProved("what reads it is not a linear map")
         self.require_single([], readers)
+        self.require_alike(value_of(source).shape[-1], readers)
         return readers
 
     def reader(self, arrival: Arrival, experts: ExpertMap | None = None) -> Axis:
@@ -371,15 +372,23 @@ class Finding:
         """The input channels of the convolution at which a flow ends."""
         node, args = arrival.node, arguments(arrival.node)
         weight = self.trace.parameter(args[1])
-        if (
-            arrival.argument != 0
-            or weight is None
-            or self.trace.convolutions.get(weight[0]) != node
-        ):
-            raise NotProved(f"its reader, {self.describe(node)}, has groups of channels")
+        if arrival.argument != 0 or weight is None:
+            raise NotProved(f"the weight of its reader, {self.describe(node)}, is no parameter")
+        self.require_single([weight[0]])
+        if self.trace.convolutions.get(weight[0]) is not node:
+            raise NotProved(
+                f"its reader, {self.describe(node)}, has groups of channels, or reads no batch"
+            )
         if not torch.equal(arrival.labels, channels_of(args[0])):
             raise NotProved("the channels of a convolution that reads it are not its own")
         return Axis(weight[0], 1)
+
+    def require_alike(self, units: int, axes: Sequence[Axis]) -> None:
+        """Each parameter has all units along its axis, and no others."""
+        for name, axis, _ in axes:
+            tensor = self.trace.tensors.get(name)  # none of a part
+            if tensor is not None and isinstance(axis, int) and tensor.shape[axis] != units:
+                raise NotProved("what reads it reads some of its entries alone")
 
     def require_single(self, names: Sequence[str], axes: Sequence[Axis] = ()) -> None:
         """Each parameter computes in one place alone."""
@@ -584,6 +593,10 @@ class Finding:
         self.require_single(
             [axis.parameter for axis in source.axes if axis.parameter not in tables], readers
         )
+        whole = [each for each in plus if each.parameter in self.trace.tensors]
+        if whole and isinstance(whole[0].axis, int):
+            units = self.trace.tensors[whole[0].parameter].shape[whole[0].axis]
+            self.require_alike(units, [*whole, *readers])
         return Rescale(
             kind, self.place([name, readers[0].parameter]), plus, tuple(readers), degrees.pop()
         )

@@ -21,10 +21,12 @@ NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 #: Options by which a model draws at random in training.
 RANDOM = re.compile("drop|jitter")
 #: Options that no function depends on, or that shapes tell.
-NOT_OF_FUNCTION = re.compile(
-    "drop|jitter|_token_id$|vocab_size|positions|position_embeddings|init|use_cache|^output_"
-    "|aux_loss|^summary_|pretraining_tp"
-)
+NOT_OF_FUNCTION = {
+    *(*DECIDED, *NO_TOKENS, "n_positions", "initializer_range", "init_std", "use_cache"),
+    *("pretraining_tp", "router_aux_loss_coef", "output_router_logits", "output_attentions"),
+}
+#: Rotary positions that do not depend on how many there are.
+PLAIN_ROPE = ("default", "linear")
 #: Of what a causal model says, rounding is less; relative to the largest logit.
 ROUNDING = 1e-4
 
@@ -211,7 +213,9 @@ def require_same_function(model: CausalLM, folder: Path) -> None:
     theirs, mine = AutoConfig.from_pretrained(str(folder)), model.model.config
     if theirs.model_type != mine.model_type:
         raise ValueError(f"there model.architecture={theirs.model_type}, here {mine.model_type}")
+    rope = (getattr(mine, "rope_parameters", None) or {}).get("rope_type", "default")
+    ignored = NOT_OF_FUNCTION - (set() if rope in PLAIN_ROPE else {"max_position_embeddings"})
     for key in own_options(mine):
         there, here = getattr(theirs, key, None), getattr(mine, key)
-        if there != here and not NOT_OF_FUNCTION.search(key):
+        if there != here and key not in ignored and not RANDOM.search(key):
             raise ValueError(f"there model.options.{key}={there}, here {here}")
