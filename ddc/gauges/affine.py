@@ -501,7 +501,7 @@ class ScaledShift(Gauge):
     Of what writes to a stream of such norms, behind a layer scale γ, column j moves by a_j / γ, a
     bias by a / γ: the stream moves along the vector of ones.
 
-    Of a convolution, whose weights are (outputs, channels, *kernel), the rows are those of all
+    Of a convolution, whose weights are ``(outputs, channels, *kernel)``, the rows are those of all
     places of its kernel, each of which moves by an a of its own.
 
     Args:
