@@ -20,7 +20,7 @@ diverges, or ends higher, is log 256.
 
 *Verdicts*, of DDCMuon against each of the others: the difference of the last validation loss,
 paired by seed, t-tests adjusted by Holm over the three. The claim holds if it is below zero with p
-< 0.05, on all five seeds; else it does not.
+< 0.05; else it does not.
 
 Cost: some 92 runs of half a minute on one core, 50 minutes.
 """
