@@ -1,7 +1,6 @@
 """LoRA by peft: a Llama that writes like Shakespeare learns to write in capitals. Under DDCAdam it
-does not matter how the two factors of its adapters are scaled, under AdamW it does.
-
-``python examples/lora.py`` takes a minute on one core.
+does not matter how the two factors of its adapters are scaled, under AdamW it does. It takes a
+minute on one core.
 """
 
 import argparse
@@ -46,11 +45,12 @@ def main(steps: int) -> None:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     start = {name: p.detach().clone() for name, p in trained.items()}
     for c in (1, 1 / 30, 30):
-        for optimizer in (AdamW(trained.values(), 3e-3), DDCAdam(trained.items(), gauges, lr=3e-3)):
+        for kind, more in ((AdamW, {}), (DDCAdam, {"gauges": gauges})):
             for name, p in trained.items():
                 p.data = start[name] * (c if "lora_A" in name else 1 / c)
+            optimizer = kind(trained.items(), lr=3e-3, **more)  # type: ignore[arg-type]
             loss = train(model, optimizer, steps, capitals=True)
-            print(f"{type(optimizer).__name__}, A times {c:.2g}: validation loss {loss:.3f}")
+            print(f"{kind.__name__}, A times {c:.2g}: validation loss {loss:.3f}")
 
 
 if __name__ == "__main__":
