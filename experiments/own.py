@@ -8,7 +8,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ddc.report.claims import Claim, Verdict, effect, not_complete, tested, verdict
+from ddc.report.claims import (
+    Claim,
+    Verdict,
+    effect,
+    not_complete,
+    rule,
+    tested,
+    verdict,
+    verdict_table,
+)
 from ddc.report.paired import interval, p_cell
 from ddc.report.stages import Record, commits, table
 from ddc.report.statistics import holm, paired_p
@@ -61,14 +70,32 @@ def verdicts(
     return [*found, *(replace(each, against=against) for each in missing)]
 
 
-def text_seen(records: Sequence[Record]) -> str:
-    """How much text the runs train on, and how often they see it, as the configuration of the first
-    of them has it.
+def scale(model: str, records: Sequence[Record]) -> str:
+    """A model in a few words, how much text its runs train on, and how often they see it, as the
+    configuration of the first of them has it; the model alone where there is none.
     """
+    if not records:
+        return model
     config = records[0]["config"]
     training, tokens = config["training"], config["data"]["train_tokens"]
     read = training["steps"] * training["batch_size"] * config["model"]["context"]
-    return f"{tokens / 1000:.0f} kB of text, seen {read / tokens:.3g} times"
+    return f"{model}, {tokens / 1000:.0f} kB of text, seen {read / tokens:.3g} times"
+
+
+def opening(claim: Claim, rows: Sequence[Verdict], left: str) -> list[str]:
+    """How a page of tables on a claim begins: what is missing, its verdicts, its rule.
+
+    Args:
+        claim: of ours.
+        rows: its verdicts.
+        left: which runs are missing, in words; empty where none is.
+    """
+    return [
+        f"**Not complete.** {left}" if left else "All planned runs are recorded.",
+        f"## Claim {claim.id}",
+        verdict_table({claim.id: claim}, rows),
+        rule(claim),
+    ]
 
 
 def paired(mine: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:

@@ -5,7 +5,7 @@ import itertools
 import torch
 from torch import nn
 
-from ddc.gauges import Axis, Rescale
+from ddc.gauges import Axis, Gauge, Rescale
 from ddc.models import GPT, GPTConfig, cross_entropy
 from experiments.equivariance.measure import random_model
 
@@ -25,6 +25,19 @@ def backward(model: GPT, seed: int) -> None:
     tokens = batch(model.config, seed)
     model.zero_grad()
     cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]).backward()
+
+
+def off_tangents(gauge: Gauge, params: dict[str, torch.Tensor], size: float = 1e-6) -> float:
+    """How much of the change that a small element makes does not lie along the gauge's tangents, of
+    its length.
+    """
+    turned = {name: p.clone() for name, p in params.items()}
+    gauge.act_(turned, gauge.sample(turned, torch.Generator().manual_seed(0), size))
+    change = torch.cat([(turned[name] - p).flatten() for name, p in params.items()]) / size
+    tangents = gauge.tangents(params)
+    assert tangents.shape == (gauge.dimension(params), len(change))
+    rest = change - torch.linalg.lstsq(tangents.T, change[:, None]).solution.T[0] @ tangents
+    return float(rest.norm() / change.norm())
 
 
 def relu_mlp(

@@ -207,7 +207,7 @@ def test_a_lattice_is_widened_where_its_end_is_near_the_best(
 def test_text_that_is_seen_is_that_of_the_configuration() -> None:
     """And of the records: what a plan says of its text has been wrong."""
     record = record_of("optimizer=adamw", 0, "grid", 2.0)
-    assert own.text_seen([record]) == "41 kB of text, seen 6.25 times"
+    assert own.scale("GPT", [record]) == "GPT, 41 kB of text, seen 6.25 times"
     for each, times in ((rates_report, "3.75"), (muon_report, "12.5")):
         (row, *_) = each.verdicts(each.load(), CLAIM)
         assert row.scale.endswith(f"41 kB of text, seen {times} times")

@@ -113,7 +113,7 @@ def _spelt_out(node: Node, inside: object) -> Norm | None:
     return Norm(x, False, users[0], frozenset(parts))
 
 
-def streams(trace: Trace, scaled: Collection[Node] = ()) -> list[Stream]:
+def streams(trace: Trace, scaled: Collection[Node]) -> list[Stream]:
     """The streams that norms read, each with all that it is.
 
     Args:

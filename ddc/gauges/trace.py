@@ -29,6 +29,7 @@ from ddc.gauges.base import first_line, frozen_tables, is_split, place_of, plain
 from ddc.gauges.buffers import with_values
 from ddc.gauges.double import InDouble, Untouched, computing_device
 
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 #: Operations that put entries elsewhere, or leave them where they are.
 MOVES = frozenset(
     [
@@ -1237,7 +1238,6 @@ def last_axis(labels: Tensor) -> Tensor | None:
     return rows[0] if bool((rows == rows[0]).all()) else None
 
 
-CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 #: An example of what a model takes: positional arguments, or keyword arguments.
 Inputs = Sequence[Any] | Mapping[str, Any]
 

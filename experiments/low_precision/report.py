@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ddc.report.claims import Claim, Verdict, rule, verdict_table
+from ddc.report.claims import Claim, Verdict
 from ddc.report.figures import Drawing, nth_style, points_and_mean, save_figure, subplots
 from ddc.report.paired import interval
 from ddc.report.runs import read_lines
@@ -114,7 +114,7 @@ def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Ver
     notes = [f"not interior: {', '.join(edges)}"] if (edges := not_interior(records)) else []
     notes += [left] if (left := EXPERIMENT.missing()) else []
     found = []
-    scale = f"{MODEL}, {own.text_seen(records)}" if records else MODEL
+    scale = own.scale(MODEL, records)
     last = differences(losses, mean_last)
     for row in own.verdicts(claims["W5"], differences(losses), -1, scale, "–", ".3f"):
         effects = last.get(row.protocol, {})
@@ -224,12 +224,8 @@ def markdown(records: Sequence[Record], ends: Sequence[Record], claims: Mapping[
     if not records:
         return "No run is recorded yet.\n"
     claim, losses = claims["W5"], losses_of(records)
-    left = EXPERIMENT.missing()
     parts = [
-        f"**Not complete.** {left}" if left else "All planned runs are recorded.",
-        "## Claim W5",
-        verdict_table({claim.id: claim}, verdicts(records, claims)),
-        rule(claim),
+        *own.opening(claim, verdicts(records, claims), EXPERIMENT.missing()),
         "## Loss of precision",
         losses_table(losses),
         (

@@ -62,8 +62,7 @@ def differences(records: Sequence[Record]) -> dict[str, dict[str, list[float]]]:
 
 def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Verdict]:
     """One row an optimizer."""
-    runs = EXPERIMENT.records
-    scale = f"{MODEL}, {own.text_seen(runs)}" if runs else MODEL
+    scale = own.scale(MODEL, EXPERIMENT.records)
     return own.verdicts(claims["W6"], differences(records), -1, scale, "–", ".3f")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from ddc.report.claims import Claim, Verdict, rule, verdict_table
+from ddc.report.claims import Claim, Verdict
 from ddc.report.figures import Drawing, nth_style, plain_log_ticks, save_figure, subplots
 from ddc.report.stages import Record, table
 from ddc.report.statistics import mean_interval
@@ -79,7 +79,7 @@ def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Ver
     notes = [f"{wide} ranges reach the end of the lattice"] if wide else []
     notes += [left] if (left := EXPERIMENT.missing()) else []
     against = "; ".join(notes) or "–"
-    scale = f"{MODEL}, {own.text_seen(records)}" if records else MODEL
+    scale = own.scale(MODEL, records)
     return own.verdicts(claims["W2"], differences(ranges), 1, scale, against, ".2f")
 
 
@@ -165,12 +165,8 @@ def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
     if not records:
         return "No run is recorded yet.\n"
     claim, ranges = claims["W2"], ranges_of(records)
-    left = EXPERIMENT.missing()
     parts = [
-        f"**Not complete.** {left}" if left else "All planned runs are recorded.",
-        "## Claim W2",
-        verdict_table({claim.id: claim}, verdicts(records, claims)),
-        rule(claim),
+        *own.opening(claim, verdicts(records, claims), EXPERIMENT.missing()),
         "## Ranges of rates",
         ranges_table(ranges),
         (

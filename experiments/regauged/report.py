@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from ddc.report.claims import Claim, Verdict, rule, verdict_table
+from ddc.report.claims import Claim, Verdict
 from ddc.report.figures import Drawing, nth_style, save_figure, subplots
 from ddc.report.paired import interval
 from ddc.report.stages import Record, table
@@ -134,7 +134,7 @@ def verdicts(
     """One row a comparison."""
     found, claim = differences(losses_of(records, "reported")), claims[runs.claim]
     tuned = [each for each in records if "reported" in each["stages"]]
-    scale = f"{runs.model}, {own.text_seen(tuned)}" if tuned else runs.model
+    scale = own.scale(runs.model, tuned)
     return own.verdicts(claim, found, -1, scale, against(records, runs), ".4f")
 
 
@@ -205,13 +205,9 @@ def markdown(
     if not records:
         return "No run is recorded yet.\n"
     claim, losses = claims[runs.claim], losses_of(records, "reported")
-    left = runs.experiment.missing()
     retuned = ["## Retuned at each re-gauged checkpoint", retuned_table(records, runs)]
     parts = [
-        f"**Not complete.** {left}" if left else "All planned runs are recorded.",
-        f"## Claim {runs.claim}",
-        verdict_table({claim.id: claim}, verdicts(records, claims, runs)),
-        rule(claim),
+        *own.opening(claim, verdicts(records, claims, runs), runs.experiment.missing()),
         "## Where fine-tuning ends",
         starts_table(losses),
         (

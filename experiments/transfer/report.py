@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from ddc.report.claims import Claim, Verdict, rule, verdict_table
+from ddc.report.claims import Claim, Verdict
 from ddc.report.figures import Drawing, nth_style, plain_log_ticks, save_figure, subplots
 from ddc.report.paired import interval
 from ddc.report.stages import Record, table
@@ -239,12 +239,8 @@ def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
     if not records:
         return "No run is recorded yet.\n"
     claim, outcomes = claims["W3"], outcomes_of(records)
-    left = EXPERIMENT.missing()
     parts = [
-        f"**Not complete.** {left}" if left else "All planned runs are recorded.",
-        "## Claim W3",
-        verdict_table({claim.id: claim}, verdicts(records, claims)),
-        rule(claim),
+        *own.opening(claim, verdicts(records, claims), EXPERIMENT.missing()),
         "## Regret of the transferred rate",
         means_table(outcomes),
         (

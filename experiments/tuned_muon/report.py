@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from ddc.report.claims import Claim, Verdict, rule, verdict_table
+from ddc.report.claims import Claim, Verdict
 from ddc.report.figures import Drawing, nth_style, points_and_mean, save_figure, subplots
 from ddc.report.stages import Record, table
 from ddc.report.statistics import mean_interval
@@ -76,7 +76,7 @@ def against(records: Sequence[Record]) -> str:
 def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Verdict]:
     """One row a comparison."""
     found = differences(losses_of(records))
-    scale = f"{MODEL}, {own.text_seen(records)}" if records else MODEL
+    scale = own.scale(MODEL, records)
     return own.verdicts(claims["W8"], found, -1, scale, against(records), ".4f")
 
 
@@ -130,12 +130,8 @@ def markdown(records: Sequence[Record], claims: Mapping[str, Claim]) -> str:
     if not records:
         return "No run is recorded yet.\n"
     claim, losses = claims["W8"], losses_of(records)
-    left = EXPERIMENT.missing()
     parts = [
-        f"**Not complete.** {left}" if left else "All planned runs are recorded.",
-        "## Claim W8",
-        verdict_table({claim.id: claim}, verdicts(records, claims)),
-        rule(claim),
+        *own.opening(claim, verdicts(records, claims), EXPERIMENT.missing()),
         "## Where tuned runs end",
         losses_table(records),
         "In nats a byte, mean over seeds, 95% (Student's t).",
