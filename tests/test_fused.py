@@ -145,7 +145,8 @@ def assert_close(x: Tensor, y: Tensor, tolerance: float) -> None:
 def by_kernels(optimizer: Any) -> dict[str, bool]:
     """Whether kernels step each stacked parameter, by its first name."""
     return {
-        p.names[0]: optimizer.fused and any(fused.fit(p)[:2])
+        p.names[0]: optimizer.fused
+        and (bool(getattr(stack, "in_c", None)) or any(fused.fit(p)[:2]))
         for stack in optimizer._stacks
         for p in stack.parameters
     }

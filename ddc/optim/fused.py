@@ -1,8 +1,9 @@
-"""Adam's step by kernels, in Triton on a GPU and in C on a CPU: what :mod:`ddc.optim.side` and
-:mod:`ddc.optim.free` do in torch, in as few passes over the weights as there can be.
+"""Adam's step by kernels, in Triton on a GPU and in C on a CPU: what :mod:`ddc.optim.free` does in
+torch, in one pass over the weights, and on a GPU what :mod:`ddc.optim.side` does, in three: sums
+over units, the direction (with the moments), and the new weights. On a CPU all of a rescale is one
+kernel: :mod:`ddc.optim.polar_in_c`.
 
-A side takes three: sums over units, the direction (with the moments), and the new weights; what no
-gauge scales takes one. Nothing of the size of the weights is written but weights and moments.
+Nothing of the size of the weights is written but weights and moments.
 """
 
 from __future__ import annotations
@@ -134,24 +135,29 @@ class Kernels:
     @staticmethod
     def read(p: StackedParameter) -> bool:
         """Whether there are kernels that go over a parameter."""
+        if not Kernels.whole(p) or p.role.offset:
+            return False
+        if not (p.averaging is None or isinstance(p.averaging, Averaging)):
+            return False
+        kernels = kernels_of(p)
+        whole_rows = kernels.in_c and kernels.averaged == 1
+        return max(kernels.br * kernels.bc, kernels.columns * whole_rows) <= LARGEST
+
+    @staticmethod
+    def whole(p: StackedParameter) -> bool:
+        """Whether a parameter lies, whole, where kernels are, in a dtype that they read."""
         first = p.params[0]
-        if not (
+        return bool(
             not is_fake(first)
             and p.dtype == torch.float32
             and p.shards.layout is None
-            and not p.role.offset
             and not p.role.heads
             and first.ndim
             and first.numel()
             and all(param.dtype == first.dtype for param in p.params)
             and first.dtype in dtypes_on(first.device)
-            and (p.averaging is None or isinstance(p.averaging, Averaging))
             and available(first.device)  # which may ask a compiler
-        ):
-            return False
-        kernels = kernels_of(p)
-        whole_rows = kernels.in_c and kernels.averaged == 1
-        return max(kernels.br * kernels.bc, kernels.columns * whole_rows) <= LARGEST
+        )
 
     @staticmethod
     def sum(p: StackedParameter) -> bool:
@@ -276,8 +282,11 @@ def fuses(p: StackedParameter, layers: Layers | Pairs, use: int) -> bool:
 
 
 def fit(p: StackedParameter) -> tuple[bool, bool, bool]:
-    """Which kernels there are for a parameter, by use."""
-    return Kernels.fit(p, of_side=False), Kernels.fit(p, of_side=True), Kernels.sum(p)
+    """Which kernels there are for a parameter by itself, by use."""
+    alone = Kernels.fit(p, of_side=False)
+    if in_c(p.params[0].device):  # a rescale is one kernel: ddc.optim.polar_in_c
+        return alone, False, False
+    return alone, Kernels.fit(p, of_side=True), Kernels.sum(p)
 
 
 class Places:
@@ -452,7 +461,7 @@ def step_free(p: StackedParameter, layers: Layers, clock: Bias, hyper: Hyper) ->
     moved(layers)
 
 
-def moved(layers: Layers) -> None:
+def moved(layers: Layers | Pairs) -> None:
     """Tell autograd that the weights have moved."""
     for weight in layers.weights:  # torch 2.6 takes one at a time
         torch.autograd.graph.increment_version(weight)

@@ -1,4 +1,4 @@
-"""The kernels of ``kernels.c`` on a CPU: compiled once for this machine by its C compiler, in two
+"""The kernels of ``kernels.c`` on a CPU: compiled once for this machine by its C compiler, in some
 seconds, and kept in the user's cache.
 """
 
@@ -135,17 +135,41 @@ def launch(name: str, grid: tuple[int, ...], size: int, *arguments: Any) -> None
     given = [x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
     passed = (blocks, count, *(x.data_ptr() if isinstance(x, Tensor) else x for x in given))
     kernel = kernel_of(name, tuple(isinstance(x, float) for x in passed))
+    run_programs(kernel, programs, size, *passed)
+
+
+def run_polar(stack: ctypes.Structure, programs: int, size: int) -> None:
+    """Run the kernel ``polar`` on what :class:`ddc.optim.polar_in_c.CPolar` says.
+
+    Raises:
+        MemoryError: there is none for what a thread keeps; some units may have stepped by then.
+    """
+    if any(run_programs(polar(), programs, size, ctypes.byref(stack))):
+        raise MemoryError("a step of the kernels in C")
+
+
+def run_programs(kernel: Callable[..., Any], programs: int, size: int, *passed: Any) -> list[Any]:
+    """Share the programs of a kernel out to threads; what each returns."""
     threads = min(torch.get_num_threads(), programs, max(1, size // WORTH_A_THREAD))
     if threads == 1:
-        kernel(0, programs, *passed)
-        return
+        return [kernel(0, programs, *passed)]
     cuts = [programs * i // threads for i in range(threads + 1)]
     done = [
         pool(torch.get_num_threads()).submit(kernel, *ends, *passed)
         for ends in itertools.pairwise(cuts)
     ]
-    for each in done:
-        each.result()
+    return [each.result() for each in done]
+
+
+@functools.cache
+def polar() -> Callable[..., int]:
+    """The kernel of that name."""
+    found = library()
+    assert found is not None
+    kernel = found["ddc_polar"]
+    kernel.restype = ctypes.c_int
+    kernel.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+    return kernel
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ddc.optim.compiled import Arithmetic, Hyper, safe_power
 from ddc.optim.fused import SUMS, fuses, products
+from ddc.optim.polar_in_c import PolarInC
 from ddc.optim.sharding import check_split_alike
 from ddc.optim.side import Block, Side
 from ddc.optim.stack import (
@@ -18,6 +19,7 @@ from ddc.optim.stack import (
     Stack,
     layers_at_once,
     mode_step,
+    of_layers,
     states_of,
     waking_none,
     zero_modes,
@@ -51,11 +53,25 @@ class PolarStack(Stack):
         self.modes = zero_modes(self.rule, dict.fromkeys(modes, shape), first)
         if minus:
             self.modes |= {key: waking_none(shape, first) for key in WAKING}
-        layer_size = sum(p.params[0].numel() for p in self.parameters)
-        self.at_once = layers_at_once(self.layers, layer_size, first.params[0].device)
+        self.layer_size = sum(p.params[0].numel() for p in self.parameters)
+        self.at_once = layers_at_once(self.layers, self.layer_size, first.params[0].device)
         self.single_chunk = self.at_once == self.layers
         functions = PolarStack._move, PolarStack._measure
         self.move, self.measure = (Arithmetic(f, first.params[0].device) for f in functions)
+        #: that in C, from when a step first asks; False where there is none
+        self.in_c: PolarInC | bool | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "in_c": None}
+
+    def kernel(self, context: Context) -> PolarInC | None:
+        """The kernel in C that takes all layers at once, where there is one and it may be used."""
+        if not context.fused or torch.compiler.is_compiling():
+            return None
+        if self.in_c is None:
+            self.in_c = PolarInC.fits(self) and PolarInC(self)
+        additive = context.hyper(self.plus.parameters[0])["additive"]
+        return self.in_c if isinstance(self.in_c, PolarInC) and not additive else None
 
     def tied(self) -> list[list[tuple[str, Tensor]]]:
         named = [zip(p.names, p.params, strict=True) for p in self.parameters]
@@ -69,13 +85,18 @@ class PolarStack(Stack):
         return states
 
     def grad_norm_squared(self, context: Context) -> Tensor:
-        first, measured = self.plus.parameters[0], []
-        for rows in context.chunks([True] * self.layers, self.at_once):
+        first, measured, kernel = self.plus.parameters[0], [], self.kernel(context)
+        hyper, at_once = context.hyper(first), self.at_once if kernel is None else self.layers
+        for rows in context.chunks([True] * self.layers, at_once):
             minus = self.minus.gather(rows, context) if self.minus is not None else []
             layers = self.plus.gather(rows, context), minus
-            modes = {key: value[rows] for key, value in self.modes.items()}
-            step_scale = context.hyper(first)["step_scale"]
-            measured.append(self.measure(context.compiles(first), self, *layers, modes, step_scale))
+            modes = of_layers(self.modes, rows)
+            if kernel is not None and kernel.takes((*layers[0], *minus)):
+                norm, of_units = kernel.run((*layers, []), modes, hyper)
+                measured.append((norm, of_units.sum()))
+                continue
+            compiled, step_scale = context.compiles(first), hyper["step_scale"]
+            measured.append(self.measure(compiled, self, *layers, modes, step_scale))
         norms, squares = zip(*measured, strict=True)
         context.norms[self] = (torch.cat(norms),) * 2
         return torch.stack(squares).sum()
@@ -125,11 +146,13 @@ class PolarStack(Stack):
         has_gradient = [
             any(p.params[i].grad is not None for p in self.parameters) for i in range(self.layers)
         ]
-        chunks = context.chunks(has_gradient, self.at_once)
+        kernel = self.kernel(context)
+        at_once = self.at_once if kernel is None else self.layers
+        chunks = context.chunks(has_gradient, at_once)
         if all(has_gradient):
             compiled = context.compiles(self.plus.parameters[0])
             norms = [self._step(rows, context, compiled) for rows in chunks]
-            old, new = map(torch.cat, zip(*norms, strict=True))
+            old, new = norms[0] if len(norms) == 1 else map(torch.cat, zip(*norms, strict=True))
         else:  # the layers left alone may still dress others
             old = self.plus.read(self.plus.gather(slice(None), context)).norm
             new = old.clone()
@@ -141,18 +164,20 @@ class PolarStack(Stack):
         """One step of the given layers; returns the plus norms before and after, decay apart where
         it comes last.
         """
-        self.step_count[rows] += 1
+        steps = self.step_count[rows]
+        steps += 1
         plus = self.plus.gather(rows, context)
         minus = self.minus.gather(rows, context) if self.minus is not None else []
         dressed = [
             Pairs(*p.pairs(rows, context.grads), context.decay(p), context.fused)
             for p in self.dressed
         ]
-        modes = {key: value[rows] for key, value in self.modes.items()}
+        modes = of_layers(self.modes, rows)
         hyper = context.hyper(self.plus.parameters[0])
-        old, new = self.move(
-            compiled, self, plus, minus, dressed, modes, self.step_count[rows], hyper
-        )
+        kernel = self.kernel(context)
+        if kernel is not None and kernel.takes((*plus, *minus, *dressed)):
+            return kernel.run((plus, minus, dressed), modes, hyper, steps)
+        old, new = self.move(compiled, self, plus, minus, dressed, modes, steps, hyper)
         return old, new
 
     def _move(

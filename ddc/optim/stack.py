@@ -100,7 +100,7 @@ class Context:
             before, after = (norm[layers] for norm in self.norms[dressed.source])
             relaxed = self.relaxed.get(dressed.source)
             relaxed = None if relaxed is None else relaxed[layers]
-        moments = {key: value[rows] for key, value in parameter.moments.items()}
+        moments = of_layers(parameter.moments, rows)
         decay = self.decay(parameter)
         return Layers(
             *parameter.pairs(rows, self.grads), moments, before, after, relaxed, decay, self.fused
@@ -119,6 +119,13 @@ class Context:
                 slices += [slice(i, min(i + at_once, stop)) for i in range(start, stop, at_once)]
             start = stop
         return slices
+
+
+def of_layers(state: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:
+    """What a state has of these layers: views."""
+    if all(rows == slice(0, len(value)) for value in state.values()):
+        return state
+    return {key: value[rows] for key, value in state.items()}
 
 
 #: Entries, 16 MB. On a CPU, larger temporaries leave the cache, and where the system takes their
