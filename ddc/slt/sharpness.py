@@ -27,8 +27,8 @@ class Eigenvalue(NamedTuple):
 
     Attributes:
         value: its Ritz value, which is not larger.
-        residual: |A v - value v| of the unit vector v that belongs to it; an eigenvalue is within
-            this of ``value``.
+        residual: ``|A v - value v|`` of the unit vector v that belongs to it; an eigenvalue is
+            within this of ``value``.
         products: of the matrix with a vector, that it took.
     """
 
