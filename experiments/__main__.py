@@ -265,8 +265,10 @@ def report(console: Console) -> None:
 def report_of(question: Question) -> None:
     """The tables and figures of one question."""
     for made in question.results(load_claims(EXPERIMENTS)):
-        for path in {path.with_suffix("") for path in made.paths}:
-            made.make(next(each for each in made.paths if each.with_suffix("") == path))
+        for name in made.tables:
+            made.table(name)
+        for name in made.figures:
+            made.figure(name)
 
 
 def run(question: Question, runs: str, jobs: int) -> None:

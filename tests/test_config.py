@@ -73,6 +73,7 @@ OF_KEY = {
     "optimizer.name": f"{' '.join(OPTIMIZERS)} | sgd null ???",
     "optimizer.vertical": "freeze adam balance | up null",
     "optimizer.step_scale": "init norm | rho",
+    "optimizer.decay_on": "matrices all consistent | vectors null",
     "optimizer.compiled": "null false | 3",  # to compile takes half a minute
     "optimizer.adjust_lr_fn": "original match_rms_adamw | none",
     "optimizer.orthogonalizer": "newton_schulz newton_schulz_bfloat16 polar | svd",

@@ -21,8 +21,8 @@ from ddc.data import TextData
 from ddc.gauges import KINDS, Axis, GaugeSet, Rescale, RotatedAxis, Rotation, Shift, in_blocks
 from ddc.gauges import named_parameters as params_of
 from ddc.models import GPT, DeepMLP, DeepMLPConfig, GPTConfig
+from ddc.optim.decay import decay_groups
 from ddc.optim.drift import GaugeDrift
-from ddc.optim.factory import decay_groups
 from experiments.equivariance.measure import MODELS as TABLE_MODELS
 from experiments.equivariance.measure import adamw, ddcadam, ddcmuon, orbit_divergence, random_model
 from tests.conftest import MODELS

@@ -14,6 +14,7 @@ from ddc import DDCAdam, DDCMuon, find_gauges, hidden_matrices
 from ddc.data import TextData
 from ddc.gauges import Axis, Chain, GaugeSet, HiddenMatrix, Rescale, check, in_blocks
 from ddc.models import GPT, DeepMLP, DeepMLPConfig, GPTConfig, cross_entropy
+from ddc.optim.decay import decay_groups
 from ddc.optim.factory import make_muon
 from ddc.optim.hidden import HiddenStack, modes_of
 from ddc.optim.muon import Muon
@@ -48,7 +49,8 @@ def muon(model: nn.Module, gauges: GaugeSet, **options):
         **options,
     }
     options.setdefault("orthogonalizer", "newton_schulz")
-    return make_muon(model, hidden_matrices(model), 0.1, betas=(0.9, 0.999), eps=1e-8, **options)
+    groups = decay_groups(model, 0.1)
+    return make_muon(groups, hidden_matrices(model), betas=(0.9, 0.999), eps=1e-8, **options)
 
 
 def deep_mlp(seed: int = 0, depth: int = 4, width: int = 32, residual: bool = False) -> DeepMLP:

@@ -15,7 +15,7 @@ import pytest
 from ddc.report.claims import load_claims
 from ddc.training.compose import compose_alike, compose_config
 from experiments.past_fit import report, specification
-from experiments.past_fit.plan import EXPERIMENT, SEEDS, readings
+from experiments.past_fit.plan import EXPERIMENT, SEEDS, decay_readings, readings
 from experiments.past_fit.records import chosen_runs
 from experiments.past_fit.settings import ADAMW, AUTHOR, DDCADAM, OPTIMIZERS, SEARCH
 from experiments.protocols import EXPERIMENTS, TUNING_SEED
@@ -355,13 +355,41 @@ def test_the_carrier_is_named_by_the_rule(complete: list[Record]) -> None:
 
 def test_readings_are_compared_on_shared_seeds_and_counted(complete: list[Record]) -> None:
     found = list(specification.readings(complete))
-    assert len(found) == 56 * len(specification.BUDGETS) * 4
+    assert len(found) == (56 + 8) * len(specification.BUDGETS) * 4
     assert {each.seeds for each in found} == {3}
     for each in found:
         assert each.is_papers == (each.gap <= each.baseline * 0.67 / 5.88)
     alone = [r for r in complete if "reported" not in r["stages"]]
-    assert len(list(specification.readings(alone))) == 56 * len(specification.BUDGETS)
+    assert len(list(specification.readings(alone))) == (56 + 8) * len(specification.BUDGETS)
     assert specification.summary([]) == "No reading is recorded yet."
+
+
+def test_readings_of_decay_have_an_adamw_of_the_same_decay_and_need_not_be_there(
+    complete: list[Record],
+) -> None:
+    base = ["+experiment=past_fit"]
+    ids = {compose_alike([*base, *each.split()]).run_id for each in decay_readings()}
+    known = {compose_alike([*base, *each.split()]).run_id for each in readings()}
+    assert len(ids) == len(decay_readings()) == 12
+    assert not ids & known
+
+    for record in complete:  # the gap of AdamW tells what its decay acts on
+        decay_on = record["config"]["optimizer"].get("decay_on", "matrices")
+        if record["config"]["optimizer"]["name"] == ADAMW:
+            curve = record["curve"]
+            gap = {"matrices": 1.0, "all": 2.0, "consistent": 3.0}[decay_on]
+            curve["validation_loss"] = [train + gap for train in curve["train_loss"]]
+    where = specification.CHOICES.index("decay on")
+    seen = {}
+    for each in specification.readings(complete):
+        if each.choices[-1] == "matched":
+            seen.setdefault(each.choices[where], set()).add(round(each.baseline, 9))
+    assert seen == {"matrices": {1.0}, "all": {2.0}, "consistent": {3.0}}
+
+    before = [each for each in complete if "specification_decay" not in each["stages"]]
+    found = list(specification.readings(before))
+    assert len(found) == 56 * len(specification.BUDGETS) * 4
+    assert {each.choices[where] for each in found} == {"matrices"}
 
 
 def test_figures_are_drawn_of_what_is_there(complete: list[Record], tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from ddc.optim import rules
 from ddc.optim.combined import CombinedOptimizer
 from ddc.optim.ddcadam import DDCAdam
 from ddc.optim.ddcmuon import DDCMuon
+from ddc.optim.decay import decay_groups
 from ddc.optim.fused import available
 from ddc.optim.lift import Lift
 from ddc.optim.muon import Muon
@@ -51,20 +52,9 @@ def lifts() -> dict[str, type[Lift]]:
 LIFTS = lifts()
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Param groups with decay on matrices and none on vectors (norm scales and biases)."""
-    named = list(model.named_parameters())
-    groups = [
-        {"params": [(n, p) for n, p in named if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [(n, p) for n, p in named if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
 def make_muon(
-    model: nn.Module,
+    groups: list[dict[str, Any]],
     matrices: Sequence[HiddenMatrix],
-    weight_decay: float,
     *,
     lr: float,
     adam_lr: float,
@@ -75,26 +65,27 @@ def make_muon(
     betas: tuple[float, float],
     eps: float,
 ) -> CombinedOptimizer:
-    """The baseline: Muon for hidden matrices, ``torch.optim.AdamW`` for the rest."""
-    hidden = {matrix.parameter for matrix in matrices}
-    groups = decay_groups(model, weight_decay)
-    named = [(n, p) for group in groups for n, p in group["params"] if plain_name(n) in hidden]
-    rest = [
-        {**g, "params": [(n, p) for n, p in g["params"] if plain_name(n) not in hidden]}
-        for g in groups
-    ]
+    """The baseline: Muon for hidden matrices, ``torch.optim.AdamW`` for the rest; of groups as of
+    :func:`ddc.optim.decay.decay_groups`.
+    """
+    names = {matrix.parameter for matrix in matrices}
+
+    def those(are_hidden: bool) -> list[dict[str, Any]]:
+        mine = []
+        for group in groups:
+            params = [(n, p) for n, p in group["params"] if (plain_name(n) in names) == are_hidden]
+            mine += [{**group, "params": params}] if params else []
+        return mine
+
     muon = Muon(
-        named,
+        those(True),
         lr=lr,
-        weight_decay=weight_decay,
         momentum=momentum,
         nesterov=nesterov,
         adjust_lr_fn=adjust_lr_fn,
         orthogonalizer=orthogonalizer,
     )
-    adamw = make_adamw(
-        [group for group in rest if group["params"]], lr=adam_lr, betas=betas, eps=eps
-    )
+    adamw = make_adamw(those(False), lr=adam_lr, betas=betas, eps=eps)
     return CombinedOptimizer((muon, adamw))
 
 
@@ -112,7 +103,7 @@ def make_adamw(groups: list[dict[str, Any]], **options: Any) -> AdamW:
 
 def make_relative_adamw(
     model: nn.Module,
-    weight_decay: float,
+    decaying: list[dict[str, Any]],
     *,
     lr: float,
     adam_lr: float,
@@ -120,7 +111,7 @@ def make_relative_adamw(
     **options: Any,
 ) -> RelativeAdamW:
     """AdamW whose step of each matrix has the length ``lr`` relative to it, times that of ``steps``
-    if these name it.
+    if these name it; of groups as of :func:`ddc.optim.decay.decay_groups`.
 
     Raises:
         ValueError: ``steps`` are given, and not of all matrices.
@@ -131,7 +122,7 @@ def make_relative_adamw(
             "params": [(name, param)],
             "lr": lr * steps.get(plain_name(name), 1.0) if param.ndim >= 2 else adam_lr,
         }
-        for group in decay_groups(model, weight_decay)
+        for group in decaying
         for name, param in group["params"]
     ]
     matrices = {plain_name(name) for name, param in model.named_parameters() if param.ndim >= 2}
@@ -146,9 +137,12 @@ def make_relative_adamw(
 
 
 def make_adamh(
-    model: nn.Module, weight_decay: float, *, lr: float, adam_lr: float, **options: Any
+    model: nn.Module, decaying: list[dict[str, Any]], *, lr: float, adam_lr: float, **options: Any
 ) -> AdamH:
-    """Matrices of constant norm, but for embeddings, which take AdamW's step with vectors."""
+    """Matrices of constant norm, but for embeddings, which take AdamW's step with vectors.
+
+    The groups ``decaying`` are as of :func:`ddc.optim.decay.decay_groups`.
+    """
     tables = embeddings(model)
     groups: list[dict[str, Any]] = [
         {**group, "params": [(name, param)]}
@@ -157,7 +151,7 @@ def make_adamh(
             if param.ndim >= 2 and plain_name(name) not in tables
             else {"lr": adam_lr, "hold_norm": False}
         )
-        for group in decay_groups(model, weight_decay)
+        for group in decaying
         for name, param in group["params"]
     ]
     optimizer = AdamH(groups, fused=True, **options)
@@ -199,6 +193,7 @@ def make_optimizer(
     gauges: GaugeSet,
     weight_decay: float,
     hidden: Sequence[HiddenMatrix] = (),
+    decay_on: str = "matrices",
     **options: Any,
 ) -> Optimizer:
     """The optimizer of this name over the model's parameters.
@@ -206,9 +201,10 @@ def make_optimizer(
     Args:
         name: one of ``ddc.training.schema.OPTIMIZERS``.
         model: whole or split over ranks; gauges and hidden matrices are found before it is split.
-        gauges: for the optimizers that respect any.
-        weight_decay: on matrices.
+        gauges: for the optimizers that respect any, and for a decay that is consistent with them.
+        weight_decay: of what decays.
         hidden: :func:`ddc.hidden_matrices`, for Muon and DDCMuon.
+        decay_on: as of :func:`ddc.optim.decay.decay_groups`; muP has its own.
         options: the optimizer's own; ``width_ratio`` of AdamW is that of muP
             (:func:`ddc.optim.mup.mup_groups`); ``compiled=None`` compiles the step of a model of
             :data:`COMPILED_FROM` parameters or more on a CPU, where there is a compiler and kernels
@@ -218,7 +214,7 @@ def make_optimizer(
         ValueError: an unknown name, a hyperparameter out of range, or no compiler where one is
             needed.
     """
-    groups = decay_groups(model, weight_decay)
+    groups = decay_groups(model, weight_decay, decay_on, gauges)
     if "compiled" in options:
         by_kernels = name == "ddcadam" and not options.get("additive")
         options["compiled"] = compiled_step(options["compiled"], model, by_kernels)
@@ -232,11 +228,11 @@ def make_optimizer(
                 groups = mup_groups(model, weight_decay, options["lr"], ratio)
             return make_adamw(groups, **options)
         case "adamh":
-            return make_adamh(model, weight_decay, **options)
+            return make_adamh(model, groups, **options)
         case "adamw_relative":
-            return make_relative_adamw(model, weight_decay, **options)
+            return make_relative_adamw(model, groups, **options)
         case "muon":
-            return make_muon(model, hidden, weight_decay, **options)
+            return make_muon(groups, hidden, **options)
         case "ddcmuon":
             return DDCMuon(groups, gauges, hidden, **options)
     names = ", ".join(("adamw", "adamw_relative", "adamh", "muon", "ddcmuon", *LIFTS))

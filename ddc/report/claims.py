@@ -30,7 +30,7 @@ class Claim:
     to hold.
 
     Attributes:
-        id: C1 to C8; W1 and so on, of our own.
+        id: C1 to C9; W1 and so on, of our own.
         title: in words.
         paper: the paper's figures, as text.
         values: the same as numbers, by optimizer.

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from omegaconf import MISSING
 
 from ddc.data import DataConfig, ImageConfig, ModularConfig, TextConfig
-from ddc.gauges import KINDS
+from ddc.gauges import KINDS, paper_kinds
 from ddc.gauges.granularity import GRANULARITIES
 from ddc.models import GPTConfig, ModelConfig
+from ddc.optim.decay import DECAY_ON
 from ddc.optim.factory import LIFTS
 from ddc.optim.lift import Lift
 from ddc.optim.ranges import expected
@@ -39,7 +40,10 @@ class OptimizerConfig:
 
     Args:
         lr: learning rate, at its peak.
-        weight_decay: decoupled; of matrices, not of vectors.
+        weight_decay: decoupled.
+        decay_on: what decays (:mod:`ddc.optim.decay`): ``matrices``, not vectors; ``all``
+            parameters; or ``consistent`` with the gauges of the group ``gauges``, which are the
+            paper's then: matrices and norm scales by shares that move nothing along an orbit.
         canonicalise: move the weights to the balanced point of their gauge orbit
             (:func:`ddc.canonicalise_`, along the gauges of the group ``gauges``): ``start``, before
             the first step; a number, then and after every so many steps; null, never. The state of
@@ -49,6 +53,7 @@ class OptimizerConfig:
     name: str = MISSING
     lr: float = 1e-3
     weight_decay: float = 0.1
+    decay_on: str = "matrices"
     canonicalise: str | None = None
 
     def __post_init__(self) -> None:
@@ -64,6 +69,7 @@ class OptimizerConfig:
                 require(f"optimizer.{key}", value, value > 0, "a positive number")
             wanted = expected(key, value)
             require(f"optimizer.{key}", value, wanted is None, wanted or "")
+        require_one_of("optimizer.decay_on", self.decay_on, DECAY_ON)
         when = self.canonicalise
         require(
             "optimizer.canonicalise",
@@ -122,6 +128,12 @@ class AdamWConfig(AdamConfig):
             self.base_width is None or self.base_width >= 1,
             "a positive integer or null",
         )
+        if self.base_width is not None and self.decay_on != "matrices":
+            raise ValueError(
+                f"Invalid optimizer.decay_on={self.decay_on} with"
+                f" optimizer.base_width={self.base_width}: the decay of muP is on matrices; set one"
+                " of them back"
+            )
 
 
 @dataclass
@@ -650,6 +662,13 @@ class Config:
                     f"Invalid {key}={given} with gauges=none: there is no orbit to move on;"
                     " gauges=all takes all kinds of the model"
                 )
+        if self.optimizer.decay_on == "consistent" and (
+            not self.gauges.kinds or {*self.gauges.kinds} - {*paper_kinds()}
+        ):
+            raise ValueError(
+                "Invalid optimizer.decay_on=consistent with these gauges: it is consistent with"
+                " those of the paper, and with one at least; set gauges=all"
+            )
         if self.optimizer.canonicalise_every and self.launcher.parallel == "fsdp":
             raise ValueError(
                 f"Invalid optimizer.canonicalise={self.optimizer.canonicalise} with"
@@ -704,6 +723,8 @@ class Config:
             del values["slt"]
         if values["optimizer"].get("compiled", False) is None:
             del values["optimizer"]["compiled"]
+        if values["optimizer"]["decay_on"] == "matrices":
+            del values["optimizer"]["decay_on"]
         if values["optimizer"]["canonicalise"] is None:
             del values["optimizer"]["canonicalise"]
         if values["training"]["weights"] == "float32":

@@ -30,6 +30,7 @@ from ddc.data import ModularConfig, PairData, TextConfig, TextData, load_modular
 from ddc.gauges import GaugeSet, paper_kinds
 from ddc.models import GPT, DeepMLP, DeepMLPConfig, GPTConfig, cross_entropy
 from ddc.optim import Lift
+from ddc.optim.decay import decay_groups
 from ddc.optim.factory import make_muon
 from ddc.report.runs import read_lines
 from ddc.training.records import provenance
@@ -74,8 +75,9 @@ def orthogonalizer(model: nn.Module, single: str) -> str:
 def muon(model: nn.Module, gauges: GaugeSet, **options: Any) -> Optimizer:
     """The baseline of DDCMuon: Muon for hidden matrices, AdamW for the rest."""
     options = {"orthogonalizer": orthogonalizer(model, "newton_schulz_bfloat16"), **options}
+    groups = decay_groups(model, WEIGHT_DECAY)
     return make_muon(
-        model, hidden_matrices(model), WEIGHT_DECAY, lr=MUON_LR, adam_lr=LR, momentum=0.95,
+        groups, hidden_matrices(model), lr=MUON_LR, adam_lr=LR, momentum=0.95,
         nesterov=True,
         adjust_lr_fn="original", betas=(0.9, 0.999), eps=1e-8, **options,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from experiments.past_fit.settings import ADAMW, FIT
 
 #: The paper's gap of DDCAdam over that of AdamW.
 PAPERS_RATIO = 0.67 / 5.88
-STAGES = ("specification", "specification_more")
+STAGES = ("specification", "specification_more", "specification_decay")
 #: Shares of the budget at which a run is read.
 BUDGETS = (0.25, 0.5, 1.0)
 #: What a reading chooses, in the order of figures.
@@ -26,6 +26,7 @@ CHOICES = (
     "step scale",
     "radial rate",
     "vertical mode",
+    "decay on",
     "rate",
     "budget",
     "comparator",
@@ -80,8 +81,14 @@ def step_of(record: Record) -> tuple[str, ...]:
         optimizer["step_scale"],
         f"{optimizer['radial_rate']:g}",
         optimizer["vertical"],
+        decay_on(record),
         f"{optimizer['lr']:g}",
     )
+
+
+def decay_on(record: Record) -> str:
+    """What decays; matrices, before there was a choice."""
+    return str(record["config"]["optimizer"].get("decay_on", "matrices"))
 
 
 def read_at(record: Record, share: float) -> tuple[float, float]:
@@ -91,12 +98,15 @@ def read_at(record: Record, share: float) -> tuple[float, float]:
     return curve["validation_loss"][i] - curve["train_loss"][i], curve["train_loss"][i]
 
 
-def comparators(records: Sequence[Record], rate: str) -> dict[str, dict[int, Record]]:
-    """AdamW's runs that a reading at a rate is compared with, by seed."""
+def comparators(records: Sequence[Record], decayed: str, rate: str) -> dict[str, dict[int, Record]]:
+    """AdamW's runs that a reading is compared with, by seed: at its rate, with decay on the same;
+    and tuned.
+    """
+    stages = ("mechanism", "mechanism_fast", "specification_decay")
     matched = [
         run
-        for run in mechanism_runs(records, ("mechanism", "mechanism_fast")).get("AdamW", [])
-        if f"{run['config']['optimizer']['lr']:g}" == rate
+        for run in mechanism_runs(records, stages).get("AdamW", [])
+        if (decay_on(run), f"{run['config']['optimizer']['lr']:g}") == (decayed, rate)
     ]
     found = {
         "matched": matched,
@@ -110,14 +120,20 @@ def comparators(records: Sequence[Record], rate: str) -> dict[str, dict[int, Rec
     }
 
 
+def is_reading(record: Record) -> bool:
+    """Whether a run is one of the curve, and not AdamW that it is compared with."""
+    is_adamw = record["config"]["optimizer"]["name"] == ADAMW
+    return bool({*STAGES} & {*record["stages"]}) and not is_adamw
+
+
 def readings(records: Sequence[Record]) -> Iterator[Reading]:
     """All readings of runs that are there, whose comparator is too, and that did not diverge."""
     steps: dict[tuple[str, ...], dict[int, Record]] = {}
     for record in records:
-        if set(STAGES) & set(record["stages"]) and not record["diverged"]:
+        if is_reading(record) and not record["diverged"]:
             steps.setdefault(step_of(record), {})[record["seed"]] = record
     for step, runs in steps.items():
-        for name, others in comparators(records, step[-1]).items():
+        for name, others in comparators(records, *step[-2:]).items():
             seeds = sorted(runs.keys() & others.keys())
             for share in BUDGETS if seeds else ():
                 ours = [read_at(runs[seed], share) for seed in seeds]
@@ -134,7 +150,7 @@ def readings(records: Sequence[Record]) -> Iterator[Reading]:
 def summary(records: Sequence[Record]) -> str:
     """How many readings give what, and those nearest to the paper's ratio."""
     found = sorted(readings(records), key=lambda each: each.difference)
-    diverged = sum(record["diverged"] for record in records if set(STAGES) & set(record["stages"]))
+    diverged = sum(record["diverged"] for record in records if is_reading(record))
     if not found:
         return "No reading is recorded yet."
     papers = [each for each in found if each.is_papers]

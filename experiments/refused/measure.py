@@ -42,6 +42,7 @@ REFUSED = {
         "model.norm=batch",
         "gauges.granularity=layer",
         "optimizer.canonicalise=often",
+        "optimizer.decay_on=vectors",
         "start.spread=9",
     ),
     "Sizes that do not fit together": (

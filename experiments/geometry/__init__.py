@@ -1,0 +1,1 @@
+"""Sharpness and learning coefficient at the end of training."""
