@@ -1,8 +1,8 @@
 """Claims C9 and C9b: how sharp, and how singular, the minimum is that training ends in.
 
-Written before the runs, but for pilots, on which tolerance, number of probes and the settings of the
-sampler were chosen: the final weights of one run of the specification curve of past_fit (DDCAdam,
-seed 0, another vertical mode than here), and those of AdamW after 300 steps.
+Written before the runs, but for pilots, on which tolerance, number of probes and the settings of
+the sampler were chosen: the final weights of one run of the specification curve of past_fit
+(DDCAdam, seed 0, another vertical mode than here), and those of AdamW after 300 steps.
 
 *What the paper says.* The abstract gives no figure for either. It says that respecting the symmetry
 changes the minimum that is reached and what is measurable there, and that built into the optimizer
