@@ -200,12 +200,9 @@ def _sources(
     if name in CONVOLUTIONS:
         return [] if gives_channels(node, axis) else None
     if name in ("add", "add_", "sub") and all(isinstance(each, Node) for each in args[:2]):
-        whole = all(_size(each, axis) == width for each in args)
-        return (
-            [(each, axis) for each in args]
-            if whole and len(args) == 2 and not node.kwargs
-            else None
-        )
+        whole = len(args) == 2 and not node.kwargs
+        whole = whole and all(_size(each, axis) == width for each in args)
+        return [(each, axis) for each in args] if whole else None
     if name == "mul" and len(args) == 2:
         vectors = [
             each for each in args if isinstance(each, Node) and carried(node, each, axis) == axis
@@ -261,13 +258,11 @@ def carried(user: Node, node: Node, axis: int) -> int | None:
         return same if whole else None
     if name in ("mul", "div"):  # by one number, or one for each vector
         other = args[1] if args[0] is node else args[0]
-        by_number = not isinstance(other, Node) or _size(other, axis) in (None, 1)
         divisor = name == "div" and args[1] is node
-        return same if by_number and not user.kwargs and not divisor else None
+        return same if _is_number(other, axis) and not user.kwargs and not divisor else None
     if name == "index":  # of vectors
-        return (
-            same if axis == -1 and args[0] is node and len(args[1]) < value_of(node).ndim else None
-        )
+        chosen = args[0] is node and len(args[1]) < value_of(node).ndim
+        return same if chosen and axis == -1 else None
     if name == "dropout":
         return same if not float(args[1]) > 0 else None
     if name in KEEPS:
@@ -318,6 +313,13 @@ def axis_of(labels: Any, width: int) -> int | None:
         return None  # several parts of a whole, perhaps
     axes = (axis for axis in range(-1, -1 - labels.ndim, -1) if labels.shape[axis] == width)
     return next((axis for axis in axes if torch.equal(labels, along(labels.shape, axis))), None)
+
+
+def _is_number(factor: object, axis: int) -> bool:
+    """Whether a factor is one number for each vector whose entries lie along an axis."""
+    if not isinstance(factor, Node) or not isinstance(factor.meta.get("val"), Tensor):
+        return True
+    return value_of(factor).ndim < -axis or _size(factor, axis) == 1
 
 
 def _size(node: Node, axis: int) -> int | None:
