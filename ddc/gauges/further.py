@@ -34,7 +34,16 @@ from ddc.gauges.base import Gauge, Refusal, approximate_kinds, paper_kinds
 from ddc.gauges.gauge_set import GaugeSet
 from ddc.gauges.norms import NormReaders, bias_of, columns_of, require_passed_on
 from ddc.gauges.scores import ScoreTable, score_table
-from ddc.gauges.stream import Norm, Stream, carries, patches_of, streams
+from ddc.gauges.stream import (
+    Norm,
+    ScaledMap,
+    Stream,
+    axis_of,
+    carried,
+    gives_channels,
+    in_groups,
+    streams,
+)
 from ddc.gauges.trace import (
     CONVOLUTIONS,
     KEEPS,
@@ -51,7 +60,6 @@ from ddc.gauges.trace import (
     has_fixed_shape,
     inputs,
     labels_of,
-    last_axis,
     module_path,
     operation,
     readers,
@@ -128,8 +136,8 @@ class Further:
         for linear in self.trace.linear_maps.values():
             if self._is_router(linear):
                 yield "router_shift", owner(linear.weight), partial(self.router_shift, linear)
-        for linear, scale in self.scaled.values():
-            yield "layer_scale", owner(scale), partial(self.layer_scale, linear, scale)
+        for scaled in self.scaled.values():
+            yield "layer_scale", owner(scaled.scale), partial(self.layer_scale, scaled)
         for name in self.trace.uses:
             if (table := score_table(self.trace, name)) is not None:
                 yield "score_shift", owner(name) or name, partial(self.score_shift, name, table)
@@ -500,49 +508,82 @@ class Further:
         return [Translation("score_shift", owner(name) or name, (slot,))]
 
     @cached_property
-    def scaled(self) -> dict[Node, tuple[LinearMap, str]]:
-        """Linear maps whose outputs are multiplied by a vector, and it, by what comes of that."""
-        maps = self.trace.linear_maps.values()
-        found = ((linear, self._layer_scale(linear)) for linear in maps)
-        return {each[0]: (linear, each[1]) for linear, each in found if each is not None}
+    def scaled(self) -> dict[Node, ScaledMap]:
+        """Linear maps and convolutions whose outputs are multiplied by a vector, by the product."""
+        sources: list[tuple[LinearMap | Node, Node, Callable[[Node], Tensor]]] = [
+            (linear, linear.output, labels_of) for linear in self.trace.linear_maps.values()
+        ]
+        sources += [
+            (node, node, channels_of) for node in self.trace.graph.nodes if gives_channels(node)
+        ]
+        return dict(filter(None, (self._layer_scale(*source) for source in sources)))
 
-    def _layer_scale(self, linear: LinearMap) -> tuple[Node, str] | None:
-        """The product of the outputs of a linear map and a vector, and this, if that is all that is
+    def _layer_scale(
+        self, source: LinearMap | Node, output: Node, units: Callable[[Node], Tensor]
+    ) -> tuple[Node, ScaledMap] | None:
+        """The product of the outputs of a map and a vector, and these two, if that is all that is
         done to them.
         """
-        if not has_fixed_shape(linear.output):
+        if not has_fixed_shape(output):
             return None
-        units = labels_of(linear.output)
-        found = self._onward(linear.output, units)
+        found = self._onward(output, units(output))
         if len(found) != 1 or operation(found[0][0]) != "mul":
             return None
         ((user, labels),) = found
-        at_last = last_axis(labels)
-        if at_last is None or not torch.equal(at_last, torch.arange(units.shape[-1])):
-            return None
         if value_of(user).shape != labels.shape:  # one output, times a vector
             return None
+        count = int(units(output).max()) + 1
         for argument in arguments(user):
-            if isinstance(argument, Node) and self.finding.is_vector(argument, user):
-                view = self.trace.parameter(argument)
-                return (user, view[0]) if view is not None else None
+            vector = self._vector(argument)
+            if vector is None or len(self.trace.tensors[vector[0]]) != count:
+                continue
+            name, entries = vector
+            if torch.equal(entries.broadcast_to(labels.shape), labels):  # each has its own entry
+                return user, ScaledMap(source, name, axis_of(labels, count))
         return None
 
-    def layer_scale(self, linear: LinearMap, scale: str) -> list[Gauge]:
-        """Rows of a linear map, and its bias, against the vector that multiplies them."""
-        rows = tuple(Axis(name, axis) for name, axis in self._rows(linear))
+    def _vector(self, factor: object) -> tuple[str, Tensor] | None:
+        """The parameter, a vector, that a factor is, moved at most and for it alone, and where its
+        entries are then.
+        """
+        moves = list[Node]()
+        while isinstance(factor, Node) and (view := self.trace.parameter(factor)) is None:
+            moved = operation(factor) in MOVES and len(inputs(factor)) == len(readers(factor)) == 1
+            if not moved or not has_fixed_shape(factor):
+                return None
+            moves.append(factor)
+            factor = arguments(factor)[0]
+        if not isinstance(factor, Node) or view is None or self.trace.tensors[view[0]].ndim != 1:
+            return None
+        entries: Any = torch.arange(len(self.trace.tensors[view[0]]))
+        for move in reversed(moves):
+            entries = apply(move, entries)
+        return (view[0], entries) if isinstance(entries, Tensor) else None
+
+    def layer_scale(self, scaled: ScaledMap) -> list[Gauge]:
+        """Rows of a map, and its bias, against the vector that multiplies them."""
+        rows, scale = tuple(Axis(*row) for row in self._rows(scaled.map)), scaled.scale
         self.finding.require_single([scale])
-        others = [each for _, each in self.scaled.values() if owner(each) == owner(scale)]
+        others = [each for each in self.scaled.values() if owner(each.scale) == owner(scale)]
         where = scale if len(others) > 1 else owner(scale) or scale
         return [Rescale("layer_scale", where, rows, (Axis(scale),))]
 
-    def _rows(self, linear: LinearMap) -> list[tuple[str, int]]:
-        """Weight and bias of a linear map, and the axis along which its outputs lie."""
-        if linear.bias_node is not None and linear.bias is None:
-            raise NotProved(f"the bias of {owner(linear.weight)} is no parameter of its own")
-        names = [linear.weight, *([linear.bias] if linear.bias is not None else [])]
+    def _rows(self, source: LinearMap | Node) -> list[tuple[str, int]]:
+        """Weight and bias of a linear map, or of a convolution, and the axis along which its
+        outputs lie.
+        """
+        if isinstance(source, LinearMap):
+            if source.bias_node is not None and source.bias is None:
+                raise NotProved(f"the bias of {owner(source.weight)} is no parameter of its own")
+            names, axis = [source.weight, *([source.bias] if source.bias else [])], source.rows
+        else:
+            given = [each for each in arguments(source)[1:3] if each is not None]
+            views = [self.trace.parameter(each) for each in given]
+            names, axis = [view[0] for view in views if view is not None], 0
+            if len(names) < len(given):
+                raise NotProved("the weights of a convolution are no parameters of their own")
         self.finding.require_single(names)
-        return [(linear.weight, linear.rows), *((name, 0) for name in names[1:])]
+        return [(names[0], axis), *((name, 0) for name in names[1:])]
 
     def channel_scale(self, node: Node, where: str) -> list[Gauge]:
         """Scale and shift of a batch norm against the channels that convolutions, or linear maps,
@@ -575,6 +616,9 @@ class Further:
         self.require_sound(stream)
         # a table that is looked up twice is one
         writers = {each: None for node in stream.writers for each in self.writer(stream, node)}
+        if grouped := [each for node in stream.writers if (each := self._grouped(node))]:
+            what = self.finding.describe(grouped[0])
+            raise NotProved(f"{what}, which writes to it, has groups of channels")
         behind: list[Behind] = []
         shifts: list[tuple[str, str]] = []
         for norm in stream.norms:
@@ -628,12 +672,14 @@ class Further:
             if node in self.trace.rewritten:
                 raise NotProved("it is written to in place")
             for user in readers(node):
-                norm = inside.get(user)
-                if norm is not None and norm.input is node:
+                norm, axis = inside.get(user), stream.nodes[node]
+                if norm is not None and norm.input is node and axis == -1:
                     if not norm.centres:
                         raise NotProved("a norm that does not centre reads the stream")
-                elif not carries(user, node, stream.width):
+                elif (after := carried(user, node, axis)) is None:
                     raise NotProved(f"{operation(user) or 'the output of the model'} reads it")
+                elif stream.nodes[user] != after:
+                    raise NotProved(f"{operation(user)} has its entries along two axes")
                 elif user not in seen:
                     seen.add(user)
                     waiting.append(user)
@@ -645,6 +691,8 @@ class Further:
         written = self.writer(stream, node)
         if (linear := self.trace.maps_by_output.get(node)) is not None and linear.rows == 0:
             return [Shift(linear.weight, linear.bias, owner(linear.weight), "stream_mean")]
+        if self._grouped(node) is not None:
+            written = written[1:]  # filters read channels of their own group: their biases alone
         gauges: list[Gauge] = []
         for each in written:
             name, axis, where = each.weight, each.axis, owner(each.weight) or each.weight
@@ -710,22 +758,15 @@ class Further:
 
     def writer(self, stream: Stream, node: Node) -> list[Behind]:
         """The parameters whose vectors a writer adds to the stream."""
-        if node in self.scaled:
-            behind, scale = self.scaled[node]
-            self.finding.require_single([scale])
-            return [Behind(name, axis, scale) for name, axis in self._rows(behind)]
-        if (linear := self.trace.maps_by_output.get(node)) is not None:
-            return [Behind(name, axis) for name, axis in self._rows(linear)]
+        if (scaled := self.scaled.get(node)) is not None:
+            self.finding.require_single([scaled.scale])
+            return [Behind(*row, scaled.scale) for row in self._rows(scaled.map)]
+        linear = self.trace.maps_by_output.get(node)
+        if linear is not None or operation(node) in CONVOLUTIONS:
+            return [Behind(*row) for row in self._rows(linear or node)]
         if (experts := self.trace.experts_by_output.get(node)) is not None:
             self.finding.require_single([experts.weight])
             return [Behind(experts.weight, experts.rows)]
-        if (convolution := patches_of(node, stream.width)) is not None:
-            views = [self.trace.parameter(each) for each in arguments(convolution)[1:3] if each]
-            names = [view[0] for view in views if view is not None]
-            if len(names) < len(views):
-                raise NotProved("the weights of its patches are no parameters of their own")
-            self.finding.require_single(names)
-            return [Behind(name, 0) for name in names]
         table = operation(node) == "embedding"
         view = self.trace.parameter(arguments(node)[0] if table else node)
         assert view is not None
@@ -740,7 +781,13 @@ class Further:
             raise NotProved(f"{owner(name)} is tied to another parameter, or used more than once")
         if not table:
             self.finding.require_single([name])
-        return [Behind(name, self.trace.tensors[name].ndim - 1)]
+        return [Behind(name, self.trace.tensors[name].ndim + stream.nodes[node])]
+
+    def _grouped(self, writer: Node) -> Node | None:
+        """The convolution by which a writer is given, if it has groups of channels."""
+        source = self.scaled[writer].map if writer in self.scaled else writer
+        is_one = isinstance(source, Node) and operation(source) in CONVOLUTIONS
+        return source if isinstance(source, Node) and is_one and in_groups(source) else None
 
     def _terms(self, stream: Stream, node: Node) -> list[Translated]:
         """Tables and biases that are added up to a node of a stream before anything reads it."""
@@ -755,9 +802,12 @@ class Further:
         terms, waiting = [], [*nodes]
         while waiting:
             each = waiting.pop()
-            if len(readers(each)) > 1:
+            if each not in stream.nodes or len(readers(each)) > 1:
                 continue
-            if each in stream.writers:
+            axis = stream.nodes[each]
+            if gives_channels(each, axis) or _is_batch_norm(each, axis):
+                terms += self._bias_of_channels(each)
+            elif each in stream.writers:
                 linear = self.trace.maps_by_output.get(each)
                 if each in self.trace.experts_by_output:
                     continue
@@ -765,16 +815,11 @@ class Further:
                     if linear.bias is not None and self.trace.used_once(linear.bias):
                         terms.append(Translated(linear.bias, 0))
                     continue
-                if (patches := patches_of(each, stream.width)) is not None:
-                    bias = self.trace.parameter((*arguments(patches), None)[2])
-                    if bias is not None and self.trace.used_once(bias[0]):
-                        terms.append(Translated(bias[0], 0))
-                    continue
                 view = self.trace.parameter(
                     arguments(each)[0] if operation(each) == "embedding" else each
                 )
                 if view is not None and self._may_move(view[0], each):
-                    terms.append(Translated(view[0], self.trace.tensors[view[0]].ndim - 1))
+                    terms.append(Translated(view[0], self.trace.tensors[view[0]].ndim + axis))
             elif operation(each) in ("add", "add_"):
                 waiting += inputs(each)
             elif operation(each) in MOVES | KEEPS and not drops(each):
@@ -788,6 +833,8 @@ class Further:
         joined = [each for each in inputs(node) if operation(each) == "cat"]
         tables = [each for each in inputs(node) if self.trace.parameter(each) is not None]
         if operation(node) not in ("add", "add_") or (len(joined), len(tables)) != (1, 1):
+            return
+        if stream.nodes[node] != -1:
             return
         (cat,), (table,) = joined, tables
         view, shape = self.trace.parameter(table), value_of(table).shape
@@ -831,14 +878,16 @@ class Further:
             name = operation(each)
             if name in sums and not each.kwargs:
                 waiting += inputs(each)
-            elif name == "batch_norm" or (
-                name in CONVOLUTIONS and value_of(each).ndim == int(name[-2]) + 2  # of a batch
-            ):
-                bias = (*arguments(each), None)[2]
-                view = self.trace.parameter(bias) if isinstance(bias, Node) else None
-                if view is not None and self.trace.used_once(view[0]):
-                    terms.append(Translated(view[0], 0))
+            elif name == "batch_norm" or gives_channels(each):
+                terms += self._bias_of_channels(each)
         return terms
+
+    def _bias_of_channels(self, node: Node) -> list[Translated]:
+        """The shift of a BatchNorm, or the bias of a convolution, if it is a parameter of its
+        own.
+        """
+        view = self.trace.parameter((*arguments(node), None)[2])
+        return [Translated(view[0], 0)] if view and self.trace.used_once(view[0]) else []
 
     def _may_move(self, name: str, node: Node) -> bool:
         """Whether all rows of a table may move alike: nothing else reads it but, at most, the head,
@@ -866,6 +915,11 @@ class Further:
             where = owner(first.parameter) or first.parameter
             gauges.append(Translation("translation", where, slots))
         return gauges
+
+
+def _is_batch_norm(node: Node, axis: int) -> bool:
+    """Whether a node is a BatchNorm, whose channels are the entries along an axis."""
+    return operation(node) == "batch_norm" and axis == 1 - value_of(node).ndim
 
 
 def _without_axis(shape: Sequence[int], axis: int) -> Tensor:

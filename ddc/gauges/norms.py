@@ -11,7 +11,7 @@ from torch.fx import Node
 from ddc.gauges.actions import Axis
 from ddc.gauges.affine import ScaledShift, Shear, Sheared, Translated, Translation
 from ddc.gauges.base import Gauge
-from ddc.gauges.stream import Norm, carries
+from ddc.gauges.stream import Norm, carried
 from ddc.gauges.trace import (
     CONVOLUTIONS,
     KEEPS,
@@ -199,7 +199,7 @@ class NormReaders:
                         taking.append(self._bias_in(user, node, width))
                     elif drops(user) or name not in MOVES | KEEPS | {"mean", "index"}:
                         raise NotProved(f"{name} changes what it gives")
-                    elif not carries(user, node, width):
+                    elif carried(user, node, -1) != -1:
                         raise NotProved(f"{name} mixes what it gives")
                     elif user not in seen:
                         seen.add(user)
@@ -244,7 +244,7 @@ class NormReaders:
                 waiting += whole if len(arguments(each)) == 2 else []
             elif operation(each) in MOVES | KEEPS and not drops(each):
                 before = arguments(each)[0]
-                if len(inputs(each)) == 1 and carries(each, before, width):
+                if len(inputs(each)) == 1 and carried(each, before, -1) == -1:
                     waiting.append(before)
         raise refused
 

@@ -22,7 +22,6 @@ from ddc.models import GPT, DeepMLP, DeepMLPConfig, GPTConfig  # noqa: E402
 
 VOCABULARY, POSITIONS, WIDTH = 29, 6, 8
 TOKENS = torch.arange(8 * POSITIONS).reshape(8, POSITIONS) % VOCABULARY
-IMAGES = torch.randn(16, 1, 32, 32, generator=torch.Generator().manual_seed(0))
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": WIDTH,
@@ -107,9 +106,11 @@ def text(model: str, sizes: Mapping[str, Any], **options: Any) -> Callable[[], M
     return make
 
 
-def image(name: str, **options: Any) -> Callable[[], Made]:
-    """A vision model of timm, on grey images of 32 by 32."""
-    return lambda: (timm.create_model(name, num_classes=11, in_chans=1, **options), (IMAGES,))
+def image(name: str, side: int = 32, **options: Any) -> Callable[[], Made]:
+    """A vision model of timm, on grey images of this side, 16 of 32 or as many pixels."""
+    shape = (16 * 32**2 // side**2, 1, side, side)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return lambda: (timm.create_model(name, num_classes=11, in_chans=1, **options), (images,))
 
 
 def deep_mlp() -> Made:
@@ -154,5 +155,6 @@ ARCHITECTURES: dict[str, Callable[[], Made]] = {
     "ResNet": image(
         "resnet10t", channels=(4, 4, 4, 4), stem_width=2, stem_type="deep", replace_stem_pool=False
     ),
-    "ConvNeXt": image("convnext_atto", depths=(1, 1, 1, 1), dims=(4, 6, 6, 6)),
+    # of images of 32 its last stage would see one place, where a depthwise convolution is a scale
+    "ConvNeXt": image("convnext_atto", side=64, depths=(1, 1, 1, 1), dims=(4, 6, 6, 6)),
 }
