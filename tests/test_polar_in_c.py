@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import pickle
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddc import DDCAdam, find_gauges
+from ddc import DDCAdam, DDCMuon, find_gauges, hidden_matrices
 from ddc.gauges import Axis, Gauge, Rescale
 from ddc.models import GPT, DeepMLP, DeepMLPConfig, GPTConfig
 from ddc.optim import native, polar_in_c
@@ -163,20 +164,95 @@ def test_layers_and_parameters_without_gradients(name: str) -> None:
     assert_same(*optimizers, 1e-5)
 
 
+BAD_AT = (
+    *(f"blocks.0.mlp{each}" for each in (".up.weight", "_norm.weight", "_norm.bias")),
+    "head.weight",
+)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_gradient_that_is_no_number_shows_alike(bad: float) -> None:
+@pytest.mark.parametrize("name", BAD_AT)
+@pytest.mark.parametrize("make", [DDCAdam, DDCMuon])
+def test_a_gradient_that_is_no_number_shows_alike(make: type[Any], name: str, bad: float) -> None:
+    """DDCMuon has rescales of one side."""
     found: list[list[Tensor]] = []
     for by_kernels in (True, False):
-        model, gauge = copy.deepcopy(RESCALES["units of a layer"])
-        optimizer = DDCAdam(model.named_parameters(), [gauge], lr=0.05, fused=by_kernels)
+        model = gpt("layer-relu-bias")
+        hidden = (hidden_matrices(model),) if make is DDCMuon else ()
+        options = {"lr": 0.05, "fused": by_kernels}
+        optimizer = make(model.named_parameters(), find_gauges(model), *hidden, **options)
         fill(model, 0)
-        model.up.grad[1, 2] = bad
-        norm = optimizer.grad_norm()
-        assert not norm.isfinite()
+        model.get_parameter(name).grad.view(-1)[3] = bad
+        assert not optimizer.grad_norm().isfinite()
         optimizer.step()
         found.append([p.detach().isfinite() for p in model.parameters()])
     assert all(map(torch.equal, *found))
     assert not all(each.all() for each in found[0])
+
+
+@pytest.mark.parametrize("degree", [0.5, 1.0, 3.0])
+def test_norms_of_any_degree_dress(degree: float) -> None:
+    """A matrix between two rescales is dressed by the norms of one of them."""
+    model = Bag(first=(5, 7), second=(6, 5), third=(4, 6))
+    gauges = [
+        Rescale("relu_rescale", "a", (Axis("first", 0),), (Axis("second", 1),), degree=degree),
+        Rescale("relu_rescale", "b", (Axis("second", 0),), (Axis("third", 1),), degree=degree),
+    ]
+    compare(model, gauges)
+
+
+def test_decay_of_its_own_for_each_side() -> None:
+    model, gauge = copy.deepcopy(RESCALES["units of a layer"])
+    models, optimizers = [model, copy.deepcopy(model)], []
+    for each, by_kernels in zip(models, (True, False), strict=True):
+        named = [*each.named_parameters()]
+        groups = [{"params": [named[i]], "weight_decay": 0.2 * i} for i in range(3)]
+        optimizers.append(DDCAdam(groups, [gauge], lr=0.05, fused=by_kernels))
+        for step in range(3):
+            fill(each, step)
+            optimizers[-1].step()
+        optimizers[-1].norms = []
+    assert_same(*optimizers, 1e-5)
+    assert stacks_in_c(optimizers[0])
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_and_device_change_nothing(default: torch.dtype) -> None:
+    found = []
+    for dtype, device in ((torch.float32, "cpu"), (default, "meta")):
+        model, gauge = copy.deepcopy(RESCALES["units of a layer"])
+        fill(model, 0)
+        torch.set_default_dtype(dtype)
+        try:
+            optimizer = DDCAdam(model.named_parameters(), [gauge], lr=0.05)
+            with torch.device(device):
+                optimizer.step()
+                optimizer.step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append([p.detach() for p in model.parameters()])
+    assert all(map(torch.equal, *found))
+
+
+def test_an_interrupted_step_waits_for_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They write to memory that whoever catches the interrupt would free."""
+    monkeypatch.setattr(native, "WORTH_A_THREAD", 1)
+    ended = []
+
+    def kernel(begin: int, end: int) -> None:
+        if begin == 0:
+            raise KeyboardInterrupt
+        time.sleep(0.2)
+        ended.append(begin)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            native.run_programs(kernel, 2, 2)
+    finally:
+        torch.set_num_threads(threads)
+    assert ended == [1]
 
 
 def test_the_companions_step_and_parts_that_are_no_matrices_are_left_to_torch() -> None:

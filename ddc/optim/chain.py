@@ -26,7 +26,7 @@ class ChainStack(Stack):
         self.sides = [Side([layer]) for layer in layers]
         self.still, self.parameters = still, layers
         first, self.rule = layers[0], layers[0].rule
-        self.step_count = torch.zeros(1, device=first.params[0].device)
+        self.step_count = torch.zeros(1, dtype=torch.float32, device=first.params[0].device)
         self.layers = [len(layer.params) for layer in layers]
         self.move = Arithmetic(ChainStack._move, first.params[0].device)
         sizes: dict[str, tuple[int, ...]] = {} if still else {"radial": (1,)}

@@ -117,7 +117,7 @@ class FactorStack(Stack):
             p.allocate()
             p.compilable = False  # eigenvalues are not
         self.layers = len(parameters[0].params)
-        self.step_count = torch.zeros(self.layers, device=first.device)
+        self.step_count = torch.zeros(self.layers, dtype=torch.float32, device=first.device)
         size = sum(p.params[0].numel() for p in parameters)
         self.at_once = layers_at_once(self.layers, size, first.device)
         #: by parameter, the slots in it, and which side of which part they are

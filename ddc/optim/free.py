@@ -20,7 +20,9 @@ class FreeStack(Stack):
         self.parameter, self.rule = parameter, parameter.rule
         self.parameters = [parameter]
         parameter.allocate()
-        self.step_count = torch.zeros(len(parameter.params), device=parameter.params[0].device)
+        self.step_count = torch.zeros(
+            len(parameter.params), dtype=torch.float32, device=parameter.params[0].device
+        )
         first = parameter.params[0]
         self.at_once = layers_at_once(len(parameter.params), first.numel(), first.device)
         self.single_chunk = self.at_once == len(parameter.params)

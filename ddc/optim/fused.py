@@ -3,7 +3,7 @@ torch, in one pass over the weights, and on a GPU what :mod:`ddc.optim.side` doe
 over units, the direction (with the moments), and the new weights. On a CPU all of a rescale is one
 kernel: :mod:`ddc.optim.polar_in_c`.
 
-Nothing of the size of the weights is written but weights and moments.
+On a GPU nothing of the size of the weights is written but weights and moments.
 """
 
 from __future__ import annotations

@@ -310,7 +310,7 @@ class HiddenStack(Stack):
             each.to(device=first.params[0].device, dtype=first.dtype)
             for each in (self.basis, powers, usual)
         )
-        self.step_count = torch.zeros(1, device=first.params[0].device)
+        self.step_count = torch.zeros(1, dtype=torch.float32, device=first.params[0].device)
         self.modes = zero_modes(rule, {"radial": (modes,)}, first)
         self.modes[WAKING] = waking_none((blocks,), first)
 

@@ -4,12 +4,11 @@
  * units of one layer at a time, so that what one pass has read is in the cache for the next. `free`
  * is the step of ddc/optim/free.py, and has the arguments of the kernel in ddc/optim/kernels.py,
  * which explains them. A kernel does the programs from `begin` to `end`. All arithmetic on entries
- * is in float32; sums over more than ROUND of them are in double.
+ * is in float32, and so are sums of up to ROUND rows or PIECE columns, which are added up in double.
  */
 #include <float.h>
 #include <math.h>
 #include <stdint.h>
-#include <stdlib.h>
 
 typedef int64_t i64;
 enum { WIDEST = 8192, PIECE = 1024, ROUND = 64, LINE = 64, CENTRED_ROUNDING = 16 };
@@ -26,6 +25,8 @@ static const float ONES[WIDEST] = {[0 ... WIDEST - 1] = 1.0f};
 #define END }
 
 INLINE i64 least(i64 a, i64 b) { return a < b ? a : b; }
+/* The larger of x and zero; what is nan stays it, as it does not in fmaxf. */
+INLINE float positive(float x) { return x < 0 ? 0 : x; }
 INLINE i64 quotient(i64 a, i64 b) { return (a + b - 1) / b; } /* rounded up */
 
 /* Adam's numbers. */
@@ -253,7 +254,6 @@ INLINE void direct_columns(
     const float *restrict means = piece->means, *restrict grad_means = piece->grad_means;
     float one[n], two[n], three[n], gathered[n];
     i64 added = 0; /* rows since the sums were cleared */
-    /* backwards, for of what was read last most is in the cache */
     for (i64 group = 0; group < groups; group++) {
         const Indices those =
             indices_of(m->order, m->starts, group, ROUND, m->rows, (int)m->averaged);
@@ -488,11 +488,11 @@ static void turn_side(const Polar *s, Half *half, Clock clock, i64 n)
         const float product = clock.ratio * (float)half->products[i];
         const float squares = clock.ratio * clock.ratio * (float)half->squares[i];
         const float along = awake ? inverse * product : 0, angle = stride * inverse;
-        const float across = fmaxf(squares - along * along, 0);
+        const float across = positive(squares - along * along);
         const float stretch = sqrtf(1 + angle * angle * across);
         const float grown = s->retract && awake ? growth / stretch : growth;
         const float woken =
-            sqrtf(fmaxf(norm * norm - 2 * stride * product + stride * stride * squares, 0));
+            sqrtf(positive(norm * norm - 2 * stride * product + stride * stride * squares));
         half->after[i] = grown * (awake ? norm * stretch : woken);
         half->keep[i] = grown * (1 + angle * along);
         half->turn[i] = grown * stride * clock.ratio;
@@ -511,7 +511,7 @@ static void direct_centred(Piece *piece, Half *half, Adam adam)
         const double mean = half->taken[i] / rows;
         const double own = half->squares[i] - rows * mean * mean;
         piece->mean_u[i] = (float)mean;
-        half->squares[i] = others[i] + (own > 0 ? own : 0);
+        half->squares[i] = others[i] + (own < 0 ? 0 : own); /* what is nan stays it */
     }
 }
 
@@ -544,12 +544,6 @@ static void move_side(const Polar *s, Half *half, Clock clock, i64 n)
     }
 }
 
-/* Room of a thread, which lasts, so that it stays in the cache. */
-static _Thread_local struct {
-    float *at;
-    size_t size;
-} kept;
-
 static i64 lines(i64 n) { return quotient(n, LINE / sizeof(float)) * (LINE / sizeof(float)); }
 
 /* Take n numbers of four bytes, or of eight, where a line of the cache begins. */
@@ -567,13 +561,14 @@ static i64 dressed_by(const Matrix *m, i64 n)
 }
 
 /* How many numbers of four bytes a side needs, for so many units at a time. */
-static i64 room_of(const Side *side, i64 block)
+static i64 room_of(const Side *side, i64 block, int steps)
 {
     i64 n = 4 * lines(2 * block) + 8 * lines(block);
     n += lines(quotient(side->count * sizeof(Piece), sizeof(float)));
     for (i64 i = 0; i < side->count; i++) {
         const Matrix *m = &side->matrices[i];
-        n += 3 * lines(block) + lines(block * (m->unit == 1 ? m->rows : m->columns));
+        n += 3 * lines(block);
+        n += steps ? lines(block * (m->unit == 1 ? m->rows : m->columns)) : 0;
         n += 3 * lines(dressed_by(m, block));
     }
     return n;
@@ -591,7 +586,7 @@ static void dress(Piece *piece, i64 norms, i64 n)
     }
 }
 
-static Half half_of(const Side *side, i64 layer, i64 from, i64 n, float **room)
+static Half half_of(const Side *side, i64 layer, i64 from, i64 n, int steps, float **room)
 {
     Half half = {
         .side = side,
@@ -628,7 +623,7 @@ static Half half_of(const Side *side, i64 layer, i64 from, i64 n, float **room)
             .means = take(room, n, 4),
             .grad_means = take(room, n, 4),
             .mean_u = take(room, n, 4),
-            .u = take(room, n * (m->unit == 1 ? m->rows : m->columns), 4),
+            .u = steps ? take(room, n * (m->unit == 1 ? m->rows : m->columns), 4) : 0,
             .n = n,
         };
         dress(&half.pieces[i], norms, dressed);
@@ -648,26 +643,25 @@ static Clock clock_of(const Polar *s, i64 layer)
     };
 }
 
-/* 0, or 1 where there is no memory, before anything has moved. */
-int ddc_polar(i64 begin, i64 end, const Polar *s)
+/* How many numbers of four bytes a thread needs. */
+i64 ddc_polar_room(const Polar *s)
 {
-    const i64 blocks = quotient(s->units, s->block), block = least(s->block, s->units);
-    const size_t size = sizeof(float) *
-        (size_t)(room_of(&s->plus, block) + room_of(&s->minus, block) + room_of(&s->dressed, block));
-    if (kept.size < size) {
-        free(kept.at);
-        kept.at = aligned_alloc(LINE, size);
-        kept.size = kept.at ? size : 0;
-    }
-    if (!kept.at)
-        return 1;
+    const i64 block = least(s->block, s->units);
+    return room_of(&s->plus, block, 1) + room_of(&s->minus, block, 1) +
+        room_of(&s->dressed, block, 0);
+}
+
+/* With so much room, where a line of the cache begins. */
+KERNEL(polar)(i64 begin, i64 end, const Polar *s, float *const kept)
+{
+    const i64 blocks = quotient(s->units, s->block);
     for (i64 program = begin; program < end; program++) {
-        const i64 layer = program / blocks, from = program % blocks * block;
-        const i64 n = least(block, s->units - from), place = layer * s->units + from;
-        float *room = kept.at;
-        Half plus = half_of(&s->plus, layer, from, n, &room);
-        Half minus = half_of(&s->minus, layer, from, n, &room);
-        Half dressed = half_of(&s->dressed, layer, from, n, &room);
+        const i64 layer = program / blocks, from = program % blocks * s->block;
+        const i64 n = least(s->block, s->units - from), place = layer * s->units + from;
+        float *room = kept;
+        Half plus = half_of(&s->plus, layer, from, n, 1, &room);
+        Half minus = half_of(&s->minus, layer, from, n, 1, &room);
+        Half dressed = half_of(&s->dressed, layer, from, n, 0, &room);
         read_side(&plus, n);
         for (i64 i = 0; i < n; i++) {
             s->before[place + i] = plus.norm[i];
@@ -704,7 +698,6 @@ int ddc_polar(i64 begin, i64 end, const Polar *s)
         for (i64 i = 0; i < n; i++)
             s->after[place + i] = plus.after[i];
     }
-    return 0;
 }
 
 /* ---- what no gauge scales ---- */

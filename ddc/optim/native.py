@@ -15,8 +15,9 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -139,37 +140,57 @@ def launch(name: str, grid: tuple[int, ...], size: int, *arguments: Any) -> None
 
 
 def run_polar(stack: ctypes.Structure, programs: int, size: int) -> None:
-    """Run the kernel ``polar`` on what :class:`ddc.optim.polar_in_c.CPolar` says.
+    """Run the kernel ``polar`` on what :class:`ddc.optim.polar_in_c.CPolar` says."""
+    kernel, room_of = polar()
+    where = ctypes.byref(stack)
+    numbers = room_of(where)
 
-    Raises:
-        MemoryError: there is none for what a thread keeps; some units may have stepped by then.
-    """
-    if any(run_programs(polar(), programs, size, ctypes.byref(stack))):
-        raise MemoryError("a step of the kernels in C")
+    def run(begin: int, end: int) -> None:
+        kernel(begin, end, where, room(numbers).data_ptr())
+
+    run_programs(run, programs, size)
 
 
-def run_programs(kernel: Callable[..., Any], programs: int, size: int, *passed: Any) -> list[Any]:
-    """Share the programs of a kernel out to threads; what each returns."""
+#: What kernels write to between their passes, one for each thread: it stays in the cache.
+rooms = threading.local()
+
+
+def room(numbers: int) -> Tensor:
+    """A thread's room for so many numbers in float32, or more."""
+    found: Tensor | None = getattr(rooms, "tensor", None)
+    if found is None or len(found) < numbers:
+        found = rooms.tensor = torch.empty(numbers, dtype=torch.float32, device="cpu")
+    return found
+
+
+def run_programs(kernel: Callable[..., Any], programs: int, size: int, *passed: Any) -> None:
+    """Share the programs of a kernel out to threads."""
     threads = min(torch.get_num_threads(), programs, max(1, size // WORTH_A_THREAD))
     if threads == 1:
-        return [kernel(0, programs, *passed)]
+        kernel(0, programs, *passed)
+        return
     cuts = [programs * i // threads for i in range(threads + 1)]
     done = [
         pool(torch.get_num_threads()).submit(kernel, *ends, *passed)
         for ends in itertools.pairwise(cuts)
     ]
-    return [each.result() for each in done]
+    try:
+        for each in done:
+            each.result()
+    finally:  # whatever is raised here, they write to memory that must be there
+        wait(done)
 
 
 @functools.cache
-def polar() -> Callable[..., int]:
-    """The kernel of that name."""
+def polar() -> tuple[Callable[..., None], Callable[..., int]]:
+    """The kernel of that name, and what says how much room it needs."""
     found = library()
     assert found is not None
-    kernel = found["ddc_polar"]
-    kernel.restype = ctypes.c_int
-    kernel.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
-    return kernel
+    kernel, room_of = found["ddc_polar"], found["ddc_polar_room"]
+    kernel.restype, room_of.restype = None, ctypes.c_int64
+    kernel.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
+    room_of.argtypes = [ctypes.c_void_p]
+    return kernel, room_of
 
 
 @functools.cache

@@ -47,7 +47,9 @@ class PolarStack(Stack):
         self.parameters = [*plus, *minus]
         first, self.rule = plus[0], plus[0].rule
         self.layers = len(first.params)
-        self.step_count = torch.zeros(self.layers, device=first.params[0].device)
+        self.step_count = torch.zeros(
+            self.layers, dtype=torch.float32, device=first.params[0].device
+        )
         modes = (("radial",) + (("vertical",) if vertical else ())) if minus else ()
         shape = self.layers, first.units
         self.modes = zero_modes(self.rule, dict.fromkeys(modes, shape), first)

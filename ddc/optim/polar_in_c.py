@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 #: Bytes of weights, gradients and moments that a program of rows goes over, which stay in the cache
 #: of a core. One of columns takes whole rows, which are read faster than strips.
 TILE_BYTES = 2**19
-#: Units of a program: a multiple of a line of the cache, at most what a thread's stack holds.
-LINE, MOST = 16, 8192
+#: Units of a program: a multiple of a line of the cache; at most so many, a row of which is read as
+#: fast as a wider one; and with no more entries than this, 16 MB, for each of which there is room.
+LINE, MOST, ROOM = 16, 2048, 2**22
 MODES = ("freeze", "adam", "balance")
 
 
@@ -105,7 +106,7 @@ class PolarInC:
         )
         stepped = [p for parameters in self.sides[:2] for p in parameters]
         self.has_columns = any(kernels_of(p).unit == 1 for p in (*stepped, *stack.dressed))
-        self.in_tile = TILE_BYTES // (16 * sum(p.unit_size for p in stepped))
+        self.of_unit = sum(p.unit_size for p in stepped)
 
     @staticmethod
     def _side(parameters: Sequence[StackedParameter], side: Side | None) -> CSide:
@@ -168,7 +169,7 @@ class PolarInC:
         """
         given = self.given
         count = len(layers[0][0].weights)
-        before, after = torch.empty((2, count, given.units), dtype=torch.float32)
+        before, after = torch.empty((2, count, given.units), dtype=torch.float32, device="cpu")
         alive: list[Any] = []  # until the kernel has run
         given.dressed.count = len(layers[2])  # a measure does without
         for side, each in zip((given.plus, given.minus, given.dressed), layers, strict=True):
@@ -200,8 +201,9 @@ class PolarInC:
         """Units of a program, so many that each thread has work; results do not depend on it."""
         units = cdiv(self.given.units, cdiv(torch.get_num_threads(), layers))
         if not self.has_columns:
-            units = min(units, self.in_tile)
-        return min(max(cdiv(units, LINE), 1) * LINE, MOST)
+            units = min(units, TILE_BYTES // (16 * self.of_unit))
+        units = min(units, MOST, ROOM // self.of_unit)
+        return max(cdiv(units, LINE), 1) * LINE
 
     @staticmethod
     def _fill(matrix: CMatrix, of: Layers | Pairs) -> list[Any]:
