@@ -180,3 +180,22 @@ def test_runs_keep_their_names_and_older_ones_their_decay() -> None:
 def test_a_decay_that_has_no_meaning_is_refused(overrides: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         compose_config(["+experiment=past_fit", *overrides.split()])
+
+
+def test_what_is_frozen_holds_what_it_is_tied_to() -> None:
+    """Else its readers would shrink alone, along the orbit."""
+    model = gpt()
+    model.blocks[0].attention_norm.weight.requires_grad_(False)
+    shares = decay_shares(dict(model.named_parameters()), "consistent", find_gauges(model))
+    held = ("attention_norm.weight", *(f"attention.{each}.weight" for each in ("query", "key")))
+    assert all(shares[f"blocks.0.{name}"] == 0 for name in held)
+    assert shares["blocks.1.attention_norm.weight"] == 0.5
+
+
+def test_a_norm_that_scales_by_1_plus_gamma_is_consistent_under_ddc_alone() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    gauge = Rescale("norm_scale", "norm", (Axis("0.bias", 0, offset=1),), (Axis("1.weight", 1),))
+    options = {"lr": 0.1, "weight_decay": 0.1, "decay_on": "consistent"}
+    with pytest.raises(ValueError, match=r"optimizer.decay_on=consistent: norm_scale.*1 \+ a"):
+        make_optimizer("adamw", model, GaugeSet([gauge]), **options)
+    make_optimizer("ddcadam", model, GaugeSet([gauge]), **options)

@@ -13,7 +13,10 @@ e_M`. Of all consistent shares, those are taken whose rates are nearest to the r
 matrices alone, by least squares over the gauges. So where a norm scale is the only gauge of a
 matrix, both decay by half.
 
-Of the paper's kinds the others scale nothing.
+What is frozen does not decay, and holds what it is tied to. Of the paper's kinds the others scale
+nothing. The scale of a norm that multiplies by 1 + γ decays with that under a DDC optimizer; under
+others γ itself shrinks, which no share makes consistent
+(:func:`ddc.optim.factory.make_optimizer` refuses it).
 """
 
 from __future__ import annotations
@@ -77,11 +80,14 @@ def decay_shares(
         case "all":
             return dict.fromkeys(params, 1.0)
         case "consistent":
-            return on_matrices | consistent(on_matrices, gauges)
+            frozen = [name for name, p in params.items() if not p.requires_grad]
+            return on_matrices | consistent(on_matrices, gauges, frozen)
     raise ValueError(f"Invalid {decay_on=}: expected one of {', '.join(DECAY_ON)}")
 
 
-def consistent(on_matrices: Mapping[str, float], gauges: Iterable[Gauge]) -> dict[str, float]:
+def consistent(
+    on_matrices: Mapping[str, float], gauges: Iterable[Gauge], frozen: Iterable[str] = ()
+) -> dict[str, float]:
     """The consistent shares of all parameters under rescales; zero where there is no other."""
     found = list(rescales(gauges))
     names = sorted({name for plus, minus, _ in found for name in plus + minus})
@@ -96,7 +102,10 @@ def consistent(on_matrices: Mapping[str, float], gauges: Iterable[Gauge]) -> dic
         return values
 
     # all consistent shares are combinations of the columns of ``basis``
-    ties = torch.stack([row({p: 1.0}) - row({m: k}) for ps, ms, k in found for p in ps for m in ms])
+    ties = torch.stack(
+        [row({p: 1.0}) - row({m: k}) for ps, ms, k in found for p in ps for m in ms]
+        + [row({name: 1.0}) for name in frozen if name in column]
+    )
     _, singular, directions = torch.linalg.svd(ties)
     rank = int((singular > ROUNDING * singular.max()).sum())
     if rank == len(names):  # degrees that contradict each other along a circle

@@ -7,14 +7,14 @@ import os
 import pkgutil
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from ddc.gauges import GaugeSet, HiddenMatrix, is_split, plain_name
+from ddc.gauges import Gauge, GaugeSet, HiddenMatrix, Rescale, is_split, plain_name
 from ddc.optim import rules
 from ddc.optim.combined import CombinedOptimizer
 from ddc.optim.ddcadam import DDCAdam
@@ -187,6 +187,18 @@ def fitted_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, 
     return {**state_dict, "state": state}
 
 
+def require_no_offset(gauges: Iterable[Gauge], optimizer: str) -> None:
+    """Raise ValueError for a gauge that scales a parameter plus a number, which an optimizer that
+    decays the parameter itself moves along its orbit.
+    """
+    for gauge in gauges:
+        if isinstance(gauge, Rescale) and any(axis.offset for axis in gauge.plus + gauge.minus):
+            raise ValueError(
+                f"optimizer.decay_on=consistent: {gauge} scales 1 + a parameter, which the decay of"
+                f" {optimizer} does not; take optimizer.decay_on=matrices, or a DDC optimizer"
+            )
+
+
 def make_optimizer(
     name: str,
     model: nn.Module,
@@ -214,6 +226,8 @@ def make_optimizer(
         ValueError: an unknown name, a hyperparameter out of range, or no compiler where one is
             needed.
     """
+    if decay_on == "consistent" and name not in (*LIFTS, "ddcmuon"):
+        require_no_offset(gauges, name)
     groups = decay_groups(model, weight_decay, decay_on, gauges)
     if "compiled" in options:
         by_kernels = name == "ddcadam" and not options.get("additive")

@@ -90,6 +90,7 @@ def largest_eigenvalue(
         most: products, at most.
 
     Raises:
+        ValueError: a product that is not finite.
         RuntimeError: not within ``tolerance`` after ``most`` products.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -99,6 +100,8 @@ def largest_eigenvalue(
     beside: list[float] = []
     for count in range(1, most + 1):
         image = product(basis[-1])
+        if not image.isfinite().all():
+            raise ValueError("Invalid params: a second derivative of the loss there is not finite")
         diagonal.append(float(basis[-1] @ image))
         known = torch.stack(basis)
         for _ in range(2):  # twice is enough (Kahan and Parlett)

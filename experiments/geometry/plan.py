@@ -1,6 +1,8 @@
 """Claims C9 and C9b: how sharp, and how singular, the minimum is that training ends in.
 
-Written before the runs, but for pilots, on which tolerance, number of probes and the settings of
+Written before anything was measured at the end of these runs, but after their losses were seen, for
+they are those of past_fit, stage ``mechanism``, made again to keep their weights; and but for
+pilots, on which tolerance, number of probes and the settings of
 the sampler were chosen: the final weights of one run of the specification curve of past_fit
 (DDCAdam, seed 0, another vertical mode than here), and those of AdamW after 300 steps.
 
@@ -8,7 +10,9 @@ the sampler were chosen: the final weights of one run of the specification curve
 changes the minimum that is reached and what is measurable there, and that built into the optimizer
 the symmetry sharpens the minimum. Taken at its word, that is a larger curvature (C9); the word may
 mean no more than *improves*, and then there is nothing to test. It gives the learning coefficient
-no sign: of a minimum with more dead directions it is smaller, and that is what counts here (C9b).
+no sign: of a minimum with more dead directions it is smaller, and that is what counts here (C9b);
+the sign is ours. Minima are compared at the end of equal training, not at equal train loss, on
+which both quantities depend; so the train losses stand beside the verdict.
 
 *Runs.* AdamW, DDCAdam and the author's own step on the setting of past_fit, stage ``mechanism``:
 4,000 steps, rate 0.001, decay 0.1 on matrices, radial rate 1; seeds 0 to 4, paired. The weights are
@@ -30,7 +34,8 @@ decide the number: it compares minima, and is no coefficient in the limit of man
 *Verdicts*, of DDCAdam and of the author's step, each against AdamW. C9: reproduced if the largest
 eigenvalue is larger both raw and balanced, C9b if the learning coefficient is smaller at both step
 sizes, each with p < 0.05: paired t-test, Holm over all eight tests. Direction only: at one of the
-two, and at the other not significantly the other way round.
+two with p < 0.05, and at the other not significantly the other way round. Runs that diverge are
+left out and counted.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def differences(runs: Mapping[str, Sequence[Record]], name: str, number: Number)
 def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Verdict]:
     """Both claims, of DDCAdam and of the author's step, p-values adjusted over all tests."""
     runs = runs_of(records)
-    if any({run["seed"] for run in runs.get(name, ())} < {*SEEDS} for name in OPTIMIZERS):
+    if len(records) < len(OPTIMIZERS) * len(SEEDS) or len(runs) < len(OPTIMIZERS):
         mine = [claims[each] for each in TESTS]
         return [v for claim in mine for v in not_complete(claim, tuple(claim.fixed), SCALE)]
     keys = [
@@ -134,18 +134,28 @@ def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Ver
                     tested(ps[0]),
                     SCALE,
                     verdict(effects),
-                    of_curvature(runs, name)
-                    if each == "C9"
-                    else of_sampler([*runs[name], *runs[ADAMW]]),
+                    against(records, runs, name, each),
                 )
             )
     return found
 
 
-def of_curvature(runs: Mapping[str, Sequence[Record]], name: str) -> str:
-    """The difference where nothing is left of any symmetry, heads' general maps among them."""
-    left = interval(differences(runs, name, eigenvalue("balanced_all")), ".2f")
-    return f"balanced under all symmetries {left}"
+def against(
+    records: Sequence[Record], runs: Mapping[str, Sequence[Record]], name: str, claim: str
+) -> str:
+    """What the same records hold against a verdict: the train loss, on which both depend; the
+    difference of curvature where nothing is left of any symmetry; or the state of the sampler.
+    """
+    train_loss, form = SHOWN["train loss"]
+    notes = [f"train loss {interval(differences(runs, name, train_loss), form)}"]
+    if claim == "C9":
+        left = interval(differences(runs, name, eigenvalue("balanced_all")), ".2f")
+        notes.append(f"balanced under all symmetries {left}")
+    else:
+        notes.append(of_sampler([*runs[name], *runs[ADAMW]]))
+    if diverged := sum(record["diverged"] for record in records):
+        notes.append(f"{diverged} runs diverged")
+    return "; ".join(notes)
 
 
 def of_sampler(runs: Sequence[Record]) -> str:
