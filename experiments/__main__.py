@@ -52,8 +52,8 @@ from experiments.questions import Planned, Question, questions
 
 RESULTS = ROOT / "results"
 REPORT = RESULTS / "report"
-#: Heading under which the README finds them.
-OWN_IN_SHORT = "Our own claims in short"
+#: Headings under which the README finds them.
+PAPERS_IN_SHORT, OWN_IN_SHORT = "The paper's claims in short", "Our own claims in short"
 TITLE = "Dead-Direction Conditioners: the paper's claims, rerun"
 
 
@@ -132,8 +132,9 @@ def summary(claims: Mapping[str, Claim], verdicts: list[Verdict]) -> tuple[str, 
         ),
         "\n".join(f"- {rule(claim)}" for claim in claims.values()),
     ]
-    own = {name: claim for name, claim in claims.items() if claim.own}
-    notes.append(f"## {OWN_IN_SHORT}\n\n{short_table(own, verdicts)}")
+    for heading, own in ((PAPERS_IN_SHORT, False), (OWN_IN_SHORT, True)):
+        mine = {name: claim for name, claim in claims.items() if claim.own == own}
+        notes.append(f"## {heading}\n\n{short_table(mine, verdicts)}")
     return f"# Claims and verdicts\n\n{verdict_table(claims, verdicts)}", "\n\n".join(notes)
 
 

@@ -231,21 +231,25 @@ def verdict_table(claims: Mapping[str, Claim], verdicts: Iterable[Verdict]) -> s
 
 
 def short_table(claims: Mapping[str, Claim], verdicts: Iterable[Verdict]) -> str:
-    """One row a claim: its comparisons by verdict."""
-    verdicts = list(verdicts)
+    """One row a claim: what the paper has, if it is the paper's, and its protocols by verdict."""
+    verdicts, own = list(verdicts), all(claim.own for claim in claims.values())
     rows = []
     for claim in claims.values():
         by_verdict: dict[str, list[str]] = {}
         for v in verdicts:
             if v.claim == claim.id:
                 named = by_verdict.setdefault(words_of(claim, v), [])
-                named += [v.protocol.removeprefix("against ")] * (v.protocol in claim.protocols)
+                is_named = v.protocol in (claim.protocols if own else claim.fixed)
+                named += [v.protocol.removeprefix("against ")] * is_named
         cells = [
             f"**{each}**: {'; '.join(named)}" if named else f"**{each}**"
             for each, named in by_verdict.items()
         ]
-        rows.append([f"{claim.id}: {claim.title}", ". ".join(cells)])
-    return table(["claim", "verdict, by comparison"], rows, left=2)
+        paper = [] if own else [claim.paper]
+        rows.append([f"{claim.id}: {claim.title}", *paper, ". ".join(cells)])
+    if own:
+        return table(["claim", "verdict, by comparison"], rows, left=2)
+    return table(["claim", "paper", "verdict, by protocol"], rows, left=3)
 
 
 def words_of(claim: Claim, verdict: Verdict) -> str:
