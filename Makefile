@@ -20,7 +20,7 @@ $(QUESTIONS): $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN) -m experiments run $@
 
 # Its images come out of a Debian package; where they cannot, the hub is asked.
-vit_scratch: images
+vit_scratch vit_tuned: images
 images:
 	-@$(MAKE) --no-print-directory fashion-mnist
 

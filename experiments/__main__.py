@@ -298,7 +298,11 @@ def run_stage(plan: Planned, stage: str, runs: str, jobs: int) -> None:
     if script := plan.scripts.get(stage):
         commands = [[sys.executable, str(ROOT / script), str(each.folder)] for each in sweep]
         call = delayed(subprocess.run)
-        Parallel(n_jobs=jobs, prefer="threads")(call(each, check=True) for each in commands)
+        # a script finds the folders beside it, which are not installed
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        Parallel(n_jobs=jobs, prefer="threads")(
+            call(each, check=True, env=env) for each in commands
+        )
 
 
 def main() -> None:

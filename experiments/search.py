@@ -27,6 +27,23 @@ def last_loss(record: Record) -> float:
     return math.inf if record["diverged"] else float(record["summary"]["validation_loss"])
 
 
+def best_loss(record: Record) -> float:
+    """The best validation loss; infinite for a run that diverged."""
+    return math.inf if record["diverged"] else float(record["summary"]["best_validation_loss"])
+
+
+def last_loss_of_fit(level: float) -> Callable[[Record], float]:
+    """The last validation loss; infinite for a run that diverged, or whose train loss is above a
+    level at the end.
+    """
+
+    def value(record: Record) -> float:
+        fits = not record["diverged"] and record["summary"]["train_loss"] <= level
+        return last_loss(record) if fits else math.inf
+
+    return value
+
+
 @dataclass(frozen=True, eq=False)
 class Search:
     """A search in rounds, on one seed.
@@ -199,16 +216,40 @@ class Search:
             if (stage := self.stage_of(record)) and record["stages"][stage] in known
         }
 
-    def not_interior(self, records: Sequence[Record]) -> list[str]:
+    def open_at(self, records: Sequence[Record], optimizer: str, question: str) -> list[Point]:
+        """The open sides of what a question chooses by records; none where it chooses nothing."""
+        tried = self.recorded(records, optimizer)
+        chosen = self.choices(tried).get(question)
+        return [] if chosen is None else self.open_sides(optimizer, chosen, tried)
+
+    def not_interior(
+        self, records: Sequence[Record], questions: Collection[str] | None = None
+    ) -> list[str]:
         """The optimizers of which a choice, by records, has a neighbour that was not tried, or lies
-        where the lattice ends.
+        where the lattice ends; of some questions, or of all.
         """
-        found = {name: self.recorded(records, name) for name in self.axes}
+        asked = self.questions if questions is None else questions
         return [
             name
-            for name, tried in found.items()
-            if any(self.open_sides(name, each, tried) for each in self.choices(tried).values())
+            for name in self.axes
+            if any(self.open_at(records, name, question) for question in asked)
         ]
+
+    def reported(
+        self, records: Sequence[Record], question: str, stage: str = "reported"
+    ) -> dict[str, list[Record]]:
+        """The runs of a stage at what a question chooses by records, by optimizer, in order of
+        seeds; those that there are.
+        """
+        found = {}
+        for name in self.axes:
+            point = self.choices(self.recorded(records, name)).get(question)
+            if point is not None:
+                overrides = self.setting_at(name, point)
+                runs = [each for each in records if each["stages"].get(stage) == overrides]
+                if runs:
+                    found[name] = sorted(runs, key=lambda run: run["seed"])
+        return found
 
     def stage_of(self, record: Record) -> str | None:
         """The first of its stages that a record is of, if it is of any."""

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -53,7 +54,8 @@ CLAIM = load_claims(EXPERIMENTS)
 
 
 def test_every_claim_can_be_run_and_reported() -> None:
-    papers = ["C1", "C1b", "C2", "C2b", "C3", "C4", "C5", "C5b", "C6", "C7", "C8"]
+    papers = ["C1", "C1b", "C2", "C2b", "C3", "C3b", "C4", "C4b", "C5", "C5b", "C6", "C7", "C8"]
+    papers += ["C9", "C9b"]
     assert list(CLAIM) == [*papers, "W1", "W1b", "W2", "W3", "W4", "W5", "W6", "W7", "W8"]
     every = {each.name: each for each in questions(CLAIM)}
     for claim in CLAIM.values():
@@ -266,6 +268,24 @@ def test_verdict_of_the_drift(shift: float, scale: float, expected: str) -> None
         record["curve"] = {"gauge_drift": [dict.fromkeys(kinds, 0.0), kinds]}
     found = drift.verdicts(records, CLAIM["C8"], ["logit_shift", "norm_scale"])
     assert [each.verdict for each in found] == [expected] * 2
+
+
+def test_the_script_of_a_stage_finds_the_folders_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also without a PYTHONPATH, as ``make`` calls it: the wheel does not hold experiments."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import pathlib, sys\nimport experiments.search\n"
+        "(pathlib.Path(sys.argv[1]) / 'measured').touch()\n"
+    )
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    ended = [SimpleNamespace(ended=True, folder=tmp_path)]
+    monkeypatch.setattr(command, "parse_sweep", lambda lines: ended)
+    monkeypatch.setattr(command, "run_missing", lambda sweep, jobs: None)
+    plan = SimpleNamespace(plan_lines=lambda stage, runs: [], scripts={"end": str(script)})
+    command.run_stage(plan, "end", "runs", 1)
+    assert (tmp_path / "measured").exists()
 
 
 def test_the_main_table_says_what_speaks_against_a_verdict() -> None:

@@ -62,6 +62,20 @@ def stage_runs(records: Sequence[Record], stage: str) -> Runs:
     }
 
 
+def against_adamw(baseline: Sequence[Record], subject: Sequence[Record]) -> Runs:
+    """Runs of AdamW and of what stands against it, of the seeds on which both ran and neither
+    diverged; the second by the name :data:`SUBJECT`, whatever it is.
+    """
+    ended = [
+        {run["seed"]: run for run in runs if not run["diverged"]} for runs in (baseline, subject)
+    ]
+    seeds = sorted(ended[0].keys() & ended[1].keys())
+    return {
+        name: [each[seed] for seed in seeds]
+        for name, each in zip((BASELINE, SUBJECT), ended, strict=True)
+    }
+
+
 def values(records: Sequence[Record], quantity: Quantity) -> list[float | None]:
     """The number of each run."""
     return [quantity.of(record) for record in records]

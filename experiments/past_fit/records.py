@@ -9,7 +9,7 @@ from typing import Any
 
 from ddc.report.stages import Record
 from ddc.training.records import Records
-from experiments.past_fit.settings import ADAMW, AUTHOR, DDCADAM, OPTIMIZERS, SEARCH
+from experiments.past_fit.settings import ADAMW, AUTHOR, DDCADAM, SEARCH
 
 #: The matrices under the block rescale of a SwiGLU: what the paper's step moves further.
 IN_BLOCKS = ("mlp.up.weight", "mlp.down.weight")
@@ -68,15 +68,7 @@ def by_seed(runs: Sequence[Record]) -> list[Record]:
 
 def chosen_runs(records: Sequence[Record], question: str) -> dict[str, list[Record]]:
     """The runs that report what a question chose, by optimizer; those that there are."""
-    found = {}
-    for name in OPTIMIZERS:
-        point = SEARCH.choices(SEARCH.recorded(records, name)).get(question)
-        if point is not None:
-            overrides = SEARCH.setting_at(name, point)
-            runs = [each for each in records if each["stages"].get("reported") == overrides]
-            if runs:
-                found[name] = by_seed(runs)
-    return found
+    return SEARCH.reported(records, question)
 
 
 def mechanism_runs(records: Sequence[Record], stages: Sequence[str]) -> dict[str, list[Record]]:

@@ -24,6 +24,7 @@ from ddc.report.paired import (
     Quantity,
     Runs,
     advantages,
+    against_adamw,
     differences,
     from_summary,
     gap_at,
@@ -50,7 +51,6 @@ from experiments.past_fit.records import (
     without_diverged,
 )
 from experiments.past_fit.settings import ADAMW, AUTHOR, DDCADAM, FIT, OPTIMIZERS, SEARCH
-from experiments.search import Point
 
 TRAIN = Quantity("train loss, last", from_summary("train_loss"), 0)
 LAST = Quantity("validation loss, last", from_summary("validation_loss"), -1)
@@ -93,15 +93,6 @@ SCALE = "GPT, 0.12M parameters, 4 kB of text"
 def load() -> list[Record]:
     """The committed records, complete or not."""
     return EXPERIMENT.records
-
-
-def against_adamw(baseline: Sequence[Record], subject: Sequence[Record]) -> Runs:
-    """Both on the seeds on which both ran and neither diverged, as :mod:`ddc.report.paired` has
-    them.
-    """
-    ended = [{run["seed"]: run for run in without_diverged(each)} for each in (baseline, subject)]
-    seeds = sorted(ended[0].keys() & ended[1].keys())
-    return dict(zip((ADAMW, DDCADAM), ([each[s] for s in seeds] for each in ended), strict=True))
 
 
 def protocols(records: Sequence[Record]) -> dict[str, dict[str, list[Record]]]:
@@ -185,26 +176,12 @@ def against(records: Sequence[Record], protocol: str, runs: Runs, incomplete: st
     if unfit:
         notes.append(f"{unfit} of {len(runs[DDCADAM])} runs end above train loss {FIT:g}")
     if protocol in SEARCH.questions:
-        edges = [
-            TITLES[name]
-            for name in OPTIMIZERS
-            if protocol in SEARCH.choices(SEARCH.recorded(records, name))
-            and open_sides(records, name, protocol)
-        ]
+        edges = [TITLES[name] for name in SEARCH.not_interior(records, [protocol])]
         if edges:
             notes.append(f"not interior: {', '.join(edges)}")
         if any(f"{name} (" in incomplete for name in SEARCH.names):
             notes.append("the search is not complete")
     return "; ".join(notes) or "–"
-
-
-def open_sides(records: Sequence[Record], name: str, question: str) -> list[Point]:
-    """Neighbours of the chosen point that were not tried, and itself where the lattice ends."""
-    cells = SEARCH.recorded(records, name)
-    chosen = SEARCH.choices(cells).get(question)
-    if chosen is None:
-        return []
-    return SEARCH.open_sides(name, chosen, cells)
 
 
 def cells_of(runs: Sequence[Record], quantities: Sequence[Quantity] = QUANTITIES) -> list[str]:
@@ -369,9 +346,10 @@ def edges(records: Sequence[Record]) -> str:
         for question in SEARCH.questions:
             if question not in SEARCH.choices(cells):
                 parts.append(f"- {TITLES[name]}, {question}: no setting qualifies.")
-            elif open_sides(records, name, question):
-                count = len(open_sides(records, name, question))
-                parts.append(f"- {TITLES[name]}, {question}: not interior, {count} sides are open.")
+            elif open_at := SEARCH.open_at(records, name, question):
+                parts.append(
+                    f"- {TITLES[name]}, {question}: not interior, {len(open_at)} sides are open."
+                )
     counts = ", ".join(f"{TITLES[n]} {len(SEARCH.recorded(records, n))}" for n in OPTIMIZERS)
     text = "\n".join(parts) or "Every chosen setting is interior."
     return f"Settings tried: {counts}.\n\n{text}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from ddc.report.stages import Record
-from experiments.search import Search, last_loss
+from experiments.search import Search, best_loss, last_loss, last_loss_of_fit
 
 #: A run fits if its train loss at the end is at most this; the level of the gap at equal loss.
 FIT = 0.5
@@ -14,21 +14,10 @@ OPTIMIZERS = ("adamw", "ddcadam", "ddcadam_paper")
 ADAMW, DDCADAM, AUTHOR = OPTIMIZERS
 
 
-def last_loss_that_fits(record: Record) -> float:
-    """The last validation loss; infinite for a run that diverged, or does not fit."""
-    fits = not record["diverged"] and record["summary"]["train_loss"] <= FIT
-    return last_loss(record) if fits else math.inf
-
-
 def gap_at_equal_loss(record: Record) -> float:
     """The gap where the train loss first falls to 0.5; infinite for a run that never gets there."""
     gap = None if record["diverged"] else record["summary"]["gap_at_train_loss"][str(FIT)]
     return math.inf if gap is None else float(gap)
-
-
-def best_loss(record: Record) -> float:
-    """The best validation loss; infinite for a run that diverged."""
-    return math.inf if record["diverged"] else float(record["summary"]["best_validation_loss"])
 
 
 _RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -47,7 +36,7 @@ SEARCH = Search(
     },
     questions={
         "last": last_loss,
-        "last_fit": last_loss_that_fits,
+        "last_fit": last_loss_of_fit(FIT),
         "equal_loss": gap_at_equal_loss,
         "best": best_loss,
     },

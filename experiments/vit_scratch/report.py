@@ -50,6 +50,7 @@ from experiments.vit_scratch.plan import EXPERIMENT
 #: By claim, the figure beside the main table.
 FIGURES = {"C3": "losses", "C4": "pruning"}
 HALF = 0.5
+SCALE = "ViT, 0.2M parameters, 2,000 images of Fashion-MNIST"
 
 
 def pruned(keep: float, key: str, rise: bool = False) -> Callable[[Record], float]:
@@ -163,7 +164,6 @@ def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Ver
         p_loss, p_spare, p_half = (
             p[protocol, quantity.title] for quantity in (LAST_LOSS, SPARE, HALVED)
         )
-        scale = "ViT, 0.2M parameters, 2,000 images of Fashion-MNIST"
         means = [
             statistics.mean(r["summary"]["validation_loss"] for r in mine[name])
             for name in (SUBJECT, BASELINE)
@@ -182,7 +182,7 @@ def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Ver
                 p_cell(p_loss),
                 seeds,
                 tested(p_loss),
-                scale,
+                SCALE,
                 verdict([loss]),
                 against,
             )
@@ -204,7 +204,7 @@ def verdicts(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Ver
                 p_values,
                 seeds,
                 tested(p_spare),
-                scale,
+                SCALE,
                 verdict(both),
                 exposure(mine),
             )

@@ -1,0 +1,1 @@
+"""The vision transformer, both optimizers tuned to interior settings, capacity at equal decay."""
