@@ -280,7 +280,8 @@ def cut_off(records: Sequence[Record], protocol: str) -> str:
     place = "the corner" if len(at_end) == 3 else "the edge" if at_end else "the inside"
     left = [best_accuracy(run) for run in runs if step_of(run) is None]
     end = f"; the budget ends at accuracies up to {max(left):.2f}, not grokked" if left else ""
-    return f"Muon's setting is at {place} of its grid{end}"
+    wider = "; C5b has a wider one" if at_end else ""
+    return f"Muon's setting is at {place} of its grid{end}{wider}"
 
 
 def tuning_table(records: Sequence[Record]) -> str:
