@@ -55,25 +55,26 @@ class PolarStack(Stack):
         self.modes = zero_modes(self.rule, dict.fromkeys(modes, shape), first)
         if minus:
             self.modes |= {key: waking_none(shape, first) for key in WAKING}
-        self.layer_size = sum(p.params[0].numel() for p in self.parameters)
-        self.at_once = layers_at_once(self.layers, self.layer_size, first.params[0].device)
+        layer_size = sum(p.params[0].numel() for p in self.parameters)
+        self.at_once = layers_at_once(self.layers, layer_size, first.params[0].device)
         self.single_chunk = self.at_once == self.layers
         functions = PolarStack._move, PolarStack._measure
         self.move, self.measure = (Arithmetic(f, first.params[0].device) for f in functions)
-        #: that in C, from when a step first asks; False where there is none
-        self.in_c: PolarInC | bool | None = None
+        #: that in C, if there is one, from when a step first asks
+        self.in_c: PolarInC | None = None
+        self.asked = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "in_c": None}
+        return {**vars(self), "in_c": None, "asked": False}
 
     def kernel(self, context: Context) -> PolarInC | None:
         """The kernel in C that takes all layers at once, where there is one and it may be used."""
         if not context.fused or torch.compiler.is_compiling():
             return None
-        if self.in_c is None:
-            self.in_c = PolarInC.fits(self) and PolarInC(self)
-        additive = context.hyper(self.plus.parameters[0])["additive"]
-        return self.in_c if isinstance(self.in_c, PolarInC) and not additive else None
+        if not self.asked:
+            self.in_c = PolarInC.of(self.plus, self.minus, self.dressed, self.degree)
+            self.asked = True
+        return None if context.hyper(self.plus.parameters[0])["additive"] else self.in_c
 
     def tied(self) -> list[list[tuple[str, Tensor]]]:
         named = [zip(p.names, p.params, strict=True) for p in self.parameters]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +15,8 @@ from ddc.optim.compiled import Hyper
 from ddc.optim.fused import Kernels, cdiv, in_c, kernels_of, moved
 from ddc.optim.native import run_polar
 from ddc.optim.rules.adam import Adam
+from ddc.optim.side import Side
 from ddc.optim.stacked import Layers, Pairs, StackedParameter
-
-if TYPE_CHECKING:
-    from ddc.optim.polar import PolarStack
-    from ddc.optim.side import Side
 
 #: Bytes of weights, gradients and moments that a program of rows goes over, which stay in the cache
 #: of a core. One of columns takes whole rows, which are read faster than strips.
@@ -86,27 +83,35 @@ class PolarInC:
     What stays from step to step is filled in once; weights, gradients and hyperparameters at each.
     """
 
-    def __init__(self, stack: PolarStack) -> None:
-        self.stack = stack
-        self.sides = [stack.plus.parameters, [], stack.dressed]
-        if stack.minus is not None:
-            self.sides[1] = stack.minus.parameters
+    def __init__(
+        self, plus: Side, minus: Side | None, dressed: list[StackedParameter], degree: float
+    ) -> None:
+        self.sides = plus.parameters, [] if minus is None else minus.parameters, dressed
         self.given = CPolar(
-            **{
-                name: self._side(parameters, side)
-                for name, parameters, side in zip(
-                    ("plus", "minus", "dressed"),
-                    self.sides,
-                    (stack.plus, stack.minus, None),
-                    strict=True,
-                )
-            },
-            units=stack.plus.parameters[0].units,
-            degree=stack.degree,
+            plus=self._side(self.sides[0], plus),
+            minus=self._side(self.sides[1], minus),
+            dressed=self._side(dressed, None),
+            units=plus.parameters[0].units,
+            degree=degree,
         )
-        stepped = [p for parameters in self.sides[:2] for p in parameters]
-        self.has_columns = any(kernels_of(p).unit == 1 for p in (*stepped, *stack.dressed))
+        stepped = [*self.sides[0], *self.sides[1]]
+        self.has_columns = any(kernels_of(p).unit == 1 for p in (*stepped, *dressed))
         self.of_unit = sum(p.unit_size for p in stepped)
+
+    @classmethod
+    def of(
+        cls, plus: Side, minus: Side | None, dressed: list[StackedParameter], degree: float
+    ) -> PolarInC | None:
+        """That of a gauge, if the kernel takes all of its parameters: sides, and what the plus side
+        dresses.
+        """
+        taken = (
+            in_c(plus.parameters[0].params[0].device)
+            and all(fits(p, plus.unit_size > 1) for p in plus.parameters)
+            and (minus is None or all(fits(p, minus.unit_size > 1) for p in minus.parameters))
+            and all(fits(p, turns=False) and not p.role.offset for p in dressed)
+        )
+        return cls(plus, minus, dressed, degree) if taken else None
 
     @staticmethod
     def _side(parameters: Sequence[StackedParameter], side: Side | None) -> CSide:
@@ -128,16 +133,6 @@ class PolarInC:
             count=len(parameters),
             unit_size=0 if side is None else side.unit_size,
             init_scale=0 if side is None else side.init_scale,
-        )
-
-    @staticmethod
-    def fits(stack: PolarStack) -> bool:
-        """Whether the kernel takes all parameters of a stack."""
-        sides = [stack.plus, *([] if stack.minus is None else [stack.minus])]
-        return (
-            in_c(stack.plus.parameters[0].params[0].device)
-            and all(fits(p, side.unit_size > 1) for side in sides for p in side.parameters)
-            and all(fits(p, turns=False) and not p.role.offset for p in stack.dressed)
         )
 
     def takes(self, layers: Sequence[Layers | Pairs]) -> bool:
@@ -190,7 +185,8 @@ class PolarInC:
             given.radial_rate = float(hyper["radial_rate"])
             given.mode, given.retract = MODES.index(hyper["vertical"]), hyper["retract"]
         given.block = self._block(count)
-        run_polar(given, count * cdiv(given.units, given.block), self.stack.layer_size * count)
+        entries = count * given.units * self.of_unit
+        run_polar(given, count * cdiv(given.units, given.block), entries)
         if step_count is not None:
             for each in layers[:2]:
                 for of in each:
