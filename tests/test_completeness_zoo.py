@@ -224,8 +224,12 @@ def test_a_record_grows_piece_by_piece(tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     run(tmp_path, every)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    # what was refused is tried again where that is asked for, and nothing else is touched
+    run(tmp_path, [every[4]], again=True)
+    assert {each["model"] for each in certificates.read()} == {*found}
+    assert certificates.read()[-1]["model"] == "chosen4"
     # a part of it makes a table
-    text = zoo_table(models.read(), certificates.read()[:2])
+    text = zoo_table(models.read(), [found["chosen4"], found["small1"]])
     assert "| timm | 5 | 3 | 2 | 1 | 0 | 0 | 1 |" in text
     assert "no narrow form: 'no such width' (unbuilt3)" in text
     # what came to be known later shares what is there

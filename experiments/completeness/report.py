@@ -29,7 +29,8 @@ NOTE = (
     ' finds, overlaps counted once; all kinds are `kinds="complete"`. *Dead*: single parameters'
     " that no input reaches. *Unexplained*: the rest of the kernel; 0 is complete. *Gap*: the"
     " largest singular value that counts as zero and the smallest that does not, both relative to"
-    " the largest of all."
+    " the largest of all. A model with BatchNorms is measured in training mode, where the"
+    " statistics of the batch are a part of the function."
 )
 
 

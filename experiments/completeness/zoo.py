@@ -220,7 +220,7 @@ def run(
         every: the entries.
         limit: at most how many certificates are made.
         minutes: after so many, nothing new is begun.
-        again: certify once more what was refused.
+        again: try once more what was refused.
     """
     end = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
     about = provenance()
@@ -234,28 +234,36 @@ def run(
             yield each
 
     # narrow models
-    known = {named(each) for each in models.read()}
+    known = {named(each) for each in models.read() if not (again and "refused" in each)}
     waiting = [each for name, each in of_name.items() if name not in known]
     making = in_processes(until(waiting), about, NARROWING, work=narrowed)
     for record in shown(making, len(waiting)):
-        models.append(ended_otherwise(record))
+        put(models, ended_otherwise(record), named)
     narrow = models.read()
     share(certificates, narrow)
     # one certificate for each of them, the smallest first
     done = {each["signature"] for each in certificates.read() if not (again and "refused" in each)}
-    keep(certificates, [each for each in certificates.read() if each["signature"] in done])
     asked = [each for each in narrow if named(each) in of_name and "signature" in each]
     first = {each["signature"]: each for each in reversed(asked) if each["signature"] not in done}
     chosen = sorted(first.values(), key=lambda each: each["parameters"])[:limit]
-    signatures = {named(each): each for each in chosen}
+    of_entry = {named(each): each for each in chosen}
     making = in_processes(
-        until([of_name[named(each)] for each in chosen]), about, CERTIFYING, work=certified
+        until([of_name[each] for each in of_entry]), about, CERTIFYING, work=certified
     )
     for record in shown(making, len(chosen)):
-        of = signatures[named(record)]
-        sharing = [[*named(each)] for each in narrow if each.get("signature") == of["signature"]]
-        head = {"signature": of["signature"], "class": of["class"], "models": sharing}
-        certificates.append(head | {"parameters": of["parameters"]} | ended_otherwise(record))
+        of = of_entry[named(record)]
+        same = [[*named(each)] for each in narrow if each.get("signature") == of["signature"]]
+        head = {key: of[key] for key in ("signature", "class", "parameters")} | {"models": same}
+        put(certificates, head | ended_otherwise(record), lambda each: each["signature"])
+
+
+def put(records: Records, record: Record, key: Callable[[Record], object]) -> None:
+    """Append a record; one of the same key goes."""
+    every = records.read()
+    others = [each for each in every if key(each) != key(record)]
+    if len(others) < len(every):
+        keep(records, others)
+    records.append(record)
 
 
 def share(certificates: Records, narrow: Sequence[Record]) -> None:
