@@ -77,6 +77,8 @@ _NARROW = Scale(
 _BY_RATIO = replace(_NARROW, sizes=replace(_NARROW.sizes, widest=None))
 _OTHER_IMAGES = replace(_BY_RATIO, sizes=replace(_BY_RATIO.sizes, patch=None, channels=None))
 _LONG_HEADS = replace(_NARROW, sizes=replace(_NARROW.sizes, head_width=8))
+#: The least eps of a norm there: a smaller one breaks what holds at 0 by less than float64 can tell.
+EPS = 1e-5
 #: As small as a certificate needs, by library, with more tokens than the width and more
 #: log-probabilities in an example than are drawn combinations of. The first is taken that builds
 #: and computes: with two layers and maps of least width, or of their usual ratio to the stream, or
@@ -226,6 +228,10 @@ def narrowest(architecture: Architecture) -> Made:
         except Exception as error:  # whatever a library raises
             reasons.append(error)
             continue
+        for module in made.model.modules():
+            for name in ("eps", "variance_epsilon"):
+                if type(value := getattr(module, name, None)) is float:
+                    setattr(module, name, max(value, EPS))
         return replace(made, model=made.model.eval())
     sizes = [each.size for each in reasons if isinstance(each, TooLargeError)]
     least = f"{min(sizes):,} parameters where it is narrowest" if sizes else first_line(reasons[0])
@@ -522,7 +528,10 @@ def _narrow_of_timm(name: str, width: int, scale: Scale) -> Made:
     if ways is None:
         raise ValueError("it does not compute with its arguments narrowed")
     with narrow_arguments(width, kept):
-        return _images(timm.create_model(name, **ways[0]), *ways, scale)
+        made = _images(timm.create_model(name, **ways[0]), *ways, scale)
+    with torch.no_grad():
+        made.model.eval()(*made.example)  # the meta device does not see every empty weight
+    return made
 
 
 def _images(model: nn.Module, options: Mapping[str, Any], side: int | None, scale: Scale) -> Made:
