@@ -77,7 +77,7 @@ _NARROW = Scale(
 _BY_RATIO = replace(_NARROW, sizes=replace(_NARROW.sizes, widest=None))
 _OTHER_IMAGES = replace(_BY_RATIO, sizes=replace(_BY_RATIO.sizes, patch=None, channels=None))
 _LONG_HEADS = replace(_NARROW, sizes=replace(_NARROW.sizes, head_width=8))
-#: The least eps of a norm there: a smaller one breaks what holds at 0 by less than float64 can tell.
+#: The least eps of a norm there: a smaller one breaks what holds at 0 by less than float64 sees.
 EPS = 1e-5
 #: As small as a certificate needs, by library, with more tokens than the width and more
 #: log-probabilities in an example than are drawn combinations of. The first is taken that builds
