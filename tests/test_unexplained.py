@@ -106,3 +106,48 @@ def test_the_halves_of_a_table_move_apart(seed: int) -> None:
     reached, change = explained(jacobian, tangents, [{"embedding.weight": each} for each in moved])
     assert change < 1e-9
     assert reached == certificate.orbit + 8
+
+
+class Residual(nn.Module):
+    """A stem and a residual block as those of a ResNet."""
+
+    def __init__(self, width: int = 3) -> None:
+        super().__init__()
+        self.stem, self.first, self.second = (
+            nn.Conv2d(channels, width, 3, padding=1, bias=False) for channels in (1, width, width)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for _ in range(3))
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norms[0](self.stem(x)).relu()
+        inner = self.norms[1](self.first(x)).relu()
+        return self.head((x + self.norms[2](self.second(inner))).relu().mean((2, 3)))
+
+
+def test_batch_norms_that_add_to_one_stream_share_the_scale_of_its_channels() -> None:
+    torch.manual_seed(0)
+    model, inputs = Residual(), (torch.randn(8, 1, 6, 6),)
+    gauges = find_gauges(model, inputs=inputs, kinds="complete", loss="cross_entropy")
+    missing = {}
+    for training in (True, False):
+        jacobian = Jacobian.of(model.train(training), inputs)
+        certificate = jacobian.certificate(gauges)
+        missing[training] = certificate.unexplained
+        p = {name: each.detach() for name, each in named_parameters(jacobian.model).items()}
+        scales: list[Tangents] = []
+        for channel in range(3):
+            moved = {name: torch.zeros_like(each) for name, each in p.items()}
+            for norm in (0, 2):
+                for kind in ("weight", "bias"):
+                    name = f"norms.{norm}.{kind}"
+                    moved[name][channel] = p[name][channel]
+            for reader in ("first.weight", "head.weight"):
+                moved[reader][:, channel] = -p[reader][:, channel]
+            scales.append(moved)
+        tangents = tangents_of(gauges, named_parameters(jacobian.model))
+        reached, change = explained(jacobian, tangents, scales)
+        assert change < 1e-9
+        assert reached == certificate.orbit + 3
+    # in evaluation each filter's scale goes against its norm, nine more
+    assert missing == {True: 3, False: 3 + 9}

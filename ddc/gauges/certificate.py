@@ -73,6 +73,8 @@ class Certificate:
             value: rounding, if all of them are symmetries.
         closing: with ``explain``, by kind, how many of the unexplained dimensions its gauges add to
             the orbit and to the kinds before it; empty without.
+        places: with ``explain``, by name of a parameter, how many of the unexplained dimensions lie
+            in it, as the trace of their projection: together they are all of them.
         approximate: with ``explain``, by kind that is a symmetry at eps = 0 alone, its dimension
             and its largest size (:attr:`ddc.GaugeSet.sizes`); no part of the kernel.
     """
@@ -86,6 +88,7 @@ class Certificate:
     smallest: float
     leak: float
     closing: Mapping[str, int] = field(default_factory=dict)
+    places: Mapping[str, float] = field(default_factory=dict)
     approximate: Mapping[str, tuple[int, float]] = field(default_factory=dict)
 
     @property
@@ -103,6 +106,9 @@ class Certificate:
         if self.closing:
             of_kinds = ", ".join(f"{count} by {kind}" for kind, count in self.closing.items())
             verdict += f", closed: {of_kinds}"
+        if self.places:
+            most = ", ".join(f"{name} ({share:.1f})" for name, share in [*self.places.items()][:4])
+            verdict += f", most in {most}"
         if self.leak > LEAK:
             verdict = f"not all gauges are symmetries (leak {self.leak:.0e})"
         if self.approximate:
@@ -147,8 +153,9 @@ def certify(
         rows: of J for each parameter, at least 1; ReLU networks may need more.
         seed: of weights, inputs and combinations.
         explain: look for all kinds of gauge in the model, and tell how much of what is unexplained
-            each of them would close (:attr:`Certificate.closing`), and which kinds it has that hold
-            at eps = 0 alone (:attr:`Certificate.approximate`).
+            each of them would close (:attr:`Certificate.closing`), in which parameters it lies
+            (:attr:`Certificate.places`), and which kinds it has that hold at eps = 0 alone
+            (:attr:`Certificate.approximate`).
 
     Raises:
         TypeError, ValueError: gauges that are not the model's; a model that is too large or cannot
@@ -167,7 +174,8 @@ def certify(
         return certificate
     loss = "cross_entropy" if centred else "other"
     every = find_gauges(model, inputs=given, kinds="complete", loss=loss, verify=False)
-    return replace(certificate, closing=jacobian.closing(found, every))
+    closing, places = jacobian.closing(found, every), jacobian.places(found)
+    return replace(certificate, closing=closing, places=places)
 
 
 @dataclass(frozen=True)
@@ -266,6 +274,24 @@ class Jacobian:
             if (more := rank(spanned)) > reached:
                 found[kind], reached = more - reached, more
         return found
+
+    def places(self, gauges: Iterable[Gauge]) -> dict[str, float]:
+        """By name of a parameter, how much of the kernel lies in it that is neither in the orbit of
+        some gauges nor dead: the trace of the projection onto it, the largest first.
+        """
+        params = named_parameters(self.model)
+        _, values, right = torch.linalg.svd(self.triangle)
+        kernel = right[values <= ZERO * values[0]]
+        alone = torch.eye(self.triangle.shape[1], dtype=torch.float64)[self._unreached()]
+        spanned = torch.cat([tangents_of(gauges, params), alone])
+        # of the kernel in its own coordinates, what is orthogonal to all that is explained
+        lengths = spanned.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+        _, values, turned = torch.linalg.svd(spanned / lengths @ kernel.T)
+        rest = turned[int((values > 1e-9 * max(values.tolist(), default=0.0)).sum()) :] @ kernel
+        shares = rest.square().sum(0).split([p.numel() for p in params.values()])
+        found = {name: float(share.sum()) for name, share in zip(params, shares, strict=True)}
+        largest = sorted(found.items(), key=lambda each: -each[1])
+        return {name: share for name, share in largest if share > 1e-6}
 
     def approximate(self, gauges: GaugeSet) -> dict[str, tuple[int, float]]:
         """By kind of gauges that hold at eps = 0 alone, the rank of their tangents and the largest

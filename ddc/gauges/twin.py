@@ -16,6 +16,7 @@ import copy
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,16 +24,51 @@ from torch import nn
 
 from ddc.gauges.base import first_line
 
-#: Of a twin: width of its residual stream, its heads, and the width of one.
-WIDTH, HEADS, HEAD_WIDTH = 64, 4, 16
 #: At most how many parameters a twin has.
 LARGEST = 300_000_000
-#: Widths that are not the residual stream's are multiples of this.
-MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """How narrow a config becomes.
+
+    Attributes:
+        width: of the residual stream.
+        heads: at most how many.
+        head_width: of one.
+        multiple: widths that are not the residual stream's are multiples of this.
+        widest: at most how wide these are; None lets them keep their ratio to the stream.
+        positions: at most how many positions have a place in a table; None keeps all.
+        patch: at most the side of a patch of an image; None keeps it.
+        channels: of images; None keeps them.
+        bands: of sound; None keeps them.
+    """
+
+    width: int = 64
+    heads: int = 4
+    head_width: int = 16
+    multiple: int = 8
+    widest: int | None = None
+    positions: int | None = None
+    patch: int | None = None
+    channels: int | None = None
+    bands: int | None = None
+
+
+#: Of a twin.
+TWIN = Narrow()
 
 #: What a number in a config counts, by its name; the first that fits decides.
 MEANINGS = {
     "vocabulary": r"vocab_size",
+    "positions": (
+        r"^(max_(\w+_)?position_embeddings|n_positions|max_position(s|al_embeddings)?|max_seq_len"
+        r"|num_position_embeddings|num_conv_pos_embeddings)$"
+    ),
+    "patch": r"^patch_size$",
+    "channels of images": r"^(num|in|input|image)_channels$",
+    "bands of sound": r"^num_mel_bins$",
+    "width of a head for classes": r"^classifier_proj_size$",
     "token": r"token_(id|index)$",
     "layers": (
         r"(^|_)(n_?layers?|num_(hidden_|decoder_|encoder_)?layers|(en|de)coder_layers|depths?|num_blocks)$"
@@ -105,7 +141,9 @@ def narrow_twin(model: nn.Module) -> nn.Module:
     return twin.train(model.training)
 
 
-def narrow_config(config: Any, layers: int | None = None, vocabulary: int | None = None) -> Any:
+def narrow_config(
+    config: Any, layers: int | None = None, vocabulary: int | None = None, sizes: Narrow = TWIN
+) -> Any:
     """A config of the same architecture with small widths.
 
     Args:
@@ -114,12 +152,13 @@ def narrow_config(config: Any, layers: int | None = None, vocabulary: int | None
             Experts are cut to four then. None keeps all, and with them every parameter's name.
         vocabulary: at most how many tokens the twin knows; special tokens beyond become its last.
             None keeps all.
+        sizes: how narrow.
     """
     config = copy.deepcopy(config)
     tree = list(_configs(config))
     streams = {width for each in tree for width in _streams(each)}
     for each in tree:
-        _Narrowing(each, streams, layers, vocabulary).apply()
+        _Narrowing(each, streams, layers, vocabulary, sizes).apply()
     return config
 
 
@@ -127,7 +166,12 @@ class _Narrowing:
     """Sizes of one config, before and after."""
 
     def __init__(
-        self, config: Any, streams: set[int], layers: int | None, vocabulary: int | None
+        self,
+        config: Any,
+        streams: set[int],
+        layers: int | None,
+        vocabulary: int | None,
+        sizes: Narrow,
     ) -> None:
         self.config, self.streams, self.layers, self.vocabulary = (
             config,
@@ -135,16 +179,17 @@ class _Narrowing:
             layers,
             vocabulary,
         )
+        self.sizes = sizes
         width, self.heads = (
             max(_streams(config), default=None),
             _size(config, "num_attention_heads"),
         )
-        self.factor = WIDTH / (width or 16 * WIDTH)
+        self.factor = self.sizes.width / (width or 16 * self.sizes.width)
         of_heads = width // self.heads if width and self.heads else None
         self.head_width = _size(config, "head_dim") or of_heads
         #: Widths of state spaces, which their heads must fill exactly, by what they are before.
         self.inner = {
-            expand * width: expand * WIDTH
+            expand * width: expand * self.sizes.width
             for name in ("expand", "mamba_expand")
             if (expand := _size(config, name)) and width
         }
@@ -209,6 +254,14 @@ class _Narrowing:
         match meaning(key):
             case "vocabulary":
                 return value if self.vocabulary is None else min(value, self.vocabulary)
+            case "positions":
+                return min(value, self.sizes.positions or value)
+            case "patch":
+                return min(value, self.sizes.patch or value)
+            case "channels of images":
+                return min(value, self.sizes.channels or value)
+            case "bands of sound":
+                return min(value, self.sizes.bands or value)
             case "token":
                 return value if self.vocabulary is None else min(value, self.vocabulary - 1)
             case "layers":
@@ -226,13 +279,15 @@ class _Narrowing:
             case "width of a head":
                 return self.of_head_width(value)
             case "groups":
-                return WIDTH if value in self.streams else min(value, MULTIPLE)
-            case "width":
+                return (
+                    self.sizes.width if value in self.streams else min(value, self.sizes.multiple)
+                )
+            case "width" | "width of a head for classes":
                 return self.of_width(value)
         return value
 
     def of_head_width(self, value: int) -> int:
-        return max(2, 2 * round(value * HEAD_WIDTH / (self.head_width or value) / 2))
+        return max(2, 2 * round(value * self.sizes.head_width / (self.head_width or value) / 2))
 
     def of_heads(self, value: int) -> int:
         for key, width in vars(self.config).items():
@@ -243,17 +298,20 @@ class _Narrowing:
             ):
                 return inner // self.of_head_width(width)
         if self.heads is None or value >= self.heads:
-            return min(HEADS, 2 ** int(math.log2(value)))
-        return 1 if value == 1 else HEADS // 2
+            return min(self.sizes.heads, 2 ** int(math.log2(value)))
+        return 1 if value == 1 else self.sizes.heads // 2
 
     def of_width(self, value: int) -> int:
         """Widths of residual streams become one width; others keep their ratio to it, and stay
         different from it.
         """
         if value in self.streams:
-            return WIDTH
-        narrow = max(1, round(value * self.factor / MULTIPLE)) * MULTIPLE
-        return min(value, narrow + MULTIPLE * (narrow == WIDTH))
+            return self.sizes.width
+        multiple, widest = self.sizes.multiple, self.sizes.widest
+        narrow = max(1, round(value * self.factor / multiple)) * multiple
+        if widest is not None and value not in self.inner:
+            narrow = min(narrow, widest)
+        return min(value, narrow + multiple * (narrow == self.sizes.width))
 
     def of_list(self, key: str, values: list[Any] | tuple[Any, ...]) -> list[Any] | tuple[Any, ...]:
         kind = type(values)
@@ -269,12 +327,12 @@ class _Narrowing:
         lists = [each for each in vars(self.config).items() if isinstance(each[1], list | tuple)]
         heads = next((each for name, each in lists if meaning(name) == "heads"), ())
         if len(heads) == len(values) and meaning(key) == "width":  # stages, each of its own heads
-            return kind(MULTIPLE * value for value in self.of_list("heads", heads))
+            return kind(self.sizes.multiple * value for value in self.of_list("heads", heads))
         return kind(self.of(key, value) for value in values)
 
     def rope(self, parameters: dict[str, Any]) -> dict[str, Any]:
         """Frequencies are as many as planes: lists of numbers of them, or by them, are narrowed."""
-        planes = HEAD_WIDTH * parameters.get("partial_rotary_factor", 1.0) / 2
+        planes = self.sizes.head_width * parameters.get("partial_rotary_factor", 1.0) / 2
         narrow = {}
         for key, value in parameters.items():
             if isinstance(value, dict):

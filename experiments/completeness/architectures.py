@@ -19,6 +19,7 @@ import timm  # noqa: E402
 import transformers  # noqa: E402
 
 from ddc.models import GPT, DeepMLP, DeepMLPConfig, GPTConfig  # noqa: E402
+from experiments.zoo.measure import output  # noqa: E402
 
 VOCABULARY, POSITIONS, WIDTH = 29, 6, 8
 TOKENS = torch.arange(8 * POSITIONS).reshape(8, POSITIONS) % VOCABULARY
@@ -79,15 +80,17 @@ def gpt(**options: Any) -> Callable[[], Made]:
     return lambda: (GPT(GPTConfig(**config), VOCABULARY), (TOKENS,))
 
 
-class LogitsAlone(nn.Module):
-    """A model of which a loss reads the logits, and not what its encoder gives beside them."""
+class Alone(nn.Module):
+    """A model of which a loss reads the logits, or else the first output, and not what it gives
+    beside them (the state of an encoder, say).
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, **inputs: Tensor) -> Tensor:
-        return self.model(**inputs).logits
+    def forward(self, *args: Any, **inputs: Any) -> Tensor:
+        return output(self.model, inputs or args)
 
 
 def text(model: str, sizes: Mapping[str, Any], **options: Any) -> Callable[[], Made]:
@@ -100,7 +103,7 @@ def text(model: str, sizes: Mapping[str, Any], **options: Any) -> Callable[[], M
         made = getattr(transformers, model)(config)
         if family in ("T5", "Bart"):
             inputs["decoder_input_ids"] = (TOKENS * 5 + 3) % VOCABULARY
-            made = LogitsAlone(made)
+            made = Alone(made)
         return made, inputs
 
     return make

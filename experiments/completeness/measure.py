@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 from rich.progress import track
+from torch import nn
 
 from ddc import find_gauges
 from ddc.gauges.certificate import Jacobian
@@ -34,7 +35,7 @@ def measure(name: str) -> dict[str, Any]:
     """The record of one architecture."""
     torch.manual_seed(0)
     model, inputs = ARCHITECTURES[name]()
-    model.eval()
+    model.train(is_trained(model))
     start = time.perf_counter()
     record: dict[str, Any] = {"model": name}
     with warnings.catch_warnings(record=True) as heard:
@@ -46,12 +47,21 @@ def measure(name: str) -> dict[str, Any]:
     record["dropped"] = [str(w.message) for w in heard if "no symmetry" in str(w.message)]
     record["found"] = Counter(gauge.kind for gauge in complete)
     record["refused"] = [[each.kind, each.where, each.reason] for each in complete.refused]
+    record["mode"] = "training" if model.training else "evaluation"
     record["gauge_seconds"] = time.perf_counter() - start
     jacobian = Jacobian.of(model, inputs)
     for key, gauges in (("paper", paper), ("complete", complete)):
         certificate = jacobian.certificate(gauges)
         record[key] = {**vars(certificate), "unexplained": certificate.unexplained}
     return record | {"seconds": time.perf_counter() - start}
+
+
+def is_trained(model: nn.Module) -> bool:
+    """Whether a model is measured in training mode: where it has BatchNorms. In training the
+    statistics of the batch are a part of the function; in evaluation each is one more linear map,
+    with symmetries that no loss which is trained on has.
+    """
+    return any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in model.modules())
 
 
 def main(arguments: Sequence[str] = ()) -> None:

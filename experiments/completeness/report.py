@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from ddc.report.claims import Claim
@@ -12,6 +13,8 @@ from experiments.output import Results
 from experiments.protocols import ROOT
 
 RESULTS = ROOT / "results/completeness"
+#: Records of the zoo: which narrow models there are, and a certificate of each.
+ZOO_MODELS, ZOO = "zoo_models.jsonl", "zoo.jsonl"
 #: Of two runs from one orbit (:mod:`experiments.completeness.steps`).
 STEPS = 100
 
@@ -26,7 +29,8 @@ NOTE = (
     ' finds, overlaps counted once; all kinds are `kinds="complete"`. *Dead*: single parameters'
     " that no input reaches. *Unexplained*: the rest of the kernel; 0 is complete. *Gap*: the"
     " largest singular value that counts as zero and the smallest that does not, both relative to"
-    " the largest of all."
+    " the largest of all. A model with BatchNorms is measured in training mode, where the"
+    " statistics of the batch are a part of the function."
 )
 
 
@@ -46,19 +50,23 @@ STEPS_NOTE = (
 )
 
 
-def load() -> list[Record]:
-    """The committed records of both measurements."""
-    paths = (RESULTS / "records.jsonl", RESULTS / "steps.jsonl")
-    return [record for path in paths if path.exists() for record in read_lines(path)]
+def load() -> dict[str, list[Record]]:
+    """The committed records of all measurements, by the name of their file; none of what is not
+    measured yet.
+    """
+    paths = [RESULTS / name for name in ("records.jsonl", "steps.jsonl", ZOO_MODELS, ZOO)]
+    return {path.name: read_lines(path) if path.exists() else [] for path in paths}
 
 
-def results(records: Sequence[Record], claims: Mapping[str, Claim]) -> list[Results]:
+def results(records: Mapping[str, Sequence[Record]], claims: Mapping[str, Claim]) -> list[Results]:
     """The tables."""
-    kernels = [record for record in records if "optimizer" not in record]
-    steps = [record for record in records if "optimizer" in record]
-    return [
-        Results(RESULTS, {"table": partial(table, kernels), "steps": partial(steps_table, steps)})
-    ]
+    tables = {
+        "table": partial(table, records["records.jsonl"]),
+        "steps": partial(steps_table, records["steps.jsonl"]),
+    }
+    if records[ZOO]:
+        tables["zoo"] = partial(zoo_table, records[ZOO_MODELS], records[ZOO])
+    return [Results(RESULTS, tables)]
 
 
 def steps_table(records: Sequence[Record]) -> str:
@@ -106,3 +114,122 @@ def table(records: Sequence[Record]) -> str:
             lines.append(f"- {record['model']}: {'; '.join(refused) or 'no kind was looked for'}.")
     lines += ["", f"Commit {commits(records)}. Made by `make completeness` from `records.jsonl`."]
     return "\n".join(lines) + "\n"
+
+
+# ----------------------------------------------------------------------------------------------
+# the zoo
+
+ZOO_HEAD = (
+    "| family | entries | narrow models | certified | complete | not complete | unexplained"
+    " | refused |",
+    "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+)
+ZOO_NOTE = (
+    "*Entries*: the architectures of [the zoo](../../docs/zoo.md) that were made narrow so far;"
+    " *narrow models*: how many different programs these compute, each counted where its first"
+    " entry is; *certified*: those that have a record. *Unexplained*: dimensions of all that are"
+    " not complete, together. *Refused*: has no certificate, for a reason below. Models with"
+    " BatchNorms are measured in training mode, where the statistics of the batch are a part of the"
+    " function:"
+    " a bias before one then moves nothing, and is counted as dead. Where a model gives no"
+    " logits of classes, its first output is taken as it is."
+)
+
+
+def zoo_table(models: Sequence[Record], certificates: Sequence[Record]) -> str:
+    """Markdown: families in numbers, then each model that is not complete, what was refused, and a
+    table of all certificates. It works with a part of the records.
+    """
+    of_signature = {each["signature"]: each for each in certificates}
+    by_library: dict[str, list[Record]] = {}
+    by_module: dict[str, list[Record]] = {}
+    for each in models:
+        timm = each["library"] == "timm"
+        by_library.setdefault("timm" if timm else each["family"], []).append(each)
+        if timm:
+            by_module.setdefault(each["family"], []).append(each)
+    first: dict[str, Record] = {}
+    for each in models:
+        if "signature" in each:
+            first.setdefault(each["signature"], each)
+
+    def row(name: str, entries: Sequence[Record]) -> str:
+        own = [one for one in entries if first.get(one.get("signature", "")) is one]
+        made = [of_signature[one["signature"]] for one in own if one["signature"] in of_signature]
+        sound = [one for one in made if "refused" not in one]
+        lacking = [one for one in sound if not one["complete"]]
+        counts = (
+            len(entries),
+            len(own),
+            len(made),
+            len(sound) - len(lacking),
+            len(lacking),
+            sum(one["unexplained"] for one in lacking),
+            len(made) - len(sound),
+        )
+        return f"| {name} | " + " | ".join(map(str, counts)) + " |"
+
+    sound = [each for each in certificates if "refused" not in each]
+    lines = [*ZOO_HEAD, *(row(*each) for each in by_library.items()), row("**all**", models)]
+    lines += ["", ZOO_NOTE, "", "## By module of timm", "", *ZOO_HEAD]
+    lines += [row(*each) for each in sorted(by_module.items())]
+    lines += ["", "## Not complete", ""]
+    lines += [f"- {lacks(each)}" for each in sound if not each["complete"]] or ["None so far."]
+    refusals = {
+        "Refused": [each for each in certificates if "refused" in each],
+        "Entries without a narrow form": [each for each in models if "refused" in each],
+    }
+    for title, refused in refusals.items():
+        lines += ["", f"## {title}", "", *reasons(refused, lambda each: each["model"])]
+    lines += ["", "## All certificates", "", *CERTIFIED_HEAD, *map(certified_row, sound)]
+    about = f"Commit {commits([*models, *certificates])}."
+    return "\n".join([*lines, "", f"{about} Made from `{ZOO_MODELS}` and `{ZOO}`."]) + "\n"
+
+
+CERTIFIED_HEAD = (
+    "| model | others | parameters | kernel | all kinds | dead | unexplained | gap | mode |",
+    "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | --- |",
+)
+
+
+def certified_row(record: Record) -> str:
+    """One narrow model: its first entry, and how many others share it."""
+    gap = f"{record['zero']:.0e} \\| {record['smallest']:.0e}"
+    numbers = (record[key] for key in ("kernel", "orbit", "dead"))
+    cells = (
+        record["model"],
+        len(record["models"]) - 1,
+        f"{record['parameters']:,}",
+        *numbers,
+        record["unexplained"] or "**0**",
+        gap,
+        record["mode"],
+    )
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def lacks(record: Record) -> str:
+    """What is missing in a model, in words: how much, what would close it, where it lies, and what
+    was refused.
+    """
+    if record["unexplained"] <= 0:
+        return f"{record['model']}: not all gauges are symmetries (leak {record['leak']:.0e})."
+    words = [f"{record['unexplained']} dimensions"]
+    if record["closing"]:
+        kinds = ", ".join(f"{count} by `{kind}`" for kind, count in record["closing"].items())
+        words.append(f"closed, {kinds}, by what the trial dropped")
+    most = [f"`{name}` ({share:.1f})" for name, share in [*record["places"].items()][:4]]
+    words.append(f"most in {', '.join(most)}")
+    missed = "; ".join(record["missed"]) or "no kind that is missing was looked for"
+    return f"{record['model']}: {', '.join(words)}. Refused: {missed}."
+
+
+def reasons(records: Iterable[Record], name: Callable[[Record], str]) -> list[str]:
+    """Why records have no numbers: each reason, without its numbers, with how many and which."""
+    names: dict[str, list[str]] = {}
+    for each in records:
+        names.setdefault(re.sub(r"\d[\d.,e+-]*\d|\d", "…", each["refused"]), []).append(name(each))
+    counted = sorted(names.items(), key=lambda each: -len(each[1]))
+    return [f"- {len(of)}: {reason} ({', '.join(of)})" for reason, of in counted] or [
+        "None so far."
+    ]

@@ -4,7 +4,7 @@ inputs.
 Those of transformers are the classes of its auto-model mappings, built from their default configs
 narrowed to two layers (:func:`ddc.gauges.twin.narrow_config`); those of timm are one or more small
 members of each of its modules. The named models of the tests, which were picked by hand, come
-first.
+first. How small is a :class:`Scale`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import contextlib
 import copy
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from ddc.compatibility import provide_torchvision_operators
-from ddc.gauges.twin import narrow_config
+from ddc.gauges import certificate
+from ddc.gauges.base import first_line
+from ddc.gauges.twin import TWIN, Narrow, narrow_config
 from tests.zoo import ZOO
 
 provide_torchvision_operators()
@@ -33,9 +35,71 @@ from timm.models._registry import _model_to_module  # noqa: E402
 from transformers.models.auto import modeling_auto  # noqa: E402
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # noqa: E402
 
+from experiments.zoo.arguments import MEANINGS, meaning, narrow_arguments  # noqa: E402
+
 transformers.logging.set_verbosity_error()
 
-VOCABULARY, LAYERS, LABELS = 160, 2, 5
+
+@dataclass(frozen=True)
+class Scale:
+    """How small a model is made, and its inputs.
+
+    Attributes:
+        sizes: of a config of transformers.
+        layers, vocabulary: what is kept of those.
+        labels: classes.
+        largest: a model of more parameters, though narrowed, is left out.
+        batch: how many texts or images an example has.
+        arguments: width to which the arguments of timm's models are narrowed; None takes its small
+            members as they are, with what of :data:`SMALLER` they take.
+    """
+
+    sizes: Narrow
+    layers: int
+    vocabulary: int
+    labels: int
+    largest: int
+    batch: int
+    arguments: int | None = None
+
+
+#: As gauges are looked for and tried.
+USUAL = Scale(TWIN, layers=2, vocabulary=160, labels=5, largest=30_000_000, batch=2)
+_NARROW = Scale(
+    Narrow(8, 2, 4, 2, widest=4, positions=16, patch=4, channels=1, bands=8),
+    layers=2,
+    vocabulary=32,
+    labels=11,
+    largest=certificate.LARGEST,
+    batch=8,
+    arguments=8,
+)
+_BY_RATIO = replace(_NARROW, sizes=replace(_NARROW.sizes, widest=None))
+_OTHER_IMAGES = replace(_BY_RATIO, sizes=replace(_BY_RATIO.sizes, patch=None, channels=None))
+_LONG_HEADS = replace(_NARROW, sizes=replace(_NARROW.sizes, head_width=8))
+#: The least eps of a norm there: a smaller one breaks what holds at 0 by less than float64 sees.
+EPS = 1e-5
+#: As small as a certificate needs, by library, with more tokens than the width and more
+#: log-probabilities in an example than are drawn combinations of. The first is taken that builds
+#: and computes: with two layers and maps of least width, or of their usual ratio to the stream, or
+#: with one layer; then what is less narrow.
+NARROWEST: dict[str, tuple[Scale, ...]] = {
+    "transformers": (
+        _NARROW,
+        _BY_RATIO,
+        replace(_NARROW, layers=1),
+        replace(_BY_RATIO, layers=1),
+        replace(_BY_RATIO, sizes=replace(_BY_RATIO.sizes, positions=None)),
+        _OTHER_IMAGES,
+        replace(_OTHER_IMAGES, layers=1),
+        _LONG_HEADS,
+        replace(_LONG_HEADS, layers=1),
+        replace(_LONG_HEADS, sizes=replace(_LONG_HEADS.sizes, width=16, head_width=16), layers=1),
+        replace(_BY_RATIO, sizes=replace(_BY_RATIO.sizes, width=16, heads=4, multiple=4)),
+        replace(_BY_RATIO, sizes=Narrow(16, 2, 8, 8, patch=4)),
+    ),
+    "timm": tuple(replace(_NARROW, arguments=width) for width in (8, 4, 2)),
+}
 Inputs = Mapping[str, Any] | tuple[Tensor, ...]
 #: Tasks of transformers' auto-models, in the order of the table.
 TASKS = {
@@ -53,6 +117,8 @@ TASKS = {
     "speech recognition": "CTC",
     "speech to text": "SPEECH_SEQ_2_SEQ",
 }
+#: What a config has whose model is made of stages, each of fewer places.
+STAGES = ("depths", "num_blocks", "num_encoder_blocks", "layer_depths", "stage_repeats")
 #: What some default configs leave open.
 OPTIONS: dict[str, dict[str, Any]] = {
     "ReformerModelWithLMHead": {"is_decoder": True, "axial_pos_embds": False},
@@ -71,8 +137,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "wav2vec2-bert": {"vocab_size": 33},
     "wav2vec2-conformer": {"vocab_size": 33},
 }
-#: A model that is larger, though narrowed, is left out.
-LARGEST = 30_000_000
 #: Members of timm's modules that differ in norms, gates, positions, attention.
 OF_TIMM = """
     vit_tiny_patch16_224 vit_base_patch16_clip_quickgelu_224 vit_base_patch16_rope_224
@@ -108,11 +172,15 @@ OF_TIMM = """
 class Made:
     """A small model, an example of its inputs for the tracing, and other, longer inputs for the
     check.
+
+    Attributes:
+        draw: draws inputs as large as the example anew, with ordinary tokens alone.
     """
 
     model: nn.Module
     example: Inputs
     others: Inputs
+    draw: Callable[[torch.Generator], Inputs] | None = None
 
 
 @dataclass(frozen=True)
@@ -123,18 +191,51 @@ class Architecture:
         library: transformers or timm; named for the models of the tests.
         family: the task of transformers, or the module of timm.
         name: of the class, or of timm's model, or in the tests.
-        make: builds it. Raises whatever the library does where it cannot.
+        make: builds it, of a scale if one is given (those of the tests know none). Raises whatever
+            the library does where it cannot.
     """
 
     library: str
     family: str
     name: str
-    make: Callable[[], Made]
+    make: Callable[..., Made]
 
     @property
     def names(self) -> dict[str, str]:
         """What records call it."""
         return {"library": self.library, "family": self.family, "model": self.name}
+
+
+class TooLargeError(ValueError):
+    """A model is too large, though small of its kind."""
+
+    def __init__(self, size: int, where: str) -> None:
+        super().__init__(f"it has {size:,} parameters even where {where}")
+        self.size = size
+
+
+def narrowest(architecture: Architecture) -> Made:
+    """The model in the first of its :data:`NARROWEST` in which it is small enough and computes.
+
+    Raises:
+        ValueError: there is none; the message is a reason in words.
+    """
+    reasons: list[Exception] = []
+    for scale in NARROWEST[architecture.library]:
+        torch.manual_seed(0)
+        try:
+            made = architecture.make(scale)
+        except Exception as error:  # whatever a library raises
+            reasons.append(error)
+            continue
+        for module in made.model.modules():
+            for name in ("eps", "variance_epsilon"):
+                if type(value := getattr(module, name, None)) is float:
+                    setattr(module, name, max(value, EPS))
+        return replace(made, model=made.model.eval())
+    sizes = [each.size for each in reasons if isinstance(each, TooLargeError)]
+    least = f"{min(sizes):,} parameters where it is narrowest" if sizes else first_line(reasons[0])
+    raise ValueError(f"no narrow form: {least}")
 
 
 def architectures() -> list[Architecture]:
@@ -148,7 +249,10 @@ def named() -> Iterator[Architecture]:
         yield Architecture("named", "named", name, partial(make_named, name))
 
 
-def make_named(name: str) -> Made:
+def make_named(name: str, scale: Scale = USUAL) -> Made:
+    """A model of the tests, which has one size."""
+    if scale != USUAL:
+        raise ValueError("it is made by hand, of one size")
     model, inputs = ZOO[name]()
     return Made(model, inputs, inputs)
 
@@ -170,7 +274,7 @@ def of_transformers() -> Iterator[Architecture]:
                     )
 
 
-def make_of_transformers(kind: str, name: str) -> Made:
+def make_of_transformers(kind: str, name: str, scale: Scale = USUAL) -> Made:
     """The class ``name`` built from the default config of its ``kind``, narrowed, or as it is where
     that is small.
 
@@ -180,35 +284,48 @@ def make_of_transformers(kind: str, name: str) -> Made:
     config = CONFIG_MAPPING[kind](**OPTIONS.get(name, OPTIONS.get(kind, {})))
     made = getattr(transformers, name)
     try:
-        return _made(made, small(config))
+        return _made(made, small(config, scale), scale)
     except Exception as error:
         for other in (
-            lambda: small(config.get_text_config(decoder=True)),
-            lambda: small(config, narrow=False),
+            lambda: small(config.get_text_config(decoder=True), scale),
+            lambda: small(config, scale, narrow=False),
         ):
             with contextlib.suppress(Exception):
-                return _made(made, other())
+                return _made(made, other(), scale)
         raise error
 
 
-def _made(made: Any, config: Any) -> Made:
+def _made(made: Any, config: Any, scale: Scale) -> Made:
     """The model of a config with inputs on which it computes."""
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in made(copy.deepcopy(config)).parameters())
-    if size > LARGEST:
-        raise ValueError(f"it has {size:,} parameters even where its config is narrowed")
+    if size > scale.largest:
+        raise TooLargeError(size, "its config is narrowed")
     model = made(config).eval()
-    example, others = inputs_of(model, 7, 0), inputs_of(model, 19, 1)
+    # where positions are cut, examples are
+    lengths = (7, 19) if scale.sizes.positions is None else (6, 10)
+    example, others = (inputs_of(model, length, i, scale) for i, length in enumerate(lengths))
     with torch.no_grad():
         model(**example)
         model(**others)
-    return Made(model, example, others)
+
+    def draw(generator: torch.Generator) -> Inputs:
+        seed = int(torch.randint(2**31, (), generator=generator))
+        return inputs_of(model, lengths[0], seed, scale)
+
+    return Made(model, example, others, draw)
 
 
-def small(config: Any, narrow: bool = True) -> Any:
+def small(config: Any, scale: Scale = USUAL, narrow: bool = True) -> Any:
     """A config narrowed, without dropout, with small images."""
-    config = narrow_config(config, LAYERS, VOCABULARY) if narrow else copy.deepcopy(config)
-    config.num_labels = LABELS
+    config = (
+        narrow_config(config, scale.layers, scale.vocabulary, scale.sizes)
+        if narrow
+        else copy.deepcopy(config)
+    )
+    config.num_labels = scale.labels
+    if scale != USUAL:  # the kernel that takes all experts at once asks for more width
+        config._experts_implementation = "batched_mm"
     for each in parts(config):
         for key, value in list(vars(each).items()):
             if type(value) is float and (
@@ -222,7 +339,7 @@ def small(config: Any, narrow: bool = True) -> Any:
             elif key == "head_dim" and value is None:
                 each.head_dim = each.hidden_size // each.num_attention_heads
             elif key == "image_size":
-                side = image_size(each)
+                side = image_size(each, scale)
                 each.image_size = (
                     type(value)((side, side)) if isinstance(value, list | tuple) else side
                 )
@@ -231,10 +348,13 @@ def small(config: Any, narrow: bool = True) -> Any:
     return config
 
 
-def image_size(config: Any) -> int:
+def image_size(config: Any, scale: Scale = USUAL) -> int:
     """Four patches or more a side."""
     patch = getattr(config, "patch_size", None)
-    return 4 * patch if isinstance(patch, int) and patch >= 8 else 64
+    if scale.sizes.patch is not None and any(hasattr(config, name) for name in STAGES):
+        return 64  # so that the last stage sees several places
+    least = min(8, scale.sizes.patch or 8)
+    return 4 * patch if isinstance(patch, int) and patch >= least else 64
 
 
 def parts(config: Any) -> Iterator[Any]:
@@ -245,7 +365,7 @@ def parts(config: Any) -> Iterator[Any]:
             yield from parts(value)
 
 
-def inputs_of(model: Any, length: int, seed: int) -> dict[str, Any]:
+def inputs_of(model: Any, length: int, seed: int, scale: Scale = USUAL) -> dict[str, Any]:
     """Inputs at random, by the name of what the class takes first.
 
     Raises:
@@ -260,14 +380,16 @@ def inputs_of(model: Any, length: int, seed: int) -> dict[str, Any]:
         for key, value in vars(each).items()
         if re.search(r"token_(id|index)$", key) and type(value) is int
     }
-    ordinary = torch.tensor([token for token in range(3, VOCABULARY - 1) if token not in special])
+    ordinary = torch.tensor(
+        [token for token in range(3, scale.vocabulary - 1) if token not in special]
+    )
 
     def tokens() -> Tensor:
         vocabulary = min(
-            (n for each in every if (n := vars(each).get("vocab_size"))), default=VOCABULARY
+            (n for each in every if (n := vars(each).get("vocab_size"))), default=scale.vocabulary
         )
         usable = ordinary[ordinary < vocabulary]
-        return usable[torch.randint(len(usable), (2, length), generator=generator)]
+        return usable[torch.randint(len(usable), (scale.batch, length), generator=generator)]
 
     def first(name: str, default: Any) -> Any:
         return next(
@@ -282,15 +404,15 @@ def inputs_of(model: Any, length: int, seed: int) -> dict[str, Any]:
         case "input_ids":
             inputs = {"input_ids": tokens()}
         case "pixel_values" | "pixel_values_videos":
-            inputs = {main: pixels(first, random)}
+            inputs = {main: pixels(first, random, scale.batch)}
         case "input_values" if mel := first("num_mel_bins", 0):
-            inputs = {"input_values": random(2, first("max_length", 0), mel)}
+            inputs = {"input_values": random(scale.batch, first("max_length", 0), mel)}
         case "input_values":
-            inputs = {"input_values": random(2, 1200 + 400 * (length > 7))}
+            inputs = {"input_values": random(scale.batch, 1200 + 400 * (length > 7))}
         case "input_features" if (long := first("max_source_positions", 0)) and (
             mel := first("num_mel_bins", 0)
         ):
-            inputs = {"input_features": random(2, mel, 2 * long)}
+            inputs = {"input_features": random(scale.batch, mel, 2 * long)}
         case "input_features":
             names = (
                 "feature_projection_input_dim",
@@ -299,24 +421,27 @@ def inputs_of(model: Any, length: int, seed: int) -> dict[str, Any]:
                 "num_mel_bins",
             )
             width = next((size for name in names if (size := first(name, 0))), 80)
-            inputs = {"input_features": random(2, 4 * length, width)}
+            inputs = {"input_features": random(scale.batch, 4 * length, width)}
         case _:
             raise ValueError(f"no example of {main} is made here")
     if {"input_ids", "pixel_values"} <= inspect.signature(
         model.forward
     ).parameters.keys() and model.base_model is model:
-        inputs = {"input_ids": tokens(), "pixel_values": pixels(first, random)}  # two towers
+        inputs = {
+            "input_ids": tokens(),
+            "pixel_values": pixels(first, random, scale.batch),
+        }  # two towers
     if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = tokens()
     return inputs
 
 
-def pixels(first: Callable[[str, Any], Any], random: Callable[..., Tensor]) -> Tensor:
-    """Two images, or two videos where a model takes frames."""
+def pixels(first: Callable[[str, Any], Any], random: Callable[..., Tensor], batch: int) -> Tensor:
+    """Images, or videos where a model takes frames."""
     size = first("image_size", 64)
     height, width = (size, size) if isinstance(size, int) else size
     frames = first("num_frames", None) or first("frames_per_clip", None)
-    return random(2, *((frames,) if frames else ()), first("num_channels", 3), height, width)
+    return random(batch, *((frames,) if frames else ()), first("num_channels", 3), height, width)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -359,32 +484,76 @@ def _rank(name: str) -> int:
     return SMALL.pattern.split("|").index(found.group()) if found else 99
 
 
-def make_of_timm(name: str) -> Made:
-    """A model of timm on small images, with whatever of :data:`SMALLER` it takes and still
-    computes.
+def make_of_timm(name: str, scale: Scale = USUAL) -> Made:
+    """A model of timm on small images: with whatever of :data:`SMALLER` it takes and still
+    computes, or with all arguments narrowed.
     """
-    options: dict[str, Any] = {"num_classes": LABELS}
+    if scale.arguments is not None:
+        return _narrow_of_timm(name, scale.arguments, scale)
+    options: dict[str, Any] = {"num_classes": scale.labels}
     side = next((side for side in (64, 128) if _computes(name, options, side)), None)
     for option in SMALLER:
         if _computes(name, {**options, **option}, side):
             options |= option
-    model = timm.create_model(name, **options)
-    if (size := sum(parameter.numel() for parameter in model.parameters())) > LARGEST:
-        raise ValueError(f"it has {size:,} parameters even where it is small")
-    shape = _shape(model, options, side)
+    return _images(timm.create_model(name, **options), options, side, scale)
+
+
+def _narrow_of_timm(name: str, width: int, scale: Scale) -> Made:
+    """One with its arguments, and those of its parts, narrowed as far as it then computes."""
+    options: dict[str, Any] = {"num_classes": scale.labels, "in_chans": 1}
+    with (
+        narrow_arguments(width) as names,
+        contextlib.suppress(Exception),  # whatever comes of all of them, they have names
+        torch.device("meta"),
+    ):
+        timm.create_model(name, **options)
+    # of one size all through, patches may be few; stages are to see several places in the last
+    sides = (16, 32, 64, 128, None) if "patch_size" in names else (64, 128, None)
+
+    def found(only: Sequence[str]) -> tuple[dict[str, Any], int | None] | None:
+        """Options and side with which it computes."""
+        with narrow_arguments(width, only):
+            for side in sides:
+                for sized in ({} if side is None else {"img_size": side}, {}):
+                    if _computes(name, options | sized, side):
+                        return options | sized, side
+        return None
+
+    kept, ways = list(names), found(list(names))
+    if ways is None:  # not all of them: as many as go together, depths and heads first
+        kept = []
+        for each in sorted(names, key=lambda each: [*MEANINGS].index(meaning(each) or "width")):
+            if more := found([*kept, each]):
+                kept, ways = [*kept, each], more
+    if ways is None:
+        raise ValueError("it does not compute with its arguments narrowed")
+    with narrow_arguments(width, kept):
+        made = _images(timm.create_model(name, **ways[0]), *ways, scale)
+    with torch.no_grad():
+        made.model.eval()(*made.example)  # the meta device does not see every empty weight
+    return made
+
+
+def _images(model: nn.Module, options: Mapping[str, Any], side: int | None, scale: Scale) -> Made:
+    """A model of timm, with images at random."""
+    if (size := sum(parameter.numel() for parameter in model.parameters())) > scale.largest:
+        raise TooLargeError(size, "it is small")
+    shape = _shape(model, options, side, scale.batch)
     example, others = (
         torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)
     )
     return Made(model, (example,), (others,))
 
 
-def _shape(model: Any, options: Mapping[str, Any], side: int | None) -> tuple[int, ...]:
-    """Of two images: as large as the model is built for, or else of this side, or of its usual
+def _shape(
+    model: Any, options: Mapping[str, Any], side: int | None, batch: int = 2
+) -> tuple[int, ...]:
+    """Of some images: as large as the model is built for, or else of this side, or of its usual
     size.
     """
     channels, height, width = model.default_cfg["input_size"]
     side = options.get("img_size", side)
-    return 2, channels, side or height, side or width
+    return batch, options.get("in_chans", channels), side or height, side or width
 
 
 def _computes(name: str, options: Mapping[str, Any], side: int | None) -> bool:

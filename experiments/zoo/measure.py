@@ -55,6 +55,8 @@ STEPS, LR, MUON_LR = 10, 1e-3, 0.01
 #: memory.
 SECONDS, BYTES = 120.0, 4 << 30
 Record = dict[str, Any]
+#: Makes the record of a model, and tells of each stage before it.
+Work = Callable[[Architecture, Callable[[Record], None]], Record]
 
 # ---------------------------------------------------------------------------------------------- one
 # model
@@ -263,10 +265,14 @@ def objective(values: Tensor) -> Tensor:
 
 
 def in_processes(
-    models: Iterable[Architecture], about: Record, seconds: float = SECONDS, memory: int = BYTES
+    models: Iterable[Architecture],
+    about: Record,
+    seconds: float = SECONDS,
+    memory: int = BYTES,
+    work: Work = examine,
 ) -> Iterator[Record]:
     """The record of each model, each made by a process of its own; one that ends otherwise says
-    how.
+    how, as the ``outcome`` and ``why``.
 
     The processes are forked from this one, which has imported all that they need and must not have
     computed gradients (a fork has none of the threads that these leave behind).
@@ -274,7 +280,7 @@ def in_processes(
     context = multiprocessing.get_context("fork")
     for architecture in models:
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_child, args=(architecture, theirs), daemon=True)
+        process = context.Process(target=_child, args=(work, architecture, theirs), daemon=True)
         process.start()
         theirs.close()
         yield {**architecture.names, **_watch(process, ours, seconds, memory), **about}
@@ -324,13 +330,13 @@ def _use(pid: int) -> tuple[float, int]:
     return ticks / os.sysconf("SC_CLK_TCK"), int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _child(architecture: Architecture, theirs: Connection) -> None:
+def _child(work: Work, architecture: Architecture, theirs: Connection) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     silence = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(silence, stream)
-    theirs.send(examine(architecture, theirs.send))
+    theirs.send(work(architecture, theirs.send))
     theirs.close()
 
 
@@ -403,6 +409,12 @@ def run(records: Records, fresh: bool = False, only: Sequence[str] = ()) -> None
         and (not only or {each.name, each.family, each.library} & set(only))
     ]
     warm()
+    for record in shown(in_processes(waiting, about), len(waiting)):
+        records.append(record)
+
+
+def shown(made: Iterable[Record], total: int) -> Iterator[Record]:
+    """Records of models as they come, with a bar that says how far they are."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -410,9 +422,9 @@ def run(records: Records, fresh: bool = False, only: Sequence[str] = ()) -> None
         TimeRemainingColumn(),
     )
     with Progress(*columns, auto_refresh=False) as progress:  # no thread beside the forks
-        task = progress.add_task("zoo", total=len(waiting))
-        for record in in_processes(waiting, about):
-            records.append(record)
+        task = progress.add_task("zoo", total=total)
+        for record in made:
+            yield record
             progress.update(task, advance=1, description=record["model"][:40])
             progress.refresh()
 
