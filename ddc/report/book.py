@@ -37,7 +37,7 @@ MATHEMATICS = {
     "×": r"\times", "±": r"\pm", "≤": r"\le", "≥": r"\ge",
     "²": "^2", "⁺": "^+", "√": r"\surd", "·": r"\cdot",
     "β": r"\beta", "γ": r"\gamma", "λ": r"\lambda", "ρ": r"\rho", "σ": r"\sigma", "τ": r"\tau",
-    "Σ": r"\Sigma",
+    "Σ": r"\Sigma", "…": r"\dots",
 }  # fmt: skip
 
 
