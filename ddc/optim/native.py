@@ -128,8 +128,8 @@ def launch(name: str, grid: tuple[int, ...], size: int, *arguments: Any) -> None
         size: entries of all weights.
         arguments: of the kernel there.
     """
-    blocks, count, parts = (*grid, 1)[:3]
-    programs = blocks * count * parts
+    blocks, count = grid
+    programs = blocks * count
     if not programs:
         return
     # tensors of hyperparameters may bring another dtype; these live as long as the kernel runs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -60,20 +61,19 @@ class PolarStack(Stack):
         self.single_chunk = self.at_once == self.layers
         functions = PolarStack._move, PolarStack._measure
         self.move, self.measure = (Arithmetic(f, first.params[0].device) for f in functions)
-        #: that in C, if there is one, from when a step first asks
-        self.in_c: PolarInC | None = None
-        self.asked = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "in_c": None, "asked": False}
+        return {key: value for key, value in vars(self).items() if key != "in_c"}
+
+    @functools.cached_property
+    def in_c(self) -> PolarInC | None:
+        """The kernel in C, if it takes all parameters; asked for once, which may ask a compiler."""
+        return PolarInC.of(self.plus, self.minus, self.dressed, self.degree)
 
     def kernel(self, context: Context) -> PolarInC | None:
-        """The kernel in C that takes all layers at once, where there is one and it may be used."""
+        """That kernel, which takes all layers at once, where it may be used."""
         if not context.fused or torch.compiler.is_compiling():
             return None
-        if not self.asked:
-            self.in_c = PolarInC.of(self.plus, self.minus, self.dressed, self.degree)
-            self.asked = True
         return None if context.hyper(self.plus.parameters[0])["additive"] else self.in_c
 
     def tied(self) -> list[list[tuple[str, Tensor]]]:
@@ -154,16 +154,18 @@ class PolarStack(Stack):
         chunks = context.chunks(has_gradient, at_once)
         if all(has_gradient):
             compiled = context.compiles(self.plus.parameters[0])
-            norms = [self._step(rows, context, compiled) for rows in chunks]
+            norms = [self._step(rows, context, kernel, compiled) for rows in chunks]
             old, new = norms[0] if len(norms) == 1 else map(torch.cat, zip(*norms, strict=True))
         else:  # the layers left alone may still dress others
             old = self.plus.read(self.plus.gather(slice(None), context)).norm
             new = old.clone()
             for rows in chunks:
-                old[rows], new[rows] = self._step(rows, context, compiled=False)
+                old[rows], new[rows] = self._step(rows, context, kernel, compiled=False)
         context.norms[self] = (old, new)
 
-    def _step(self, rows: slice, context: Context, compiled: bool) -> tuple[Tensor, Tensor]:
+    def _step(
+        self, rows: slice, context: Context, kernel: PolarInC | None, compiled: bool
+    ) -> tuple[Tensor, Tensor]:
         """One step of the given layers; returns the plus norms before and after, decay apart where
         it comes last.
         """
@@ -177,7 +179,6 @@ class PolarStack(Stack):
         ]
         modes = of_layers(self.modes, rows)
         hyper = context.hyper(self.plus.parameters[0])
-        kernel = self.kernel(context)
         if kernel is not None and kernel.takes((*plus, *minus, *dressed)):
             return kernel.run((plus, minus, dressed), modes, hyper, steps)
         old, new = self.move(compiled, self, plus, minus, dressed, modes, steps, hyper)
