@@ -9,6 +9,7 @@ the best of these is reported on seeds of its own (``tuned``).
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import statistics
 from collections import defaultdict
@@ -352,6 +353,17 @@ def resolved(line: str) -> SweepRun:
     """The run of one line of a sweep file; plans ask for the same runs again and again."""
     (run,) = parse_sweep([line])
     return run
+
+
+def left_by(script: str, path: Path) -> Any:
+    """What a script left in the folder of a run.
+
+    Raises:
+        ValueError: it has not measured that run.
+    """
+    if not path.exists():
+        raise ValueError(f"{path} is missing: python {script} {path.parent}")
+    return json.loads(path.read_text())
 
 
 def product(settings: Iterable[str], seeds: Iterable[int]) -> Plan:

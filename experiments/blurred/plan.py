@@ -26,14 +26,14 @@ the share of 200 such grids that read as many as the run.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from experiments.blurred.read import FILE
-from experiments.protocols import ROOT, Experiment, product
+from experiments.protocols import ROOT, Experiment, left_by, product
 
+SCRIPT = "experiments/blurred/read.py"
 RESULTS, SEEDS = ROOT / "results/blurred", range(5)
 OPTIMIZERS = ("adamw", "ddcadam")
 SETTINGS = (
@@ -44,7 +44,7 @@ SETTINGS = (
 
 def measured(folder: Path, stages: Collection[str]) -> dict[str, Any]:
     """What was read of a run."""
-    return {"read": json.loads((folder / FILE).read_text())}
+    return {"read": left_by(SCRIPT, folder / FILE)}
 
 
 EXPERIMENT = Experiment(
@@ -53,6 +53,6 @@ EXPERIMENT = Experiment(
     curve=("step", "epoch", "train_loss", "validation_loss"),
     results=RESULTS,
     measured=measured,
-    scripts={"runs": "experiments/blurred/read.py"},
+    scripts={"runs": SCRIPT},
     more={"runs": lambda runs: product(SETTINGS, SEEDS)},
 )

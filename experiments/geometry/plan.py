@@ -40,7 +40,6 @@ left out and counted.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -48,11 +47,11 @@ from typing import Any
 from ddc.slt.learning_coefficient import Settings
 from experiments.past_fit.plan import DECAY, RATE, author
 from experiments.past_fit.settings import ADAMW, DDCADAM, SEARCH
-from experiments.protocols import ROOT, Experiment, product
+from experiments.protocols import ROOT, Experiment, left_by, product
 
 RESULTS, SEEDS = ROOT / "results/geometry", range(5)
 #: What a script leaves in the folder of a run.
-FILE = "geometry.json"
+SCRIPT, FILE = "experiments/geometry/at_the_end.py", "geometry.json"
 TOLERANCE, PROBES = 1e-3, 20
 BATCH_SIZE = 16
 COARSE = Settings(chains=4, draws=150, burn_in=150, gamma=1e3, step_size=4e-5)
@@ -66,7 +65,7 @@ SETTINGS = (
 
 def measured(folder: Path, stages: Collection[str]) -> dict[str, Any]:
     """What was measured at the end of a run."""
-    return {"geometry": json.loads((folder / FILE).read_text())}
+    return {"geometry": left_by(SCRIPT, folder / FILE)}
 
 
 EXPERIMENT = Experiment(
@@ -75,6 +74,6 @@ EXPERIMENT = Experiment(
     curve=("step", "epoch", "train_loss", "validation_loss"),
     results=RESULTS,
     measured=measured,
-    scripts={"runs": "experiments/geometry/at_the_end.py"},
+    scripts={"runs": SCRIPT},
     more={"runs": lambda runs: product(SETTINGS, SEEDS)},
 )

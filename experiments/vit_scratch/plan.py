@@ -21,14 +21,20 @@ ran on the three tuning seeds.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 from ddc.report.stages import PROTOCOLS, Record
 from ddc.training.run_folder import CAPACITY as CAPACITY_FILE
-from experiments.protocols import FINAL_SEEDS, ROOT, TUNING_SEED, Experiment, Plan, product
+from experiments.protocols import (
+    FINAL_SEEDS,
+    ROOT,
+    TUNING_SEED,
+    Experiment,
+    Plan,
+    left_by,
+    product,
+)
 
 RESULTS = ROOT / "results/vit_scratch"
 OPTIMIZERS = ("adamw", "ddcadam")
@@ -75,17 +81,6 @@ def capacity(folder: Path, stages: Collection[str]) -> Record:
     if not {*PROTOCOLS} & {*stages}:
         return {}
     return {"capacity": left_by(CAPACITY, folder / CAPACITY_FILE)}
-
-
-def left_by(script: str, path: Path) -> Any:
-    """What a script left in the folder of a run.
-
-    Raises:
-        ValueError: it has not measured that run.
-    """
-    if not path.exists():
-        raise ValueError(f"{path} is missing: python {script} {path.parent}")
-    return json.loads(path.read_text())
 
 
 EXPERIMENT = Experiment(

@@ -59,9 +59,9 @@ from pathlib import Path
 
 from ddc.report.stages import Record
 from ddc.training.run_folder import CAPACITY as CAPACITY_FILE
-from experiments.protocols import ROOT, Experiment, Plan, product
+from experiments.protocols import ROOT, Experiment, Plan, left_by, product
 from experiments.search import Search, best_loss, last_loss, last_loss_of_fit
-from experiments.vit_scratch.plan import CAPACITY, CURVE, left_by
+from experiments.vit_scratch.plan import CAPACITY, CURVE
 
 RESULTS = ROOT / "results/vit_tuned"
 SEEDS = range(5)
