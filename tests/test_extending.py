@@ -27,7 +27,7 @@ data: {prime: 7}
 training: {steps: 4, batch_size: 8, evaluations: 2, evaluation_batches: 1, gap_levels: []}
 """,
     "claim.yaml": """\
-C9:
+T1:
   title: a toy
   paper: nothing
   values: {}
@@ -78,7 +78,7 @@ def results(records, claims):
 
 
 def verdicts(records, claims):
-    return [Verdict("C9", "matched", "–", "–", "1", "no", "tiny", "not tested")]
+    return [Verdict("T1", "matched", "–", "–", "1", "no", "tiny", "not tested")]
 """,
 }
 #: On a model with the toy gauge: it is found and real, and the toy optimizer stays on one orbit.
@@ -179,5 +179,5 @@ def test_a_toy_of_each(tmp_path: Path) -> None:
     assert "| ddcrmsprop | optimizer=ddcrmsprop |" in table
     assert len((tmp_path / "results/toy/runs.jsonl").read_text().splitlines()) == 4
     again = run(sys.executable, "-m", "experiments", "status")
-    assert re.search(r"C9 +toy +matched +2 +2 +0 +0", again), again
+    assert re.search(r"T1 +toy +matched +2 +2 +0 +0", again), again
     assert len([*(tmp_path / "runs/toy").glob("*/summary.json")]) == 4
