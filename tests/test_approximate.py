@@ -173,12 +173,12 @@ def test_tangents_and_audit(name: str) -> None:
 def test_the_certificate_tells_them_apart() -> None:
     model, inputs, gauges = found("GPT")
     exact = find_gauges(model, inputs=inputs, kinds="complete", verify=False)
-    told = certify(model, exact, inputs, rows=4, explain=True)
+    told = certify(model, exact, inputs, passes=128, explain=True)
     assert told.complete
     assert {kind: count for kind, (count, _) in told.approximate.items()} == CASES["GPT"][1]
     assert "complete, at eps = 0 alone: 1 by stream_scale (" in str(told)
     # no part of the kernel, but of that at eps = 0
-    at_zero = Jacobian.of(with_eps(model, 0.0), inputs, rows=4)
+    at_zero = Jacobian.of(with_eps(model, 0.0), inputs, passes=128)
     assert at_zero.certificate([*exact, *gauges]).complete
     assert at_zero.certificate(exact).unexplained == 1
 

@@ -296,7 +296,7 @@ def test_plain_heads_are_found_packed_and_not() -> None:
     def packed(m: nn.Module, x: Tensor) -> Tensor:
         return m.head(m.o(attend(*m.qkv(x).chunk(3, -1))))
 
-    def gated(m: nn.Module, x: Tensor) -> Tensor:
+    def gated(m: nn.Module, x: Tensor) -> Tensor:  # by one number for each head and position
         q, k, v, gate = m.qkv(x).split([WIDTH, WIDTH, WIDTH, HEADS], -1)
         y = (
             F.scaled_dot_product_attention(heads(q), heads(k), heads(v))
@@ -304,11 +304,21 @@ def test_plain_heads_are_found_packed_and_not() -> None:
         )
         return m.head(m.o(y.transpose(1, 2).reshape(*x.shape)))
 
-    for forward, rows in ((plain, 1), (packed, 3 * WIDTH), (gated, 3 * WIDTH + HEADS)):
+    def gated_apart(m: nn.Module, x: Tensor) -> Tensor:  # entry by entry
+        q, k, v, gate = m.qkv(x).chunk(4, -1)
+        y = F.scaled_dot_product_attention(heads(q), heads(k), heads(v)) * heads(gate).sigmoid()
+        return m.head(m.o(y.transpose(1, 2).reshape(*x.shape)))
+
+    for forward, rows in (
+        (plain, 1),
+        (packed, 3 * WIDTH),
+        (gated, 3 * WIDTH + HEADS),
+        (gated_apart, 4 * WIDTH),
+    ):
         gauges = find_gauges(attention(forward, qkv=linear(rows)), inputs=(X,), loss="other")
         found = kinds(gauges)
         assert "qk_rotation" in found, str(gauges)
-        assert ("value_rotation" in found) == (forward is not gated), str(gauges)
+        assert ("value_rotation" in found) == (forward is not gated_apart), str(gauges)
 
 
 @pytest.mark.parametrize("packed", [True, False])

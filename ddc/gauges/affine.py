@@ -197,7 +197,7 @@ class Translated(NamedTuple):
 
     ``axis`` is the one along which the vector lies: 1 adds it to every row of a matrix, 0 to every
     column, -1 to every filter of a convolution, which it is as long as. ``indices`` are those that
-    it is added to, None for all; of a vector, ``axis`` None adds the same number to all entries.
+    it is added to, None for all; ``axis`` None adds the same number to all entries.
     ``places`` are the first and the end of those along the other axes, taken as one: the rows of a
     head, or the positions of a table that some tokens have; None for all.
     """

@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -44,12 +44,15 @@ ZERO = 1e-11
 LEAK = 1e-9
 #: The smallest singular value that counts must be this much larger than the largest that does not.
 GAP = 1e2
-#: Rows of J for each parameter. With fewer, directions that few inputs see are taken for zeros.
-ROWS = 8
-#: Rows from one forward pass: random combinations of all its log-probabilities.
-AT_ONCE = 32
-#: Rows that are folded into the triangle at a time.
-FOLDED = 2048
+#: Passes, each on an input of its own. With fewer, directions that few inputs see are taken for
+#: zeros.
+PASSES = 256
+#: Rows of J from one pass: random combinations of all its log-probabilities; at most as many as
+#: there are.
+AT_ONCE = 64
+#: Rows for each parameter that are kept: rows of several passes are added up. Where a pass gives
+#: few, there are more passes, until there are as many rows.
+KEPT = 2
 
 #: Draws an example of what a model takes.
 Draw = Callable[[torch.Generator], Inputs]
@@ -130,7 +133,7 @@ def certify(
     inputs: Inputs | Draw | None = None,
     *,
     centred: bool = True,
-    rows: float = ROWS,
+    passes: int = PASSES,
     seed: int = 0,
     explain: bool = False,
 ) -> Certificate:
@@ -150,7 +153,7 @@ def certify(
             embedding that they index.
         centred: whether a constant added to all logits, along the last axis, is unseen, as by
             softmax cross-entropy.
-        rows: of J for each parameter, at least 1; ReLU networks may need more.
+        passes: at least so many inputs are seen; ReLU networks may need more.
         seed: of weights, inputs and combinations.
         explain: look for all kinds of gauge in the model, and tell how much of what is unexplained
             each of them would close (:attr:`Certificate.closing`), in which parameters it lies
@@ -159,11 +162,11 @@ def certify(
 
     Raises:
         TypeError, ValueError: gauges that are not the model's; a model that is too large or cannot
-            be run; singular values without a gap, for which more rows, or inputs that use the whole
-            vocabulary and all positions, are needed.
+            be run; singular values without a gap, for which more passes, or inputs that use the
+            whole vocabulary and all positions, are needed.
     """
     found = gauges_of(model, gauges)
-    jacobian = Jacobian.of(model, inputs, centred=centred, rows=rows, seed=seed)
+    jacobian = Jacobian.of(model, inputs, centred=centred, passes=passes, seed=seed)
     certificate = jacobian.certificate(found)
     if not explain:
         return certificate
@@ -197,7 +200,7 @@ class Jacobian:
         inputs: Inputs | Draw | None = None,
         *,
         centred: bool = True,
-        rows: float = ROWS,
+        passes: int = PASSES,
         seed: int = 0,
     ) -> Jacobian:
         """That of a model; arguments and errors as for :func:`certify`."""
@@ -222,13 +225,13 @@ class Jacobian:
             if isinstance(module, nn.Embedding):  # its row has a derivative, which torch calls zero
                 module.padding_idx = None
         draw = drawn(model, inputs)
-        return cls(model, _triangle(model, params, draw, centred, rows, generator))
+        return cls(model, _triangle(model, params, draw, centred, passes, generator))
 
     def certificate(self, gauges: Iterable[Gauge]) -> Certificate:
         """The kernel beside the orbit of some gauges; errors as for :func:`certify`."""
         found = gauges_of(self.model, gauges)
         # the kernel, and the gap above it
-        values = torch.linalg.svdvals(self.triangle)
+        values = self.values
         if not values[0] > 0:
             raise ValueError(
                 "no parameter changes a log-probability: of a model with one output, whose loss is"
@@ -241,7 +244,7 @@ class Jacobian:
         if kernel and smallest < GAP * max(zero, 1e-16):
             raise ValueError(
                 f"singular values {zero:.0e} and {smallest:.0e} lie too close to tell which are"
-                " zero: pass more rows, or inputs that use all tokens and positions"
+                " zero: take more passes, or inputs that use all tokens and positions"
             )
         # what of it the gauges span, and single parameters that nothing reaches
         tangents = tangents_of(found, named_parameters(self.model))
@@ -252,17 +255,21 @@ class Jacobian:
         faint = int(((relative > ZERO) & (relative < 1e-6)).sum())
         return Certificate(len(values), kernel, orbit, dead, faint, zero, smallest, leak)
 
+    @cached_property
+    def values(self) -> Tensor:
+        """The singular values of J, (parameters,), the largest first."""
+        return torch.linalg.svdvals(self.triangle)
+
     def _unreached(self) -> Tensor:
         """Which single parameters change no log-probability."""
-        largest = torch.linalg.svdvals(self.triangle)[0]
-        return self.triangle.norm(dim=0) <= ZERO * largest
+        return self.triangle.norm(dim=0) <= ZERO * self.values[0]
 
     def closing(self, gauges: Iterable[Gauge], others: Iterable[Gauge]) -> dict[str, int]:
         """By kind, how many dimensions of the kernel others add to the orbit of some gauges, to
         what is dead, and to the kinds before it; what is no symmetry adds none.
         """
         params = named_parameters(self.model)
-        largest = float(torch.linalg.svdvals(self.triangle)[0])
+        largest = float(self.values[0])
         alone = torch.eye(self.triangle.shape[1], dtype=torch.float64)[self._unreached()]
         spanned = torch.cat([tangents_of(gauges, params), alone])
         reached, found = rank(spanned), {}
@@ -351,22 +358,22 @@ def _triangle(
     params: Mapping[str, Tensor],
     draw: Callable[[torch.Generator], tuple[tuple[Any, ...], dict[str, Any]]],
     centred: bool,
-    rows: float,
+    passes: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """R of the QR decomposition of J, (entries, entries): J itself is never whole."""
+    """R of the QR decomposition of random combinations of the rows of J, (entries, entries): their
+    kernel is that of J, which itself is never whole.
+    """
     entries = sum(p.numel() for p in params.values())
-    needed = math.ceil(max(rows, 1) * entries) + 16
-    triangle = torch.zeros(0, entries, dtype=torch.float64)
-    fresh: list[Tensor] = []
     for p in params.values():
         p.requires_grad_()
-    for _ in range(0, needed, AT_ONCE):
-        fresh.append(_rows(model, list(params.values()), draw(generator), centred, generator))
-        if len(fresh) * AT_ONCE >= FOLDED:
-            triangle = torch.linalg.qr(torch.cat([triangle, *fresh]), mode="r").R
-            fresh = []
-    return torch.linalg.qr(torch.cat([triangle, *fresh]), mode="r").R
+    kept = torch.zeros(math.ceil(KEPT * entries) + AT_ONCE, entries, dtype=torch.float64)
+    seen, given = 0, 0
+    while seen < passes or given < len(kept):
+        fresh = _rows(model, list(params.values()), draw(generator), centred, generator)
+        kept.index_add_(0, torch.arange(given, given + len(fresh)) % len(kept), fresh)
+        seen, given = seen + 1, given + len(fresh)
+    return torch.linalg.qr(kept, mode="r").R
 
 
 def _rows(
@@ -389,7 +396,8 @@ def _rows(
             logits = outputs[0] if outputs else None
         if logits is None or not logits.requires_grad:
             raise ValueError("the model's first output of real numbers depends on no parameter")
-        weights = torch.randn(AT_ONCE, *logits.shape, generator=generator, dtype=torch.float64)
+        count = min(AT_ONCE, logits.numel())
+        weights = torch.randn(count, *logits.shape, generator=generator, dtype=torch.float64)
         if centred:
             weights = weights - weights.mean(-1, keepdim=True)
         grads = _gradients(logits, params, weights.to(logits))

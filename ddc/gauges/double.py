@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from ddc.gauges.base import place_of
 
@@ -61,8 +61,8 @@ class InDouble(TorchDispatchMode):
         torch.set_default_dtype(self._default)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map(self._stand_in, (args, kwargs or {}))
-        return tree_map(double, REPLACEMENTS.get(func.name(), func)(*args, **kwargs))
+        args, kwargs = each_of(self._stand_in, (args, kwargs or {}))
+        return each_of(double, REPLACEMENTS.get(func.name(), func)(*args, **kwargs))
 
     def _stand_in(self, value: Any) -> Any:
         if self.held and isinstance(value, Tensor):
@@ -79,21 +79,34 @@ def double(value: Any) -> Any:
     """The value as it is in double precision: tensors and types of lower one are replaced, and the
     meta device, where nothing is computed.
     """
-    if isinstance(value, torch.device):
-        return computing_device(value)
+    if isinstance(value, Tensor):
+        precise = _PRECISE.get(value.dtype)
+        return value if precise is None else value.detach().to(precise)
     if isinstance(value, torch.dtype):
-        return (
-            torch.float64
-            if value.is_floating_point
-            else torch.complex128
-            if value.is_complex
-            else value
-        )
-    if not isinstance(value, Tensor) or value.dtype in (torch.float64, torch.complex128):
-        return value
-    if value.is_floating_point():
-        return value.detach().to(torch.float64)
-    return value.detach().to(torch.complex128) if value.is_complex() else value
+        return _PRECISE.get(value, value)
+    return computing_device(value) if isinstance(value, torch.device) else value
+
+
+#: What stands in for a type of lower precision.
+_PRECISE = {
+    each: torch.complex128 if each.is_complex else torch.float64
+    for each in vars(torch).values()
+    if isinstance(each, torch.dtype)
+    and (each.is_complex or each.is_floating_point)
+    and each not in (torch.float64, torch.complex128)
+}
+
+
+def each_of(function: Callable[[Any], Any], value: Any) -> Any:
+    """What a function makes of each argument or result of an operation, those in lists one by one:
+    as ``tree_map`` does, in a tenth of its time, where all is tensors, numbers and their lists.
+    """
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return kind(each_of(function, each) for each in value)
+    if kind is dict:
+        return {key: each_of(function, each) for key, each in value.items()}
+    return function(value)
 
 
 def grouped_product(x: Tensor, weight: Tensor, ends: Tensor, *_: Any, **__: Any) -> Tensor:

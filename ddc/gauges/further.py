@@ -662,9 +662,8 @@ class Further:
         """
         inside = {part: norm for norm in stream.norms for part in norm.inside}
         waiting, seen = [writer], {writer}
-        if operation(writer) == "embedding":  # wherever the table is looked up
-            view = self.trace.parameter(arguments(writer)[0])
-            waiting += self.trace.uses[view[0]] if view is not None else []
+        if (name := self._table(writer)) is not None:  # wherever the table is looked up
+            waiting += [use for use in self.trace.uses[name] if use is not self._tied_head(name)]
         while waiting:
             node = waiting.pop()
             if node not in stream.nodes:
@@ -688,6 +687,10 @@ class Further:
         """The means of what one writer adds to a stream."""
         if node in self.trace.experts_by_output:
             raise NotProved("experts write to it, whose weights are stacked")
+        if (name := self._table(node)) is not None and self._tied_head(name) is not None:
+            # a softmax does not see all rows move alike; of one alone it sees the logit
+            slot = Translated(name, None)
+            return [Translation("stream_mean", owner(name) or name, (slot,))]
         written = self.writer(stream, node)
         if (linear := self.trace.maps_by_output.get(node)) is not None and linear.rows == 0:
             return [Shift(linear.weight, linear.bias, owner(linear.weight), "stream_mean")]
@@ -799,32 +802,38 @@ class Further:
 
     def _collected(self, stream: Stream, nodes: Sequence[Node]) -> list[Translated]:
         """Tables and biases that are added up to some nodes, which nothing else reads."""
-        terms, waiting = [], [*nodes]
+        terms: list[Translated] = []
+        waiting = [(node, 1.0) for node in nodes]  # and what it is multiplied by
         while waiting:
-            each = waiting.pop()
+            each, factor = waiting.pop()
             if each not in stream.nodes or len(readers(each)) > 1:
                 continue
-            axis = stream.nodes[each]
-            if gives_channels(each, axis) or _is_batch_norm(each, axis):
-                terms += self._bias_of_channels(each)
-            elif each in stream.writers:
-                linear = self.trace.maps_by_output.get(each)
-                if each in self.trace.experts_by_output:
-                    continue
-                if linear is not None:
-                    if linear.bias is not None and self.trace.used_once(linear.bias):
-                        terms.append(Translated(linear.bias, 0))
-                    continue
-                view = self.trace.parameter(
-                    arguments(each)[0] if operation(each) == "embedding" else each
-                )
-                if view is not None and self._may_move(view[0], each):
-                    terms.append(Translated(view[0], self.trace.tensors[view[0]].ndim + axis))
+            if each in stream.writers:
+                terms += [term._replace(rate=1 / factor) for term in self._shift(stream, each)]
             elif operation(each) in ("add", "add_"):
-                waiting += inputs(each)
+                waiting += [(term, factor) for term in inputs(each)]
+            elif (number := _number_of(each)) is not None:
+                waiting.append((inputs(each)[0], factor * number))
             elif operation(each) in MOVES | KEEPS and not drops(each):
-                waiting.append(arguments(each)[0])
+                waiting.append((arguments(each)[0], factor))
         return terms
+
+    def _shift(self, stream: Stream, writer: Node) -> list[Translated]:
+        """The table or bias of a writer that moves all that it writes alike, if it has one."""
+        axis = stream.nodes[writer]
+        if gives_channels(writer, axis) or _is_batch_norm(writer, axis):
+            return self._bias_of_channels(writer)
+        if writer in self.trace.experts_by_output:
+            return []
+        if (linear := self.trace.maps_by_output.get(writer)) is not None:
+            alone = linear.bias is not None and self.trace.used_once(linear.bias)
+            return [Translated(linear.bias, 0)] if alone and linear.bias is not None else []
+        name = self._table(writer)
+        view = self.trace.parameter(writer)
+        name = name if name is not None or view is None else view[0]
+        if name is None or not self._may_move(name, writer):
+            return []
+        return [Translated(name, self.trace.tensors[name].ndim + axis)]
 
     def _parts(self, stream: Stream, node: Node) -> Iterator[list[Translated]]:
         """Where tokens of several kinds, put side by side, are added to a table of positions: for
@@ -889,32 +898,51 @@ class Further:
         view = self.trace.parameter((*arguments(node), None)[2])
         return [Translated(view[0], 0)] if view and self.trace.used_once(view[0]) else []
 
+    def _table(self, node: Node) -> str | None:
+        """The parameter of which an embedding looks rows up; None of anything else."""
+        view = self.trace.parameter(arguments(node)[0]) if operation(node) == "embedding" else None
+        return None if view is None else view[0]
+
+    def _tied_head(self, name: str) -> Node | None:
+        """Where the head reads a table, if its softmax does not see all rows of it move alike."""
+        head = self.trace.head
+        if head is None or head.weight != name or head.rows != 0 or name in self.trace.shared:
+            return None
+        try:
+            self.finding.require_softmax(head)
+        except NotProved:
+            return None
+        return head.node
+
     def _may_move(self, name: str, node: Node) -> bool:
         """Whether all rows of a table may move alike: nothing else reads it but, at most, the head,
         whose softmax does not see it.
         """
         others = [use for use in self.trace.uses.get(name, ()) if use is not node]
-        if operation(node) != "embedding":
-            return self.trace.used_once(name)
-        head = self.trace.head
-        if head is None or others != [head.node] or head.weight != name:
-            return not others and self.trace.used_once(name)
-        if head.rows != 0 or name in self.trace.shared:
-            return False
-        try:
-            self.finding.require_softmax(head)
-        except NotProved:
-            return False
-        return True
+        if self._table(node) is not None and len(others) == 1:
+            return others[0] is self._tied_head(name)
+        return self.trace.used_once(name)
 
     def translation(self, terms: Sequence[Translated]) -> list[Gauge]:
         """A vector added to one of the terms of a sum, and taken from the next."""
         gauges: list[Gauge] = []
         for first, second in pairwise(terms):
-            slots = (first, second._replace(rate=-1.0))
+            slots = (first, second._replace(rate=-second.rate))
             where = owner(first.parameter) or first.parameter
             gauges.append(Translation("translation", where, slots))
         return gauges
+
+
+def _number_of(node: Node) -> float | None:
+    """The number, not zero, that a node multiplies its one input by; None of anything else."""
+    match operation(node), arguments(node):
+        case "mul", (Node(), int() | float() as number) if number and not node.kwargs:
+            return float(number)
+        case "mul", (int() | float() as number, Node()) if number and not node.kwargs:
+            return float(number)
+        case "div", (Node(), int() | float() as number) if number and not node.kwargs:
+            return 1 / number
+    return None
 
 
 def _is_batch_norm(node: Node, axis: int) -> bool:

@@ -13,8 +13,8 @@ import inspect
 import operator
 import random
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
@@ -352,14 +352,25 @@ class Flow:
         activations: homogeneous functions that are not linear.
         gated: whether anything that follows from parameters was multiplied in.
         dropout: whether entries are dropped at random.
-        uneven: whether factors were multiplied in that may differ between units.
+        factors: what was multiplied in, each with the labels of what it multiplies.
     """
 
     arrivals: list[Arrival]
     activations: set[str]
     gated: bool
     dropout: bool
-    uneven: bool = False
+    factors: list[tuple[Node, Tensor]] = field(default_factory=list)
+
+    @property
+    def uneven(self) -> bool:
+        """Whether factors were multiplied in that may differ between units."""
+        return self.varies(lambda labels: labels)
+
+    def varies(self, units: Callable[[Tensor], Tensor]) -> bool:
+        """Whether factors were multiplied in that may differ between units, which a function of
+        their labels numbers.
+        """
+        return any(_varies_with(factor, units(labels)) for factor, labels in self.factors)
 
 
 class Entering(NamedTuple):
@@ -813,9 +824,10 @@ class Trace:
             return None
         if isinstance(other, Node) and self.parameter(other) is not None:
             return None  # a scale of its own
-        flow.gated |= isinstance(other, Node) and self.depends_on_parameters(other)
         labels = state[scaled][0].broadcast_to(shape)
-        flow.uneven |= isinstance(other, Node) and _varies_with(other, labels)
+        if isinstance(other, Node):
+            flow.gated |= self.depends_on_parameters(other)
+            flow.factors.append((other, labels))
         return labels, state[scaled][1]
 
     def device_of(self, source: LinearMap | Node) -> torch.device:

@@ -758,7 +758,9 @@ class Finding:
             .permute(*(order.index(axis) for axis in range(len(order))))
         )
         flow = self.trace.flow({attention.node: labels})
-        changed = flow.activations or flow.gated or flow.dropout or flow.uneven
+        # a number may multiply all entries of a head
+        uneven = flow.varies(lambda labels: labels % shape[-1])
+        changed = flow.activations or flow.dropout or uneven
         if changed or len(flow.arrivals) != 1 or flow.arrivals[0].degree != 1:
             raise NotProved("what it gives does not go to one linear map alone, as it is")
         (arrival,) = flow.arrivals

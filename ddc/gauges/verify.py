@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from ddc.gauges.affine import Translation
 from ddc.gauges.base import (
     Gauge,
     Refusal,
@@ -230,18 +231,23 @@ class Subject:
             size = (moved[place] - weight).abs().square().mean().sqrt()
             moved[place].copy_(noise_like(weight, generator).mul_(size).add_(weight))
         control = self._run(moved)
-        # softmax does not see what is added to all logits alike; a tied table adds it too
-        shifted = {
-            len(self.params[name])
-            for gauge in gauges
-            if gauge.kind in ("logit_shift", "translation")
-            for name in gauge.parameters
-        }
+        # softmax does not see what is added to all logits alike
+        shifted = {count for gauge in gauges for count in self._shifted(gauge)}
         changes = [
             Change(difference(case.outputs, ours, others, shifted), case.training)
             for case, ours, others in zip(self.cases, after, control, strict=True)
         ]
         return max(changes, key=lambda change: change.size)
+
+    def _shifted(self, gauge: Gauge) -> set[int]:
+        """How many logits a gauge may add the same to: as a table has rows whose rows all move
+        alike, which may be tied to the head.
+        """
+        if gauge.kind == "logit_shift":
+            return {len(self.params[name]) for name in gauge.parameters}
+        slots = gauge.slots if isinstance(gauge, Translation) else ()
+        tables = [slot.parameter for slot in slots if slot.axis in (1, None) and not slot.places]
+        return {len(self.params[name]) for name in tables if self.params[name].ndim == 2}
 
     def _places(self, gauges: Sequence[Gauge]) -> list[object]:
         """Where in memory the parameters under some gauges are."""
