@@ -542,6 +542,32 @@ def test_a_tied_table_moves_under_softmax_alone() -> None:
     assert "translation" in by_rules(Tables(tied=False), tokens, loss="other")
 
 
+@pytest.mark.parametrize("scale", [lambda h: 3.0 * h, lambda h: h * 1.0, lambda h: h / 4])
+def test_a_tied_table_that_a_number_scales(scale: Callable[[Tensor], Tensor]) -> None:
+    """Its rows move with those of positions, by as much less as it is scaled; and all of it by one
+    number, which the norm takes off and the softmax does not see.
+    """
+
+    class Scaled(Tables):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.norm(scale(self.embedding(tokens)) + self.positions))
+
+    tokens = (TOKENS[:, :5] % 9,)
+    model = moved(Scaled(tied=True))
+    gauges = find_gauges(model, inputs=tokens, kinds="complete", loss="cross_entropy")
+    assert max(check(model, gauges, log_probs(tokens), seed=1).values()) < 1e-12
+    certificate = Jacobian.of(model, tokens).certificate(gauges)
+    assert certificate.complete, certificate
+    (whole,) = [gauge for gauge in gauges if gauge.parameters == ("embedding.weight",)]
+    assert whole.kind == "stream_mean"
+    assert whole.dimension(dict(model.named_parameters())) == 1
+    assert "stream_mean" not in {
+        gauge.kind
+        for gauge in find_gauges(model, inputs=tokens, kinds="complete", loss="other")
+        if "embedding.weight" in gauge.parameters
+    }
+
+
 @pytest.mark.parametrize(("rate", "kept"), [(0.0, True), (0.3, False)])
 def test_a_term_that_is_dropped_at_random_is_no_term(rate: float, kept: bool) -> None:
     class Dropped(Tables):
