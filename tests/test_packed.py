@@ -542,7 +542,7 @@ class Convolutions(nn.Module):
         ("read by a linear map", "head.weight"),
         ("GELU", None),
         ("groups", None),
-        ("residual", None),
+        ("residual", "second.weight"),
     ],
 )
 def test_channels_of_convolutions(variant: str, reader: str | None) -> None:
@@ -553,11 +553,20 @@ def test_channels_of_convolutions(variant: str, reader: str | None) -> None:
         assert found.refused
         return
     (gauge,) = found
-    assert gauge.plus == (Axis("norm.weight"), Axis("norm.bias"))
-    assert gauge.minus == (Axis(reader, 1),)
+    plus, minus = (Axis("norm.weight"), Axis("norm.bias")), (Axis(reader, 1),)
+    if variant == "residual":  # the convolution reads the stream, and writes to it
+        plus, minus = (
+            (*plus, Axis(reader, 0), Axis("second.bias")),
+            (*minus, Axis("head.weight", 1)),
+        )
+    assert (gauge.plus, gauge.minus) == (plus, minus)
     model.double()
     for p in model.parameters():
         p.data = generic(p.detach(), torch.Generator().manual_seed(p.numel()))
+    if variant == "residual":
+        with pytest.raises(ValueError, match="rescales dress each other in a circle"):
+            DDCAdam(model.named_parameters(), found)
+        return
     copies = [model, copy.deepcopy(model)]
     found.transform_(copies[1], torch.Generator().manual_seed(1))
     for each in copies:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ddc import DDCAdam, check, find_gauges
 from ddc.gauges import GaugeSet
-from ddc.gauges.certificate import rank, tangents_of
+from ddc.gauges.certificate import Jacobian, rank, tangents_of
 
 WIDTH, HIDDEN, VOCABULARY = 8, 6, 11
 TOKENS = torch.randint(VOCABULARY, (3, 5), generator=torch.Generator().manual_seed(0))
@@ -192,9 +192,98 @@ def test_a_sum_that_is_made_in_place(writes: bool) -> None:
     assert ("o" in means) is not writes
 
 
+class Bare(PostNorm):
+    """The same with embeddings that are read as they are.
+
+    Args:
+        positions: what is added to the embeddings.
+        factor: what these are multiplied by before.
+        tied: whether the table is the head's.
+    """
+
+    def __init__(
+        self, positions: str = "", factor: float = 1.0, tied: bool = False, **options: object
+    ) -> None:
+        super().__init__(**options)  # type: ignore[arg-type]
+        self.positions, self.factor = positions, factor
+        self.learned = nn.Parameter(torch.randn(5, WIDTH)) if positions == "learned" else None
+        self.norms[0] = nn.Identity()
+        if tied:
+            self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+            self.head.weight = self.table.weight
+
+    def embedded(self, tokens: Tensor) -> Tensor:
+        x = self.table(tokens) * self.factor if self.factor != 1 else self.table(tokens)
+        if self.positions == "fixed":
+            x = x + torch.arange(5.0, dtype=x.dtype)[:, None].sin() * torch.ones(WIDTH).to(x)
+        return x if self.learned is None else x + self.learned
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.stream(self.embedded(tokens))
+        q, k, v = (m(x).unflatten(-1, (2, -1)).transpose(1, 2) for m in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = self.norms[1](x + self.sublayer(self.o(y)))
+        x = self.norms[2](x + self.sublayer(self.down(F.gelu(self.up(x)))))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("positions", ["", "fixed", "learned"])
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_a_table_that_is_read_without_a_norm(tied: bool, positions: str, factor: float) -> None:
+    """Its rows all move, and what reads them takes it back. Where it is the head's too, that is
+    all; else x may become (1 + 1 wᵀ) x as well, which the norm does not see, and which is no kind.
+    """
+    model = Bare(positions, factor, tied).double().eval()
+    gauges = find_gauges(model, inputs=(TOKENS,), loss="cross_entropy", kinds="complete")
+    (shift,) = [
+        each for each in gauges if each.kind == "translation" and "o.bias" in each.parameters
+    ]
+    assert {*shift.parameters} == {"table.weight", "o.bias"} | {
+        f"{each}.{kind}" for each in "qkv" for kind in ("weight", "bias")
+    }
+    changes = check(model, gauges, lambda each: each(TOKENS).log_softmax(-1))
+    assert max(changes.values()) < 1e-10, changes
+    certificate = Jacobian.of(model, (TOKENS,)).certificate(gauges)
+    assert certificate.leak < 1e-12
+    assert certificate.complete == tied, certificate
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dropout": 0.1},  # the bias that would take it back is dropped
+        {"biased": False},
+        {"branch": lambda x: 0.5 * x},
+        {"stream": lambda x: F.dropout(x, 0.1)},
+        {"stream": lambda x: x.flip(-1)},
+        {"stream": lambda x: x + x.norm()},
+        {"stream": lambda x: x + x.roll(1, 1)},  # moves twice as much
+        {"stream": lambda x: x * x},
+    ],
+)
+def test_a_table_that_is_changed_before_it_is_read(options: dict[str, object]) -> None:
+    gauges = find_gauges(
+        Bare(**options),  # type: ignore[arg-type]
+        inputs=(TOKENS,),
+        loss="cross_entropy",
+        verify=False,
+        kinds=["translation"],
+    )
+    assert not gauges, str(gauges)
+
+
+def test_a_tied_table_under_another_loss_stays() -> None:
+    model = Bare(tied=True)
+    kinds = ["translation", "stream_mean"]
+    gauges = find_gauges(model, inputs=(TOKENS,), loss="other", kinds=kinds)
+    assert "table.weight" not in {name for gauge in gauges for name in gauge.parameters}
+
+
 @pytest.mark.slow
-def test_ddcadam_is_equivariant_under_all_of_them() -> None:
-    model = PostNorm().double().eval()
+@pytest.mark.parametrize("model", [PostNorm(), Bare("fixed", 2.0, tied=True)])
+def test_ddcadam_is_equivariant_under_all_of_them(model: PostNorm) -> None:
+    model = model.double().eval()
     gauges = find_gauges(model, inputs=(TOKENS,), verify=False, kinds="complete")
     assert {gauge.kind for gauge in gauges} >= {*SHIFTS, "value_map", "qk_map"}
     targets = torch.randint(VOCABULARY, TOKENS.shape, generator=torch.Generator().manual_seed(1))

@@ -322,16 +322,18 @@ def rows_of(tensor: Tensor, axis: int | None) -> Tensor:
 
 
 class Sheared(NamedTuple):
-    """A linear map that takes back what a bias before it adds: bias -= W v.
+    """A linear map that takes back what a bias before it adds: bias -= rate W v.
 
-    ``columns`` are the indices along ``axis`` of the weight that read the vector, (copies, n). One
-    without a bias takes it back by its rows (:class:`Shear`).
+    ``columns`` are the indices along ``axis`` of the weight that read the vector, (copies, n), and
+    ``rate`` what it is multiplied by before they do. One without a bias takes it back by its rows
+    (:class:`Shear`).
     """
 
     weight: str
     axis: int
     columns: np.ndarray
     bias: str | None
+    rate: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -385,7 +387,7 @@ class Shear(Gauge):
             rows = unit_view(weight, reader.axis)
             change = rows[torch.from_numpy(reader.columns).to(rows.device)].sum(0).mT
             places = weight[0, 0].numel() if weight.ndim > 2 else 1  # of a convolution's kernel
-            yield reader, change.unflatten(0, (-1, places)).sum(1)
+            yield reader, reader.rate * change.unflatten(0, (-1, places)).sum(1)
 
     def _inverse(self, params: Params) -> tuple[Tensor, Tensor]:
         """1/γ, and Σ β/γ, by which the output of a row changes with it."""

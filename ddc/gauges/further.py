@@ -31,8 +31,10 @@ from ddc.gauges.affine import (
 from ddc.gauges.approximate import attempts
 from ddc.gauges.attention import ATTENTION, SOFTMAX, Attention, Read, product_of, softmax_axis
 from ddc.gauges.base import Gauge, Refusal, approximate_kinds, paper_kinds
+from ddc.gauges.channels import channel_scale, rows_of_map
 from ddc.gauges.gauge_set import GaugeSet
-from ddc.gauges.norms import NormReaders, bias_of, columns_of, require_passed_on
+from ddc.gauges.heads import logits_of
+from ddc.gauges.norms import NormReaders, bias_of, columns_of, number_of, require_passed_on
 from ddc.gauges.scores import ScoreTable, score_table
 from ddc.gauges.stream import (
     Norm,
@@ -144,12 +146,17 @@ class Further:
         for node in self.trace.graph.nodes:
             if operation(node) == "batch_norm":
                 where = module_path(node) or "batch_norm"
-                yield "channel_scale", where, partial(self.channel_scale, node, where)
+                yield "channel_scale", where, partial(channel_scale, self.finding, node, where)
         found = streams(self.trace, self.scaled)
         inside = {node for stream in found for node in stream.nodes}
         for node in self.trace.graph.nodes:
             if node not in inside and len(terms := self._shifts(node)) > 1:
                 yield "translation", owner(terms[0].parameter), partial(self.translation, terms)
+        writers = [node for stream in found if stream.faults for node in stream.writers]
+        for name in dict.fromkeys(filter(None, map(self._table, writers))):
+            head = self._tied_head(name)
+            looked_up = [use for use in self.trace.uses[name] if use is not head]
+            yield "translation", owner(name), partial(self.norms.table_shift, name, looked_up)
         for stream in found:
             where = self.place(stream)
             yield "stream_rotation", where, partial(self.stream_rotation, stream)
@@ -562,47 +569,14 @@ class Further:
 
     def layer_scale(self, scaled: ScaledMap) -> list[Gauge]:
         """Rows of a map, and its bias, against the vector that multiplies them."""
-        rows, scale = tuple(Axis(*row) for row in self._rows(scaled.map)), scaled.scale
+        rows, scale = (
+            tuple(Axis(*row) for row in rows_of_map(self.finding, scaled.map)),
+            scaled.scale,
+        )
         self.finding.require_single([scale])
         others = [each for each in self.scaled.values() if owner(each.scale) == owner(scale)]
         where = scale if len(others) > 1 else owner(scale) or scale
         return [Rescale("layer_scale", where, rows, (Axis(scale),))]
-
-    def _rows(self, source: LinearMap | Node) -> list[tuple[str, int]]:
-        """Weight and bias of a linear map, or of a convolution, and the axis along which its
-        outputs lie.
-        """
-        if isinstance(source, LinearMap):
-            if source.bias_node is not None and source.bias is None:
-                raise NotProved(f"the bias of {owner(source.weight)} is no parameter of its own")
-            names, axis = [source.weight, *([source.bias] if source.bias else [])], source.rows
-        else:
-            given = [each for each in arguments(source)[1:3] if each is not None]
-            views = [self.trace.parameter(each) for each in given]
-            names, axis = [view[0] for view in views if view is not None], 0
-            if len(names) < len(given):
-                raise NotProved("the weights of a convolution are no parameters of their own")
-        self.finding.require_single(names)
-        return [(names[0], axis), *((name, 0) for name in names[1:])]
-
-    def channel_scale(self, node: Node, where: str) -> list[Gauge]:
-        """Scale and shift of a batch norm against the channels that convolutions, or linear maps,
-        read of it, with what is homogeneous between them.
-        """
-        views = [self.trace.parameter(each) for each in arguments(node)[1:3]]
-        names = [view[0] for view in views if view is not None]
-        if len(names) < 2 or len({*names}) < 2:
-            raise NotProved("its scale and shift are not two parameters as they stand")
-        flow = self.trace.flow({node: channels_of(node)})
-        if not flow.arrivals:
-            raise NotProved("nothing reads it")
-        if len(degrees := {arrival.degree for arrival in flow.arrivals}) > 1:
-            raise NotProved("its readers read it at different degrees")
-        columns = [self.finding.reader(arrival) for arrival in flow.arrivals]
-        self.finding.require_alike(len(self.trace.tensors[names[0]]), columns)
-        self.finding.require_single(names, columns)
-        plus = tuple(Axis(name) for name in names)
-        return [Rescale("channel_scale", where, plus, tuple(columns), degrees.pop())]
 
     # ------------------------------------------------------------------------------------------
     # residual streams
@@ -763,10 +737,10 @@ class Further:
         """The parameters whose vectors a writer adds to the stream."""
         if (scaled := self.scaled.get(node)) is not None:
             self.finding.require_single([scaled.scale])
-            return [Behind(*row, scaled.scale) for row in self._rows(scaled.map)]
+            return [Behind(*row, scaled.scale) for row in rows_of_map(self.finding, scaled.map)]
         linear = self.trace.maps_by_output.get(node)
         if linear is not None or operation(node) in CONVOLUTIONS:
-            return [Behind(*row) for row in self._rows(linear or node)]
+            return [Behind(*row) for row in rows_of_map(self.finding, linear or node)]
         if (experts := self.trace.experts_by_output.get(node)) is not None:
             self.finding.require_single([experts.weight])
             return [Behind(experts.weight, experts.rows)]
@@ -812,7 +786,7 @@ class Further:
                 terms += [term._replace(rate=1 / factor) for term in self._shift(stream, each)]
             elif operation(each) in ("add", "add_"):
                 waiting += [(term, factor) for term in inputs(each)]
-            elif (number := _number_of(each)) is not None:
+            elif (number := number_of(each)) is not None:
                 waiting.append((inputs(each)[0], factor * number))
             elif operation(each) in MOVES | KEEPS and not drops(each):
                 waiting.append((arguments(each)[0], factor))
@@ -905,8 +879,11 @@ class Further:
 
     def _tied_head(self, name: str) -> Node | None:
         """Where the head reads a table, if its softmax does not see all rows of it move alike."""
-        head = self.trace.head
-        if head is None or head.weight != name or head.rows != 0 or name in self.trace.shared:
+        logits = logits_of(self.trace)
+        if len(logits.heads) != 1 or logits.stops or name in self.trace.shared:
+            return None
+        (head,) = logits.heads
+        if head.weight != name or head.rows != 0 or logits.reader_beside(head) is not None:
             return None
         try:
             self.finding.require_softmax(head)
@@ -931,18 +908,6 @@ class Further:
             where = owner(first.parameter) or first.parameter
             gauges.append(Translation("translation", where, slots))
         return gauges
-
-
-def _number_of(node: Node) -> float | None:
-    """The number, not zero, that a node multiplies its one input by; None of anything else."""
-    match operation(node), arguments(node):
-        case "mul", (Node(), int() | float() as number) if number and not node.kwargs:
-            return float(number)
-        case "mul", (int() | float() as number, Node()) if number and not node.kwargs:
-            return float(number)
-        case "div", (Node(), int() | float() as number) if number and not node.kwargs:
-            return 1 / number
-    return None
 
 
 def _is_batch_norm(node: Node, axis: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -130,24 +130,61 @@ class NormReaders:
             return []
         if others:
             raise NotProved(others[0])
-        found = []
-        for weight, axis in linears:
-            bias = bias_of(self.trace, weight)
-            self._require_unpadded(weight)
-            as_matrix = self.trace.tensors[weight].ndim == 2
-            if bias is None and (scale is None or not norm.centres or taking or not as_matrix):
-                raise NotProved(f"{owner(weight)} has no bias of its own")
-            columns = np.arange(self.trace.tensors[weight].shape[axis])[None]
-            found.append(Sheared(weight, axis, columns, bias))
+        alone = scale is not None and norm.centres and not taking
+        found = self._taking_back(linears, without_bias=alone)
         names = [shift, *taking]
-        if len({*names, *(reader.bias for reader in found)}) < len(names) + len(found) and taking:
-            raise NotProved("two of those that would take it back are one parameter")
+        self._require_apart(names if taking else [], found)
         self.finding.require_single(names)
         slots = (Translated(shift, 0), *(Translated(name, 0, -1.0) for name in taking))
         scale = scale if any(reader.bias is None for reader in found) else None
         if not found:
             return [Translation("norm_shift", owner(shift), slots)]
-        return [Shear("norm_shift", owner(shift), slots, tuple(found), scale)]
+        return [Shear("norm_shift", owner(shift), slots, found, scale)]
+
+    def table_shift(self, table: str, looked_up: Sequence[Node]) -> list[Gauge]:
+        """A vector added to all rows of a table that linear maps read without a norm, and taken
+        back by their biases, and by those of the sums that it is added to.
+
+        Args:
+            table: its name.
+            looked_up: everything that reads it, but for a head that does not see it move.
+        """
+        if any(operation(each) != "embedding" for each in looked_up) or table in self.trace.shared:
+            raise NotProved(f"{owner(table)} is tied to another parameter, or used more than once")
+        starts = [_behind_numbers(each) for each in looked_up]
+        (factor, *others) = {factor for _, factor in starts}
+        linears, taking, reasons = self._read([node for node, _ in starts])
+        if reasons or others:
+            raise NotProved(reasons[0] if reasons else "different numbers multiply it")
+        found = self._taking_back(linears)
+        self._require_apart([table, *taking], found)
+        self.finding.require_single(taking)
+        slots = (Translated(table, 1), *(Translated(name, 0, -factor) for name in taking))
+        readers = tuple(each._replace(rate=factor) for each in found)
+        if not found:
+            return [Translation("translation", owner(table), slots)] if taking else []
+        return [Shear("translation", owner(table), slots, readers)]
+
+    def _taking_back(
+        self, linears: Sequence[tuple[str, int]], without_bias: bool = False
+    ) -> tuple[Sheared, ...]:
+        """The readers, by columns, whose biases take a shift back; ``without_bias`` also those
+        matrices that have none.
+        """
+        found = []
+        for weight, axis in linears:
+            bias = bias_of(self.trace, weight)
+            self._require_unpadded(weight)
+            if bias is None and not (without_bias and self.trace.tensors[weight].ndim == 2):
+                raise NotProved(f"{owner(weight)} has no bias of its own")
+            columns = np.arange(self.trace.tensors[weight].shape[axis])[None]
+            found.append(Sheared(weight, axis, columns, bias))
+        return tuple(found)
+
+    def _require_apart(self, names: Sequence[str], found: Sequence[Sheared]) -> None:
+        """Raise NotProved if a parameter is to move twice."""
+        if names and len({*names, *(each.bias for each in found)}) < len(names) + len(found):
+            raise NotProved("two of those that would take it back are one parameter")
 
     def _require_unpadded(self, weight: str) -> None:
         """Raise NotProved for a convolution that adds zeros around what it reads: a shift is none
@@ -181,35 +218,58 @@ class NormReaders:
         names = [axis.parameter for axis in plus]
         if len({*names}) < len(names) or not has_fixed_shape(source):
             raise reason
-        width = value_of(source).shape[-1]
+        linears, taking, others = self._read([source])
+        if not linears and not taking:
+            raise reason
+        scale, shift = [*names, None, None][:2]
+        return scale, shift, linears, taking, others
+
+    def _read(self, sources: Sequence[Node]) -> tuple[list[tuple[str, int]], list[str], list[str]]:
+        """The columns of the linear maps that read some nodes as they are; the biases that are
+        added to the sums that they are added to; and what else reads them, in words.
+
+        Raises:
+            NotProved: they are written to in place.
+        """
         linears: list[tuple[str, int]] = []
         taking: list[str] = []
         others: list[str] = []
-        waiting, seen = [source], {source}
+        waiting, seen = [*sources], {*sources}
         while waiting:
             node = waiting.pop()
             if node in self.trace.rewritten:
                 raise NotProved("it is written to in place")
             for user in readers(node):
-                name = operation(user) or "the output of the model"
+                add = operation(user) in ("add", "add_")
                 try:
                     if user in self.trace.linear_maps:
                         linears += columns_of([self._reader_of(user, node)])
-                    elif name in ("add", "add_"):
-                        taking.append(self._bias_in(user, node, width))
-                    elif drops(user) or name not in MOVES | KEEPS | {"mean", "index"}:
-                        raise NotProved(f"{name} changes what it gives")
-                    elif carried(user, node, -1) != -1:
-                        raise NotProved(f"{name} mixes what it gives")
-                    elif user not in seen:
+                    elif add and (bias := self._bias_in(user, node)) is not None:
+                        taking.append(bias)
+                    else:
+                        self._require_carried(user, node, {*sources})
+                        waiting += [user] if user not in seen else []
                         seen.add(user)
-                        waiting.append(user)
                 except NotProved as error:
                     others.append(str(error))
-        if not linears and not taking:
-            raise reason
-        scale, shift = [*names, None, None][:2]
-        return scale, shift, linears, taking, others
+        return linears, taking, others
+
+    def _require_carried(self, user: Node, node: Node, sources: Collection[Node]) -> None:
+        """Raise NotProved unless an operation only moves a node, keeps it, averages it over
+        positions, or adds to it what does not follow from sources.
+        """
+        name = operation(user) or "the output of the model"
+        if name == "add":
+            others = [each for each in inputs(user) if each is not node]
+            apart = len(others) == 1 and not {*others, *self.trace.ancestors(others[0])} & {
+                *sources
+            }
+        else:
+            apart = name in MOVES | KEEPS | {"mean", "index"} and not drops(user)
+        if not apart:
+            raise NotProved(f"{name} changes what it gives")
+        if carried(user, node, -1) != -1:
+            raise NotProved(f"{name} mixes what it gives")
 
     def _reader_of(self, user: Node, node: Node) -> Axis:
         """The columns of a linear map that reads a node, one for each entry."""
@@ -220,16 +280,15 @@ class NormReaders:
         self.finding.require_single([], [axis])
         return axis
 
-    def _bias_in(self, add: Node, node: Node, width: int) -> str:
+    def _bias_in(self, add: Node, node: Node) -> str | None:
         """The bias of a linear map that is added to a node, at each of its positions and nowhere
-        else.
+        else, if there is one.
         """
-        refused = NotProved(f"{operation(add)} changes what it gives")
         if len(inputs(add)) != 2 or len(arguments(add)) != 2 or add.kwargs:
-            raise refused
+            return None
         (other,) = [each for each in inputs(add) if each is not node]
         if not value_of(other).shape == value_of(node).shape == value_of(add).shape:
-            raise refused
+            return None
         waiting = [other]
         while waiting:
             each = waiting.pop()
@@ -246,7 +305,29 @@ class NormReaders:
                 before = arguments(each)[0]
                 if len(inputs(each)) == 1 and carried(each, before, -1) == -1:
                     waiting.append(before)
-        raise refused
+        return None
+
+
+def _behind_numbers(node: Node) -> tuple[Node, float]:
+    """The last of the products with a number that alone read a node, and the number by which it is
+    then multiplied.
+    """
+    factor = 1.0
+    while len(users := readers(node)) == 1 and (number := number_of(users[0])) is not None:
+        node, factor = users[0], factor * number
+    return node, factor
+
+
+def number_of(node: Node) -> float | None:
+    """The number, not zero, that a node multiplies its one input by; None of anything else."""
+    match operation(node), arguments(node):
+        case "mul", (Node(), int() | float() as number) if number and not node.kwargs:
+            return float(number)
+        case "mul", (int() | float() as number, Node()) if number and not node.kwargs:
+            return float(number)
+        case "div", (Node(), int() | float() as number) if number and not node.kwargs:
+            return 1 / number
+    return None
 
 
 def require_passed_on(trace: Trace, source: Node) -> None:

@@ -541,14 +541,6 @@ class Trace:
         return self._output_names.get(node, "")
 
     @cached_property
-    def head(self) -> LinearMap | None:
-        """The linear map that gives the model's logits, as it is."""
-        node = self.logits
-        while operation(node) in ("alias", "to", "clone", "contiguous"):
-            node = inputs(node)[0]
-        return self.maps_by_output.get(node)
-
-    @cached_property
     def convolutions(self) -> dict[str, Node]:
         """Convolutions that have no groups, by the name of their weight; one of several that share
         it.
@@ -739,7 +731,8 @@ class Trace:
         if not has_fixed_shape(node):
             return None
         # of several values
-        if name in ("mul", "div", "add", "sub") and len(args) == 2 and not node.kwargs:
+        # (a term that a sum is written to scales as the sum does, if both of its terms do)
+        if name in ("mul", "div", "add", "add_", "sub") and len(args) == 2 and not node.kwargs:
             return self._combine(node, state, flow)
         if name in ("cat", "stack") and set(scaled) == set(args[0]):
             degrees = {state[each][1] for each in scaled}
@@ -820,7 +813,7 @@ class Trace:
             return labels, p + q if name == "mul" else p
         # one is scaled, and the other must not be a scale that is a parameter
         scaled, other = (a, b) if a in state else (b, a)
-        if name in ("add", "sub") or (name == "div" and scaled is b):
+        if name in ("add", "add_", "sub") or (name == "div" and scaled is b):
             return None
         if isinstance(other, Node) and self.parameter(other) is not None:
             return None  # a scale of its own

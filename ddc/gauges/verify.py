@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from ddc.gauges.affine import Translation
+from ddc.gauges.affine import Shear, Translation
 from ddc.gauges.base import (
     Gauge,
     Refusal,
@@ -245,7 +245,7 @@ class Subject:
         """
         if gauge.kind == "logit_shift":
             return {len(self.params[name]) for name in gauge.parameters}
-        slots = gauge.slots if isinstance(gauge, Translation) else ()
+        slots = gauge.slots if isinstance(gauge, Translation | Shear) else ()
         tables = [slot.parameter for slot in slots if slot.axis in (1, None) and not slot.places]
         return {len(self.params[name]) for name in tables if self.params[name].ndim == 2}
 

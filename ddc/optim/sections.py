@@ -322,7 +322,7 @@ def pull_back(gauge: Gauge, params: Params, grads: dict[str, Tensor], element: T
                 grad = grads[reader.weight] = grads[reader.weight].clone()
                 rows = grad.movedim(reader.axis, 0)  # (inputs, outputs, *kernel)
                 columns = torch.from_numpy(reader.columns).to(rows.device)
-                change = element[:, None] * grads[reader.bias]
+                change = reader.rate * element[:, None] * grads[reader.bias]
                 rows[columns] -= change.view(*change.shape, *[1] * (rows.ndim - 2))
         case ScaledShift(scale=scale, shift=shift):
             rows = gauge.rows(grads[gauge.weight])
