@@ -111,6 +111,7 @@ def test_all_that_add_to_a_stream_share_its_channels(in_place: bool) -> None:
         ("bounded before the sum", {"shortcut": torch.tanh}),
         ("other channels", {"shortcut": lambda x: x.flip(1)}),
         ("to a power", {"shortcut": lambda x: x.square()}),
+        ("over channels", {"stream": lambda x: F.max_pool3d(x.relu(), (3, 1, 1), 1, (1, 0, 0))}),
         ("what the model is given", {"shortcut": lambda x: x + IMAGES.to(x).mean(1, True)}),
     ],
 )
@@ -118,6 +119,32 @@ def test_a_sum_that_does_not_scale(name: str, options: dict[str, Change]) -> Non
     gauges = found(Residual(**options), verify=False)  # type: ignore[arg-type]
     assert [parameters(gauge)[0] for gauge in gauges] == [of("a"), of("c"), of("d", "e")], name
     assert "norms.s" in {each.where for each in gauges.refused}
+
+
+@pytest.mark.parametrize("change", [lambda x: 0.5 * x, lambda x: -x, lambda x: F.dropout(x, 0.0)])
+def test_a_term_may_be_scaled_before_it_is_added(change: Change) -> None:
+    gauges = found(Residual(shortcut=change).double())
+    assert parameters(gauges.found[0])[0] == of("s", "b")
+
+
+def test_a_sum_of_many_blocks_is_walked_once() -> None:
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm, self.other = conv(2), nn.BatchNorm2d(WIDTH), nn.BatchNorm2d(WIDTH)
+            self.head = nn.Linear(WIDTH, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            y = self.norm(x)
+            for _ in range(40):  # each of which has what came twice
+                y = F.relu(y) + F.max_pool2d(y, 3, 1, 1)
+            return self.head((y + self.other(x)).mean((2, 3)))
+
+    (gauge,) = found(Deep())
+    assert parameters(gauge)[0] == {
+        f"{n}.{k}" for n in ("norm", "other") for k in ("weight", "bias")
+    }
 
 
 def test_a_convolution_adds_to_a_stream_as_a_batch_norm_does() -> None:

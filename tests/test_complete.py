@@ -568,6 +568,54 @@ def test_a_tied_table_that_a_number_scales(scale: Callable[[Tensor], Tensor]) ->
     }
 
 
+def test_a_term_that_is_added_to_itself_is_none() -> None:
+    class Twice(Tables):
+        def forward(self, tokens: Tensor) -> Tensor:
+            h = self.embedding(tokens)
+            return self.head(self.norm((h + h) + self.positions))
+
+    assert "translation" not in by_rules(Twice(tied=False), (TOKENS[:, :5] % 9,))
+
+
+def test_shifts_of_batch_norms_that_meet_in_a_stream() -> None:
+    class Meeting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.maps = nn.ModuleList(nn.Conv2d(2, 4, 1) for _ in range(2))
+            self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(2))
+            self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norms[0](self.maps[0](x)) + self.norms[1](self.maps[1](x))
+            return self.head(self.norm(x.permute(0, 2, 3, 1)).mean((1, 2)))
+
+    assert "translation" in by_rules(Meeting(), (torch.randn(3, 2, 5, 5),))
+
+
+def test_a_table_that_is_looked_up_by_columns_is_none() -> None:
+    class Transposed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.reader = nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 9)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.reader(F.embedding(tokens % 8, self.table.t()))
+
+    assert by_rules(Transposed(), (TOKENS,)) == {"logit_shift"}
+
+
+def test_few_independent_outputs_take_more_inputs() -> None:
+    class Alike(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)[:, None].expand(-1, 64, -1)  # at all places the same
+
+    model = Alike(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 2))
+    inputs = (torch.randn(1, 12),)
+    gauges = find_gauges(model, inputs=inputs, kinds="complete", loss="cross_entropy")
+    certificate = Jacobian.of(model, inputs).certificate(gauges)
+    assert certificate.kernel == certificate.orbit == 21, certificate  # of 302, more than 256
+
+
 @pytest.mark.parametrize(("rate", "kept"), [(0.0, True), (0.3, False)])
 def test_a_term_that_is_dropped_at_random_is_no_term(rate: float, kept: bool) -> None:
     class Dropped(Tables):

@@ -9,6 +9,7 @@ model. Gauges are complete if the tangents of their orbit span it.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -50,8 +51,8 @@ PASSES = 256
 #: Rows of J from one pass: random combinations of all its log-probabilities; at most as many as
 #: there are.
 AT_ONCE = 64
-#: Rows for each parameter that are kept: rows of several passes are added up. Where a pass gives
-#: few, there are more passes, until there are as many rows.
+#: Rows for each parameter that are kept: rows of several passes are added up. Where few of a pass
+#: are independent, there are more passes, until as many are.
 KEPT = 2
 
 #: Draws an example of what a model takes.
@@ -367,12 +368,16 @@ def _triangle(
     entries = sum(p.numel() for p in params.values())
     for p in params.values():
         p.requires_grad_()
-    kept = torch.zeros(math.ceil(KEPT * entries) + AT_ONCE, entries, dtype=torch.float64)
-    seen, given = 0, 0
-    while seen < passes or given < len(kept):
+    kept = torch.zeros(KEPT * entries + AT_ONCE, entries, dtype=torch.float64)
+    given = 0
+    for i in itertools.count():
         fresh = _rows(model, list(params.values()), draw(generator), centred, generator)
         kept.index_add_(0, torch.arange(given, given + len(fresh)) % len(kept), fresh)
-        seen, given = seen + 1, given + len(fresh)
+        given += len(fresh)
+        if i == 0 and (independent := rank(fresh)):  # they may be few, or alike at several places
+            passes = max(passes, math.ceil(len(kept) / independent))
+        if i + 1 >= passes:
+            break
     return torch.linalg.qr(kept, mode="r").R
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 from torch.fx import Node
 
 from ddc.gauges.actions import Axis, Rescale
 from ddc.gauges.base import Gauge
+from ddc.gauges.norms import number_of
 from ddc.gauges.stream import gives_channels
 from ddc.gauges.trace import (
     HOMOGENEOUS,
@@ -19,6 +20,7 @@ from ddc.gauges.trace import (
     arguments,
     channels_of,
     drops,
+    inputs,
     operation,
 )
 from ddc.gauges.traced import Finding, NotProved, owner
@@ -42,10 +44,11 @@ def channel_scale(finding: Finding, node: Node, where: str) -> list[Gauge]:
     Raises:
         NotProved: what is added to it, or reads it, does not scale.
     """
-    writers, flow = _joined(finding, node)
-    norms = [each for each in writers if operation(each) == "batch_norm"]
-    if node is not norms[0]:
+    done = finding.kept.setdefault(("joined channels",), set())
+    if node in done:
         return []
+    writers, flow = _joined(finding, node)
+    done |= {*writers}
     plus = [axis for each in writers for axis in _rows_of(finding, each)]
     if not flow.arrivals:
         raise NotProved("nothing reads it")
@@ -73,26 +76,34 @@ def _joined(finding: Finding, node: Node) -> tuple[list[Node], Flow]:
                 others = [
                     each for i, each in enumerate(arguments(arrival.node)) if i != arrival.argument
                 ]
-                fresh |= {each for other in others for each in _writers(finding, other)}
+                fresh |= _writers(finding, others)
         if fresh <= writers:
             return sorted(writers, key=trace.order.__getitem__), flow
         writers |= fresh
 
 
-def _writers(finding: Finding, term: object) -> Iterator[Node]:
-    """The BatchNorms and convolutions whose channels a term of a sum has, and nothing else."""
-    if not isinstance(term, Node):
-        raise NotProved("a number is added to it")
-    name = operation(term)
-    if name == "batch_norm" or gives_channels(term):
-        yield term
-    elif name in SUMS and len(arguments(term)) == 2 and not term.kwargs:
-        for each in arguments(term):
-            yield from _writers(finding, each)
-    elif name in HOMOGENEOUS | POOLS | KEEPS and not drops(term):
-        yield from _writers(finding, arguments(term)[0])
-    else:
-        raise NotProved(f"{finding.describe(term)} is added to it")
+def _writers(finding: Finding, terms: Sequence[object]) -> set[Node]:
+    """The BatchNorms and convolutions whose channels some terms of a sum have, and nothing else."""
+    found, seen, waiting = set[Node](), set[object](), [*terms]
+    while waiting:
+        term = waiting.pop()
+        if term in seen:
+            continue
+        seen.add(term)
+        if not isinstance(term, Node):
+            raise NotProved("a number is added to it")
+        name = operation(term)
+        if name == "batch_norm" or gives_channels(term):
+            found.add(term)
+        elif name in SUMS and len(arguments(term)) == 2 and not term.kwargs:
+            waiting += arguments(term)
+        elif number_of(term) is not None:
+            waiting += inputs(term)
+        elif name in HOMOGENEOUS | POOLS | KEEPS | {"neg"} and not drops(term):
+            waiting.append(arguments(term)[0])
+        else:
+            raise NotProved(f"{finding.describe(term)} is added to it")
+    return found
 
 
 def _rows_of(finding: Finding, writer: Node) -> list[Axis]:

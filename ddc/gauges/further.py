@@ -782,10 +782,10 @@ class Further:
             each, factor = waiting.pop()
             if each not in stream.nodes or len(readers(each)) > 1:
                 continue
-            if each in stream.writers:
+            if each in stream.writers or _is_batch_norm(each, stream.nodes[each]):
                 terms += [term._replace(rate=1 / factor) for term in self._shift(stream, each)]
             elif operation(each) in ("add", "add_"):
-                waiting += [(term, factor) for term in inputs(each)]
+                waiting += [(term, factor) for term in _terms_of(each)]
             elif (number := number_of(each)) is not None:
                 waiting.append((inputs(each)[0], factor * number))
             elif operation(each) in MOVES | KEEPS and not drops(each):
@@ -860,7 +860,7 @@ class Further:
                 continue
             name = operation(each)
             if name in sums and not each.kwargs:
-                waiting += inputs(each)
+                waiting += _terms_of(each)
             elif name == "batch_norm" or gives_channels(each):
                 terms += self._bias_of_channels(each)
         return terms
@@ -875,7 +875,7 @@ class Further:
     def _table(self, node: Node) -> str | None:
         """The parameter of which an embedding looks rows up; None of anything else."""
         view = self.trace.parameter(arguments(node)[0]) if operation(node) == "embedding" else None
-        return None if view is None else view[0]
+        return None if view is None or view[1] % 2 else view[0]  # not of its transpose
 
     def _tied_head(self, name: str) -> Node | None:
         """Where the head reads a table, if its softmax does not see all rows of it move alike."""
@@ -908,6 +908,12 @@ class Further:
             where = owner(first.parameter) or first.parameter
             gauges.append(Translation("translation", where, slots))
         return gauges
+
+
+def _terms_of(add: Node) -> list[Node]:
+    """The terms of a sum; none of a value and itself, which moves twice as much as either."""
+    terms = [each for each in arguments(add) if isinstance(each, Node)]
+    return terms if len({*terms}) == len(terms) else []
 
 
 def _is_batch_norm(node: Node, axis: int) -> bool:

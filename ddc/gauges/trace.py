@@ -768,7 +768,8 @@ class Trace:
             return labels, degree * (2 if name == "square" else args[1])
         if name in POOLS:
             shape = value_of(node).shape
-            channels = labels.flatten(2)[:, :, :1] if len(shape) == labels.ndim > 2 else None
+            over_places = len(shape) == labels.ndim == int(name[-2]) + 2  # of a batch
+            channels = labels.flatten(2)[:, :, :1] if over_places else None
             if channels is None or not torch.equal(
                 labels.flatten(2), channels.expand(labels.flatten(2).shape)
             ):

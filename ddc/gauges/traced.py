@@ -480,6 +480,7 @@ class Finding:
             if (
                 operation(node) == "embedding"
                 and (view := self.trace.parameter(arguments(node)[0])) is not None
+                and not view[1] % 2  # not of its transpose
             ):
                 tables[view[0]].append(node)
         for name, nodes in tables.items():
