@@ -616,6 +616,101 @@ def test_few_independent_outputs_take_more_inputs() -> None:
     assert certificate.kernel == certificate.orbit == 21, certificate  # of 302, more than 256
 
 
+class Spelt(nn.Module):
+    """A LayerNorm without a shift as Cohere spells it, or nearly.
+
+    Args:
+        changed: "", or what is done otherwise: "another axis", "not centred", "twice the mean".
+    """
+
+    def __init__(self, width: int, changed: str = "") -> None:
+        super().__init__()
+        self.weight, self.changed = nn.Parameter(torch.rand(width) + 0.5), changed
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(1 if self.changed == "another axis" else -1, keepdim=True)
+        variance = (x - mean).pow(2).mean(-1, keepdim=True)
+        factor = 2.0 if self.changed == "twice the mean" else 1.0
+        above = (
+            x if self.changed == "not centred" else x - factor * mean if factor > 1 else x - mean
+        )
+        return self.weight * (above * torch.rsqrt(variance + 1e-5))
+
+
+class BehindNorms(nn.Module):
+    """One feed-forward block behind a norm, and a head behind one.
+
+    Args:
+        norm: of a width.
+    """
+
+    def __init__(self, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.table, self.norms = nn.Embedding(30, 8), nn.ModuleList(norm(8) for _ in range(2))
+        self.up, self.down, self.head = nn.Linear(8, 5), nn.Linear(5, 8), nn.Linear(8, 30)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.table(tokens % 30) + self.table(tokens.flip(1) % 30)
+        x = x + self.down(F.gelu(self.up(self.norms[0](x))))
+        return self.head(self.norms[1](x))
+
+
+def test_a_layer_norm_that_is_spelt_out_is_one() -> None:
+    spelt, whole = (
+        find_gauges(BehindNorms(norm), inputs=(TOKENS,), kinds="complete", loss="cross_entropy")
+        for norm in (Spelt, partial(nn.LayerNorm, bias=False))
+    )
+    assert {"stream_rotation", "stream_mean", "reader_shift"} <= {gauge.kind for gauge in spelt}
+    assert [*map(str, spelt)] == [*map(str, whole)]
+    model = moved(BehindNorms(Spelt))
+    assert max(check(model, spelt, log_probs((TOKENS,))).values()) < 1e-10
+
+
+@pytest.mark.parametrize("changed", ["another axis", "not centred", "twice the mean"])
+def test_what_is_nearly_a_layer_norm_is_none(changed: str) -> None:
+    model = BehindNorms(partial(Spelt, changed=changed))
+    gauges = find_gauges(
+        model, inputs=(TOKENS,), kinds="complete", loss="cross_entropy", verify=False
+    )
+    of_stream = {"stream_rotation", "stream_mean", "reader_shift", "norm_shift"}
+    assert not {gauge.kind for gauge in gauges} & of_stream
+
+
+def test_a_stream_of_width_two_has_no_rotation_that_leaves_its_mean() -> None:
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.norm = nn.Embedding(9, 2), nn.LayerNorm(2, bias=False)
+            self.head = nn.Linear(2, 9)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.norm(self.table(tokens % 9)))
+
+    model = Narrow()
+    params = dict(model.named_parameters())
+    gauges = find_gauges(model, inputs=(TOKENS,), kinds="complete", loss="cross_entropy")
+    (rotation,) = [gauge for gauge in gauges if gauge.kind == "stream_rotation"]
+    assert rotation.tangents(params).shape == (0, sum(p.numel() for p in params.values()))
+
+
+def test_queries_of_a_convolution_in_float32() -> None:
+    """Their values are computed in float64, of weights that are not."""
+    sizes = {
+        "hidden_size": 8,
+        "embedding_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    groups = {f"{each}_groups": 2 for each in ("q", "k", "v", "intermediate", "output")}
+    config = transformers.SqueezeBertConfig(
+        vocab_size=VOCABULARY, intermediate_size=8, post_attention_groups=1, **sizes, **groups
+    )
+    model = transformers.SqueezeBertForMaskedLM(config).eval()
+    inputs = {"input_ids": TOKENS}
+    gauges = find_gauges(model, inputs=inputs, kinds="complete")
+    assert max(check(model, gauges, log_probs(inputs)).values()) < 1e-10
+
+
 @pytest.mark.parametrize(("rate", "kept"), [(0.0, True), (0.3, False)])
 def test_a_term_that_is_dropped_at_random_is_no_term(rate: float, kept: bool) -> None:
     class Dropped(Tables):

@@ -186,7 +186,7 @@ class Gauge(ABC):
         moved = self.velocities(params)
         rows = self.dimension(params)
         parts = [
-            moved[name].reshape(rows, -1).cpu()
+            moved[name].reshape(rows, p.numel()).cpu()
             if name in moved
             else torch.zeros(rows, p.numel(), dtype=torch.float64)
             for name, p in params.items()

@@ -99,7 +99,7 @@ def norms_of(trace: Trace) -> Iterator[Norm]:
 
 
 def _spelt_out(node: Node, inside: object) -> Norm | None:
-    """The norm x · rsqrt(mean(x²) + eps) over the last axis."""
+    """The norm x · rsqrt(mean(x²) + eps) over the last axis; also of x - mean(x), which centres."""
     if not isinstance(inside, Node) or operation(inside) != "add":
         return None
     mean, eps = arguments(inside)[:2]
@@ -120,9 +120,20 @@ def _spelt_out(node: Node, inside: object) -> Norm | None:
         return None  # squares that anything else reads do not turn
     if len(users := readers(node)) != 1 or operation(users[0]) != "mul":
         return None
-    if {*arguments(users[0])} != {x, node}:
+    others = [each for each in arguments(users[0]) if each is not node]
+    if len(others) != 1:
         return None
     parts = {node, inside, mean, square, users[0]}
+    centred = _centred(x)
+    if centred is not None:
+        if _centred(others[0]) != centred:
+            return None
+        parts |= {x, others[0], centred[1]}
+        if any({*readers(each)} - parts for each in (x, others[0], centred[1])):
+            return None
+        x = centred[0]
+    elif others[0] is not x:
+        return None
     while (
         operation(x) in KEEPS - {"dropout"}
         and {*readers(x)} <= parts
@@ -130,7 +141,17 @@ def _spelt_out(node: Node, inside: object) -> Norm | None:
     ):
         parts.add(x)
         x = arguments(x)[0]
-    return Norm(x, False, users[0], frozenset(parts))
+    return Norm(x, centred is not None, users[0], frozenset(parts))
+
+
+def _centred(node: Node) -> tuple[Node, Node] | None:
+    """Of x - mean(x), over the last axis, x and its mean; None of anything else."""
+    match operation(node), arguments(node):
+        case "sub", (Node() as x, Node() as mean) if not node.kwargs and operation(mean) == "mean":
+            of, axes, *keep = (*arguments(mean), None)
+            if of is x and axes == [-1] and keep[:1] == [True] and not mean.kwargs:
+                return x, mean
+    return None
 
 
 def streams(trace: Trace, scaled: Mapping[Node, ScaledMap]) -> list[Stream]:

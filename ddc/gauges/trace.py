@@ -985,6 +985,8 @@ class Trace:
                 args, kwargs = tree_map_only(torch.device, computing_device, (args, kwargs))
                 if operation(each).endswith("_"):  # what was given is not to change
                     args = (args[0].clone(), *args[1:])
+                if operation(each) in CONVOLUTIONS:  # one type, before a mode could see to it
+                    args = tree_map_only(Tensor, lambda x, like=args[0]: x.to(like.dtype), args)
                 given[each] = callable_of(each)(*args, **kwargs)
         return given[node]
 
