@@ -9,23 +9,22 @@ from torch.fx import Node
 
 from ddc.gauges.actions import Axis, Rescale
 from ddc.gauges.base import Gauge
-from ddc.gauges.norms import number_of
 from ddc.gauges.stream import gives_channels
 from ddc.gauges.trace import (
     HOMOGENEOUS,
     KEEPS,
     POOLS,
+    SUMS,
     Flow,
     LinearMap,
     arguments,
     channels_of,
     drops,
     inputs,
+    number_of,
     operation,
 )
 from ddc.gauges.traced import Finding, NotProved, owner
-
-SUMS = ("add", "add_")
 
 
 def channel_scale(finding: Finding, node: Node, where: str) -> list[Gauge]:

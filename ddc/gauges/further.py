@@ -34,7 +34,7 @@ from ddc.gauges.base import Gauge, Refusal, approximate_kinds, paper_kinds
 from ddc.gauges.channels import channel_scale, rows_of_map
 from ddc.gauges.gauge_set import GaugeSet
 from ddc.gauges.heads import logits_of
-from ddc.gauges.norms import NormReaders, bias_of, columns_of, number_of, require_passed_on
+from ddc.gauges.norms import NormReaders, bias_of, columns_of, require_passed_on
 from ddc.gauges.scores import ScoreTable, score_table
 from ddc.gauges.stream import (
     Norm,
@@ -50,6 +50,7 @@ from ddc.gauges.trace import (
     CONVOLUTIONS,
     KEEPS,
     MOVES,
+    SUMS,
     Entering,
     Flow,
     LinearMap,
@@ -63,6 +64,7 @@ from ddc.gauges.trace import (
     inputs,
     labels_of,
     module_path,
+    number_of,
     operation,
     readers,
     value_of,
@@ -316,7 +318,7 @@ class Further:
                 others = [x for x in arguments(user) if x is not node and not isinstance(x, Node)]
                 name = operation(user)
                 by_number = name in ("mul", "div") and len(others) == 1 and not user.kwargs
-                adds = name in ("add", "add_") and not user.kwargs and len(inputs(user)) == 2
+                adds = name in SUMS and not user.kwargs and len(inputs(user)) == 2
                 adds = adds and len({*inputs(user)} & scores) == 1
                 moves = name in MOVES and len(inputs(user)) == 1
                 if not (by_number or adds or moves or name in KEEPS - {"dropout"}):
@@ -768,9 +770,9 @@ class Further:
 
     def _terms(self, stream: Stream, node: Node) -> list[Translated]:
         """Tables and biases that are added up to a node of a stream before anything reads it."""
-        if operation(node) not in ("add", "add_"):
+        if operation(node) not in SUMS:
             return []
-        if len(users := readers(node)) == 1 and operation(users[0]) in ("add", "add_"):
+        if len(users := readers(node)) == 1 and operation(users[0]) in SUMS:
             return []  # a part of a larger sum
         return self._collected(stream, inputs(node))
 
@@ -784,7 +786,7 @@ class Further:
                 continue
             if each in stream.writers or _is_batch_norm(each, stream.nodes[each]):
                 terms += [term._replace(rate=1 / factor) for term in self._shift(stream, each)]
-            elif operation(each) in ("add", "add_"):
+            elif operation(each) in SUMS:
                 waiting += [(term, factor) for term in _terms_of(each)]
             elif (number := number_of(each)) is not None:
                 waiting.append((inputs(each)[0], factor * number))
@@ -815,7 +817,7 @@ class Further:
         """
         joined = [each for each in inputs(node) if operation(each) == "cat"]
         tables = [each for each in inputs(node) if self.trace.parameter(each) is not None]
-        if operation(node) not in ("add", "add_") or (len(joined), len(tables)) != (1, 1):
+        if operation(node) not in SUMS or (len(joined), len(tables)) != (1, 1):
             return
         if stream.nodes[node] != -1:
             return
@@ -846,8 +848,7 @@ class Further:
         """Shifts of BatchNorms and biases of convolutions that are added up to a node, channel by
         channel, before anything reads them.
         """
-        sums = ("add", "add_")
-        if operation(node) not in sums or any(operation(each) in sums for each in readers(node)):
+        if operation(node) not in SUMS or any(operation(each) in SUMS for each in readers(node)):
             return []
         terms, waiting = [], [node]
         while waiting:
@@ -859,7 +860,7 @@ class Further:
             if each is not node and len(readers(each)) > 1:
                 continue
             name = operation(each)
-            if name in sums and not each.kwargs:
+            if name in SUMS and not each.kwargs:
                 waiting += _terms_of(each)
             elif name == "batch_norm" or gives_channels(each):
                 terms += self._bias_of_channels(each)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from ddc.gauges.trace import (
     CONVOLUTIONS,
     KEEPS,
     MOVES,
+    SUMS,
     Arrival,
     Trace,
     arguments,
@@ -23,6 +24,7 @@ from ddc.gauges.trace import (
     has_fixed_shape,
     inputs,
     labels_of,
+    number_of,
     operation,
     readers,
     value_of,
@@ -234,36 +236,34 @@ class NormReaders:
         linears: list[tuple[str, int]] = []
         taking: list[str] = []
         others: list[str] = []
-        waiting, seen = [*sources], {*sources}
+        waiting, seen, starts = [*sources], {*sources}, {*sources}
         while waiting:
             node = waiting.pop()
             if node in self.trace.rewritten:
                 raise NotProved("it is written to in place")
             for user in readers(node):
-                add = operation(user) in ("add", "add_")
+                add = operation(user) in SUMS
                 try:
                     if user in self.trace.linear_maps:
                         linears += columns_of([self._reader_of(user, node)])
                     elif add and (bias := self._bias_in(user, node)) is not None:
                         taking.append(bias)
                     else:
-                        self._require_carried(user, node, {*sources})
+                        self._require_carried(user, node, starts)
                         waiting += [user] if user not in seen else []
                         seen.add(user)
                 except NotProved as error:
                     others.append(str(error))
         return linears, taking, others
 
-    def _require_carried(self, user: Node, node: Node, sources: Collection[Node]) -> None:
+    def _require_carried(self, user: Node, node: Node, sources: set[Node]) -> None:
         """Raise NotProved unless an operation only moves a node, keeps it, averages it over
         positions, or adds to it what does not follow from sources.
         """
         name = operation(user) or "the output of the model"
         if name == "add":
             others = [each for each in inputs(user) if each is not node]
-            apart = len(others) == 1 and not {*others, *self.trace.ancestors(others[0])} & {
-                *sources
-            }
+            apart = len(others) == 1 and not {*others, *self.trace.ancestors(others[0])} & sources
         else:
             apart = name in MOVES | KEEPS | {"mean", "index"} and not drops(user)
         if not apart:
@@ -298,7 +298,7 @@ class NormReaders:
             if linear is not None:
                 if linear.bias is not None and self.trace.used_once(linear.bias):
                     return linear.bias
-            elif operation(each) in ("add", "add_") and not each.kwargs:
+            elif operation(each) in SUMS and not each.kwargs:
                 whole = [x for x in inputs(each) if value_of(x).shape == value_of(each).shape]
                 waiting += whole if len(arguments(each)) == 2 else []
             elif operation(each) in MOVES | KEEPS and not drops(each):
@@ -316,18 +316,6 @@ def _behind_numbers(node: Node) -> tuple[Node, float]:
     while len(users := readers(node)) == 1 and (number := number_of(users[0])) is not None:
         node, factor = users[0], factor * number
     return node, factor
-
-
-def number_of(node: Node) -> float | None:
-    """The number, not zero, that a node multiplies its one input by; None of anything else."""
-    match operation(node), arguments(node):
-        case "mul", (Node(), int() | float() as number) if number and not node.kwargs:
-            return float(number)
-        case "mul", (int() | float() as number, Node()) if number and not node.kwargs:
-            return float(number)
-        case "div", (Node(), int() | float() as number) if number and not node.kwargs:
-            return 1 / number
-    return None
 
 
 def require_passed_on(trace: Trace, source: Node) -> None:

@@ -30,6 +30,7 @@ from ddc.gauges.buffers import with_values
 from ddc.gauges.double import InDouble, Untouched, computing_device
 
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+SUMS = frozenset(["add", "add_"])
 #: Operations that put entries elsewhere, or leave them where they are.
 MOVES = frozenset(
     [
@@ -666,11 +667,7 @@ class Trace:
         parameter to its rows.
         """
         users = list(node.users)
-        if (
-            len(users) != 1
-            or operation(users[0]) not in ("add", "add_")
-            or len(arguments(users[0])) != 2
-        ):
+        if len(users) != 1 or operation(users[0]) not in SUMS or len(arguments(users[0])) != 2:
             return None
         (add,) = users
         (bias,) = [each for each in arguments(add) if each is not node] or [None]
@@ -986,7 +983,8 @@ class Trace:
                 if operation(each).endswith("_"):  # what was given is not to change
                     args = (args[0].clone(), *args[1:])
                 if operation(each) in CONVOLUTIONS:  # one type, before a mode could see to it
-                    args = tree_map_only(Tensor, lambda x, like=args[0]: x.to(like.dtype), args)
+                    kind = args[0].dtype
+                    args = tuple(x.to(kind) if isinstance(x, Tensor) else x for x in args)
                 given[each] = callable_of(each)(*args, **kwargs)
         return given[node]
 
@@ -1126,6 +1124,18 @@ def _varies_with(factor: Node, labels: Tensor) -> bool:
 def _writes(node: Node) -> bool:
     """Whether an operation changes its first argument in place."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def number_of(node: Node) -> float | None:
+    """The number, not zero, that a node multiplies its one input by; None of anything else."""
+    match operation(node), arguments(node):
+        case "mul", (Node(), int() | float() as number) if number and not node.kwargs:
+            return float(number)
+        case "mul", (int() | float() as number, Node()) if number and not node.kwargs:
+            return float(number)
+        case "div", (Node(), int() | float() as number) if number and not node.kwargs:
+            return 1 / number
+    return None
 
 
 def drops(node: Node) -> bool:
